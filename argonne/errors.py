@@ -1,0 +1,15 @@
+"""The two ways a command ends early on purpose, and their exit codes."""
+
+from __future__ import annotations
+
+
+class InputError(Exception):
+    """Something the user gave is wrong. The message names the thing, the value found, the value expected and the next step. Exit code 2."""
+
+    exit_code = 2
+
+
+class Stopped(Exception):
+    """A run ended on request with a complete checkpoint behind it: the same command resumes it. Exit code 3."""
+
+    exit_code = 3

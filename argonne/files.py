@@ -1,0 +1,164 @@
+"""One atomic directory for tokens, checkpoints, exports and caches.
+
+A directory written here is complete and verified, or absent: it is filled under a temporary name, every file is fsynced and hashed into
+`sha256.json`, the whole is renamed into place and the parent is fsynced. A process that dies at any point leaves only a temporary, which
+`collect_temporaries` removes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from argonne.errors import InputError
+
+HASH_LIST = "sha256.json"
+TEMPORARY = ".tmp-"
+_CHUNK = 1 << 22
+
+
+def sha256_of_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def fingerprint(value: Any) -> str:
+    """sha256 of the canonical JSON of `value`: equal content, equal fingerprint, whatever the key order."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def fsync_path(path: Path) -> None:
+    """Flush a file or a directory entry to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace `path` atomically: a reader sees the old content or the new, never a part."""
+    temporary = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_path(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Parsed JSON of a file. Raises InputError naming the file when it is missing or is not JSON."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: not a JSON file ({error}); restore it or write it again") from None
+
+
+def _files_below(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != HASH_LIST)
+
+
+def seal_directory(folder: Path) -> None:
+    """Fsync every file, write their sizes and hashes into `sha256.json`, fsync the folders."""
+    files = _files_below(folder)
+    entries = {}
+    for path in files:
+        fsync_path(path)
+        entries[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
+    write_json(folder / HASH_LIST, {"format_version": 1, "files": entries})
+    for path in sorted({path.parent for path in files} | {folder}):
+        fsync_path(path)
+
+
+@contextmanager
+def atomic_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder; when the block ends well, seal it and rename it to `target`.
+
+    An existing `target` is an InputError unless `replace`: then the old one is moved aside first and removed after the rename, so that one
+    complete directory exists at every moment under one of the two names.
+    """
+    if target.exists() and not replace:
+        raise InputError(f"{target} exists already; choose another name or remove it")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.parent / f"{TEMPORARY}{target.name}-{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        seal_directory(temporary)
+        if problems := verify_directory(temporary):
+            raise OSError(f"{target}: what was written does not read back: {'; '.join(problems)}")
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    publish_directory(temporary, target)
+
+
+def publish_directory(temporary: Path, target: Path) -> None:
+    """Rename a sealed folder into place and make the rename durable."""
+    if target.exists():
+        aside = target.parent / f"{TEMPORARY}{target.name}-old-{os.getpid()}"
+        os.rename(target, aside)
+        os.rename(temporary, target)
+        fsync_path(target.parent)
+        shutil.rmtree(aside)
+    else:
+        os.rename(temporary, target)
+    fsync_path(target.parent)
+
+
+def verify_directory(folder: Path, *, hashes: bool = True) -> list[str]:
+    """Compare a sealed folder with its hash list; return one line for each file that is missing, has another size or other bytes."""
+    hash_list = folder / HASH_LIST
+    if not hash_list.exists():
+        return [f"{hash_list} is missing: the directory was never completed"]
+    try:
+        entries = json.loads(hash_list.read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [f"{hash_list} cannot be read: {error}"]
+    problems = []
+    for name, entry in entries.items():
+        path = folder / name
+        if not path.is_file():
+            problems.append(f"{path} is missing")
+        elif (size := path.stat().st_size) != entry["bytes"]:
+            problems.append(f"{path} has {size:,} bytes, expected {entry['bytes']:,}")
+        elif hashes and sha256_of_file(path) != entry["sha256"]:
+            problems.append(f"{path} has other bytes than were written (sha256 differs)")
+    return problems
+
+
+def collect_temporaries(parent: Path) -> list[Path]:
+    """Remove what killed writers left in `parent`; return what was removed. Only the owner of `parent` may call it."""
+    leftovers = sorted(parent.glob(f"{TEMPORARY}*")) if parent.is_dir() else []
+    for path in leftovers:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    return leftovers
