@@ -1,0 +1,143 @@
+"""The learning rate as a pure function of the step.
+
+`learning_rate(step, ...)` is the rate that optimizer step number `step` applies, counted from 0. The conventions, so that no step is wasted
+on a rate of zero and the last step of the run really uses the final rate:
+
+- warmup of w steps: step s < w applies (s + 1) / w of the rate, so the first step moves and step w - 1 applies the full rate;
+- a decay of d steps: its k-th step (k = 1 .. d) lies k / d of the way from the peak to the final rate, so exactly d steps are below
+  the peak and the last one applies the final rate;
+- from the end of the run on, the rate stays at the final one (a cosine that is not clamped rises again).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+from argonne.config import OptimSection, ScheduleSection
+from argonne.errors import InputError
+
+DEFAULT_MIN_RATIO = 0.1
+CURVE_POINTS = (0, 25, 50, 75, 100)
+
+
+def learning_rate(step: int, total_steps: int, optim: OptimSection, schedule: ScheduleSection) -> float:
+    """The rate that optimizer step `step` (from 0) of a run of `total_steps` applies.
+
+    Raises InputError for a schedule that contradicts itself or does not fit into the run (see `check_schedule`).
+    """
+    check_schedule(total_steps, optim, schedule)
+    if step < 0:
+        raise ValueError(f"step is {step}; steps count from 0")
+    return warmup_share(step, schedule.warmup) * _after_warmup(step, total_steps, optim, schedule)
+
+
+def rate_factor(step: int, total_steps: int, optim: OptimSection, schedule: ScheduleSection) -> float:
+    """`learning_rate` divided by `optim.lr`: what a second peak rate, as Muon's, is multiplied with."""
+    return learning_rate(step, total_steps, optim, schedule) / optim.lr
+
+
+def curve(total_steps: int, optim: OptimSection, schedule: ScheduleSection) -> list[tuple[int, float]]:
+    """(step, rate) at 0, 25, 50, 75 and 100 % of the run; 100 % is its last step."""
+    steps = [round((total_steps - 1) * percent / 100) for percent in CURVE_POINTS]
+    return [(step, learning_rate(step, total_steps, optim, schedule)) for step in steps]
+
+
+def final_rate(optim: OptimSection, schedule: ScheduleSection) -> float:
+    """The rate a cosine or a wsd decay ends at: `min_lr`, or `min_ratio` (default 0.1) of the peak."""
+    if schedule.min_lr is not None:
+        return schedule.min_lr
+    return optim.lr * (DEFAULT_MIN_RATIO if schedule.min_ratio is None else schedule.min_ratio)
+
+
+def decay_steps(total_steps: int, schedule: ScheduleSection) -> int:
+    """Steps of the decay: all after the warmup for a cosine; for wsd the given number, or the given share of the run, rounded."""
+    if schedule.kind == "cosine":
+        return total_steps - schedule.warmup
+    if schedule.kind != "wsd":
+        return 0
+    decay = schedule.decay or 0.0
+    return round(decay) if decay >= 1 else round(decay * total_steps)
+
+
+def warmup_share(step: int, warmup: int) -> float:
+    """The share of the rate that warmup lets through at `step`."""
+    return min(1.0, (step + 1) / warmup) if warmup else 1.0
+
+
+def _after_warmup(step: int, total_steps: int, optim: OptimSection, schedule: ScheduleSection) -> float:
+    if schedule.kind == "steps":
+        return max(
+            ((0, optim.lr), *((change.step, change.lr) for change in schedule.steps if change.step <= step)), key=lambda pair: pair[0]
+        )[1]
+    length = decay_steps(total_steps, schedule)
+    done = step - (total_steps - length) + 1
+    if length == 0 or done <= 0:
+        return optim.lr
+    progress, final = min(1.0, done / length), final_rate(optim, schedule)
+    share = (1 + math.cos(math.pi * progress)) / 2 if schedule.kind == "cosine" else 1 - progress
+    return final + (optim.lr - final) * share
+
+
+def check_schedule(total_steps: int, optim: OptimSection, schedule: ScheduleSection) -> None:
+    """Raise InputError where the schedule contradicts itself or does not fit into `total_steps`."""
+    if total_steps < 1:
+        raise InputError(f"train: the run has {total_steps} steps, expected at least 1; give more train.steps, tokens or epochs")
+    if schedule.kind not in ("cosine", "wsd", "constant", "steps"):
+        raise InputError(f"schedule.kind: found {schedule.kind!r}, expected cosine, wsd, constant or steps")
+    if schedule.warmup < 0:
+        raise InputError(f"schedule.warmup: found {schedule.warmup}, expected 0 or more steps")
+    if schedule.warmup > total_steps:
+        raise InputError(f"schedule.warmup: found {schedule.warmup} steps, more than the run's {total_steps}; lower it or train longer")
+    _check_decay(total_steps, schedule)
+    _check_final_rate(optim, schedule)
+    _check_table(schedule)
+
+
+def _check_decay(total_steps: int, schedule: ScheduleSection) -> None:
+    decay = schedule.decay
+    if schedule.kind != "wsd":
+        if decay is not None:
+            raise InputError(
+                f"schedule.decay: found {decay:g}, but kind {schedule.kind!r} has no decay of its own; remove it or choose wsd"
+            )
+        return
+    if decay is None:
+        raise InputError(
+            "schedule.decay: not set, and a wsd schedule without decay never lowers the rate; give steps, a share, or 0 on purpose"
+        )
+    if decay < 0 or not math.isfinite(decay) or (decay > 1 and decay != int(decay)):
+        raise InputError(f"schedule.decay: found {decay:g}, expected a whole number of steps, a share below 1, or 0")
+    length = decay_steps(total_steps, schedule)
+    if decay and not length:
+        raise InputError(
+            f"schedule.decay: a share of {decay:g} of {total_steps} steps is less than one step; give at least 1 step, or 0 on purpose"
+        )
+    if schedule.warmup + length > total_steps:
+        raise InputError(
+            f"schedule: warmup of {schedule.warmup} and decay of {length} steps do not fit into the run's {total_steps}; shorten one or train longer"
+        )
+
+
+def _check_final_rate(optim: OptimSection, schedule: ScheduleSection) -> None:
+    if schedule.min_lr is not None and schedule.min_ratio is not None:
+        raise InputError("schedule.min_lr and schedule.min_ratio are both set; keep one")
+    if schedule.min_ratio is not None and not 0 <= schedule.min_ratio <= 1:
+        raise InputError(f"schedule.min_ratio: found {schedule.min_ratio:g}, expected a share from 0 to 1")
+    if schedule.min_lr is not None and not 0 <= schedule.min_lr <= optim.lr:
+        raise InputError(f"schedule.min_lr: found {schedule.min_lr:g}, expected from 0 to optim.lr = {optim.lr:g}")
+
+
+def _check_table(schedule: ScheduleSection) -> None:
+    if schedule.kind != "steps":
+        if schedule.steps:
+            raise InputError(f'schedule.steps: has entries, but kind is {schedule.kind!r}; remove them or choose "steps"')
+        return
+    if not schedule.steps:
+        raise InputError('schedule.steps: empty, and kind "steps" needs [{ step, lr }]')
+    starts = [change.step for change in schedule.steps]
+    if starts[0] < 0 or any(later <= earlier for earlier, later in itertools.pairwise(starts)):
+        raise InputError(f"schedule.steps: found steps {starts}, expected rising numbers from 0 on")
+    for change in schedule.steps:
+        if change.lr <= 0:
+            raise InputError(f"schedule.steps: found lr {change.lr:g} from step {change.step}, expected more than 0")
