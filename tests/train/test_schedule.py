@@ -80,7 +80,8 @@ def test_cosine_ends_at_the_floor_and_passes_halfway_at_the_middle() -> None:
 
 def test_wsd_lowers_exactly_the_decay_steps() -> None:
     values = rates(100, ScheduleSection(kind="wsd", warmup=5, decay=20.0))
-    assert values[79] == PEAK.lr and values[80] < PEAK.lr
+    assert values[79] == PEAK.lr
+    assert values[80] < PEAK.lr
     assert values[99] == pytest.approx(PEAK.lr * 0.1)
 
 
