@@ -115,7 +115,7 @@ def _check_decay(total_steps: int, schedule: ScheduleSection) -> None:
         )
     if schedule.warmup + length > total_steps:
         raise InputError(
-            f"schedule: {schedule.warmup} steps of warmup and {length} of decay do not fit into the run's {total_steps}; shorten one or train longer"
+            f"schedule: {schedule.warmup} steps of warmup and {length} of decay do not fit into the run's {total_steps}; shorten one"
         )
 
 
