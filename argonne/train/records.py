@@ -1,0 +1,105 @@
+"""Reading `metrics.jsonl`, the append-only record of a run.
+
+A run that is resumed writes some steps a second time: the last record of an (event, step) is the one that counts. A line that was cut by
+a kill is left out and named in `problems`; nothing else is ever skipped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from argonne.errors import InputError
+
+METRICS_FILE = "metrics.jsonl"
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """The records of one run in step order, the last of each (event, step) only."""
+
+    path: Path
+    records: tuple[Record, ...]
+    lines: int
+    problems: tuple[str, ...]
+
+    def of(self, event: str) -> list[Record]:
+        """Records of one event, by step."""
+        return [record for record in self.records if record["event"] == event]
+
+    def last(self, event: str) -> Record | None:
+        found = self.of(event)
+        return found[-1] if found else None
+
+    def series(self, event: str, *names: str) -> tuple[list[int], list[float]]:
+        """Steps and values of `record[name][name]...`; a record without a number there (null, absent) gives no point."""
+        steps, values = [], []
+        for record in self.of(event):
+            value: Any = record
+            for name in names:
+                value = value.get(name) if isinstance(value, dict) else None
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                steps.append(int(record["step"]))
+                values.append(float(value))
+        return steps, values
+
+    def sources(self) -> list[str]:
+        """Names of the training sources, in order of appearance."""
+        return list(dict.fromkeys(name for record in self.of("step") for name in record.get("sources") or {}))
+
+
+def read_metrics(path: Path) -> Metrics:
+    """Read a run folder's `metrics.jsonl` (or the file itself). Raises InputError where there is none, or a line is not such a record."""
+    file = path / METRICS_FILE if path.is_dir() else path
+    if not file.is_file():
+        raise InputError(f"{path}: no {METRICS_FILE} there; give a run folder that a training verb wrote")
+    problems: list[str] = []
+    kept: dict[tuple[str, int], Record] = {}
+    lines = 0
+    for number, record in _parse(file, problems):
+        lines += 1
+        event, step = record.get("event"), record.get("step")
+        if not isinstance(event, str) or not isinstance(step, int):
+            raise InputError(
+                f"{file}, line {number}: found keys {sorted(record)}, expected an object with event and step: another program's file"
+            )
+        kept.pop((event, step), None)
+        kept[event, step] = record
+    ordered = sorted(kept.values(), key=lambda record: record["step"])
+    return Metrics(file, tuple(ordered), lines, tuple(problems))
+
+
+def _parse(file: Path, problems: list[str]) -> Iterator[tuple[int, Record]]:
+    for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError:
+            problems.append(f"{file.name}, line {number}: cut in the middle ({len(line)} bytes), left out")
+            continue
+        if not isinstance(record, dict):
+            raise InputError(
+                f"{file}, line {number}: found {type(record).__name__}, expected an object with event and step: another program's file"
+            )
+        yield number, record
+
+
+def smoothed(values: list[float], share: float = 0.02) -> list[float]:
+    """Exponential moving average over about `share` of the values, with bias correction (as in Adam, Kingma and Ba 2015).
+
+    As many values as came in; non-finite ones are passed over.
+    """
+    weight = 1 - 1 / max(1.0, share * len(values))
+    total, norm, result = 0.0, 0.0, []
+    for value in values:
+        if math.isfinite(value):
+            total = weight * total + (1 - weight) * value
+            norm = weight * norm + (1 - weight)
+        result.append(total / norm if norm else math.nan)
+    return result

@@ -1,0 +1,284 @@
+"""`argonne report`: one or several runs -> one self-contained HTML page with plots."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import tomllib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from argonne import files
+from argonne.errors import InputError
+from argonne.recipe import differences
+from argonne.train import report_page as page
+from argonne.train.records import Metrics, read_metrics, smoothed
+from argonne.train.report_plots import Curve, Mark, Panel
+
+REPORT_FILE = "report.html"
+_KEY_TO_MARKS = "Horizontal axis: step. Vertical lines: resumed (dashed), stopped (dotted), step skipped (solid), warning (dotted)."
+_MARKS = ("resume", "stop", "skip", "warning")
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """Everything the page says about one run. `config` and `manifest` are empty where the run has no such file, and `problems` says so."""
+
+    name: str
+    folder: Path
+    metrics: Metrics
+    config_text: str
+    manifest: dict[str, Any]
+    state: str
+    problems: tuple[str, ...]
+
+
+def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
+    """Write the page for these run folders and return its path: `out`, or report.html in the first run.
+
+    Raises InputError where a folder is not a run, or its metrics hold no step yet.
+    """
+    if not runs:
+        raise InputError("report: no run given; name at least one run folder")
+    records = [_read_run(Path(run), _names(runs)[number]) for number, run in enumerate(runs)]
+    target = out or Path(runs[0]) / REPORT_FILE
+    title = " and ".join(record.name for record in records) if len(records) < 3 else f"{len(records)} runs"
+    body = [page.heading(title, 1)]
+    for record in records:
+        body += [page.paragraph(f"{record.name}: {problem}", "alert") for problem in record.problems]
+    body += _single_head(records[0]) if len(records) == 1 else _compared_head(records)
+    last_step = max(record.metrics.records[-1]["step"] for record in records)
+    body += [page.heading("Curves"), page.paragraph(_KEY_TO_MARKS)]
+    body += ['<div class="panels">', *(page.figure(panel, last_step) for panel in _panels(records)), "</div>"]
+    for record in records:
+        body += _details(record, len(records) > 1)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    files.write_text(target, page.page(f"{title} - argonne", body))
+    return target
+
+
+def _names(runs: Sequence[Path]) -> list[str]:
+    """Folder names; the whole path where two runs share one."""
+    names = [Path(run).resolve().name for run in runs]
+    return [name if names.count(name) == 1 else str(run) for name, run in zip(names, runs, strict=True)]
+
+
+def _read_run(folder: Path, name: str) -> RunRecord:
+    metrics = read_metrics(folder)
+    if not metrics.of("step"):
+        raise InputError(f"{metrics.path}: no step logged yet ({metrics.lines} lines); wait for the first log line")
+    folder = metrics.path.parent
+    problems = list(metrics.problems)
+    config, manifest = folder / "config.toml", folder / "manifest.json"
+    problems += [f"{file.name} is missing" for file in (config, manifest) if not file.is_file()]
+    found = files.read_json(manifest) if manifest.is_file() else {}
+    return RunRecord(name, folder, metrics, config.read_text() if config.is_file() else "", found, _state(folder, metrics), tuple(problems))
+
+
+def _state(folder: Path, metrics: Metrics) -> str:
+    """From the run's markers, never from its name: complete, stopped, or neither yet."""
+    step = metrics.records[-1]["step"]
+    if (folder / "COMPLETE").exists():
+        return f"complete at step {step:,}"
+    return f"stopped at step {step:,}" if (folder / "STOPPED").exists() else f"not complete, last record at step {step:,}"
+
+
+# ---------------------------------------------------------------------------------------------------------------- facts
+
+
+def _facts(record: RunRecord) -> list[tuple[str, str]]:
+    metrics = record.metrics
+    steps, held_out = metrics.of("step"), metrics.of("held_out")
+    losses = metrics.series("step", "loss")[1]
+    facts = [("steps", f"{steps[-1]['step']:,}"), ("tokens", f"{steps[-1].get('tokens') or 0:,}")]
+    facts.append(("training loss, smoothed", f"{smoothed(losses)[-1]:.4f}" if losses else "n/a"))
+    if held_out:
+        facts.append(("held-out loss, last", _number(held_out[-1].get("loss"), ".4f")))
+        if any(row.get("bits_per_byte") is not None for row in held_out):
+            facts.append(("held-out bits per byte", _number(held_out[-1].get("bits_per_byte"), ".4f")))
+    speed = metrics.series("step", "tokens_per_second")[1]
+    facts.append(("tokens/s, median", f"{statistics.median(speed):,.0f}" if speed else "n/a"))
+    if use := metrics.series("step", "mfu")[1]:
+        facts.append(("MFU, median", f"{statistics.median(use):.1%}"))
+    memory = metrics.series("step", "memory_gb")[1]
+    facts.append(("peak memory, GB", f"{max(memory):.2f}" if memory else "n/a"))
+    seconds = _seconds_at_work(metrics)
+    facts.append(("time at work", _duration(seconds)))
+    waited = sum(metrics.series("step", "wait_data_seconds")[1]), sum(metrics.series("step", "wait_save_seconds")[1])
+    facts.append(("waiting: data, saves", f"{_duration(waited[0])}, {_duration(waited[1])}"))
+    facts.append(("resumed, skipped", f"{len(metrics.of('resume'))}, {len(metrics.of('skip'))}"))
+    return facts
+
+
+def _seconds_at_work(metrics: Metrics) -> float:
+    """Seconds between records that follow one another in one session: the time between a stop and the next resume does not count."""
+    rows = sorted((row for row in metrics.records if isinstance(row.get("time"), int | float)), key=lambda row: row["time"])
+    return float(sum(late["time"] - early["time"] for early, late in pairwise(rows) if late["event"] not in ("start", "resume")))
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    minutes = seconds / 60
+    return f"{minutes:.1f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+def _number(value: Any, form: str) -> str:
+    return format(value, form) if isinstance(value, int | float) else "n/a"
+
+
+def _single_head(record: RunRecord) -> list[str]:
+    return [page.paragraph(record.state), page.cards(_facts(record))]
+
+
+def _compared_head(records: list[RunRecord]) -> list[str]:
+    facts = [dict(_facts(record)) for record in records]
+    rows = [["state", *(record.state for record in records)]]
+    rows += [[name, *(each.get(name, "") for each in facts)] for name in dict.fromkeys(name for each in facts for name in each)]
+    parts = [page.table(["", *(record.name for record in records)], rows, numbers=range(1, len(records) + 1), swatches=True)]
+    trees = [tomllib.loads(record.config_text) for record in records]
+    changed: dict[str, list[str]] = {}
+    for number, tree in enumerate(trees):
+        for key, (first, other) in differences(trees[0], tree).items():
+            changed.setdefault(key, [str(first)] * len(records))[number] = str(other)
+    if changed:
+        parts.append(page.heading("What differs in the configuration"))
+        parts.append(page.table(["key", *(record.name for record in records)], [[key, *values] for key, values in sorted(changed.items())]))
+    return parts
+
+
+# --------------------------------------------------------------------------------------------------------------- curves
+
+
+def _panels(records: list[RunRecord]) -> list[Panel]:
+    marks = [
+        Mark(row["step"], kind, number if len(records) > 1 else None)
+        for number, record in enumerate(records)
+        for kind in _MARKS
+        for row in record.metrics.of(kind)
+    ]
+    panels = [_loss_panel(records, marks)]
+    simple: list[tuple[str, str, str, tuple[str, ...], dict[str, Any]]] = [
+        ("Held-out bits per byte", "", "held_out", ("bits_per_byte",), {}),
+        ("Learning rate", "", "step", ("lr",), {"from_zero": True}),
+        ("Gradient norm", "before clipping", "step", ("grad_norm",), {"marks": marks, "logarithmic": True}),
+        ("Throughput", "tokens/s", "step", ("tokens_per_second",), {"marks": marks, "from_zero": True}),
+        ("MFU", "share of the device's peak", "step", ("mfu",), {"from_zero": True}),
+        ("Memory", "GB", "step", ("memory_gb",), {"from_zero": True}),
+    ]
+    for title, unit, event, names, options in simple:
+        curves = [curve for number, record in enumerate(records) for curve in _curve(record, number, event, names, record.name)]
+        if curves:
+            panels.append(Panel(title, unit, curves, **options))
+    if stalls := _stalls(records):
+        panels.append(Panel("Waiting", "seconds since the last record", stalls, marks=marks, from_zero=True))
+    for title, unit, name, options in (
+        ("Tokens per source", "tokens", "tokens", {"from_zero": True}),
+        ("Loss per source", "nats per token", "loss", {}),
+        ("Passes per source", "epochs", "passes", {"from_zero": True}),
+    ):
+        if curves := _source_curves(records, name):
+            panels.append(Panel(title, unit, curves, **options))  # type: ignore[arg-type]
+    return panels
+
+
+def _curve(record: RunRecord, number: int, event: str, names: tuple[str, ...], label: str, **looks: Any) -> list[Curve]:
+    """The curve of one field of one run, or none where the field never held a number."""
+    steps, values = record.metrics.series(event, *names)
+    looks.setdefault("colour", number)
+    points = event == "held_out"
+    return [Curve(f"curve-{number}-{event}-{'-'.join(names)}", steps, values, label=label, points=points, **looks)] if steps else []
+
+
+def _loss_panel(records: list[RunRecord], marks: list[Mark]) -> Panel:
+    curves: list[Curve] = []
+    alone = len(records) == 1
+    for number, record in enumerate(records):
+        steps, values = record.metrics.series("step", "loss")
+        prefix = "" if alone else f"{record.name}: "
+        curves.append(Curve(f"curve-{number}-step-loss", steps, values, number, label=f"{prefix}training", faint=True))
+        curves.append(Curve(f"curve-{number}-smoothed-loss", steps, smoothed(values), number, label=f"{prefix}training, smoothed"))
+        curves += _curve(record, number, "held_out", ("loss",), f"{prefix}held-out", colour=1 if alone else number, dash=0 if alone else 1)
+    return Panel("Loss", "nats per token", curves, marks=marks)
+
+
+def _stalls(records: list[RunRecord]) -> list[Curve]:
+    curves: list[Curve] = []
+    alone = len(records) == 1
+    for number, record in enumerate(records):
+        for dash, (name, label) in enumerate((("wait_data_seconds", "for data"), ("wait_save_seconds", "for saves"))):
+            looks = {"colour": dash} if alone else {"dash": dash}
+            curves += _curve(record, number, "step", (name,), label if alone else f"{record.name}: {label}", **looks)
+    return curves
+
+
+def _source_curves(records: list[RunRecord], name: str) -> list[Curve]:
+    """One run: a colour a source. Several: a colour a run, a dash a source."""
+    alone = len(records) == 1
+    sources = list(dict.fromkeys(source for record in records for source in record.metrics.sources()))
+    curves: list[Curve] = []
+    for number, record in enumerate(records):
+        for index, source in enumerate(sources):
+            looks = {"colour": index} if alone else {"dash": index}
+            curves += _curve(record, number, "step", ("sources", source, name), source if alone else f"{record.name}: {source}", **looks)
+    return curves
+
+
+# -------------------------------------------------------------------------------------------------------------- details
+
+
+def _details(record: RunRecord, named: bool) -> list[str]:
+    prefix = f"{record.name}: " if named else ""
+    parts: list[str] = []
+    samples = record.metrics.of("sample")
+    if samples:
+        parts.append(page.heading(f"{prefix}Samples over time"))
+        for number, row in enumerate(samples):
+            prompt, text = str(row.get("prompt", "")), str(row.get("text", ""))
+            shown = page.preformatted(text.removeprefix(prompt), lead=prompt)
+            parts.append(page.folded(f"step {row['step']:,}", shown, is_open=number in (0, len(samples) - 1)))
+    parts.append(page.heading(f"{prefix}Events"))
+    rows = [
+        [_clock(row), f"{row['step']:,}", row["event"], _event_text(row)]
+        for row in record.metrics.records
+        if row["event"] not in ("step", "sample")
+    ]
+    parts.append(page.folded(f"{len(rows)} events", page.table(["UTC", "step", "event", ""], rows, numbers=[1]), is_open=len(rows) <= 12))
+    if record.manifest:
+        facts = [[key, value] for key, value in _flat(record.manifest)]
+        parts += [
+            page.heading(f"{prefix}Manifest"),
+            page.folded(f"{len(facts)} facts", page.table(["key", "value"], facts), is_open=len(facts) <= 30),
+        ]
+    if record.config_text:
+        parts += [page.heading(f"{prefix}Configuration"), page.folded("config.toml", page.code(record.config_text))]
+    return parts
+
+
+def _clock(row: dict[str, Any]) -> str:
+    moment = row.get("time")
+    return datetime.fromtimestamp(moment, UTC).strftime("%Y-%m-%d %H:%M:%S") if isinstance(moment, int | float) else ""
+
+
+def _event_text(row: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {_short(value)}" for key, value in row.items() if key not in ("event", "step", "time") and value is not None)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float) and math.isfinite(value):
+        return f"{value:.5g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _flat(value: Any, where: str = "") -> list[tuple[str, str]]:
+    """Nested dicts as dotted keys; lists of plain values on one line."""
+    if isinstance(value, dict):
+        return [pair for key, inner in value.items() for pair in _flat(inner, f"{where}.{key}" if where else str(key))]
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        return [pair for index, item in enumerate(value) for pair in _flat(item, f"{where}[{index}]")]
+    join: Callable[[list[str]], str] = ", ".join
+    return [(where, join([str(item) for item in value]) if isinstance(value, list) else str(value))]

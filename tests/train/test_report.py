@@ -1,0 +1,239 @@
+"""The reader of metrics.jsonl and the HTML report."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from argonne.errors import InputError
+from argonne.train.records import read_metrics, smoothed
+from argonne.train.report import write_report
+from argonne.train.report_plots import compact
+
+
+def step_record(step: int, **changes: Any) -> dict[str, Any]:
+    return {
+        "event": "step",
+        "step": step,
+        "time": 1000.0 + step,
+        "tokens": step * 512,
+        "loss": 5.0 / step,
+        "lr": 1e-3,
+        "grad_norm": 1.0 / step,
+        "tokens_per_second": 7000.0,
+        "mfu": None,
+        "memory_gb": 0.5,
+        "wait_data_seconds": 0.01,
+        "wait_save_seconds": 0.0,
+        "sources": {
+            "books": {"tokens": step * 300, "loss": 5.1 / step, "passes": step / 100},
+            "web": {"tokens": step * 212, "loss": 4.9 / step, "passes": 0.0},
+        },
+    } | changes
+
+
+def write_run(folder: Path, records: list[dict[str, Any]], *, seed: int = 1) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "config.toml").write_text(f"seed = {seed}\n[optim]\nlr = 0.001  # peak learning rate\n")
+    (folder / "manifest.json").write_text(json.dumps({"parameters": 1_052_800, "data": {"fingerprint": "abc"}}))
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    records: list[dict[str, Any]] = [{"event": "start", "step": 0, "time": 1000.0}]
+    records += [step_record(step) for step in range(1, 31)]
+    records += [
+        {"event": "held_out", "step": step, "time": 1000.0 + step, "loss": 3.0, "bits_per_byte": 1.5, "tokens": 64, "bytes": 180}
+        for step in (10, 20, 30)
+    ]
+    records += [{"event": "sample", "step": 30, "time": 1031.0, "prompt": "Long <ago>", "text": " & then"}]
+    return write_run(tmp_path / "nano", records)
+
+
+def vertices(html: str, curve: str) -> int:
+    """Number of points of the path that a curve became."""
+    found = re.search(rf'<g id="{re.escape(curve)}">\s*<path d="([^"]*)"', html)
+    assert found, f"no curve {curve}"
+    return len(re.findall(r"[ML] ", found[1]))
+
+
+class _Checker(HTMLParser):
+    """Collects what a browser would load from elsewhere, and whether every element is closed."""
+
+    void = ("meta", "br", "hr", "img", "link", "input")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loads: list[str] = []
+        self.open: list[str] = []
+        self.text: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        if tag not in self.void:
+            self.open.append(tag)
+        if tag in ("script", "link", "img", "iframe"):
+            self.loads.append(tag)
+        self.loads += [
+            f"{name}={value}" for name, value in attributes if name in ("src", "href", "xlink:href") and not (value or "").startswith("#")
+        ]
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attributes)
+        if tag not in self.void:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def parsed(html: str) -> _Checker:
+    checker = _Checker()
+    checker.feed(html)
+    checker.close()
+    return checker
+
+
+def test_every_curve_has_as_many_points_as_metrics_has_records(run: Path) -> None:
+    html = write_report([run]).read_text()
+    for name in ("loss", "lr", "grad_norm", "tokens_per_second", "memory_gb", "wait_data_seconds", "wait_save_seconds"):
+        assert vertices(html, f"curve-0-step-{name}") == 30, name
+    assert vertices(html, "curve-0-smoothed-loss") == 30
+    assert vertices(html, "curve-0-held_out-bits_per_byte") == 3
+    for source in ("books", "web"):
+        for name in ("tokens", "loss", "passes"):
+            assert vertices(html, f"curve-0-step-sources-{source}-{name}") == 30
+
+
+def test_a_field_that_was_never_measured_gets_no_panel(run: Path) -> None:
+    assert "<h3>MFU</h3>" not in write_report([run]).read_text()
+    write_run(run, [step_record(step, mfu=0.4) for step in range(1, 5)])
+    assert "<h3>MFU</h3>" in write_report([run]).read_text()
+
+
+def test_the_page_is_well_formed_and_loads_nothing(run: Path) -> None:
+    html = write_report([run]).read_text()
+    checker = parsed(html)
+    assert checker.loads == []
+    assert checker.open == []
+    assert "url(http" not in html
+    assert "@import" not in html
+
+
+def test_text_from_the_model_is_escaped(run: Path) -> None:
+    html = write_report([run]).read_text()
+    assert "Long &lt;ago&gt;" in html
+    assert " &amp; then" in html
+    assert "Long <ago>" not in html
+
+
+def test_the_page_holds_facts_config_manifest_and_samples(run: Path) -> None:
+    (run / "COMPLETE").write_text("{}")
+    text = " ".join(parsed(write_report([run]).read_text()).text)
+    for expected in ("complete at step 30", "15,360", "1.5000", "7,000", "1052800", "data.fingerprint", "peak learning rate", "Long <ago>"):
+        assert expected in text, expected
+
+
+def test_resumes_stops_skips_and_warnings_are_marked(run: Path) -> None:
+    with (run / "metrics.jsonl").open("a") as file:
+        for number, event in enumerate(("resume", "stop", "skip", "warning"), start=11):
+            file.write(json.dumps({"event": event, "step": number, "time": 1040.0, "reason": f"because {event}"}) + "\n")
+    html = write_report([run]).read_text()
+    for number, event in enumerate(("resume", "stop", "skip", "warning"), start=11):
+        assert f'id="mark-{event}-{number}-' in html
+        assert f"because {event}" in html
+
+
+def test_several_runs_share_the_axes_and_their_configurations_are_compared(run: Path, tmp_path: Path) -> None:
+    other = write_run(tmp_path / "wide", [step_record(step, loss=1.0) for step in range(1, 21)], seed=2)
+    html = write_report([run, other], tmp_path / "both.html").read_text()
+    assert vertices(html, "curve-0-step-loss") == 30
+    assert vertices(html, "curve-1-step-loss") == 20
+    assert len(re.findall(r"<h3>Loss</h3>", html)) == 1
+    assert "<td>seed</td><td>1</td><td>2</td>" in html
+    assert "<td>optim.lr</td>" not in html
+
+
+def test_runs_of_one_name_in_two_places_are_told_apart(run: Path, tmp_path: Path) -> None:
+    twin = write_run(tmp_path / "elsewhere" / "nano", [step_record(1)])
+    html = write_report([run, twin], tmp_path / "both.html").read_text()
+    assert str(twin) in html
+    assert str(run) in html
+
+
+def test_the_last_record_of_a_step_is_the_one_that_counts(tmp_path: Path) -> None:
+    run = write_run(
+        tmp_path / "run", [step_record(1), step_record(2, loss=9.0), {"event": "resume", "step": 1, "time": 5.0}, step_record(2, loss=1.5)]
+    )
+    metrics = read_metrics(run)
+    assert metrics.series("step", "loss") == ([1, 2], [5.0, 1.5])
+    assert metrics.lines == 4
+    assert metrics.problems == ()
+
+
+def test_a_line_cut_by_a_kill_is_left_out_and_reported(run: Path) -> None:
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(json.dumps(step_record(31)).encode()[:40])
+    metrics = read_metrics(run)
+    assert len(metrics.of("step")) == 30
+    assert metrics.problems == ("metrics.jsonl, line 36: cut in the middle (40 bytes), left out",)
+    assert "line 36: cut in the middle" in write_report([run]).read_text()
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(min_value=0, max_value=3000))
+def test_a_file_cut_at_any_byte_still_reads(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
+    folder = tmp_path_factory.mktemp("cut")
+    lines = [json.dumps(step_record(step)) + "\n" for step in range(1, 6)]
+    whole = "".join(lines).encode()
+    (folder / "metrics.jsonl").write_bytes(whole[:cut])
+    metrics = read_metrics(folder)
+    assert len(metrics.of("step")) + len(metrics.problems) in (cut // len(lines[0]), min(5, cut // len(lines[0]) + 1))
+
+
+@pytest.mark.parametrize("content", ["[1, 2]\n", '{"loss": 3}\n', '{"event": "step", "step": "one"}\n'])
+def test_another_programs_file_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text(content)
+    with pytest.raises(InputError, match=r"line 1: found .* another program"):
+        read_metrics(tmp_path)
+
+
+def test_a_folder_that_is_no_run_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no metrics\.jsonl there"):
+        write_report([tmp_path])
+
+
+def test_a_run_without_a_step_yet_is_refused(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [{"event": "start", "step": 0, "time": 1.0}])
+    with pytest.raises(InputError, match="no step logged yet"):
+        write_report([run])
+
+
+def test_loss_that_is_not_finite_leaves_a_gap_and_breaks_nothing(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [step_record(step, loss=float("nan") if step == 5 else 2.0) for step in range(1, 11)])
+    html = write_report([run]).read_text()
+    assert vertices(html, "curve-0-step-loss") == 9
+
+
+def test_smoothing_keeps_a_constant_and_the_number_of_points() -> None:
+    assert smoothed([3.0] * 200) == pytest.approx([3.0] * 200)
+    assert smoothed([1.0, 2.0]) == [1.0, 2.0]
+    assert smoothed([]) == []
+
+
+@pytest.mark.parametrize(
+    ("value", "label"), [(0, "0"), (1500, "1.5k"), (2.5e7, "25M"), (3e-4, "3e-4"), (0.25, "0.25"), (-2000, "-2k"), (1e9, "1B")]
+)
+def test_axis_labels_are_short(value: float, label: str) -> None:
+    assert compact(value) == label
