@@ -20,7 +20,9 @@ class ModelSection:
 
     preset: str | None = key(None, "model preset by name (`argonne models` lists them)")
     init_from: str | None = key(None, "start from this run, checkpoint, exported folder or Hub id: weights and config")
-    initializer: str = key("scaled", "fresh weights: normal 0.02 with scaled residual projections, or the earlier code's widths", ("scaled", "argonne"))
+    initializer: str = key(
+        "scaled", "fresh weights: normal 0.02 with scaled residual projections, or the earlier code's widths", ("scaled", "argonne")
+    )
     vocab_size: int | None = key(None, "entries of the embedding table")
     hidden_size: int | None = key(None, "width of the residual stream")
     num_hidden_layers: int | None = key(None, "decoder layers")
@@ -120,7 +122,9 @@ class RateChange:
 class ScheduleSection:
     kind: str = key("wsd", "shape of the learning rate", ("cosine", "wsd", "constant", "steps"))
     warmup: int = key(0, "steps of linear warmup")
-    decay: float | None = key(None, "wsd: steps of the final decay (whole number from 1 on) or share of the run (below 1); 0 = none, on purpose")
+    decay: float | None = key(
+        None, "wsd: steps of the final decay (whole number from 1 on) or share of the run (below 1); 0 = none, on purpose"
+    )
     min_ratio: float | None = key(None, "final rate as a share of the peak (default 0.1)")
     min_lr: float | None = key(None, "final rate, instead of min_ratio")
     steps: tuple[RateChange, ...] = key((), "kind steps: [{ step, lr }]")

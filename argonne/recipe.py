@@ -192,7 +192,9 @@ def check(recipe: Recipe) -> None:
     _check_model(recipe.model)
     schedule, train, batch, data = recipe.schedule, recipe.train, recipe.batch, recipe.data
     if schedule.kind == "wsd" and schedule.decay is None:
-        raise InputError("schedule.decay: not set, and a wsd schedule without decay never lowers the rate; give steps, a share, or 0 on purpose")
+        raise InputError(
+            "schedule.decay: not set, and a wsd schedule without decay never lowers the rate; give steps, a share, or 0 on purpose"
+        )
     if schedule.min_lr is not None and schedule.min_ratio is not None:
         raise InputError("schedule.min_lr and schedule.min_ratio are both set; keep one")
     if schedule.kind == "steps" and not schedule.steps:
@@ -213,7 +215,9 @@ def check(recipe: Recipe) -> None:
         for index, change in enumerate(batch.steps)
     ]:
         if tokens % rows:
-            raise InputError(f"{where}.tokens_per_step: found {tokens}, expected a multiple of the sequence length {rows}, as {tokens // rows * rows or rows}")
+            raise InputError(
+                f"{where}.tokens_per_step: found {tokens}, expected a multiple of the sequence length {rows}, as {tokens // rows * rows or rows}"
+            )
     if isinstance(batch.micro, str) and batch.micro != "auto":
         raise InputError(f'batch.micro: found {batch.micro!r}, expected "auto" or a number of rows')
     if isinstance(batch.micro, int) and batch.micro < 1:
@@ -227,12 +231,16 @@ def _check_model(model: config.ModelSection) -> None:
     if heads and shared and heads % shared:
         raise InputError(f"model.num_attention_heads: found {heads}, expected a multiple of model.num_key_value_heads = {shared}")
     if heads and model.hidden_size and model.head_dim is None and model.hidden_size % heads:
-        raise InputError(f"model.num_attention_heads: {heads} does not divide model.hidden_size = {model.hidden_size}; choose another or give model.head_dim")
+        raise InputError(
+            f"model.num_attention_heads: {heads} does not divide model.hidden_size = {model.hidden_size}; choose another or give model.head_dim"
+        )
     if model.head_dim and model.head_dim % 2 and model.position_embedding == "rope":
         raise InputError(f"model.head_dim: found {model.head_dim}, expected an even number with rotary positions")
     if model.layer_types is not None:
         if model.num_hidden_layers != len(model.layer_types):
-            raise InputError(f"model.layer_types: found {len(model.layer_types)} entries, expected model.num_hidden_layers = {model.num_hidden_layers}")
+            raise InputError(
+                f"model.layer_types: found {len(model.layer_types)} entries, expected model.num_hidden_layers = {model.num_hidden_layers}"
+            )
         unknown = set(model.layer_types) - {"full_attention", "sliding_attention"}
         if unknown:
             raise InputError(f"model.layer_types: found {sorted(unknown)}, expected full_attention or sliding_attention")

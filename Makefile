@@ -1,0 +1,48 @@
+# Two commands do all the set-up: `make demo` and `make test`. Every target sets up .venv by itself.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3; do if $$p -c 'import sys; sys.exit(not ((3, 11) <= sys.version_info[:2] <= (3, 12)))' 2>/dev/null; then echo $$p; break; fi; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= true
+
+.PHONY: install demo test test-all lint format bench gpu-check clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "argonne needs Python 3.11 or 3.12; none was found. Set PYTHON=/path/to/python3.11"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: install
+	$(BIN)/argonne demo --out demo
+
+test: install lint
+	$(BIN)/python -m pytest
+
+test-all: install lint
+	$(BIN)/python -m pytest -m 'not gpu'
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install
+	$(BIN)/python -m benchmarks.all
+
+# On a machine with CUDA. PYTHON_GPU may name an interpreter that has its own torch and transformers.
+PYTHON_GPU ?= $(BIN)/python
+gpu-check:
+	PYTHONPATH=. $(PYTHON_GPU) -m pytest -m gpu tests
+	PYTHONPATH=. $(PYTHON_GPU) -m benchmarks.train_step --gpu
+
+clean:
+	rm -rf $(VENV) build demo *.egg-info

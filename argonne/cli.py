@@ -1,0 +1,286 @@
+"""The command line: parse, build a config, call one function. Nothing heavy is imported before it is needed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from argonne import __version__
+from argonne.errors import InputError, Stopped
+
+TRAINING_VERBS = {
+    "pretrain": "train from fresh weights, or from given ones",
+    "continue": "pretrain further from given weights, with a schedule of its own",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb. Exit codes: 0 done, 2 wrong input, 3 stopped on request and resumable, 1 anything else."""
+    started = time.monotonic()
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        parser = build_parser(arguments)
+        options, rest = parser.parse_known_args(arguments)
+        options.started, options.rest = started, rest
+        if rest and options.verb not in TRAINING_VERBS:
+            raise InputError(f"argonne {options.verb}: unknown argument {rest[0]!r}; see argonne {options.verb} --help")
+        return int(options.function(options) or 0)
+    except (InputError, Stopped) as error:
+        print(f"argonne: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("argonne: interrupted", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
+
+
+def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="argonne", description="From raw text to a published chat model: every stage, each resumable exactly.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"argonne {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    _add_first_steps(verbs)
+    _add_data(verbs)
+    _add_training(verbs, arguments)
+    _add_use(verbs)
+    _add_runs(verbs)
+    return parser
+
+
+def _verb(verbs: Any, name: str, text: str, function: Any, **more: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False, **more
+    )
+    parser.set_defaults(function=function)
+    return parser
+
+
+def _json_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON document to stdout; everything for people goes to stderr")
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _add_first_steps(verbs: Any) -> None:
+    demo = _verb(verbs, "demo", "every stage at laptop size in minutes, ending with a report and a model to try", _demo)
+    demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for everything it makes (default: demo)")
+    models = _verb(verbs, "models", "list the model presets with their exact parameter counts", _models)
+    _json_flag(models)
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from argonne.stages.demo import run_demo
+
+    run_demo(options.out)
+
+
+def _models(options: argparse.Namespace) -> None:
+    from argonne.model.describe import describe_presets
+
+    rows = describe_presets()
+    if options.json:
+        _print_json(rows)
+        return
+    columns = ("name", "parameters", "layers", "hidden", "heads", "kv_heads", "head_dim", "context", "vocabulary")
+    table = [columns, *([f"{row[name]:,}" if isinstance(row[name], int) else str(row[name]) for name in columns] for row in rows)]
+    widths = [max(len(line[index]) for line in table) for index in range(len(columns))]
+    for line in table:
+        print(
+            "  ".join(
+                cell.ljust(width) if index == 0 else cell.rjust(width) for index, (cell, width) in enumerate(zip(line, widths, strict=True))
+            )
+        )
+
+
+def _add_data(verbs: Any) -> None:
+    tokenizer = _verb(verbs, "tokenizer", "train a tokenizer", lambda options: None)
+    actions = tokenizer.add_subparsers(dest="action", required=True, metavar="train")
+    train = _verb(actions, "train", "train a byte-level BPE tokenizer on text", _tokenizer_train)
+    train.add_argument("--input", nargs="+", required=True, metavar="GLOB", help="text: parquet, arrow, jsonl(.gz|.zst), txt")
+    train.add_argument("--vocab-size", type=int, required=True, help="entries, reserved tokens included")
+    train.add_argument("--out", type=Path, required=True, help="folder to write")
+    train.add_argument("--bare", action="store_true", help="only the five special tokens of the 1.x tokenizer")
+    train.add_argument("--text-column", default="text", help="column or field that holds the text (default: text)")
+    prepare = _verb(verbs, "prepare", "turn text into token shards with a manifest", _prepare)
+    prepare.add_argument("--input", nargs="+", required=True, metavar="GLOB", help="text: parquet, arrow, jsonl(.gz|.zst), txt")
+    which = prepare.add_mutually_exclusive_group()
+    which.add_argument("--tokenizer", type=Path, metavar="DIR", help="folder of the tokenizer")
+    which.add_argument("--train-tokenizer", type=int, metavar="N", help="train a tokenizer of N entries on the input first")
+    prepare.add_argument("--out", type=Path, required=True, help="folder to write")
+    prepare.add_argument("--text-column", default="text", help="column or field that holds the text (default: text)")
+    prepare.add_argument("--hold-out", type=float, default=0.0, metavar="F", help="share of the documents that is never trained on")
+    prepare.add_argument("--workers", type=int, default=0, metavar="N", help="processes; 0 = one a core")
+    _add_prepare_depth(prepare)
+    inspect = _verb(verbs, "inspect", "say what an artifact is, verify its hashes, show its lineage", _inspect)
+    inspect.add_argument("path", type=Path, metavar="PATH", help="token set, run, checkpoint or exported model")
+    _json_flag(inspect)
+
+
+def _add_prepare_depth(prepare: argparse.ArgumentParser) -> None:
+    """The flags of `prepare` beyond the everyday ones; each is a field of PrepareOptions."""
+
+
+def _tokenizer_train(options: argparse.Namespace) -> None:
+    from argonne.data.tokenizer import train_tokenizer
+
+    train_tokenizer(options.input, options.vocab_size, options.out, bare=options.bare, text_column=options.text_column)
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    import dataclasses
+
+    from argonne.data.prepare import PrepareOptions, prepare
+
+    known = {item.name for item in dataclasses.fields(PrepareOptions)}
+    prepare(PrepareOptions(**{name: value for name, value in vars(options).items() if name in known}))
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from argonne.stages.inspect import inspect_path, render
+
+    facts = inspect_path(options.path)
+    if options.json:
+        _print_json(facts)
+    else:
+        print(render(facts))
+    if facts["problems"]:
+        raise InputError(f"{options.path}: damaged: {facts['problems'][0]} ({len(facts['problems'])} problems)")
+    return 0
+
+
+def _add_training(verbs: Any, arguments: Sequence[str]) -> None:
+    wants_keys = bool(arguments) and arguments[0] in TRAINING_VERBS and bool({"-h", "--help"} & set(arguments))
+    for name, text in TRAINING_VERBS.items():
+        epilog = _keys_help() if wants_keys else None
+        parser = _verb(verbs, name, text, _train, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser.add_argument("recipe", metavar="RECIPE", help="packaged name or TOML file")
+        parser.add_argument("--run", type=Path, metavar="DIR", help="run folder (default: runs/NAME); an existing run is resumed")
+        parser.add_argument("--init-from", metavar="MODEL", help="weights to start from: run, checkpoint, model folder or Hub id")
+        parser.add_argument("--resume-from", type=Path, metavar="CHECKPOINT", help="start a new run from the whole state of a checkpoint")
+        parser.add_argument(
+            "--allow", nargs="+", action="extend", default=[], metavar="KEY", help="keys that may differ from the run's on resume"
+        )
+        parser.add_argument("--wall-time", metavar="T", help="stop and save after this long: 90m, 12h, 1-12:00:00")
+        parser.add_argument("--deadline", metavar="T", help="stop and save before this moment")
+        parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
+
+
+def _keys_help() -> str:
+    from argonne.recipe import all_keys, recipe_names
+
+    lines = ["recipe keys, each also --section.key VALUE:"]
+    for path, item in all_keys().items():
+        choices = ", ".join(item.metadata.get("choices") or ())
+        lines.append(f"  --{path:36} {item.metadata['meaning']}{f' ({choices})' if choices else ''}")
+    return "\n".join([*lines, "", "packaged recipes: " + ", ".join(recipe_names())])
+
+
+def parse_overrides(rest: Sequence[str]) -> dict[str, str]:
+    """`--section.key VALUE` and `--section.key=VALUE` as a dict. Raises InputError for anything else."""
+    found: dict[str, str] = {}
+    items = list(rest)
+    while items:
+        item = items.pop(0)
+        if not item.startswith("--") or item == "--":
+            raise InputError(f"unexpected argument {item!r}; recipe keys are given as --section.key VALUE")
+        name, equals, value = item[2:].partition("=")
+        if not equals:
+            if not items:
+                raise InputError(f"--{name}: a value is missing")
+            value = items.pop(0)
+        found[name] = value
+    return found
+
+
+def _train(options: argparse.Namespace) -> int:
+    from argonne.recipe import load_recipe, to_toml
+
+    overrides = parse_overrides(options.rest)
+    for flag, path in (("init_from", "model.init_from"), ("wall_time", "stop.wall_time"), ("deadline", "stop.deadline")):
+        if getattr(options, flag) is not None:
+            overrides[path] = json.dumps(str(getattr(options, flag)))
+    recipe = load_recipe(options.recipe, overrides)
+    if options.verb == "continue" and recipe.model.init_from is None and options.resume_from is None:
+        raise InputError("argonne continue: no weights to start from; give --init-from MODEL or model.init_from in the recipe")
+    if options.dry_run:
+        print(to_toml(recipe), end="")
+        return 0
+    from argonne.stages.pretrain import run
+    from argonne.stages.session import finish_or_stop
+
+    folder = options.run or Path("runs") / Path(options.recipe).stem
+    result = run(recipe, folder, resume_from=options.resume_from, allow=options.allow, started=options.started)
+    finish_or_stop(result.outcome, folder)
+    return 0
+
+
+def _add_use(verbs: Any) -> None:
+    generate = _verb(verbs, "generate", "continue a prompt", _generate)
+    generate.add_argument("model", metavar="MODEL", help="run, checkpoint, model folder or Hub id")
+    generate.add_argument("--prompt", required=True, metavar="TEXT")
+    generate.add_argument("--max-new-tokens", type=int, default=200, help="tokens at most (default: 200)")
+    generate.add_argument("--temperature", type=float, default=0.8, help="0 = greedy (default: 0.8)")
+    generate.add_argument("--top-k", type=int, default=0, help="sample from the k likeliest; 0 = all")
+    generate.add_argument("--top-p", type=float, default=0.95, help="sample from the likeliest that make up p (default: 0.95)")
+    generate.add_argument("--seed", type=int, default=0)
+    evaluate = _verb(verbs, "eval", "measure a model, with counts and standard errors", _eval)
+    evaluate.add_argument("model", metavar="MODEL", help="run, checkpoint, model folder or Hub id")
+    evaluate.add_argument("--tasks", default="bpb", help="comma-separated: bpb")
+    evaluate.add_argument(
+        "--data", type=Path, metavar="DIR", help="token set or text the tasks read (default: the run's own held-out part)"
+    )
+    evaluate.add_argument("--shots", type=int, metavar="N", help="examples in the prompt")
+    _json_flag(evaluate)
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from argonne.serve.engine import stream_text
+
+    print(options.prompt, end="", flush=True)
+    for piece in stream_text(
+        options.model,
+        options.prompt,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+    ):
+        print(piece, end="", flush=True)
+    print()
+
+
+def _eval(options: argparse.Namespace) -> None:
+    from argonne.evaluate.run import evaluate, render
+
+    found = evaluate(options.model, options.tasks.split(","), options.data, shots=options.shots)
+    if options.json:
+        _print_json(found)
+    else:
+        print(render(found))
+
+
+def _add_runs(verbs: Any) -> None:
+    report = _verb(verbs, "report", "one self-contained HTML page with plots, of one run or several compared", _report)
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    report.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the first run")
+
+
+def _report(options: argparse.Namespace) -> None:
+    from argonne.train.report import write_report
+
+    print(write_report(options.runs, options.out))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

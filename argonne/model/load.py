@@ -1,0 +1,237 @@
+"""Find and load a MODEL: a run, a checkpoint, an exported folder, or a Hub id of this family. Nothing else is ever run or unpickled."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from argonne.errors import InputError
+
+if TYPE_CHECKING:
+    from argonne.model.modeling_argonne import ArgonneForCausalLM
+
+FAMILY = ("argonne", "argonne2")
+
+
+@dataclass(frozen=True)
+class FoundModel:
+    """Where a model's weights lie and what is known of them without reading them. `data_state`: where the data of its run stood."""
+
+    folder: Path
+    config: dict[str, Any]
+    tokenizer_folder: Path | None
+    is_checkpoint: bool = False
+    run_id: str | None = None
+    step: int | None = None
+    data_state: dict[str, Any] | None = None
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The architecture as the recipe's [model] section names it."""
+        rope = self.config.get("rope_parameters") or {}
+        return {**self.config, "rope_theta": rope.get("rope_theta", self.config.get("rope_theta"))}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    model: ArgonneForCausalLM
+    tokenizer_folder: Path | None
+    folder: Path
+
+
+def resolve_model(name: str | Path) -> FoundModel:
+    """The folder behind a MODEL argument. Raises InputError saying what was found and what would do."""
+    path = Path(name).expanduser()
+    if not path.exists():
+        return _from_hub(str(name))
+    if not path.is_dir():
+        raise InputError(
+            f"{path}: is a file; expected a run, a checkpoint or a model folder (a .pt checkpoint: `argonne import {path} --out DIR`)"
+        )
+    if (path / "state.json").is_file():
+        return _checkpoint(path.resolve())
+    if (path / "metrics.jsonl").is_file() or (path / "manifest.json").is_file() and (path / "config.toml").is_file():
+        return _run(path)
+    if (path / "config.json").is_file():
+        return _exported(path)
+    raise InputError(f"{path}: neither a run, a checkpoint nor a model folder (no manifest.json, state.json or config.json in it)")
+
+
+def _run(path: Path) -> FoundModel:
+    if (path / "final_model" / "config.json").is_file():
+        found = _exported(path / "final_model")
+        last = path / "checkpoint_last"
+        state = _json(last / "state.json") if (last / "state.json").is_file() else {}
+        return FoundModel(
+            found.folder, found.config, found.tokenizer_folder, False, state.get("run_id"), state.get("step"), state.get("data")
+        )
+    if not (path / "checkpoint_last" / "state.json").is_file():
+        raise InputError(f"{path}: the run has no checkpoint yet; let it train to its first save")
+    return _checkpoint((path / "checkpoint_last").resolve())
+
+
+def _checkpoint(path: Path) -> FoundModel:
+    from argonne.files import verify_directory
+
+    if problems := verify_directory(path):
+        raise InputError(f"{path}: the checkpoint is damaged: {problems[0]}; give another one")
+    state = _json(path / "state.json")
+    config = _family_config(path)
+    return FoundModel(path, config, path / "tokenizer", True, state.get("run_id"), state.get("step"), state.get("data"))
+
+
+def _exported(path: Path) -> FoundModel:
+    has_tokenizer = (path / "tokenizer.json").is_file() or (path / "vocab.json").is_file()
+    return FoundModel(path, _family_config(path), path if has_tokenizer else None)
+
+
+def _from_hub(name: str) -> FoundModel:
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise InputError(f"{name}: no such file or folder; give a run, a checkpoint, a model folder or a Hub id such as ORG/NAME")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        # The configuration first: another family is refused before its weights are fetched.
+        folder = Path(snapshot_download(name, allow_patterns=["config.json"]))
+        _family_config(folder)
+        folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"]))
+    except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{name}: no such folder here, and the Hub did not give it ({reason}); download it and give the folder") from None
+    return _exported(folder)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: found {type(value).__name__}, expected a JSON object")
+    return value
+
+
+def _family_config(folder: Path) -> dict[str, Any]:
+    config = _json(folder / "config.json")
+    kind = config.get("model_type")
+    if kind not in FAMILY:
+        raise InputError(
+            f"{folder}: model_type {kind!r} ({', '.join(config.get('architectures') or ['no class named'])}), expected a model of this family"
+        )
+    return config
+
+
+def load_model(name: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> LoadedModel:
+    """Load a MODEL for inference, in eval mode. `dtype` None keeps the stored one. Raises InputError for anything that is not such a model."""
+    found = resolve_model(name)
+    return LoadedModel(_load(found, dtype).to(device).eval(), found.tokenizer_folder, found.folder)
+
+
+def _load(found: FoundModel, dtype: torch.dtype | None) -> ArgonneForCausalLM:
+    from argonne.model.modeling_argonne import ArgonneForCausalLM
+
+    if not found.is_checkpoint:
+        return _from_folder(found.folder, dtype)
+    config = _config(found.folder)
+    state = read_checkpoint_weights(found.folder)
+    kind = dtype or next(iter(state.values())).dtype
+    model, info = ArgonneForCausalLM.from_pretrained(None, config=config, state_dict=state, dtype=kind, output_loading_info=True)
+    _check_complete(found.folder, info)
+    return model
+
+
+def _config(folder: Path) -> Any:
+    from argonne.model.configuration_argonne import Argonne1Config, ArgonneConfig
+
+    values = _json(folder / "config.json")
+    kind = Argonne1Config if values["model_type"] == "argonne" else ArgonneConfig
+    try:
+        return kind.from_dict(values)
+    except ValueError as error:
+        raise InputError(f"{folder / 'config.json'}: {error}") from None
+
+
+def _from_folder(folder: Path, dtype: torch.dtype | None) -> ArgonneForCausalLM:
+    from safetensors import SafetensorError
+
+    from argonne.model.modeling_argonne import ArgonneForCausalLM
+
+    if not any(folder.glob("*.safetensors")):
+        raise InputError(f"{folder}: no safetensors file; earlier formats come in through `argonne import {folder} --out DIR`")
+    if any("blocks.0." in name for name in _tensor_names(folder)):
+        raise InputError(f"{folder}: tensors under earlier names; run `argonne import {folder} --out DIR` and use that folder")
+    try:
+        model, info = ArgonneForCausalLM.from_pretrained(
+            folder, config=_config(folder), dtype=dtype or "auto", local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    except (SafetensorError, RuntimeError, OSError) as error:
+        raise InputError(f"{folder}: the weights cannot be read: {str(error).strip().splitlines()[0]}") from None
+    _check_complete(folder, info)
+    return model
+
+
+def _tensor_names(folder: Path) -> list[str]:
+    from safetensors import SafetensorError, safe_open
+
+    names: list[str] = []
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt") as file:
+                names += list(file.keys())
+        except SafetensorError as error:
+            raise InputError(f"{path}: cannot be read as safetensors ({error}); it is truncated or damaged") from None
+    return names
+
+
+def _check_complete(folder: Path, info: dict[str, Any]) -> None:
+    """transformers fills what is missing with random numbers and only warns: here it is an error that names the tensors."""
+    problems = [f"{name} is missing" for name in sorted(info["missing_keys"])]
+    problems += [f"{name} is unknown" for name in sorted(info["unexpected_keys"])]
+    problems += [f"{entry[0]} has shape {tuple(entry[1])}, expected {tuple(entry[2])}" for entry in sorted(info["mismatched_keys"])]
+    if problems:
+        raise InputError(f"{folder}: not the weights of this configuration: {'; '.join(problems[:3])} ({len(problems)} differences)")
+
+
+def read_checkpoint_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The `model.*` tensors of a training checkpoint, whole, however many ranks wrote it."""
+    import warnings
+
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        reader = HuggingFaceStorageReader(str(checkpoint))
+        entries = reader.read_metadata().state_dict_metadata
+        state = {
+            name: torch.empty(entry.size, dtype=entry.properties.dtype)
+            for name, entry in entries.items()
+            if name.startswith("model.") and isinstance(entry, TensorStorageMetadata)
+        }
+        if not state:
+            raise InputError(f"{checkpoint}: no weights in it")
+        dcp.load(state, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
+    return {name.removeprefix("model."): tensor for name, tensor in state.items()}
+
+
+def load_weights_into(model: ArgonneForCausalLM, folder: Path) -> None:
+    """Copy the weights of a checkpoint or model folder into a model of the same architecture. A longer learned position table is refused."""
+    state = read_checkpoint_weights(folder) if (folder / "state.json").is_file() else _from_folder(folder, None).state_dict()
+    own = dict(model.named_parameters())
+    problems = [f"{name} is missing" for name in own if name not in state]
+    problems += [
+        f"{name} is {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    if problems:
+        raise InputError(f"{folder}: its weights do not fit this model: {'; '.join(problems[:3])} ({len(problems)} differences)")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(state[name])

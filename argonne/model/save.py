@@ -1,0 +1,62 @@
+"""A complete Hugging Face folder of the custom class: weights, config with a whole auto_map, generation config and the model's own code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+AUTO_CLASSES = {"AutoConfig": "ArgonneConfig", "AutoModel": "ArgonneBaseModel", "AutoModelForCausalLM": "ArgonneForCausalLM"}
+
+
+def save_model_folder(
+    model: Any,
+    folder: Path,
+    *,
+    eos_id: int | list[int] | None,
+    bos_id: int | None = None,
+    pad_id: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write `model` into an existing folder so that `from_pretrained(folder, trust_remote_code=True)` works where argonne is not installed.
+
+    `dtype`: cast floating-point weights while writing; the model itself is left as it is.
+    """
+    from transformers import GenerationConfig
+
+    state = {name: tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor for name, tensor in model.state_dict().items()}
+    ids = {"eos_token_id": eos_id, "bos_token_id": bos_id, "pad_token_id": pad_id if pad_id is not None else _first(eos_id)}
+    before = {name: getattr(model.config, name, None) for name in ids}
+    for name, value in ids.items():
+        setattr(model.config, name, value)
+    try:
+        model.generation_config = GenerationConfig(**ids)
+        model.config.register_for_auto_class() if hasattr(model.config, "register_for_auto_class") else None
+        _register(type(model))
+        model.save_pretrained(folder, state_dict=state)
+    finally:
+        for name, value in before.items():
+            setattr(model.config, name, value)
+    _complete_config(folder, type(model.config).__name__, dtype or next(model.parameters()).dtype)
+
+
+def _first(ids: int | list[int] | None) -> int | None:
+    return ids[0] if isinstance(ids, list) else ids
+
+
+def _register(kind: type[nn.Module]) -> None:
+    kind.register_for_auto_class("AutoModelForCausalLM")  # type: ignore[attr-defined]
+
+
+def _complete_config(folder: Path, config_class: str, dtype: torch.dtype) -> None:
+    """save_pretrained records the saved class only: name the config and the base model too, so that AutoModel works."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    modules = {"AutoConfig": "configuration_argonne", "AutoModel": "modeling_argonne", "AutoModelForCausalLM": "modeling_argonne"}
+    names = {**AUTO_CLASSES, "AutoConfig": config_class}
+    config["auto_map"] = {auto: f"{modules[auto]}.{name}" for auto, name in names.items()}
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    path.write_text(json.dumps(config, indent=2) + "\n")

@@ -1,0 +1,123 @@
+"""The processes of one run and what they agree on. A single process is a mesh of size one: the trainer has no second code path."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from argonne.errors import InputError
+
+if TYPE_CHECKING:
+    from argonne.config import ParallelSection
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This process's place among the workers.
+
+    `agreement` is a gloo group for decisions (stop, save, counts); gradients travel on the default group of the device's own backend.
+    """
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    agreement: Any = None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum_later(self, values: list[int]) -> Callable[[], list[int]]:
+        """Start adding whole numbers over all ranks; the returned function waits and gives the sums. Nothing touches the device."""
+        if self.world_size == 1:
+            return lambda: values
+        tensor = torch.tensor(values, dtype=torch.int64)
+        work = dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=self.agreement, async_op=True)
+
+        def wait() -> list[int]:
+            work.wait()
+            return [int(value) for value in tensor.tolist()]
+
+        return wait
+
+    def largest(self, value: int) -> int:
+        """The largest value over all ranks (a flag any rank raised, the worst exit code)."""
+        if self.world_size == 1:
+            return value
+        tensor = torch.tensor([value], dtype=torch.int64)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.agreement)
+        return int(tensor.item())
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.agreement)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value in order of rank, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        box: list[Any] = [None] * self.world_size
+        dist.all_gather_object(box, value, group=self.agreement)
+        return box
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier(group=self.agreement)
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device of `train.device`; a device that is not there is an InputError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            raise InputError("train.device: found cuda, but torch sees no CUDA device here; use auto or cpu")
+        return torch.device("cuda", local_rank)
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise InputError("train.device: found mps, but torch sees no Metal device here; use auto or cpu")
+    return torch.device(name)
+
+
+def check_degrees(parallel: ParallelSection) -> None:
+    """Refuse degrees that nothing would honour: what the configuration says is what runs."""
+    for name in ("shard", "tensor", "context", "pipeline"):
+        if (degree := getattr(parallel, name)) != 1:
+            raise InputError(f"parallel.{name}: found {degree}, expected 1; only data parallelism (parallel.replicate) is built")
+    if parallel.async_tensor:
+        raise InputError("parallel.async_tensor: found true, expected false; tensor parallelism is not built")
+
+
+@contextmanager
+def open_mesh(parallel: ParallelSection, device_name: str, *, timeout_seconds: float = 600.0) -> Iterator[Mesh]:
+    """Join the workers that torchrun, srun or argonne's own launcher started; alone, a mesh of one without any process group."""
+    check_degrees(parallel)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
+    if parallel.replicate not in (0, world_size):
+        raise InputError(f"parallel.replicate: found {parallel.replicate}, expected {world_size}, the number of workers started")
+    device = choose_device(device_name, local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world_size == 1:
+        yield Mesh(device)
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_seconds)
+    dist.init_process_group(backend, timeout=timeout)
+    try:
+        agreement = dist.new_group(backend="gloo", timeout=timeout)
+        yield Mesh(device, rank, world_size, local_rank, agreement)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,143 @@
+"""What any artifact is: a token set, a run, a checkpoint or an exported model, with its hashes verified and its lineage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from argonne.errors import InputError
+from argonne.files import HASH_LIST, read_json, verify_directory
+
+Facts = dict[str, Any]
+
+
+def inspect_path(path: Path) -> Facts:
+    """Facts of the artifact at `path`: kind, what it holds, lineage, and `problems`, one line for each thing that does not verify.
+
+    Raises InputError where nothing is there or it is no artifact of ours.
+    """
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder")
+    if path.is_dir() and (path / "state.json").is_file():
+        return _checkpoint(path)
+    if path.is_dir() and (path / "config.toml").is_file():
+        return _run(path)
+    if path.is_dir() and (path / "config.json").is_file():
+        return _exported(path)
+    from argonne.data.tokens import inspect_tokens
+
+    return inspect_tokens(path)
+
+
+def _sealed(path: Path) -> list[str]:
+    return verify_directory(path) if (path / HASH_LIST).exists() else []
+
+
+def _shape(path: Path) -> Facts:
+    config = read_json(path / "config.json")
+    names = (
+        "model_type",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "vocab_size",
+        "max_position_embeddings",
+        "sliding_window",
+    )
+    return {name: config[name] for name in names if config.get(name) is not None}
+
+
+def _checkpoint(path: Path) -> Facts:
+    from argonne.train.checkpoint import read_state, stored_shapes
+
+    problems = verify_directory(path)
+    facts: Facts = {"kind": "checkpoint", "path": str(path), "problems": problems}
+    if problems:
+        return facts
+    state = read_state(path)
+    shapes = stored_shapes(path)
+    parameters = sum(_size(shape) for name, shape in shapes.items() if name.startswith("model."))
+    return facts | {
+        "step": state["step"],
+        "tokens": state["tokens"],
+        "run_id": state["run_id"],
+        "parent": state.get("parent"),
+        "parameters": parameters,
+        "tensors": len(shapes),
+        "tokenizer_fingerprint": state["tokenizer_fingerprint"],
+        "model": _shape(path),
+    }
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    total = 1
+    for length in shape:
+        total *= length
+    return total
+
+
+def _run(path: Path) -> Facts:
+    from argonne.train.checkpoint import list_checkpoints
+    from argonne.train.records import read_metrics
+
+    manifest = read_json(path / "manifest.json")
+    saved = list_checkpoints(path)
+    problems = [problem for item in saved for problem in verify_directory(item.path)]
+    if (path / "final_model").is_dir():
+        problems += _sealed(path / "final_model")
+    status = next((name.lower() for name in ("COMPLETE", "STOPPED") if (path / name).exists()), "neither stopped nor complete")
+    metrics = read_metrics(path) if (path / "metrics.jsonl").is_file() else None
+    last = metrics.last("step") if metrics else None
+    return {
+        "kind": "run",
+        "path": str(path),
+        "status": status,
+        "manifest": manifest,
+        "checkpoints": [item.path.name for item in saved],
+        "last_step": {name: last[name] for name in ("step", "tokens", "loss", "tokens_per_second")} if last else None,
+        "problems": problems,
+    }
+
+
+def _exported(path: Path) -> Facts:
+    from safetensors import SafetensorError, safe_open
+
+    problems, parameters = _sealed(path), 0
+    for file in sorted(path.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt") as tensors:
+                parameters += sum(_size(tuple(tensors.get_slice(name).get_shape())) for name in tensors.keys())  # noqa: SIM118 - not a dict
+        except SafetensorError as error:
+            problems.append(f"{file}: {error}")
+    return {
+        "kind": "exported model",
+        "path": str(path),
+        "parameters": parameters,
+        "model": _shape(path),
+        "has_tokenizer": (path / "tokenizer.json").is_file(),
+        "verified_by_hashes": (path / HASH_LIST).exists(),
+        "problems": problems,
+    }
+
+
+def render(facts: Facts) -> str:
+    """The facts as indented lines for a person, problems last."""
+    lines = [f"{facts['path']}: {facts['kind']}"]
+    lines += _lines({name: value for name, value in facts.items() if name not in ("path", "kind", "problems")}, "  ")
+    lines += [f"  PROBLEM: {problem}" for problem in facts["problems"]] or ["  everything verifies"]
+    return "\n".join(lines)
+
+
+def _lines(values: Facts, indent: str) -> list[str]:
+    found = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            found += [f"{indent}{name}:", *_lines(value, indent + "  ")]
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            found.append(f"{indent}{name}:")
+            for item in value:
+                found += [f"{indent}  - " + ", ".join(f"{key} {inner}" for key, inner in item.items())]
+        else:
+            shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
+            found.append(f"{indent}{name}: {shown}")
+    return found

@@ -1,0 +1,48 @@
+"""Pretraining, and `continue`, which is the same from given weights: token windows, next-token loss."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from argonne.config import Recipe
+from argonne.stages.session import Session, train_session
+from argonne.train.trainer import Outcome
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Where a training verb left the run."""
+
+    run: Path
+    outcome: Outcome
+
+
+def run(
+    recipe: Recipe,
+    run_folder: Path,
+    *,
+    resume_from: Path | None = None,
+    allow: Iterable[str] = (),
+    stop_after_step: int | None = None,
+    started: float | None = None,
+) -> RunResult:
+    """Train `recipe` in `run_folder`, resuming by itself where the run exists. Raises InputError for anything wrong with recipe, data or run.
+
+    `started`: monotonic seconds when the command began, for the wall time.
+    """
+    from argonne.train.trainer import next_token, next_token_by_row
+
+    by_row = len(recipe.data.sources) > 1
+    session = Session(
+        recipe=recipe,
+        folder=run_folder,
+        objective=next_token_by_row if by_row else next_token,
+        resume_from=resume_from,
+        allow=frozenset(allow),
+        stop_after_step=stop_after_step,
+        started=time.monotonic() if started is None else started,
+    )
+    return RunResult(run_folder, train_session(session))

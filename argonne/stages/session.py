@@ -1,0 +1,287 @@
+"""One session of a training run: join the workers, own the run, find where it starts, hand everything to the loop. Every stage uses it."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from argonne.config import Recipe
+from argonne.errors import InputError, Stopped
+from argonne.recipe import differences, to_toml, to_tree
+from argonne.stages import services as service_makers
+from argonne.stages.start import Start, build_weights, fit_model_section, find_start
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from argonne.data.loader import TrainingData
+    from argonne.parallel.mesh import Mesh
+    from argonne.train.run import RunFolder
+    from argonne.train.trainer import Objective, Outcome
+
+# Keys that cannot change what is trained: they may differ on resume, and are listed.
+FREE_KEYS = (
+    "log.", "stop.", "parallel.", "checkpoint.", "eval.", "batch.micro", "train.threads", "train.compile", "train.activation_checkpointing",
+    "train.checkpointing_stride", "train.loss", "train.loss_chunk", "data.reader", "data.verify", "data.prefetch",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a training verb was asked to do."""
+
+    recipe: Recipe
+    folder: Path
+    objective: Objective
+    resume_from: Path | None = None
+    allow: frozenset[str] = frozenset()
+    stop_after_step: int | None = None
+    started: float | None = None
+
+
+def train_session(session: Session) -> Outcome:
+    """Run one session to its end. Raises InputError for wrong input before any work is done."""
+    from argonne.parallel.mesh import open_mesh
+    from argonne.train.guard import StopWatch
+    from argonne.train.run import RunFolder
+
+    watch = StopWatch(session.recipe.stop, started=session.started)
+    run = RunFolder(session.folder)
+    with open_mesh(session.recipe.parallel, session.recipe.train.device) as mesh, watch.listening():
+        problem: InputError | None = None
+        if mesh.is_main:
+            try:
+                run.acquire()
+            except InputError as error:
+                problem = error
+        if (problem := mesh.broadcast(problem)) is not None:
+            raise problem
+        try:
+            return _train(session, run, mesh, watch)
+        finally:
+            run.release()
+
+
+def _say(mesh: Mesh) -> Callable[[str], None]:
+    return lambda text: print(text, file=sys.stderr, flush=True) if mesh.is_main else None
+
+
+def _train(session: Session, run: RunFolder, mesh: Mesh, watch: Any) -> Outcome:
+    from argonne.data.loader import open_training_data
+    from argonne.train.checkpoint import clean_leftovers, load_tensors, run_tensors
+    from argonne.train.metrics import MetricsLog
+    from argonne.train.optim import build_optimizer
+    from argonne.train.run import COMPLETE
+    from argonne.train.trainer import Outcome, Progress, Trainer
+
+    say = _say(mesh)
+    if (done := run.marker(COMPLETE)) is not None:
+        say(f"{run.path}: complete at step {done['step']}; nothing to do (final model in {run.path / 'final_model'})")
+        return Outcome(int(done["step"]), "complete")
+    if mesh.is_main:
+        clean_leftovers(run.path, say)
+    mesh.barrier()
+    _set_threads(session.recipe, mesh)
+    start = find_start(run, session.recipe, session.resume_from, say)
+    _compare_config(start, session, say)
+    data = open_training_data(
+        session.recipe.data,
+        session.recipe.batch,
+        session.recipe.seed,
+        state=start.data_state,
+        run_folder=run.path,
+        allow=session.allow,
+    )
+    recipe = dataclasses.replace(session.recipe, model=fit_model_section(session.recipe, data.vocab_size, start))
+    total_steps = steps_of(recipe, data)
+    weights = build_weights(recipe, start, mesh)
+    model, optimizer = weights.to(mesh.device), None
+    model.train()
+    optimizer = build_optimizer(model, recipe.optim)
+    progress = Progress()
+    if start.checkpoint is not None:
+        load_tensors(start.checkpoint, run_tensors(model, optimizer), mesh)
+        progress = Progress(**start.progress)
+    micro_rows = choose_micro_rows(recipe, data.rows(progress.step), mesh)
+    _configure(model, recipe, mesh)
+    if mesh.is_main:
+        _record_start(run, recipe, data, model, start, mesh, micro_rows, total_steps, say)
+    mesh.barrier()
+    metrics = MetricsLog(run.path, recipe.log, enabled=mesh.is_main, run_name=run.run_id)
+    metrics.write("resume" if start.checkpoint is not None and start.own else "start", progress.step, parent=start.parent)
+    trainer = Trainer(
+        recipe=recipe,
+        run=run,
+        model=_replicated(model, mesh),
+        optimizer=optimizer,
+        data=data,
+        mesh=mesh,
+        objective=session.objective,
+        services=service_makers.make_services(recipe, data, run, mesh, micro_rows),
+        metrics=metrics,
+        watch=watch,
+        total_steps=total_steps,
+        micro_rows=micro_rows,
+        progress=progress,
+        state=lambda step: _state(step, recipe, data, run, progress, mesh, start),
+    )
+    trainer.telemetry.flops_per_token, trainer.telemetry.peak_flops = service_makers.speed_of(recipe, mesh)
+    try:
+        return trainer.fit(session.stop_after_step)
+    finally:
+        metrics.close()
+        data.close()
+
+
+def _set_threads(recipe: Recipe, mesh: Mesh) -> None:
+    import os
+
+    import torch
+
+    if recipe.train.threads:
+        torch.set_num_threads(recipe.train.threads)
+    elif mesh.world_size > 1 and mesh.device.type == "cpu":
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", mesh.world_size))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
+
+
+def _compare_config(start: Start, session: Session, say: Callable[[str], None]) -> None:
+    """List every key that differs from the checkpoint's recipe; one that changes what is trained needs `--allow`."""
+    if start.recipe_tree is None or not start.own:
+        return
+    found = differences(start.recipe_tree, to_tree(dataclasses.replace(session.recipe, model=start.stored_model(session.recipe.model))))
+    refused = []
+    for path, (old, new) in found.items():
+        free = path.startswith(FREE_KEYS)
+        allowed = free or any(path == name or path.startswith(f"{name}.") for name in session.allow)
+        say(f"changed since the checkpoint: {path}: {old!r} -> {new!r}{'' if allowed else '  (refused)'}")
+        if not allowed:
+            refused.append(path)
+    if refused:
+        flags = " ".join(refused)
+        raise InputError(f"{session.folder}: the recipe differs from the run's in {', '.join(refused)}; restore it, or say --allow {flags}")
+
+
+def steps_of(recipe: Recipe, data: TrainingData) -> int:
+    """Optimizer steps of the run. A length in tokens or epochs is rounded down to whole steps: never more than was asked for."""
+    train = recipe.train
+    if train.steps is not None:
+        total = train.steps
+    else:
+        tokens = train.tokens if train.tokens is not None else int((train.epochs or 0) * data.tokens_per_epoch)
+        total = data.steps_within(tokens)
+        if total < 1:
+            raise InputError(
+                f"train: {tokens:,} tokens make no whole step of batch.tokens_per_step = {recipe.batch.tokens_per_step:,}; train longer or take a smaller batch"
+            )
+    if total < 1:
+        raise InputError(f"train.steps: found {total}, expected at least 1")
+    data.check_budget(total)
+    return total
+
+
+def choose_micro_rows(recipe: Recipe, rows: int, mesh: Mesh) -> int:
+    """Rows of one forward pass on one device: the recipe's number, or a modest one chosen by memory traffic on the CPU."""
+    share = -(-rows // mesh.world_size)
+    if isinstance(recipe.batch.micro, int):
+        return min(recipe.batch.micro, share)
+    tokens = 4096 if mesh.device.type == "cpu" else 16384
+    return max(1, min(share, tokens // recipe.data.sequence_length))
+
+
+def _configure(model: Any, recipe: Recipe, mesh: Mesh) -> None:
+    """Training-only switches of the model, as the recipe says; `auto` takes what is fastest where memory is no concern."""
+    train = recipe.train
+    checkpointing = "none" if train.activation_checkpointing == "auto" else train.activation_checkpointing
+    loss = "chunked" if train.loss == "auto" else train.loss
+    model.configure_training(
+        attention=train.attention,
+        activation_checkpointing=checkpointing,
+        checkpointing_stride=train.checkpointing_stride,
+        loss=loss,
+        loss_chunk=train.loss_chunk,
+        z_loss=train.z_loss,
+    )
+
+
+def _replicated(model: nn.Module, mesh: Mesh) -> nn.Module:
+    if mesh.world_size == 1:
+        return model
+    from torch.nn.parallel import DistributedDataParallel
+
+    devices = [mesh.device] if mesh.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def _record_start(
+    run: RunFolder,
+    recipe: Recipe,
+    data: TrainingData,
+    model: nn.Module,
+    start: Start,
+    mesh: Mesh,
+    micro_rows: int,
+    total_steps: int,
+    say: Callable[[str], None],
+) -> None:
+    """Write config and manifest, print what is about to run."""
+    from argonne.train.schedule import curve
+
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    run.clear_markers()
+    run.write_config(to_toml(recipe))
+    run.write_manifest(
+        {
+            "stage": recipe.stage,
+            "parameters": parameters,
+            "total_steps": total_steps,
+            "data_fingerprint": data.fingerprint,
+            "tokenizer_fingerprint": data.tokenizer_fingerprint,
+            "world_size": mesh.world_size,
+            "device": str(mesh.device),
+            "micro_rows": micro_rows,
+            "parent": start.parent,
+        }
+    )
+    for text in data.description:
+        say(text)
+    rows, length = data.rows(0), data.sequence_length(0)
+    say(
+        f"model: {parameters:,} parameters, {recipe.model.num_hidden_layers} layers, {recipe.model.preset or 'from ' + str(recipe.model.init_from)}"
+    )
+    say(
+        f"batch: {rows * length:,} tokens a step = {rows} rows x {length}, {micro_rows} rows a micro-batch on {mesh.world_size} x {mesh.device.type}; "
+        f"{total_steps:,} steps, {data.tokens_before(total_steps):,} tokens"
+    )
+    rates = "  ".join(f"{step}: {rate:.3g}" for step, rate in curve(total_steps, recipe.optim, recipe.schedule))
+    say(f"learning rate at steps {rates}")
+    say(start.description)
+
+
+def _state(step: int, recipe: Recipe, data: TrainingData, run: RunFolder, progress: Any, mesh: Mesh, start: Start) -> dict[str, Any]:
+    """state.json: counts and identities, never buffers."""
+    return {
+        "run_id": run.run_id,
+        "tokens": data.tokens_before(step),
+        "samples": data.samples_before(step),
+        "progress": dataclasses.asdict(progress),
+        "recipe": to_tree(recipe),
+        "data": data.state(step),
+        "tokenizer_fingerprint": data.tokenizer_fingerprint,
+        "world_size": mesh.world_size,
+        "parent": start.parent,
+    }
+
+
+def finish_or_stop(outcome: Outcome, run: Path) -> None:
+    """Raise Stopped (exit code 3) for a session that ended on request."""
+    if not outcome.complete:
+        raise Stopped(f"stopped at step {outcome.step} ({outcome.reason}); the same command resumes it from {run}")
+
+
+__all__ = ["FREE_KEYS", "Session", "finish_or_stop", "steps_of", "train_session"]

@@ -1,0 +1,138 @@
+"""Where a run starts: its own newest checkpoint, a given checkpoint with its whole state, given weights, or fresh ones."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from argonne.config import ModelSection, Recipe
+from argonne.errors import InputError
+
+if TYPE_CHECKING:
+    from argonne.model.modeling_argonne import ArgonneForCausalLM
+    from argonne.parallel.mesh import Mesh
+    from argonne.train.run import RunFolder
+
+NOT_ARCHITECTURE = ("preset", "init_from", "initializer")
+
+
+@dataclass(frozen=True)
+class Start:
+    """`checkpoint` carries the whole state; `own`: it is this run's. `weights` are weights alone, with their config."""
+
+    description: str
+    checkpoint: Path | None = None
+    own: bool = False
+    weights: str | None = None
+    weights_config: dict[str, Any] | None = None
+    progress: dict[str, Any] = field(default_factory=dict)
+    data_state: dict[str, Any] | None = None
+    recipe_tree: dict[str, Any] | None = None
+    parent: dict[str, Any] | None = None
+
+    def stored_model(self, given: ModelSection) -> ModelSection:
+        """The recipe's model section with what it leaves unset taken from the checkpoint (resolved values are not changes)."""
+        stored = (self.recipe_tree or {}).get("model", {})
+        unset = {name: _tuple(stored[name]) for name in stored if getattr(given, name) is None}
+        if (context := stored.get("max_position_embeddings")) and given.max_position_embeddings is not None:
+            unset["max_position_embeddings"] = max(context, given.max_position_embeddings)
+        return dataclasses.replace(given, **unset)
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def find_start(run: RunFolder, recipe: Recipe, resume_from: Path | None, say: Callable[[str], None]) -> Start:
+    """Decide where the run starts. Damaged checkpoints are passed over by name; a run with none that is whole is an error, not a fresh start."""
+    from argonne.train.checkpoint import list_checkpoints, newest_complete
+
+    if list_checkpoints(run.path):
+        newest = newest_complete(run.path, say)
+        if newest is None:
+            raise InputError(f"{run.path}: none of its checkpoints is complete; restore one, or remove the run to start again")
+        return _whole_state(newest.path, own=True)
+    if resume_from is not None:
+        return _whole_state(resume_from.resolve(), own=False)
+    if recipe.model.init_from is not None:
+        return _from_weights(recipe.model.init_from)
+    return Start(f"starting from fresh weights (seed {recipe.seed})")
+
+
+def _whole_state(path: Path, *, own: bool) -> Start:
+    from argonne.files import verify_directory
+    from argonne.train.checkpoint import read_state
+
+    state = read_state(path)
+    if not own and (problems := verify_directory(path)):
+        raise InputError(f"{path}: the checkpoint is damaged: {problems[0]}; give another one")
+    parent = state.get("parent") if own else {"run_id": state["run_id"], "checkpoint": path.name, "step": state["step"]}
+    return Start(
+        description=f"resuming {path} at step {state['step']:,} ({state['tokens']:,} tokens)",
+        checkpoint=path,
+        own=own,
+        progress=state["progress"],
+        data_state=state["data"],
+        recipe_tree=state["recipe"],
+        parent=parent,
+    )
+
+
+def _from_weights(name: str) -> Start:
+    from argonne.model.load import resolve_model
+
+    found = resolve_model(name)
+    return Start(
+        description=f"starting from the weights of {found.folder}, with a schedule of its own",
+        weights=str(found.folder),
+        weights_config=found.fields,
+        parent={"model": name, "run_id": found.run_id, "step": found.step},
+        data_state=found.data_state,
+    )
+
+
+def fit_model_section(recipe: Recipe, vocabulary: int, start: Start) -> ModelSection:
+    """The complete architecture: preset or source of the weights, the data's vocabulary where none is given, the context at least the row length."""
+    model = recipe.model
+    known = {item.name for item in dataclasses.fields(ModelSection)}
+    stored = dict(start.weights_config or (start.recipe_tree or {}).get("model", {}))
+    unset = {name: _tuple(value) for name, value in stored.items() if name in known and getattr(model, name) is None}
+    model = dataclasses.replace(model, **unset)
+    if model.vocab_size is None:
+        model = dataclasses.replace(model, vocab_size=vocabulary)
+    if model.num_hidden_layers is None or model.hidden_size is None:
+        raise InputError("model: no preset, no init_from and no sizes; give model.preset (`argonne models` lists them)")
+    if model.vocab_size is not None and model.vocab_size < vocabulary:
+        raise InputError(
+            f"model.vocab_size: found {model.vocab_size:,}, but the data's tokenizer has {vocabulary:,} entries; "
+            f"give data of this model's tokenizer, or model.vocab_size = {vocabulary} for a fresh model"
+        )
+    longest = max([recipe.data.sequence_length, *(change.sequence_length or 0 for change in recipe.batch.steps)])
+    return dataclasses.replace(model, max_position_embeddings=max(longest, model.max_position_embeddings or 0))
+
+
+def architecture_fields(model: ModelSection) -> dict[str, Any]:
+    """What `config_from_fields` takes: every architecture field that is set."""
+    values = {item.name: getattr(model, item.name) for item in dataclasses.fields(model)}
+    return {name: value for name, value in values.items() if value is not None and name not in NOT_ARCHITECTURE}
+
+
+def build_weights(recipe: Recipe, start: Start, mesh: Mesh) -> ArgonneForCausalLM:
+    """The model on the CPU in its training dtype: fresh from the seed, or from given weights. A checkpoint is loaded into it afterwards."""
+    import torch
+
+    from argonne.model.build import build_model, config_from_fields
+    from argonne.model.load import load_weights_into
+
+    dtype = torch.bfloat16 if recipe.train.precision == "bf16_full" else torch.float32
+    try:
+        config = config_from_fields(architecture_fields(recipe.model))
+    except ValueError as error:
+        raise InputError(f"model: {error}") from None
+    model = build_model(config, initializer=recipe.model.initializer, seed=recipe.seed, dtype=dtype)
+    if start.weights is not None:
+        load_weights_into(model, Path(start.weights))
+    return model

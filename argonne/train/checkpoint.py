@@ -1,0 +1,264 @@
+"""Checkpoints: complete and verified, or absent. Tensors in safetensors under flat names, everything else in state.json; never a pickle.
+
+Order of a save: temporary folder, tensors, state, fsync, hashes, re-read, rename, fsync of the parent, `checkpoint_last`, and only then prune.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
+
+from argonne.config import CheckpointSection
+from argonne.errors import InputError
+from argonne.files import (
+    HASH_LIST,
+    TEMPORARY,
+    collect_temporaries,
+    fsync_path,
+    publish_directory,
+    read_json,
+    seal_directory,
+    verify_directory,
+    write_json,
+)
+from argonne.parallel.mesh import Mesh
+from argonne.train.optim import optimizer_tensors
+
+STATE, LAST = "state.json", "checkpoint_last"
+FORMAT_VERSION = 1
+_NAME = re.compile(r"checkpoint_step_(\d+)")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A complete checkpoint on disk."""
+
+    path: Path
+    step: int
+
+
+def checkpoint_path(run: Path, step: int) -> Path:
+    return run / f"checkpoint_step_{step}"
+
+
+def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers under `model.<name>`; a tied weight once, under its first name. Live tensors, not copies."""
+    kept = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
+    state = model.state_dict()
+    return {f"model.{name}": state[name] for name in state if name in kept}
+
+
+def run_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, torch.Tensor]:
+    return model_tensors(model) | (optimizer_tensors(optimizer) if optimizer is not None else {})
+
+
+class NonFiniteWeights(RuntimeError):
+    """A weight is not finite: the save is refused and the last good checkpoint stays."""
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raise NonFiniteWeights naming the first parameters that hold NaN or infinity."""
+    names = [name for name, parameter in model.named_parameters() if not bool(torch.isfinite(parameter.detach()).all())]
+    if names:
+        raise NonFiniteWeights(f"{len(names)} tensors hold non-finite values ({', '.join(names[:3])}): the checkpoint is refused")
+
+
+def save_checkpoint(
+    run: Path,
+    step: int,
+    tensors: dict[str, torch.Tensor],
+    state: dict[str, Any],
+    mesh: Mesh,
+    *,
+    add_files: Callable[[Path], None] = lambda folder: None,
+) -> Saved:
+    """Write `checkpoint_step_<step>` on all ranks together and point `checkpoint_last` at it. `add_files` puts config and tokenizer beside.
+
+    Raises OSError (disk full, read-only) after removing the temporary; earlier checkpoints are untouched.
+    """
+    target = checkpoint_path(run, step)
+    temporary = run / f"{TEMPORARY}{target.name}"
+
+    def prepare() -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+
+    def complete() -> None:
+        write_json(temporary / STATE, {"format_version": FORMAT_VERSION, "step": step, **state})
+        add_files(temporary)
+        seal_directory(temporary)
+        if problems := verify_directory(temporary) + unreadable_tensors(temporary, set(tensors)):
+            raise OSError(f"{target}: what was written does not read back: {'; '.join(problems[:3])}")
+        publish_directory(temporary, target)
+        point_last(run, target)
+
+    try:
+        _together(mesh, prepare if mesh.is_main else None)
+        _together(mesh, lambda: write_tensors(temporary, tensors, mesh))
+        _together(mesh, complete if mesh.is_main else None)
+    except BaseException:
+        if mesh.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return Saved(target, step)
+
+
+def _together(mesh: Mesh, action: Callable[[], None] | None) -> None:
+    """Run one phase on the ranks that have a part in it; when it fails anywhere it fails everywhere, and no rank waits for another."""
+    problem: BaseException | None = None
+    if action is not None:
+        try:
+            action()
+        except (OSError, CheckpointException) as error:
+            problem = error
+    messages = [message for message in mesh.gather(None if problem is None else _reason(problem)) if message]
+    if messages:
+        raise OSError(messages[0]) from problem
+
+
+def _reason(error: BaseException) -> str:
+    """The first cause that a checkpoint exception of torch carries, or the error itself."""
+    if isinstance(error, CheckpointException):
+        inner = next(iter(error.failures.values()))[0]
+        return f"{type(inner).__name__}: {inner}"
+    return str(error)
+
+
+def write_tensors(folder: Path, tensors: dict[str, torch.Tensor], mesh: Mesh) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch announces its own internal deprecations here
+        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        dcp.save(dict(tensors), storage_writer=writer, process_group=mesh.agreement, no_dist=mesh.world_size == 1)
+
+
+def unreadable_tensors(folder: Path, expected: set[str]) -> list[str]:
+    """Open every safetensors file again; return what is missing or cannot be read."""
+    found: set[str] = set()
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt") as file:
+                found |= set(file.keys())
+        except (SafetensorError, OSError) as error:
+            return [f"{path}: {error}"]
+    return [f"{len(expected - found)} tensors are missing, such as {sorted(expected - found)[0]}"] if expected - found else []
+
+
+def point_last(run: Path, target: Path) -> None:
+    temporary = run / f"{TEMPORARY}{LAST}"
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target.name)
+    os.replace(temporary, run / LAST)
+    fsync_path(run)
+
+
+def list_checkpoints(run: Path) -> list[Saved]:
+    """Folders with a checkpoint's name, oldest first; completeness is `verify`'s to say."""
+    found = [(int(match[1]), path) for path in run.glob("checkpoint_step_*") if (match := _NAME.fullmatch(path.name))]
+    return [Saved(path, step) for step, path in sorted(found)]
+
+
+def newest_complete(run: Path, say: Callable[[str], None]) -> Saved | None:
+    """The newest checkpoint whose hashes hold; a damaged one is passed over and named."""
+    for saved in reversed(list_checkpoints(run)):
+        problems = verify_directory(saved.path)
+        if not problems:
+            return saved
+        say(f"passing over {saved.path}: {problems[0]}")
+    return None
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """state.json of a checkpoint. Raises InputError for a folder that is none, or one written by a newer format."""
+    if not (checkpoint / STATE).is_file():
+        raise InputError(f"{checkpoint}: not an argonne checkpoint ({STATE} is missing); give a checkpoint_step_<N> folder")
+    state = read_json(checkpoint / STATE)
+    version = state.get("format_version") if isinstance(state, dict) else None
+    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+        raise InputError(f"{checkpoint / STATE}: format version {version!r}, expected at most {FORMAT_VERSION}; a newer argonne wrote it")
+    return state
+
+
+def stored_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
+    """Full shape of every tensor in a checkpoint, joined over the shards that several ranks may have written."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in sorted(checkpoint.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt") as file:
+                offsets = _sharding(file.metadata())
+                for name in file.keys():  # noqa: SIM118 - not a dict
+                    part = tuple(file.get_slice(name).get_shape())
+                    end = tuple(start + size for start, size in zip(offsets.get(name, [0] * len(part)), part, strict=True))
+                    shapes[name] = tuple(map(max, shapes.get(name, end), end))
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path}: cannot be read as safetensors ({error}); the checkpoint is damaged") from None
+    return shapes
+
+
+def _sharding(metadata: dict[str, str] | None) -> dict[str, list[int]]:
+    import json
+
+    stored = json.loads((metadata or {}).get("DCP_SHARDING_INFO", "{}"))
+    return {name: list(entry["saved_offsets"]) for name, entry in stored.items()}
+
+
+def check_matches(checkpoint: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """All or nothing: every tensor is there with its full shape and nothing is left over, else InputError naming the first differences."""
+    stored, wanted = stored_shapes(checkpoint), {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    missing, unknown = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
+    shapes = [
+        f"{name} is {stored[name]}, expected {wanted[name]}"
+        for name in sorted(wanted.keys() & stored.keys())
+        if stored[name] != wanted[name]
+    ]
+    problems = [f"{name} is missing" for name in missing] + [f"{name} is unknown here" for name in unknown] + shapes
+    if problems:
+        raise InputError(
+            f"{checkpoint}: not a checkpoint of this model and optimizer: {'; '.join(problems[:3])} ({len(problems)} differences)"
+        )
+
+
+def load_tensors(checkpoint: Path, tensors: dict[str, torch.Tensor], mesh: Mesh) -> None:
+    """Fill live tensors in place from a checkpoint of any number of ranks. Raises InputError before anything is changed if they differ."""
+    check_matches(checkpoint, tensors)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        reader = HuggingFaceStorageReader(str(checkpoint))
+        dcp.load(dict(tensors), storage_reader=reader, process_group=mesh.agreement, no_dist=mesh.world_size == 1)
+
+
+def prune(run: Path, keep: CheckpointSection, best_step: int | None, say: Callable[[str], None]) -> list[Path]:
+    """Delete checkpoints that no rule keeps, oldest first, printing each. Called only after a newer one is complete and verified."""
+    saved = list_checkpoints(run)
+    kept = {item.step for item in saved[-max(1, keep.keep_last) :]}
+    if keep.keep_every:
+        kept |= {item.step for item in saved if item.step % keep.keep_every == 0}
+    if keep.keep_best and best_step is not None:
+        kept.add(best_step)
+    removed = []
+    for item in saved:
+        if item.step not in kept:
+            # The hash list goes first: a deletion that is cut short leaves a folder that says it is not complete.
+            (item.path / HASH_LIST).unlink(missing_ok=True)
+            shutil.rmtree(item.path)
+            removed.append(item.path)
+            say(f"removed {item.path.name} (kept: {', '.join(str(step) for step in sorted(kept))})")
+    return removed
+
+
+def clean_leftovers(run: Path, say: Callable[[str], None]) -> None:
+    """Remove temporaries of killed saves. The caller holds the run's lock."""
+    for path in collect_temporaries(run):
+        say(f"removed {path.name}, left by an interrupted write")

@@ -1,0 +1,56 @@
+"""Mixed precision: autocast over fp32 masters, fp16 with torch's GradScaler, or weights in bf16 throughout."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+
+from argonne.errors import InputError
+from argonne.train.optim import step_where_finite
+
+
+def resolve_precision(name: str, device: torch.device) -> str:
+    """`auto` is bf16 on CUDA (where the card has it) and fp32 elsewhere. A precision the device cannot run is an InputError."""
+    if name == "auto":
+        return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    if name in ("bf16", "bf16_full") and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise InputError(f"train.precision: found {name}, but {torch.cuda.get_device_name(device)} has no bf16; use fp16 or fp32")
+    return name
+
+
+class Precision:
+    """The casts of one session and, for fp16, the loss scale (kept in the checkpoint through `state`)."""
+
+    def __init__(self, name: str, device: torch.device, scaler_state: dict[str, Any] | None = None) -> None:
+        self.name, self.device = resolve_precision(name, device), device
+        self._scaler = torch.amp.GradScaler(device.type) if self.name == "fp16" else None
+        if self._scaler is not None and scaler_state:
+            self._scaler.load_state_dict(scaler_state)
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        if self.name not in kinds:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=kinds[self.name])
+
+    def scale(self, loss: torch.Tensor) -> torch.Tensor:
+        return loss if self._scaler is None else self._scaler.scale(loss)
+
+    def unscale(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._scaler is not None:
+            self._scaler.unscale_(optimizer)
+
+    def step(self, optimizer: torch.optim.Optimizer, norm: torch.Tensor) -> torch.Tensor:
+        """Update where finite; returns 1.0 where the step was skipped, on the device."""
+        if self._scaler is None:
+            return step_where_finite(optimizer, norm)
+        skipped = torch.logical_not(torch.isfinite(norm)).to(torch.float32)
+        self._scaler.step(optimizer)
+        self._scaler.update()
+        return skipped
+
+    def state(self) -> dict[str, Any]:
+        """The loss scale and its growth count, as JSON values."""
+        return {} if self._scaler is None else dict(self._scaler.state_dict())

@@ -1,0 +1,171 @@
+"""The run directory: who owns it, what it says it is, how it ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import secrets
+import socket
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from argonne import __version__
+from argonne.errors import InputError
+from argonne.files import fingerprint, read_json, write_json, write_text
+
+LOCK, STOPPED, COMPLETE = "run.lock", "STOPPED", "COMPLETE"
+_HEARTBEAT_SECONDS = 600.0
+
+
+class RunFolder:
+    """`runs/NAME`: config.toml, manifest.json, metrics.jsonl, samples.md, checkpoints, markers and the lock."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._locked = False
+
+    @property
+    def run_id(self) -> str:
+        return str(read_json(self.path / "manifest.json")["run_id"])
+
+    def exists(self) -> bool:
+        return (self.path / "manifest.json").exists()
+
+    def marker(self, name: str) -> dict[str, Any] | None:
+        """The content of the STOPPED or COMPLETE marker, None where there is none."""
+        path = self.path / name
+        return read_json(path) if path.exists() else None
+
+    def write_marker(self, name: str, *, step: int, reason: str, config_hash: str) -> None:
+        other = self.path / (COMPLETE if name == STOPPED else STOPPED)
+        write_json(
+            self.path / name, {"run_id": self.run_id, "step": step, "reason": reason, "config_hash": config_hash, "time": time.time()}
+        )
+        other.unlink(missing_ok=True)
+
+    def clear_markers(self) -> None:
+        for name in (STOPPED, COMPLETE):
+            (self.path / name).unlink(missing_ok=True)
+
+    def acquire(self) -> None:
+        """Own the run, or raise InputError naming the process that does. A lock whose process is gone is taken over."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        path = self.path / LOCK
+        mine = {"host": socket.gethostname(), "pid": os.getpid(), "started": _process_start(os.getpid()), "time": time.time()}
+        for _ in range(2):
+            try:
+                with open(path, "x", encoding="utf-8") as file:
+                    json.dump(mine, file)
+                self._locked = True
+                return
+            except FileExistsError:
+                if not _is_stale(path):
+                    raise InputError(_locked_message(path)) from None
+                path.unlink(missing_ok=True)
+        raise InputError(_locked_message(path))
+
+    def heartbeat(self) -> None:
+        """Touch the lock: other hosts see that the run is alive."""
+        if self._locked:
+            os.utime(self.path / LOCK)
+
+    def release(self) -> None:
+        if self._locked:
+            (self.path / LOCK).unlink(missing_ok=True)
+            self._locked = False
+
+    def write_manifest(self, facts: dict[str, Any]) -> None:
+        """What ran: versions, hardware, commit, and the facts the stage hands over. Identity survives a resume; sessions are counted."""
+        path = self.path / "manifest.json"
+        old = read_json(path) if path.exists() else {}
+        manifest = {
+            "format_version": 1,
+            "run_id": old.get("run_id") or f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}",
+            "name": self.path.name,
+            "sessions": int(old.get("sessions", 0)) + 1,
+            **environment(),
+            **facts,
+        }
+        write_json(path, manifest)
+
+    def update_manifest(self, **facts: Any) -> None:
+        path = self.path / "manifest.json"
+        write_json(path, {**read_json(path), **facts})
+
+    def write_config(self, text: str) -> None:
+        write_text(self.path / "config.toml", text)
+
+    def add_sample(self, step: int, prompt: str, text: str) -> None:
+        with open(self.path / "samples.md", "a", encoding="utf-8") as file:
+            file.write(f"## Step {step}\n\n**{prompt}**{text}\n\n")
+
+
+def config_hash(tree: dict[str, Any]) -> str:
+    return fingerprint(tree)[:16]
+
+
+def _process_start(pid: int) -> str:
+    """Start time of a process in clock ticks since boot, so that a reused pid is not mistaken for the owner; empty where unknown."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def _is_stale(path: Path) -> bool:
+    """Whether the lock's owner is gone: on this host by pid and start time, elsewhere only when nobody touched the lock for long."""
+    try:
+        owner = json.loads(path.read_text())
+    except FileNotFoundError:
+        return True
+    except ValueError:
+        return time.time() - path.stat().st_mtime > 10
+    if owner.get("host") != socket.gethostname():
+        return False
+    try:
+        os.kill(int(owner["pid"]), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return _process_start(int(owner["pid"])) != owner.get("started")
+
+
+def _locked_message(path: Path) -> str:
+    try:
+        owner = json.loads(path.read_text())
+        silent = time.time() - path.stat().st_mtime
+    except (OSError, ValueError):
+        return f"{path}: another process is taking this run; try again"
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(owner["time"]))
+    hint = f" It has not been heard of for {silent / 60:.0f} minutes." if silent > _HEARTBEAT_SECONDS else ""
+    return (
+        f"{path.parent}: the run is in use by process {owner['pid']} on {owner['host']}, started {since}.{hint} "
+        f"Wait for it, or if it is surely dead remove {path}"
+    )
+
+
+def environment() -> dict[str, Any]:
+    """Versions, hardware and the git commit of the code that runs."""
+    import torch
+    import transformers
+
+    package = Path(__file__).resolve().parents[2]
+    git = subprocess.run(["git", "-C", str(package), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "versions": {
+            "argonne": __version__,
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "transformers": transformers.__version__,
+        },
+        "hardware": {
+            "host": socket.gethostname(),
+            "cpu_cores": os.cpu_count(),
+            "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        },
+        "git_commit": git.stdout.strip() or None,
+    }

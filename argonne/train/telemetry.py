@@ -1,0 +1,136 @@
+"""What the loop observes, read when it is due: nothing here makes a training step wait for the device."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from collections import deque
+from typing import Any
+
+import torch
+
+from argonne.config import Recipe
+from argonne.parallel.mesh import Mesh
+from argonne.train.metrics import MetricsLog, ProgressLine, step_line
+
+
+class _Reading:
+    """Loss, norm and skip flag of one step, on their way from the device to the host."""
+
+    def __init__(self, step: int, values: torch.Tensor, rate: float, valid: int) -> None:
+        self.step, self.rate, self.valid = step, rate, valid
+        if values.device.type == "cuda":
+            self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._host.copy_(values, non_blocking=True)
+            self._event: Any = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._host, self._event = values, None
+
+    def ready(self) -> bool:
+        return self._event is None or self._event.query()
+
+    def values(self) -> list[float]:
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host.tolist()
+
+
+class Telemetry:
+    """Collects step readings and turns them into metrics records and log lines."""
+
+    def __init__(
+        self, recipe: Recipe, data: Any, mesh: Mesh, metrics: MetricsLog, line: ProgressLine, total_steps: int, first_step: int
+    ) -> None:
+        self.recipe, self.data, self.mesh, self.metrics, self.line = recipe, data, mesh, metrics, line
+        self.total_steps, self.first_step = total_steps, first_step
+        self._pending: deque[_Reading] = deque()
+        self._last: _Reading | None = None
+        self._wait_data = 0.0
+        self._started: float | None = None
+        self.flops_per_token: float | None = None
+        self.peak_flops: float | None = None
+        count = len(data.source_names)
+        self._source_loss = torch.zeros(count, device=mesh.device, dtype=torch.float64 if mesh.device.type != "mps" else torch.float32)
+        self._source_valid = torch.zeros_like(self._source_loss)
+
+    def waited_for_data(self, seconds: float) -> None:
+        self._wait_data += seconds
+        if self._started is None:
+            self._started = time.monotonic()
+
+    def observe(self, step: int, loss: torch.Tensor, norm: torch.Tensor, skipped: torch.Tensor, rate: float, valid: int) -> None:
+        values = torch.stack([loss, norm.to(loss.dtype), skipped.to(loss.dtype)])
+        self._last = _Reading(step, values, rate, valid)
+        self._pending.append(self._last)
+
+    def observe_rows(self, rows: torch.Tensor | None, sources: torch.Tensor, labels: torch.Tensor) -> None:
+        if rows is None:
+            return
+        index = sources.to(rows.device, non_blocking=True)
+        kept = index >= 0
+        index = index.clamp_min(0)
+        self._source_loss.index_add_(0, index, torch.where(kept, rows, 0).to(self._source_loss.dtype))
+        self._source_valid.index_add_(0, index, (labels != -100).sum(dim=1).to(self._source_valid.dtype) * kept)
+
+    def readings(self) -> list[bool]:
+        """Skip flags that have arrived since the last call, in step order."""
+        found = []
+        while self._pending and (self._pending[0].ready() or len(self._pending) > 16):
+            found.append(self._pending.popleft().values()[2] > 0)
+        return found
+
+    def log(self, step: int, save_seconds: float) -> None:
+        """Write the record of `step`: its own loss, norm and rate (so that a resumed run writes the same), and this session's speed."""
+        reading = self._last
+        if reading is None or reading.step != step:
+            raise RuntimeError(f"no reading of step {step}")
+        loss_sum, norm, _ = reading.values()
+        loss = sum(self.mesh.gather(loss_sum)) / max(1, reading.valid)
+        sources = self._sources(step)
+        seconds = time.monotonic() - (self._started or time.monotonic())
+        session_tokens = self.data.tokens_before(step) - self.data.tokens_before(self.first_step)
+        speed = session_tokens / seconds if seconds > 0 else 0.0
+        mfu = None
+        if self.flops_per_token and self.peak_flops:
+            mfu = speed * self.flops_per_token / (self.peak_flops * self.mesh.world_size)
+        record = {
+            "tokens": self.data.tokens_before(step),
+            "loss": loss,
+            "lr": reading.rate,
+            "grad_norm": norm,
+            "tokens_per_second": round(speed, 1),
+            "mfu": mfu,
+            "memory_gb": round(self._memory(), 4),
+            "wait_data_seconds": round(self._wait_data, 4),
+            "wait_save_seconds": round(save_seconds, 4),
+            "sources": sources,
+        }
+        self.metrics.write("step", step, **record)
+        left = seconds / max(1, step - self.first_step) * (self.total_steps - step)
+        self.line.say(step_line({"step": step, **record}, self.total_steps, left))
+
+    def _sources(self, step: int) -> dict[str, dict[str, float | None]]:
+        """Tokens and passes of each source up to `step`, and its loss since the last record (null for a single source: it is the loss)."""
+        totals = torch.stack([self._source_loss, self._source_valid]).tolist()
+        losses, valids = ([sum(column) for column in zip(*part, strict=True)] for part in zip(*self.mesh.gather(totals), strict=True))
+        self._source_loss.zero_()
+        self._source_valid.zero_()
+        drawn = self.data.source_tokens(step)
+        return {
+            name: {
+                "tokens": drawn[name]["tokens"],
+                "passes": drawn[name]["passes"],
+                "loss": losses[index] / valids[index] if valids[index] else None,
+            }
+            for index, name in enumerate(self.data.source_names)
+        }
+
+    def _memory(self) -> float:
+        """Peak memory of this process in GB: allocated on a GPU, resident on the CPU."""
+        if self.mesh.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.mesh.device) / 1e9
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9

@@ -1,0 +1,341 @@
+"""fit(): the only training loop. A stage hands it a model, data, an objective and services; the loop gives exact steps, saves and stops."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from argonne.config import Recipe
+from argonne.parallel.mesh import Mesh
+from argonne.train import checkpoint, optim
+from argonne.train.guard import Diverged, NonFinitePolicy, StopWatch
+from argonne.train.metrics import MetricsLog, ProgressLine
+from argonne.train.precision import Precision
+from argonne.train.run import COMPLETE, STOPPED, RunFolder
+from argonne.train.schedule import learning_rate
+from argonne.train.telemetry import Telemetry
+
+MicroBatch = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What an objective returns for one micro-batch: the loss summed over its valid tokens, and each row's share where sources are told apart."""
+
+    total: torch.Tensor
+    rows: torch.Tensor | None = None
+
+
+Objective = Callable[[nn.Module, MicroBatch], Loss]
+
+
+@dataclass(frozen=True)
+class Services:
+    """What a stage gives beside data and loss. All but `export` and `checkpoint_files` are telemetry: a failure there is recorded, never fatal."""
+
+    export: Callable[[nn.Module, Path], None]
+    checkpoint_files: Callable[[Path], None]
+    held_out: Callable[[nn.Module], dict[str, Any]] | None = None
+    sample: Callable[[nn.Module], str] | None = None
+    banner: Callable[[nn.Module], list[str]] = lambda model: []
+
+
+@dataclass
+class Progress:
+    """Where the run stands; what state.json holds beside data and config."""
+
+    step: int = 0
+    best_held_out: float | None = None
+    best_step: int | None = None
+    skipped: int = 0
+    scaler: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a session ended: `reason` is "complete" or why it stopped."""
+
+    step: int
+    reason: str
+
+    @property
+    def complete(self) -> bool:
+        return self.reason == "complete"
+
+
+class Trainer:
+    """One session of one run. Everything it needs is given; it opens nothing but the metrics of its own run folder."""
+
+    def __init__(
+        self,
+        *,
+        recipe: Recipe,
+        run: RunFolder,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        data: Any,
+        mesh: Mesh,
+        objective: Objective,
+        services: Services,
+        metrics: MetricsLog,
+        watch: StopWatch,
+        total_steps: int,
+        micro_rows: int,
+        progress: Progress,
+        state: Callable[[int], dict[str, Any]],
+    ) -> None:
+        self.recipe, self.run, self.model, self.optimizer, self.data = recipe, run, model, optimizer, data
+        self.mesh, self.objective, self.services, self.watch = mesh, objective, services, watch
+        self.total_steps, self.progress, self._state = total_steps, progress, state
+        self.metrics = metrics
+        self.line = ProgressLine(total_steps, progress.step, enabled=mesh.is_main)
+        self.telemetry = Telemetry(recipe, data, mesh, metrics, self.line, total_steps, progress.step)
+        self.precision = Precision(recipe.train.precision, mesh.device, progress.scaler)
+        self.policy = NonFinitePolicy(recipe.optim.max_skipped)
+        self.loader = data.loader(mesh.rank, mesh.world_size, micro_rows, pin_memory=mesh.device.type == "cuda")
+        self._random = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()) or bool(
+            getattr(getattr(model, "config", None), "attention_dropout", 0)
+        )
+        self._last_save, self._last_saved_step = time.monotonic(), progress.step
+        self._save_seconds = 0.0
+
+    def fit(self, stop_after: int | None = None) -> Outcome:
+        """Train to the end, or until a request to stop; always leaves a complete checkpoint behind. Raises Diverged past the non-finite limit.
+
+        `stop_after`: end this session after that many completed steps, as a request to stop would.
+        """
+        first = self.progress.step
+        self._check_first_rate(first)
+        try:
+            upcoming = self._fetch(first) if first < self.total_steps else None
+            while self.progress.step < self.total_steps and upcoming is not None:
+                batch, valid, stop, save = upcoming()
+                if stop:
+                    return self._stop(self.watch.reason() or "another worker was asked to stop")
+                if save:
+                    self._save()
+                upcoming = self._step(batch, valid)
+                self._after_step()
+                if stop_after is not None and self.progress.step >= stop_after < self.total_steps:
+                    return self._stop(f"asked to stop after step {stop_after}")
+            return self._finish()
+        finally:
+            self.loader.close()
+            self.line.close()
+
+    def _check_first_rate(self, step: int) -> None:
+        """The rate about to be applied is the requested curve's, whatever a restored state says."""
+        if step >= self.total_steps:
+            return
+        expected = learning_rate(step, self.total_steps, self.recipe.optim, self.recipe.schedule)
+        self._set_rate(step)
+        found = self.optimizer.param_groups[0]["lr"]
+        if found != expected:
+            raise RuntimeError(f"the rate of the first step is {found}, the schedule says {expected}")
+
+    def _set_rate(self, step: int) -> float:
+        rate = learning_rate(step, self.total_steps, self.recipe.optim, self.recipe.schedule)
+        optim.set_learning_rate(self.optimizer, rate)
+        return rate
+
+    def _fetch(self, step: int) -> Callable[[], tuple[Any, int, bool, bool]]:
+        """Take the batch of `step` and start agreeing on it: valid tokens of all ranks, whether any wants to stop, whether a save is due by time."""
+        batch = self.loader.batch(step)
+        self.telemetry.waited_for_data(batch.waited_seconds)
+        minutes = self.recipe.checkpoint.every_minutes
+        due = self.mesh.is_main and minutes > 0 and time.monotonic() - self._last_save >= 60 * minutes and self._last_saved_step != step
+        agreed = self.mesh.sum_later([batch.valid_tokens, int(self.watch.reason() is not None), int(due)])
+
+        def wait() -> tuple[Any, int, bool, bool]:
+            valid, stop, save = agreed()
+            return batch, valid, bool(stop), bool(save)
+
+        return wait
+
+    def _step(self, batch: Any, valid: int) -> Callable[[], tuple[Any, int, bool, bool]] | None:
+        """One optimizer step; returns the next batch, fetched while the device works on this one."""
+        step = batch.step
+        rate = self._set_rate(step)
+        if self._random:
+            torch.manual_seed(self._seed_of(step))
+        loss = self._backward(batch, valid)
+        upcoming = self._fetch(step + 1) if step + 1 < self.total_steps else None
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        self.precision.unscale(self.optimizer)
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        if self.recipe.optim.grad_clip > 0:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.recipe.optim.grad_clip, norm)
+        skipped = self.precision.step(self.optimizer, norm)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.telemetry.observe(step + 1, loss, norm, skipped, rate, valid)
+        self.progress.step = step + 1
+        self.line.advance()
+        return upcoming
+
+    def _backward(self, batch: Any, valid: int) -> torch.Tensor:
+        """Gradient of (sum over valid tokens) / (valid tokens of the whole global batch); returns this rank's loss sum.
+
+        Data-parallel reduction averages over ranks, hence the factor of the world size.
+        """
+        scale = self.mesh.world_size / max(1, valid)
+        total = torch.zeros((), device=self.mesh.device, dtype=torch.float32)
+        last = len(batch.micro_batches) - 1
+        for index, cpu_batch in enumerate(batch.micro_batches):
+            micro = {name: tensor.to(self.mesh.device, non_blocking=True) for name, tensor in cpu_batch.items()}
+            with self._gradient_sync(index == last), self.precision.autocast():
+                loss = self.objective(self.model, micro)
+                scaled = self.precision.scale(loss.total * scale)
+            with self._gradient_sync(index == last):
+                scaled.backward()
+            total += loss.total.detach()
+            self.telemetry.observe_rows(loss.rows, batch.sources[index], micro["shift_labels"])
+        return total
+
+    def _gradient_sync(self, wanted: bool) -> contextlib.AbstractContextManager[Any]:
+        no_sync = getattr(self.model, "no_sync", None)
+        return contextlib.nullcontext() if wanted or no_sync is None else no_sync()
+
+    def _seed_of(self, step: int) -> int:
+        """Randomness is a function of (seed, step, this rank's first sample): nothing random is stored."""
+        sample = self.data.samples_before(step) + self.data.rows(step) * self.mesh.rank // self.mesh.world_size
+        return (self.recipe.seed * 0x9E3779B97F4A7C15 + step * 0xC2B2AE3D27D4EB4F + sample * 0x165667B19E3779F9) % 2**63
+
+    def _after_step(self) -> None:
+        recipe, step = self.recipe, self.progress.step
+        for skipped in self.telemetry.readings():
+            self.policy.observe(skipped)
+            if skipped:
+                self.progress.skipped += 1
+                self.metrics.write("skip", step, in_a_row=self.policy.in_a_row)
+        if self.policy.exceeded():
+            newest = checkpoint.newest_complete(self.run.path, self.line.say)
+            raise Diverged(
+                f"{self.policy.in_a_row} steps in a row had a non-finite gradient (optim.max_skipped = {self.policy.limit}); "
+                f"the last good checkpoint is {newest.path if newest else 'none'}: resume it with a lower rate"
+            )
+        first_of_session = self.telemetry.first_step
+        if step == first_of_session + 1:
+            for text in self.services.banner(self.model):
+                self.line.say(text)
+        if step % recipe.log.every_steps == 0 or step in (first_of_session + 1, self.total_steps):
+            self.telemetry.log(step, self._save_seconds)
+            self.run.heartbeat()
+        due = recipe.eval.every_steps > 0 and step % recipe.eval.every_steps == 0
+        if due and step < self.total_steps:
+            self._held_out()
+        if recipe.checkpoint.every_steps > 0 and step % recipe.checkpoint.every_steps == 0 and step < self.total_steps:
+            self._save()
+
+    def _held_out(self) -> None:
+        if self.services.held_out is None:
+            return
+        found = self._telemetry_call("held_out", self.services.held_out)
+        if not found:
+            return
+        step = self.progress.step
+        self.metrics.write("held_out", step, **found)
+        bits = f", {found['bits_per_byte']:.4f} bits per byte" if found.get("bits_per_byte") is not None else ""
+        self.line.say(f"step {step}: held-out loss {found['loss']:.4f}{bits} ({found['tokens']:,} tokens)")
+        if self.progress.best_held_out is None or found["loss"] < self.progress.best_held_out:
+            self.progress.best_held_out, self.progress.best_step = found["loss"], step
+
+    def _telemetry_call(self, name: str, function: Callable[[nn.Module], Any]) -> Any:
+        """Run evaluation or sampling on the main rank, outside collectives; a failure is recorded and training goes on."""
+        if not self.mesh.is_main:
+            return None
+        model = getattr(self.model, "module", self.model)
+        was_training = model.training
+        model.eval()
+        # Training draws its own seeds, but a user's code may not: leave the generators as they were.
+        with torch.random.fork_rng(devices=[self.mesh.device] if self.mesh.device.type == "cuda" else []):
+            try:
+                with torch.no_grad(), self.precision.autocast():
+                    return function(model)
+            except Exception as error:
+                self.line.say(f"warning: {name} failed and is left out at step {self.progress.step}: {type(error).__name__}: {error}")
+                self.metrics.write("warning", self.progress.step, message=f"{name} failed: {type(error).__name__}: {error}")
+                return None
+            finally:
+                model.train(was_training)
+
+    def _save(self, *, final: bool = False) -> bool:
+        """Write a checkpoint at the current step. A full disk or a non-finite weight is told and survived, except at the end of the run."""
+        step, start = self.progress.step, time.monotonic()
+        if self._last_saved_step == step and checkpoint.checkpoint_path(self.run.path, step).exists():
+            return True
+        plain = getattr(self.model, "module", self.model)
+        self.progress.scaler = self.precision.state()
+        try:
+            checkpoint.check_finite(plain)
+            tensors = checkpoint.run_tensors(plain, self.optimizer)
+            saved = checkpoint.save_checkpoint(
+                self.run.path, step, tensors, self._state(step), self.mesh, add_files=self.services.checkpoint_files
+            )
+        except (OSError, checkpoint.NonFiniteWeights) as error:
+            self.metrics.write("warning", step, message=f"checkpoint not written: {error}")
+            self.line.say(f"warning: no checkpoint at step {step}: {error}. The earlier ones are untouched.")
+            self._last_save = time.monotonic()
+            if final:
+                raise
+            return False
+        seconds = time.monotonic() - start
+        self._save_seconds += seconds
+        self._last_save, self._last_saved_step = time.monotonic(), step
+        self.metrics.write("checkpoint", step, path=saved.path.name, seconds=round(seconds, 3))
+        self.line.say(f"saved {saved.path} in {seconds:.1f} s")
+        if self.mesh.is_main:
+            checkpoint.prune(self.run.path, self.recipe.checkpoint, self.progress.best_step, self.line.say)
+        self._sample()
+        return True
+
+    def _sample(self) -> None:
+        prompt = self.recipe.checkpoint.sample_prompt
+        if self.services.sample is None or not prompt:
+            return
+        text = self._telemetry_call("sampling", self.services.sample)
+        if text is not None:
+            self.run.add_sample(self.progress.step, prompt, text)
+            self.metrics.write("sample", self.progress.step, prompt=prompt, text=text)
+            self.line.say(f"sample: {prompt}{text}")
+
+    def _stop(self, reason: str) -> Outcome:
+        self._save(final=True)
+        if self.mesh.is_main:
+            self._mark(STOPPED, reason)
+            self.metrics.write("stop", self.progress.step, reason=reason)
+        self.mesh.barrier()
+        return Outcome(self.progress.step, reason)
+
+    def _finish(self) -> Outcome:
+        self._held_out()
+        self._save(final=True)
+        if self.mesh.is_main:
+            self.services.export(getattr(self.model, "module", self.model), self.run.path / "final_model")
+            self._mark(COMPLETE, "complete")
+            self.metrics.write("complete", self.progress.step)
+        self.mesh.barrier()
+        return Outcome(self.progress.step, "complete")
+
+    def _mark(self, name: str, reason: str) -> None:
+        from argonne.recipe import to_tree
+        from argonne.train.run import config_hash
+
+        self.run.write_marker(name, step=self.progress.step, reason=reason, config_hash=config_hash(to_tree(self.recipe)))
+
+
+def next_token(model: nn.Module, micro: MicroBatch) -> Loss:
+    """Cross-entropy of the next token, summed over the labels that are not -100."""
+    return Loss(model(**micro, use_cache=False, loss_reduction="sum").loss)
+
+
+def next_token_by_row(model: nn.Module, micro: MicroBatch) -> Loss:
+    """The same, with each row's share: for runs that report the loss of each source."""
+    output = model(**micro, use_cache=False, loss_reduction="sum", return_token_log_probs=True)
+    return Loss(output.loss, -output.token_log_probs.detach().sum(dim=1))
