@@ -1,0 +1,112 @@
+"""Recipes: what is accepted, what is refused, and that what is written reads back the same."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from argonne import recipe
+from argonne.config import CheckpointSection, Recipe
+from argonne.errors import InputError
+
+MINIMAL = """
+[model]
+preset = "nano-3.0"
+[data]
+sources = [{ path = "tokens" }]
+sequence_length = 256
+[batch]
+tokens_per_step = 2048
+[schedule]
+decay = 0.2
+[train]
+steps = 10
+"""
+
+
+@pytest.fixture()
+def path(tmp_path: Path) -> Path:
+    (tmp_path / "mine.toml").write_text(MINIMAL)
+    return tmp_path / "mine.toml"
+
+
+def test_a_saved_recipe_reads_back_the_same(path: Path, tmp_path: Path) -> None:
+    first = recipe.load_recipe(str(path), {"optim.betas": "[0.8, 0.99]", "stop.wall_time": "90m", "batch.steps": "[{ step = 4, tokens_per_step = 4096 }]"})
+    (tmp_path / "saved.toml").write_text(recipe.to_toml(first))
+    assert recipe.load_recipe(str(tmp_path / "saved.toml")) == first
+
+
+@given(st.text())
+def test_any_prompt_survives_being_saved(prompt: str) -> None:
+    tree = recipe.tomllib.loads(recipe.to_toml(dataclasses.replace(Recipe(), checkpoint=CheckpointSection(sample_prompt=prompt))))
+    assert tree["checkpoint"]["sample_prompt"] == prompt
+
+
+def test_every_key_has_a_meaning() -> None:
+    assert [name for name, item in recipe.all_keys().items() if len(item.metadata["meaning"]) < 8] == []
+
+
+def test_the_preset_fills_the_model_and_given_fields_win(path: Path) -> None:
+    model = recipe.load_recipe(str(path), {"model.hidden_size": "64", "model.num_hidden_layers": "6"}).model
+    assert (model.hidden_size, model.head_dim, model.final_logit_softcapping) == (64, 32, 15.0)
+    assert model.layer_types == ("full_attention", "sliding_attention") * 3
+
+
+def test_a_base_is_merged_below_and_a_circle_is_refused(path: Path, tmp_path: Path) -> None:
+    (tmp_path / "top.toml").write_text('base = "mine.toml"\n[optim]\nlr = 0.5\n')
+    found = recipe.load_recipe(str(tmp_path / "top.toml"))
+    assert (found.optim.lr, found.train.steps) == (0.5, 10)
+    (tmp_path / "mine.toml").write_text('base = "top.toml"\n')
+    with pytest.raises(InputError, match="circle"):
+        recipe.load_recipe(str(tmp_path / "top.toml"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("optim.lrr", "1", "did you mean 'optim.lr'"),
+        ("lr", "1", "did you mean 'optim.lr'"),
+        ("optim.lr", "fast", "optim.lr: found 'fast', expected a number"),
+        ("optim.lr", "-1", "expected more than 0"),
+        ("train.steps", "1.5", "train.steps: found 1.5"),
+        ("data.order", "random", "expected one of 'sequential', 'shuffled'"),
+        ("model.preset", "nano-3", "did you mean 'nano-3.0'"),
+        ("model.num_key_value_heads", "3", "expected a multiple of model.num_key_value_heads = 3"),
+        ("model.head_dim", "31", "expected an even number"),
+        ("model.layer_types", '["full_attention"]', "found 1 entries"),
+        ("model.sliding_window", "0", "model.sliding_window: not set"),
+        ("batch.tokens_per_step", "2000", "expected a multiple of the sequence length 256"),
+        ("train.tokens", "5", "found steps and tokens, expected exactly one"),
+        ("schedule.min_lr", "1e-5", None),
+        ("data.input", '["*.txt"]', "data.sources and data.input are both set"),
+        ("batch.micro", "big", 'expected "auto" or a number'),
+    ],
+)
+def test_bad_values_are_refused_with_the_key_and_what_would_do(path: Path, key: str, value: str, message: str | None) -> None:
+    if message is None:
+        recipe.load_recipe(str(path), {key: value})
+        return
+    with pytest.raises(InputError) as caught:
+        recipe.load_recipe(str(path), {key: value})
+    assert message in str(caught.value)
+
+
+def test_wsd_without_decay_is_refused_and_an_explicit_zero_is_taken(path: Path) -> None:
+    path.write_text(MINIMAL.replace("decay = 0.2", ""))
+    with pytest.raises(InputError, match=r"schedule\.decay: not set"):
+        recipe.load_recipe(str(path))
+    assert recipe.load_recipe(str(path), {"schedule.decay": "0"}).schedule.decay == 0
+
+
+def test_an_unknown_recipe_name_suggests_the_nearest() -> None:
+    with pytest.raises(InputError, match=r"did you mean 'nano-3\.0'"):
+        recipe.load_recipe("nano-3.O")
+
+
+def test_differences_name_each_changed_key() -> None:
+    old, new = {"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 1, "c": 4}, "e": 5}
+    assert recipe.differences(old, new) == {"a.c": (2, 4), "d": (3, None), "e": (None, 5)}
