@@ -1,0 +1,282 @@
+"""Sample i -> (source, window): pure arithmetic over an immutable list of phases.
+
+A phase fixes the mixture, the row length, the order and where each source starts; the last phase holds until the next begins. Sources are
+chosen by exact integer arithmetic, so that after any number of samples each source has had its share to within a row or two, and exactly
+its share after each multiple of the sum of the (integer) weights. Nothing here reads a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
+from math import gcd, lcm
+from typing import Any
+
+import numpy as np
+
+from argonne.data.windows import Position, RowKey, Rows, SourceWindows
+from argonne.errors import InputError
+
+STATE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class PhaseSource:
+    """A source in a phase: which tokens (fingerprint), their share (an exact fraction as text), and where reading starts."""
+
+    name: str
+    fingerprint: str
+    weight: str
+    start: Position
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What holds from `first_step` (and `first_sample`) on. Never changed once a step of it was trained."""
+
+    first_step: int
+    first_sample: int
+    rows: int
+    sequence_length: int
+    order: str
+    documents: str
+    document_mask: bool
+    seed: int
+    sources: tuple[PhaseSource, ...]
+
+    def definition(self) -> dict[str, Any]:
+        """Everything but where it begins: two phases with equal definitions draw alike."""
+        tree = asdict(self)
+        for name in ("first_step", "first_sample"):
+            del tree[name]
+        for source in tree["sources"]:
+            del source["start"], source["name"]
+        return tree
+
+
+def phase_from_json(tree: dict[str, Any]) -> Phase:
+    sources = tuple(PhaseSource(**{**source, "start": Position(**source["start"])}) for source in tree["sources"])
+    return Phase(**{**tree, "sources": sources})
+
+
+def exact_weight(weight: float) -> str:
+    """A weight as the exact fraction that its decimal digits say. Raises InputError below zero."""
+    value = Fraction(str(weight))
+    if value < 0:
+        raise InputError(f"data.sources: weight {weight}, expected zero or more")
+    return str(value)
+
+
+def integer_weights(weights: Sequence[str]) -> list[int]:
+    """The smallest whole numbers in the proportion of the weights. Raises InputError when all are zero."""
+    fractions = [Fraction(weight) for weight in weights]
+    if not any(fractions):
+        raise InputError("data.sources: every weight is zero, expected at least one above")
+    scale = lcm(*(value.denominator for value in fractions))
+    whole = [int(value * scale) for value in fractions]
+    divisor = gcd(*whole)
+    return [value // divisor for value in whole]
+
+
+def counts(weights: Sequence[int], samples: int) -> list[int]:
+    """How many of the first `samples` samples each source has had. They sum to `samples`."""
+    if len(weights) == 1:
+        return [samples]
+    half = len(weights) // 2
+    left, right = weights[:half], weights[half:]
+    total = sum(left) + sum(right)
+    first = samples * sum(left) // total if total else 0
+    return counts(left, first) + counts(right, samples - first)
+
+
+def deal(weights: Sequence[int], start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+    """For samples start .. stop-1: (source index, how many earlier samples that source has had), both int64."""
+    source = np.zeros(stop - start, dtype=np.int64)
+    draw = np.zeros(stop - start, dtype=np.int64)
+    _deal(weights, 0, start, stop, np.arange(stop - start), source, draw)
+    return source, draw
+
+
+def _deal(weights: Sequence[int], number: int, start: int, stop: int, where: np.ndarray, source: np.ndarray, draw: np.ndarray) -> None:
+    if start == stop:
+        return
+    if len(weights) == 1:
+        source[where] = number
+        draw[where] = np.arange(start, stop)
+        return
+    half = len(weights) // 2
+    left, total = sum(weights[:half]), sum(weights)
+    first, rest = divmod(start * left, total) if total else (0, 0)
+    small = left * (stop - start + 1) + rest < 1 << 62
+    steps = np.arange(stop - start + 1, dtype=np.int64 if small else object)
+    reached = first + ((rest + steps * left) // max(total, 1)).astype(np.int64)
+    goes_left = np.diff(reached) == 1
+    _deal(weights[:half], number, int(reached[0]), int(reached[-1]), where[goes_left], source, draw)
+    _deal(weights[half:], number + half, start - int(reached[0]), stop - int(reached[-1]), where[~goes_left], source, draw)
+
+
+@dataclass(frozen=True)
+class GlobalRows:
+    """The rows of a run of samples in order: source of each, and the pieces of tokens it is made of."""
+
+    source: np.ndarray
+    rows: Rows
+    epoch: np.ndarray
+
+    def part(self, start: int, stop: int) -> GlobalRows:
+        return GlobalRows(self.source[start:stop], self.rows.part(start, stop), self.epoch[start:stop])
+
+    @staticmethod
+    def joined(parts: Sequence[GlobalRows]) -> GlobalRows:
+        if len(parts) == 1:
+            return parts[0]
+        count = sum(len(part.source) for part in parts)
+        whole = GlobalRows(np.zeros(count, np.int64), Rows.empty(count), np.zeros(count, np.int64))
+        first = 0
+        for part in parts:
+            where = np.arange(first, first + len(part.source))
+            whole.source[where], whole.epoch[where] = part.source, part.epoch
+            whole.rows.put(where, part.rows)
+            first += len(where)
+        return whole
+
+
+class Mixture:
+    """Phases over opened sources. `windows` has one entry a source name that any phase uses."""
+
+    def __init__(
+        self,
+        phases: Sequence[Phase],
+        windows: dict[str, SourceWindows],
+        max_epochs: dict[str, float] | None = None,
+        carried: tuple[int, dict[str, Position]] | None = None,
+    ) -> None:
+        """`carried`: (step, positions) of a checkpoint, so that sources that are no longer open need not be."""
+        self.phases = list(phases)
+        self.windows = windows
+        self.max_epochs = max_epochs or {}
+        self.carried_step, self.carried = carried or (0, {})
+        self._last_samples: dict[int, int] = {}
+
+    def phase_at(self, step: int) -> Phase:
+        return next(phase for phase in reversed(self.phases) if phase.first_step <= step)
+
+    def samples_before(self, step: int) -> int:
+        """Rows of the global batches of all steps before `step`."""
+        phase = self.phase_at(step)
+        return phase.first_sample + (step - phase.first_step) * phase.rows
+
+    def tokens_before(self, step: int) -> int:
+        return sum(length * phase.rows * phase.sequence_length for phase, length in self._spans(step))
+
+    def _spans(self, step: int) -> Iterator[tuple[Phase, int]]:
+        """Each phase that begins before `step` with the steps of it that lie before `step`."""
+        for number, phase in enumerate(self.phases):
+            until = min([step, *(following.first_step for following in self.phases[number + 1 : number + 2])])
+            if until > phase.first_step:
+                yield phase, until - phase.first_step
+
+    def locate(self, phase: Phase, start: int, stop: int) -> GlobalRows:
+        """Where samples start .. stop-1 of `phase` (global sample numbers) lie, whatever `max_epochs` says (see `last_sample`)."""
+        weights = integer_weights([source.weight for source in phase.sources])
+        chosen, draw = deal(weights, start - phase.first_sample, stop - phase.first_sample)
+        rows = Rows.empty(stop - start)
+        epochs = np.zeros(stop - start, dtype=np.int64)
+        for number, source in enumerate(phase.sources):
+            mine = np.nonzero(chosen == number)[0]
+            if len(mine):
+                part, epoch = self.windows[source.fingerprint].locate(phase_key(phase), source.start, draw[mine])
+                rows.put(mine, part)
+                epochs[mine] = epoch
+        return GlobalRows(chosen, rows, epochs)
+
+    def _over_limit(self, phase: Phase, samples: int) -> str | None:
+        """Why `samples` samples of `phase` are too many: the first source that would be read more often than its `max_epochs`."""
+        weights = integer_weights([source.weight for source in phase.sources])
+        for source, count in zip(phase.sources, counts(weights, samples), strict=True):
+            limit = self.max_epochs.get(source.fingerprint)
+            if limit is None or count == 0:
+                continue
+            passes = self.windows[source.fingerprint].passes(phase_key(phase), source.start, count)
+            if passes > limit + 1e-9:
+                return (
+                    f"data.sources: {source.name} would be read {passes:.3f} times, its max_epochs is {limit:g}; "
+                    f"give it less weight, train fewer steps, or raise max_epochs"
+                )
+        return None
+
+    def check_rows(self, phase: Phase, stop: int) -> None:
+        """Raise InputError when the samples of `phase` before global sample `stop` read a source more often than its `max_epochs`."""
+        last = self._last_samples.get(phase.first_step)
+        if last is None:
+            low, high = 0, 1
+            while high < 1 << 62 and self._over_limit(phase, high) is None:
+                low, high = high, high * 2
+            while high - low > 1:
+                middle = (low + high) // 2
+                low, high = (low, middle) if self._over_limit(phase, middle) else (middle, high)
+            last = self._last_samples[phase.first_step] = phase.first_sample + low
+        if stop > last:
+            raise InputError(self._over_limit(phase, stop - phase.first_sample) or "data.sources: read too often")
+
+    def check_steps(self, steps: int) -> None:
+        """Raise InputError when a run of `steps` steps would read a source more often than its `max_epochs`."""
+        for phase, length in self._spans(steps):
+            if reason := self._over_limit(phase, length * phase.rows):
+                raise InputError(reason)
+
+    def positions(self, step: int) -> dict[str, Position]:
+        """Where each source that was ever read stands before `step` (at or after the checkpoint's step), by fingerprint."""
+        found = dict(self.carried)
+        for phase, length in self._spans(step):
+            if phase.first_step + length > self.carried_step:
+                found |= advance(phase, length * phase.rows, self.windows)
+        return found
+
+    def draws(self, step: int) -> dict[str, tuple[int, int]]:
+        """(rows, tokens) that each source has given before `step`, by fingerprint."""
+        found: dict[str, tuple[int, int]] = {}
+        for phase, length in self._spans(step):
+            weights = integer_weights([source.weight for source in phase.sources])
+            for source, count in zip(phase.sources, counts(weights, length * phase.rows), strict=True):
+                rows, tokens = found.get(source.fingerprint, (0, 0))
+                found[source.fingerprint] = (rows + count, tokens + count * phase.sequence_length)
+        return found
+
+    def passes(self, step: int) -> dict[str, float]:
+        """Passes over each source before `step`, by fingerprint."""
+        phase = self.phase_at(step)
+        samples = (step - phase.first_step) * phase.rows
+        weights = integer_weights([source.weight for source in phase.sources])
+        return {
+            source.fingerprint: self.windows[source.fingerprint].passes(phase_key(phase), source.start, count)
+            for source, count in zip(phase.sources, counts(weights, samples), strict=True)
+        }
+
+    def rows_available(self) -> int:
+        """Samples that the first phase's mixture can draw before one source has been read once."""
+        phase = self.phases[0]
+        weights = integer_weights([source.weight for source in phase.sources])
+        available = [
+            self.windows[source.fingerprint].rows_left(phase_key(phase), replace(source.start, used=0)) for source in phase.sources
+        ]
+        low, high = 0, sum(available) + 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            fits = all(count <= room for count, room in zip(counts(weights, middle), available, strict=True))
+            low, high = (middle, high) if fits else (low, middle)
+        return low
+
+
+def phase_key(phase: Phase) -> RowKey:
+    return RowKey(phase.sequence_length, phase.order, phase.documents, phase.seed)
+
+
+def advance(phase: Phase, samples: int, windows: dict[str, SourceWindows]) -> dict[str, Position]:
+    """Where the sources of `phase` stand after `samples` samples of it, by fingerprint."""
+    weights = integer_weights([source.weight for source in phase.sources])
+    return {
+        source.fingerprint: windows[source.fingerprint].advance(phase_key(phase), source.start, count)
+        for source, count in zip(phase.sources, counts(weights, samples), strict=True)
+    }

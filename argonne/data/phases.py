@@ -1,0 +1,134 @@
+"""The phases of a run: history as a checkpoint recorded it, then what the recipe says now. History is never rewritten."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from argonne.config import BatchSection, DataSection
+from argonne.data.mixture import Mixture, Phase, PhaseSource, phase_from_json
+from argonne.data.windows import Position, SourceWindows
+from argonne.errors import InputError
+
+if TYPE_CHECKING:
+    from argonne.data.training_data import Source
+
+STATE_VERSION = 1
+# Keys whose change would reorder what was already read: refused on resume unless allowed.
+FIXED_KEYS = {"order": "data.order", "documents": "data.documents", "document_mask": "data.document_mask", "seed": "seed"}
+
+
+def batch_at(batch: BatchSection, data: DataSection, step: int) -> tuple[int, int]:
+    """(rows, sequence length) that the recipe asks for at `step`."""
+    tokens, length = batch.tokens_per_step, data.sequence_length
+    for change in sorted(batch.steps, key=lambda item: item.step):
+        if change.step <= step:
+            tokens, length = change.tokens_per_step or tokens, change.sequence_length or length
+    if tokens % length or tokens < length:
+        raise InputError(f"batch.tokens_per_step: found {tokens} at step {step}, expected a multiple of the sequence length {length}")
+    return tokens // length, length
+
+
+def lay_out(
+    data: DataSection,
+    batch: BatchSection,
+    seed: int,
+    sources: Sequence[Source],
+    windows: dict[str, SourceWindows],
+    state: dict[str, Any] | None,
+    allow: frozenset[str],
+) -> list[Phase]:
+    """Phases from step 0 on. With `state`, those before its step are kept; a recipe that differs from the last of them begins a new one."""
+    history = _history(state)
+    now = int(state["step"]) if state is not None else 0
+    if history:
+        _check_history(history, now, data, batch, seed, sources, allow)
+    phases = list(history)
+    carried = carried_positions(state)
+    for step in [now, *sorted({change.step for change in batch.steps if change.step > now})]:
+        rows, length = batch_at(batch, data, step)
+        positions = Mixture(phases, windows, carried=carried).positions(step)
+        candidate = _next_phase(data, seed, sources, phases, positions, step, rows, length)
+        if not phases or _asks(candidate) != _asks(phases[-1]):
+            phases.append(candidate)
+    return phases
+
+
+def carried_positions(state: dict[str, Any] | None) -> tuple[int, dict[str, Position]]:
+    """(step, position of every source ever read) of a checkpoint."""
+    if state is None:
+        return 0, {}
+    return int(state["step"]), {name: Position(**place) for name, place in state["positions"].items()}
+
+
+def _asks(phase: Phase) -> dict[str, Any]:
+    return {**phase.definition(), "sources": [(source.fingerprint, source.weight) for source in phase.sources]}
+
+
+def _history(state: dict[str, Any] | None) -> list[Phase]:
+    if state is None:
+        return []
+    if state.get("format_version") != STATE_VERSION:
+        raise InputError(
+            f"the checkpoint's data state has version {state.get('format_version')}, this argonne reads {STATE_VERSION}; update argonne"
+        )
+    return [phase_from_json(tree) for tree in state["phases"] if tree["first_step"] < max(int(state["step"]), 1)]
+
+
+def _next_phase(
+    data: DataSection,
+    seed: int,
+    sources: Sequence[Source],
+    phases: Sequence[Phase],
+    positions: dict[str, Position],
+    step: int,
+    rows: int,
+    length: int,
+) -> Phase:
+    first_sample = 0
+    if phases:
+        last = phases[-1]
+        first_sample = last.first_sample + (step - last.first_step) * last.rows
+        if (last.order, last.documents, last.seed) != (data.order, data.documents, seed):
+            # Another order has no common cut with the epoch underway: each source goes on with its next epoch.
+            positions = {name: Position(place.epoch + (place.used > 0), 0, 0) for name, place in positions.items()}
+    listed = []
+    for source in sources:
+        place = positions.get(source.tokens.fingerprint, Position())
+        place = dataclasses.replace(place, piece=length) if place.used == 0 else place
+        listed.append(PhaseSource(source.name, source.tokens.fingerprint, source.weight, place))
+    return Phase(step, first_sample, rows, length, data.order, data.documents, data.document_mask, seed, tuple(listed))
+
+
+def _check_history(
+    history: Sequence[Phase], now: int, data: DataSection, batch: BatchSection, seed: int, sources: Sequence[Source], allow: frozenset[str]
+) -> None:
+    last = history[-1]
+    asked = {"order": data.order, "documents": data.documents, "document_mask": data.document_mask, "seed": seed}
+    for name, key in FIXED_KEYS.items():
+        if getattr(last, name) != asked[name] and key not in allow:
+            raise InputError(
+                f"{key}: the checkpoint trained with {getattr(last, name)!r}, the recipe says {asked[name]!r}; "
+                f"restore it, or pass --allow {key}"
+            )
+    by_name = {source.name: source.fingerprint for phase in history for source in phase.sources}
+    for source in sources:
+        known = by_name.get(source.name)
+        if known not in (None, source.tokens.fingerprint) and "data.sources" not in allow:
+            raise InputError(
+                f"data.sources: {source.name} holds other tokens than the checkpoint trained on (fingerprint "
+                f"{source.tokens.fingerprint[:12]}, "
+                f"then {known[:12] if known else None}); restore them, give the new ones another name, or pass --allow data.sources"
+            )
+    for change in batch.steps:
+        if change.step < now:
+            phase = next(item for item in reversed(history) if item.first_step <= change.step)
+            expected = batch_at(batch, data, change.step)
+            if (phase.rows, phase.sequence_length) != expected and "batch.steps" not in allow:
+                raise InputError(
+                    f"batch.steps: says {expected[0]} rows of {expected[1]} at step {change.step}, but the run trained "
+                    f"{phase.rows} rows of "
+                    f"{phase.sequence_length} there; history cannot change: give the change a step from {now} on, or pass "
+                    "--allow batch.steps"
+                )

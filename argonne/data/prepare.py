@@ -1,0 +1,342 @@
+"""`argonne prepare`: files of text to a token set.
+
+The plan lists the work units once; each unit becomes its own shards, written under a temporary name and renamed; the manifest comes
+last. So the bytes do not depend on the number of workers, on the engine, or on interruptions, and running the same command again
+finishes the work.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from argonne import files
+from argonne.data import documents, engines, tokens
+from argonne.data.documents import InputFile, Unit
+from argonne.data.progress import Progress
+from argonne.data.tokenizer import load_tokenizer, train_tokenizer
+from argonne.errors import InputError
+
+PLAN = "plan.json"
+PLAN_VERSION = 1
+TOKENIZER_CHARACTERS = 500_000_000
+FAULTS = ("missing", "not-text", "empty", "invalid-utf8", "invalid-json")
+FILTERS = ("quality",)
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """Every flag of `argonne prepare`."""
+
+    input: tuple[str, ...]
+    out: Path
+    tokenizer: Path | None = None
+    train_tokenizer: int | None = None
+    bare: bool = False
+    text_column: str = "text"
+    split: str = "file"
+    filter: tuple[str, ...] = ()
+    dedup: bool = False
+    decontaminate: tuple[str, ...] = ()
+    hold_out: float = 0.0
+    bos: bool = False
+    added_tokens: str = "library"
+    format: str = "shards"
+    workers: int = 0
+    engine: str = "local"
+    part: tuple[int, int] | None = None
+    encoder: str = "auto"
+    skip_bad_shards: bool = False
+    max_drop_fraction: float = 0.1
+
+    def recipe(self) -> dict[str, Any]:
+        """The options that decide which bytes are written."""
+        names = ("text_column", "split", "dedup", "hold_out", "bos", "added_tokens", "skip_bad_shards")
+        return {
+            **{name: getattr(self, name) for name in names},
+            "input": list(self.input),
+            "filter": sorted(self.filter),
+            "decontaminate": list(self.decontaminate),
+        }
+
+
+def check_options(options: PrepareOptions) -> None:
+    """Raise InputError for a value out of range or for flags that contradict one another."""
+    if (options.tokenizer is None) == (options.train_tokenizer is None):
+        raise InputError("prepare needs exactly one of --tokenizer FOLDER and --train-tokenizer VOCABULARY")
+    if not 0.0 <= options.hold_out < 1.0:
+        raise InputError(f"--hold-out: found {options.hold_out}, expected a share from 0 to below 1")
+    if not 0.0 <= options.max_drop_fraction <= 1.0:
+        raise InputError(f"--max-drop-fraction: found {options.max_drop_fraction}, expected a share from 0 to 1")
+    if unknown := set(options.filter) - set(FILTERS):
+        raise InputError(f"--filter: found {', '.join(sorted(unknown))}, expected {', '.join(FILTERS)}")
+    if options.format not in ("shards", "train.bin"):
+        raise InputError(f"--format: found {options.format!r}, expected shards or train.bin")
+    if options.encoder not in ("auto", "tokenizers", "gigatoken"):
+        raise InputError(f"--encoder: found {options.encoder!r}, expected auto, tokenizers or gigatoken")
+    if options.workers < 0:
+        raise InputError(f"--workers: found {options.workers}, expected 0 (one a core) or more")
+    if not options.split:
+        raise InputError("--split: empty, expected file, lines, blank-lines or a separator")
+    if options.part is not None and not 1 <= options.part[0] <= options.part[1]:
+        raise InputError(f"--part: found {options.part[0]}/{options.part[1]}, expected K/N with K from 1 to N")
+
+
+def prepare(options: PrepareOptions, progress: Progress | None = None) -> Path:
+    """Write the token set `options.out` and return it. Running it again after an interruption finishes the work.
+
+    Raises InputError for wrong input, for an output folder that holds something else, and when too many rows were no documents.
+    """
+    check_options(options)
+    out = Path(options.out)
+    if (out / tokens.MANIFEST).exists():
+        return _already_complete(options, out)
+    plan = open_plan(options, out)
+    with _sole_writer(out, shared=options.part is not None):
+        records = encode_units(options, plan, out, progress)
+        if options.part is not None and len(records) < len(plan["units"]):
+            missing = len(plan["units"]) - len(records)
+            (progress or Progress("prepare", 0)).say(
+                f"part {options.part[0]}/{options.part[1]} is done; {missing} units of other parts are not yet"
+            )
+            return out
+        finish(options, plan, records, out)
+    return out
+
+
+def _already_complete(options: PrepareOptions, out: Path) -> Path:
+    manifest = tokens.read_manifest(out)
+    if manifest["recipe"] != options.recipe():
+        changed = [name for name, value in options.recipe().items() if manifest["recipe"].get(name) != value]
+        raise InputError(
+            f"{out}: holds a finished token set made with other options ({', '.join(changed)}); choose another --out or remove it"
+        )
+    if options.tokenizer is not None and load_tokenizer(options.tokenizer).fingerprint != manifest["tokenizer"]["fingerprint"]:
+        raise InputError(f"{out}: holds a finished token set of another tokenizer; choose another --out or remove it")
+    return out
+
+
+@contextmanager
+def _sole_writer(out: Path, *, shared: bool) -> Iterator[None]:
+    """Hold the folder's lock; several `--part`s hold it together. The kernel frees it when a process dies."""
+    with open(out / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"{out}: another `argonne prepare` is writing here; wait for it or end it") from None
+        yield
+
+
+def open_plan(options: PrepareOptions, out: Path) -> dict[str, Any]:
+    """The plan of `out`: the one that lies there, if it is of the same input and options, else a new one."""
+    path = out / PLAN
+    if path.exists():
+        plan: dict[str, Any] = files.read_json(path)
+        _check_plan(options, plan, out)
+        return plan
+    if out.exists() and any(
+        entry.name not in (".lock", "tokenizer") and not entry.name.startswith(files.TEMPORARY) for entry in out.iterdir()
+    ):
+        raise InputError(f"{out}: exists and holds no plan of `argonne prepare`; choose another --out or remove it")
+    found = documents.find_files(options.input)
+    cuts, bad = _cut_all(options, found)
+    out.mkdir(parents=True, exist_ok=True)
+    if options.tokenizer is not None:
+        tokenizer = load_tokenizer(options.tokenizer, options.added_tokens)
+    else:
+        tokenizer = _train(options, found, cuts, out)
+    if tokenizer.eos_id is None:
+        raise InputError(
+            f"tokenizer {tokenizer.folder}: names no end-of-text token, and each document ends with one; set "
+            "eos_token in tokenizer_config.json"
+        )
+    if options.bos and tokenizer.bos_id is None:
+        raise InputError(
+            f"tokenizer {tokenizer.folder}: names no bos_token, which --bos asks for; set it in tokenizer_config.json or leave --bos out"
+        )
+    if options.tokenizer is not None:
+        tokenizer.save(out / "tokenizer")
+    plan = {
+        "format_version": PLAN_VERSION,
+        "recipe": options.recipe(),
+        "tokenizer": {
+            "fingerprint": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+            "eos_id": tokenizer.eos_id,
+            "bos_id": tokenizer.bos_id if options.bos else None,
+            "added_tokens": options.added_tokens,
+        },
+        "files": [dataclasses.asdict(file) for file in found],
+        "bad_files": bad,
+        "units": [dataclasses.asdict(unit) for unit in cuts],
+    }
+    files.write_json(path, plan)
+    return plan
+
+
+def _cut_all(options: PrepareOptions, found: list[InputFile]) -> tuple[list[Unit], list[dict[str, str]]]:
+    target = documents.unit_bytes(found)
+    units: list[Unit] = []
+    bad: list[dict[str, str]] = []
+    for number, file in enumerate(found):
+        try:
+            pieces = documents.cut(number, file, target, options.text_column, options.split)
+        except InputError as error:
+            if not options.skip_bad_shards:
+                raise
+            bad.append({"path": file.path, "error": str(error)})
+            continue
+        units += [Unit(len(units) + index, number, start, stop) for index, (start, stop) in enumerate(pieces)]
+    if not units:
+        raise InputError(
+            f"input {', '.join(options.input)}: no file of it can be read; first: {bad[0]['error'] if bad else 'all are empty'}"
+        )
+    return units, bad
+
+
+def _train(options: PrepareOptions, found: list[InputFile], units: list[Unit], out: Path) -> Any:
+    assert options.train_tokenizer is not None
+    if not (out / "tokenizer" / "tokenizer.json").exists():
+        texts = sample_texts(found, units, options.text_column, options.split)
+        train_tokenizer(texts, options.train_tokenizer, out / "tokenizer", bare=options.bare)
+    return load_tokenizer(out / "tokenizer", options.added_tokens)
+
+
+def sample_texts(found: list[InputFile], units: list[Unit], text_column: str, split: str) -> Iterator[str]:
+    """Documents to train a tokenizer on: the same share of every unit, at most 500 million characters together."""
+    share = TOKENIZER_CHARACTERS // len(units)
+    for unit in units:
+        characters = 0
+        for batch in documents.read_unit(found[unit.file], unit, text_column, split):
+            yield from batch.texts
+            characters += batch.characters
+            if characters >= share:
+                break
+
+
+def train_tokenizer_on_files(
+    patterns: tuple[str, ...], vocab_size: int, out: Path, *, bare: bool = False, text_column: str = "text", split: str = "file"
+) -> Path:
+    """`argonne tokenizer train`: byte-level BPE on the files that the globs match."""
+    options = PrepareOptions(input=tuple(patterns), out=out, train_tokenizer=vocab_size, text_column=text_column, split=split)
+    found = documents.find_files(patterns)
+    units, _ = _cut_all(options, found)
+    return train_tokenizer(sample_texts(found, units, text_column, split), vocab_size, Path(out), bare=bare)
+
+
+def _check_plan(options: PrepareOptions, plan: dict[str, Any], out: Path) -> None:
+    if plan.get("format_version") != PLAN_VERSION:
+        raise InputError(
+            f"{out / PLAN}: version {plan.get('format_version')}, this argonne writes {PLAN_VERSION}; remove {out} and start again"
+        )
+    changed = [name for name, value in options.recipe().items() if plan["recipe"].get(name) != value]
+    if changed:
+        raise InputError(
+            f"{out}: holds unfinished work with other options ({', '.join(changed)}); use the same ones, choose another --out, or remove it"
+        )
+    if options.tokenizer is not None and load_tokenizer(options.tokenizer).fingerprint != plan["tokenizer"]["fingerprint"]:
+        raise InputError(f"{out}: holds unfinished work with another tokenizer; use the same one, choose another --out, or remove it")
+    listed = [(file["path"], file["bytes"]) for file in plan["files"]]
+    if listed != [(file.path, file.bytes) for file in documents.find_files(options.input)]:
+        raise InputError(f"{out}: the input files have changed since the work began; restore them, choose another --out, or remove it")
+
+
+def unit_weights(plan: dict[str, Any]) -> list[int]:
+    """Input bytes of each unit, for the progress line."""
+    count: dict[int, int] = {}
+    for unit in plan["units"]:
+        count[unit["file"]] = count.get(unit["file"], 0) + 1
+    return [plan["files"][unit["file"]]["bytes"] // count[unit["file"]] for unit in plan["units"]]
+
+
+def encode_units(options: PrepareOptions, plan: dict[str, Any], out: Path, progress: Progress | None) -> dict[int, dict[str, Any]]:
+    """Encode what is not yet there of this part; the records of all finished units by unit number."""
+    from argonne.data import encode
+
+    weights = unit_weights(plan)
+    progress = progress or Progress("prepare", sum(weights))
+    records = encode.finished(out, len(plan["units"]))
+    for number, record in records.items():
+        progress.add(weights[number], record["documents"], record["tokens"], record["text_bytes"], fresh=False)
+    wanted = [unit["index"] for unit in plan["units"] if unit["index"] not in records]
+    if options.part is not None:
+        part, parts = options.part
+        wanted = [number for number in wanted if number % parts == part - 1]
+    job = encode.Job(str(out), options.encoder)
+    try:
+        for number, record in engines.run(options.engine, job, wanted, options.workers):
+            records[number] = record
+            progress.add(weights[number], record["documents"], record["tokens"], record["text_bytes"])
+    finally:
+        progress.close()
+    return encode.finished(out, len(plan["units"]))
+
+
+def finish(options: PrepareOptions, plan: dict[str, Any], records: dict[int, dict[str, Any]], out: Path) -> None:
+    """Write the manifest and the hash list, and remove what only the work needed."""
+    from argonne.data import encode
+
+    manifest = build_manifest(plan, [records[unit["index"]] for unit in plan["units"]])
+    bad_rows = sum(manifest["drops"].get(reason, 0) for reason in FAULTS)
+    if bad_rows > options.max_drop_fraction * max(manifest["rows"], 1):
+        raise InputError(
+            f"{out}: {bad_rows:,} of {manifest['rows']:,} rows are no documents ({describe_drops(manifest['drops'])}), more than "
+            f"--max-drop-fraction {options.max_drop_fraction}; mend the input, or raise the limit and run again: the work so far is kept"
+        )
+    if manifest["documents"] == 0:
+        raise InputError(f"{out}: no document is left of {manifest['rows']:,} rows ({describe_drops(manifest['drops']) or 'all held out'})")
+    for leftover in files.collect_temporaries(out):
+        (Progress("prepare", 0)).say(f"removed the unfinished {leftover.name}")
+    tokens.write_manifest(out, manifest)
+    encode.remove_records(out)
+    (out / PLAN).unlink(missing_ok=True)
+    files.fsync_path(out)
+
+
+def describe_drops(drops: dict[str, int]) -> str:
+    return ", ".join(f"{reason} {count:,}" for reason, count in sorted(drops.items()))
+
+
+def build_manifest(plan: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, Any]:
+    """The manifest: what is in the set, what was left out and why, what it was made from. No times, no hosts: equal input, equal bytes."""
+    sources = []
+    for number, file in enumerate(plan["files"]):
+        own = [record for record, unit in zip(records, plan["units"], strict=True) if unit["file"] == number]
+        sources.append({**file, **_totals(own)})
+    held = [record["held_out"] for record in records]
+    return {
+        "format": tokens.FORMAT,
+        "format_version": tokens.FORMAT_VERSION,
+        "dtype": tokens.dtype_for(plan["tokenizer"]["vocab_size"]),
+        "tokenizer": plan["tokenizer"],
+        **_totals(records),
+        "held_out": {
+            "share": plan["recipe"]["hold_out"],
+            **{name: sum(part[name] for part in held) for name in ("tokens", "documents", "text_bytes")},
+            "shards": [shard for part in held for shard in part["shards"]],
+        },
+        "shards": [shard for record in records for shard in record["shards"]],
+        "recipe": plan["recipe"],
+        "sources": sources,
+        "bad_files": plan["bad_files"],
+    }
+
+
+def _totals(records: list[dict[str, Any]]) -> dict[str, Any]:
+    totals: dict[str, Any] = {name: sum(record[name] for record in records) for name in ("rows", "documents", "tokens", "text_bytes")}
+    totals["held_out_documents"] = sum(record["held_out"]["documents"] for record in records)
+    drops: dict[str, int] = {}
+    for record in records:
+        for reason, count in record["drops"].items():
+            drops[reason] = drops.get(reason, 0) + count
+    return {**totals, "drops": dict(sorted(drops.items()))}
+
+
+def worker_count(requested: int, units: int) -> int:
+    return max(1, min(requested or os.cpu_count() or 1, units))

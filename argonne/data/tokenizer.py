@@ -1,0 +1,219 @@
+"""Text to token ids and back: one loader for every tokenizer file, and byte-level BPE training.
+
+`tokenizer.json` as the `tokenizers` library reads it is the truth. Nothing is downloaded and no remote code runs. Control tokens
+(`special: true`) that appear inside a text are encoded as plain text: a web page that quotes `<|endoftext|>` does not end a document.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from argonne import files
+from argonne.errors import InputError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+CONFIG_FILE = "tokenizer_config.json"
+TOKENIZER_FILE = "tokenizer.json"
+COMPANION_FILES = (CONFIG_FILE, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt")
+ADDED_TOKENS = ("library", "plain")
+END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>")
+TURN_TOKENS = ("<|im_start|>", "<|im_end|>")
+CONTENT_TOKENS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
+SPARE_TOKENS = tuple(f"<|spare_{number}|>" for number in range(16))
+BARE_TOKENS = ("<|start_of_text|>", "<pad>", "<|end_of_text|>", "<unk>", "<mask>")
+SPLIT_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+class TextTokenizer:
+    """A loaded tokenizer. `added_tokens = "plain"` makes every added token plain text inside a document, not only the control tokens."""
+
+    def __init__(self, specification: dict[str, Any], config: dict[str, Any], folder: Path, added_tokens: str = "library") -> None:
+        if added_tokens not in ADDED_TOKENS:
+            raise InputError(f"added_tokens: found {added_tokens!r}, expected {' or '.join(map(repr, ADDED_TOKENS))}")
+        self.specification = {**specification, "truncation": None, "padding": None}
+        self.config = config
+        self.folder = folder
+        self.added_tokens = added_tokens
+        self._whole = _build(self.specification, folder)
+        self._encoder = self._whole if added_tokens == "library" else _build(self.text_specification, folder)
+        self._encoder.encode_special_tokens = True
+        self.vocab_size: int = self._whole.get_vocab_size(with_added_tokens=True)
+        self.bos_id = self._named("bos_token", ())
+        self.eos_id = self._named("eos_token", END_OF_TEXT)
+        self.pad_id = self._named("pad_token", ())
+
+    @property
+    def text_specification(self) -> dict[str, Any]:
+        """The tokenizer.json that sees no control token in a text: what an encoder without `encode_special_tokens` must be built from."""
+        kept = [token for token in self.specification.get("added_tokens", []) if self.added_tokens == "library" and not token["special"]]
+        return {**self.specification, "added_tokens": kept, "post_processor": None}
+
+    def _named(self, role: str, candidates: Sequence[str]) -> int | None:
+        value = self.config.get(role)
+        content = value.get("content") if isinstance(value, dict) else value
+        for name in (content, *candidates):
+            if name is not None and (token_id := self._whole.token_to_id(name)) is not None:
+                return int(token_id)
+            if name is not None and name == content:
+                raise InputError(
+                    f"{self.folder}: {CONFIG_FILE} names the {role} {name!r}, which is not in {TOKENIZER_FILE}; mend one of them"
+                )
+        return None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of the canonical tokenizer.json: equal ids for equal text, wherever the folder lies."""
+        return files.fingerprint(self.specification)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of one text, without BOS or EOS."""
+        return list(self._encoder.encode(text, add_special_tokens=False).ids)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of each text as uint32, on the threads `tokenizers` is allowed."""
+        encodings = self._encoder.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+
+    def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool = False) -> str:
+        return str(self._whole.decode([int(token) for token in ids], skip_special_tokens=skip_special_tokens))
+
+    def token_to_id(self, token: str) -> int | None:
+        token_id: int | None = self._whole.token_to_id(token)
+        return token_id
+
+    @cached_property
+    def token_bytes(self) -> np.ndarray:
+        """(vocab_size,) int32: bytes of text that each id stands for; control tokens stand for none. For bits per byte."""
+        sizes = np.zeros(self.vocab_size, dtype=np.int32)
+        byte_level = "ByteLevel" in json.dumps([self.specification.get("pre_tokenizer"), self.specification.get("decoder")])
+        for token, token_id in self._whole.get_vocab(with_added_tokens=False).items():
+            if byte_level:
+                sizes[token_id] = len(token)
+            elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+                sizes[token_id] = 1
+            else:
+                sizes[token_id] = len(token.replace("▁", " ").encode())
+        for token_id, added in self._whole.get_added_tokens_decoder().items():
+            sizes[token_id] = 0 if added.special else len(added.content.encode())
+        return sizes
+
+    def save(self, folder: Path) -> None:
+        """Write a complete Hugging Face tokenizer folder: tokenizer.json, tokenizer_config.json and what came with them."""
+        folder.mkdir(parents=True, exist_ok=True)
+        original = self.folder / TOKENIZER_FILE
+        if original.is_file():
+            shutil.copyfile(original, folder / TOKENIZER_FILE)
+        else:
+            (folder / TOKENIZER_FILE).write_text(json.dumps(self.specification, ensure_ascii=False))
+        for name in COMPANION_FILES:
+            if (self.folder / name).is_file():
+                shutil.copyfile(self.folder / name, folder / name)
+        if not (folder / CONFIG_FILE).exists():
+            files.write_json(folder / CONFIG_FILE, self.config)
+
+
+def _build(specification: dict[str, Any], folder: Path) -> Tokenizer:
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_str(json.dumps(specification, ensure_ascii=False))
+    except Exception as error:  # the library raises a plain Exception for any fault in the file
+        raise InputError(f"{folder / TOKENIZER_FILE}: not a tokenizer the tokenizers library can read ({error})") from None
+
+
+def load_tokenizer(folder: Path | str, added_tokens: str = "library") -> TextTokenizer:
+    """The tokenizer of a folder with tokenizer.json, or with vocab.json and merges.txt (converted through transformers).
+
+    Raises InputError naming the folder and the files that are missing or cannot be read.
+    """
+    folder = Path(folder)
+    if folder.is_file() and folder.name == TOKENIZER_FILE:
+        folder = folder.parent
+    if not folder.is_dir():
+        raise InputError(f"tokenizer {folder}: no such folder; give a local folder that holds {TOKENIZER_FILE}")
+    config = files.read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
+    if (folder / TOKENIZER_FILE).is_file():
+        specification = files.read_json(folder / TOKENIZER_FILE)
+    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        specification, config = _convert(folder, config)
+    else:
+        found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+        raise InputError(f"tokenizer {folder}: found {found}; expected {TOKENIZER_FILE}, or vocab.json with merges.txt")
+    if not isinstance(specification, dict) or "model" not in specification:
+        raise InputError(f"{folder / TOKENIZER_FILE}: not a tokenizer of the tokenizers library (no 'model' in it)")
+    return TextTokenizer(specification, config, folder, added_tokens)
+
+
+def _convert(folder: Path, config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    from transformers import AutoTokenizer, GPT2Tokenizer
+
+    if config.get("tokenizer_class"):
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    else:
+        tokenizer = GPT2Tokenizer.from_pretrained(str(folder), local_files_only=True)
+    names = {
+        role: str(getattr(tokenizer, role)) for role in ("bos_token", "eos_token", "pad_token", "unk_token") if getattr(tokenizer, role)
+    }
+    return json.loads(tokenizer.backend_tokenizer.to_str()), {"tokenizer_class": "PreTrainedTokenizerFast", **names, **config}
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path, *, bare: bool = False) -> Path:
+    """Train byte-level BPE on `texts` into the folder `out` and return it.
+
+    `vocab_size` counts everything: 256 bytes, merges, end of text, pad, the turn, think and tool tokens and 16 spare ids; `bare` has the
+    five special tokens of Argonne 1.x instead. Raises InputError when `vocab_size` leaves no room for a merge or `texts` is empty.
+    """
+    from tokenizers import Regex as TokenizersRegex
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    special = BARE_TOKENS if bare else (END_OF_TEXT[0], "<|pad|>", *TURN_TOKENS, *CONTENT_TOKENS, *SPARE_TOKENS)
+    smallest = 256 + len(special) + 1
+    if vocab_size < smallest:
+        raise InputError(
+            f"vocab_size: found {vocab_size}, expected at least {smallest} (256 bytes, {len(special)} special tokens, one merge)"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=bare)
+    split = pre_tokenizers.Split(TokenizersRegex(SPLIT_PATTERN), "isolated")
+    tokenizer.pre_tokenizer = byte_level if bare else pre_tokenizers.Sequence([split, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, min_frequency=2, special_tokens=list(special), initial_alphabet=sorted(alphabet), show_progress=False
+    )
+    counted = _Counted(texts)
+    tokenizer.train_from_iterator(counted, trainer)
+    if not counted.texts:
+        raise InputError("tokenizer training: no text was found in the input")
+    specification = json.loads(tokenizer.to_str())
+    for token in specification["added_tokens"]:
+        token["special"] = token["content"] not in CONTENT_TOKENS
+    if bare:
+        names = dict(zip(("bos_token", "pad_token", "eos_token", "unk_token", "mask_token"), BARE_TOKENS, strict=True))
+    else:
+        names = {"eos_token": END_OF_TEXT[0], "pad_token": "<|pad|>"}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **names, "clean_up_tokenization_spaces": False, "model_max_length": 10**9}
+    with files.atomic_directory(out) as temporary:
+        (temporary / TOKENIZER_FILE).write_text(json.dumps(specification, ensure_ascii=False))
+        (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+    return out
+
+
+class _Counted:
+    def __init__(self, texts: Iterable[str]) -> None:
+        self._source = texts
+        self.texts = 0
+
+    def __iter__(self) -> Iterator[str]:
+        for text in self._source:
+            self.texts += 1
+            yield text

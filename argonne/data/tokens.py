@@ -1,0 +1,369 @@
+"""Token shards on disk: one header, tokens, document ends, and a manifest that names them all.
+
+`tokens-00000.bin`: 256 int32 of header (magic, version, tokens as two uint32), then the tokens. uint32 with magic 20240801 and version
+7, or uint16 with magic 20240520 and version 1: what llm.c's readers and the readers of the family's `train.bin` accept.
+`tokens-00000.idx`: one uint64 a document, the shard's token count up to and including its last token. Version 1 of this format is final.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from argonne import files
+from argonne.errors import InputError
+
+MANIFEST = "manifest.json"
+FORMAT, FORMAT_VERSION = "argonne-tokens", 1
+HEADER_BYTES = 1024
+MAGIC = {"uint32": (20240801, 7), "uint16": (20240520, 1)}
+DTYPES = {magic: dtype for dtype, (magic, _) in MAGIC.items()}
+LARGEST_SHARD = 2**31 - 1
+
+
+def dtype_for(vocab_size: int) -> str:
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
+def header(dtype: str, tokens: int) -> bytes:
+    """The 1,024 bytes in front of the tokens."""
+    magic, version = MAGIC[dtype]
+    words = np.zeros(HEADER_BYTES // 4, dtype="<u4")
+    words[:4] = magic, version, tokens & 0xFFFFFFFF, tokens >> 32
+    return words.tobytes()
+
+
+def read_header(path: Path) -> tuple[str, int]:
+    """(dtype, tokens) of a token file with a header. Raises InputError naming what is wrong with it."""
+    size = _size(path)
+    with open(path, "rb") as file:
+        head = file.read(HEADER_BYTES)
+    if len(head) < HEADER_BYTES:
+        raise InputError(f"{path}: {size:,} bytes are less than a header of {HEADER_BYTES:,}; the file is truncated or no token file")
+    words = np.frombuffer(head, dtype="<u4")
+    dtype = DTYPES.get(int(words[0]))
+    if dtype is None:
+        expected = " or ".join(str(magic) for magic in DTYPES)
+        raise InputError(
+            f"{path}: magic number {int(words[0])}, expected {expected}; not a token file with a header (raw tokens: raw-uint16:PATH)"
+        )
+    tokens = int(words[2]) | int(words[3]) << 32
+    found = (size - HEADER_BYTES) // np.dtype(dtype).itemsize
+    if found != tokens or (size - HEADER_BYTES) % np.dtype(dtype).itemsize:
+        raise InputError(
+            f"{path}: the header counts {tokens:,} tokens, the size of {size:,} bytes holds {found:,}; truncated "
+            "or overwritten, write it again"
+        )
+    return dtype, tokens
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); restore it or prepare the tokens again") from None
+
+
+class ShardWriter:
+    """Writes one shard and its document ends under temporary names; `close` makes both durable and renames them."""
+
+    def __init__(self, folder: Path, name: str, dtype: str) -> None:
+        self.path, self.dtype = folder / f"{name}.bin", dtype
+        self._temporary = folder / f"{files.TEMPORARY}{name}.bin-{os.getpid()}"
+        self._file = open(self._temporary, "wb")  # noqa: SIM115 closed by close or abort
+        self._file.write(header(dtype, 0))
+        self.tokens = 0
+        self.text_bytes = 0
+        self._ends: list[np.ndarray] = []
+        self.documents = 0
+
+    def add(self, tokens: np.ndarray, lengths: np.ndarray, text_bytes: int) -> None:
+        """Append whole documents: their tokens one after the other and the length of each."""
+        self._file.write(np.ascontiguousarray(tokens, dtype=self.dtype).data)
+        self._ends.append(self.tokens + np.cumsum(lengths, dtype=np.uint64))
+        self.tokens += len(tokens)
+        self.documents += len(lengths)
+        self.text_bytes += text_bytes
+
+    def close(self) -> dict[str, Any]:
+        """Finish the shard; its manifest entry."""
+        if self.tokens > LARGEST_SHARD:
+            raise InputError(f"{self.path}: {self.tokens:,} tokens, more than the {LARGEST_SHARD:,} of one shard; cut this document up")
+        self._file.seek(0)
+        self._file.write(header(self.dtype, self.tokens))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        ends = np.concatenate(self._ends) if self._ends else np.zeros(0, np.uint64)
+        index = self.path.with_suffix(".idx")
+        files.write_bytes(index, ends.astype("<u8").tobytes())
+        entry = {
+            "file": self.path.name,
+            "tokens": self.tokens,
+            "documents": self.documents,
+            "text_bytes": self.text_bytes,
+            "bytes": HEADER_BYTES + self.tokens * np.dtype(self.dtype).itemsize,
+            "sha256": files.sha256_of_file(self._temporary),
+            "index_sha256": files.sha256_of_file(index),
+        }
+        os.replace(self._temporary, self.path)
+        files.fsync_path(self.path.parent)
+        return entry
+
+    def abort(self) -> None:
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One memory-mapped run of tokens. `offset` is the byte where they start; `index` holds document ends, where there are any."""
+
+    path: Path
+    dtype: str
+    tokens: int
+    offset: int = HEADER_BYTES
+    index: Path | None = None
+    sha256: str | None = None
+    index_sha256: str | None = None
+
+    def map(self) -> np.ndarray:
+        if self.tokens == 0:
+            return np.zeros(0, dtype=self.dtype)
+        return np.memmap(self.path, dtype=np.dtype(self.dtype).newbyteorder("<"), mode="r", offset=self.offset, shape=(self.tokens,))
+
+
+class TokenStream:
+    """The shards of a set as one run of tokens; position `p` is the p-th token of all."""
+
+    def __init__(self, shards: Sequence[Shard], documents: int | None = None) -> None:
+        self.shards = list(shards)
+        self.starts = (
+            np.concatenate([[0], np.cumsum([shard.tokens for shard in shards], dtype=np.int64)]) if shards else np.zeros(1, np.int64)
+        )
+        self.tokens = int(self.starts[-1])
+        self.documents = documents
+        self._bounds: list[int] = self.starts.tolist()
+        self._maps: dict[int, np.ndarray] = {}
+        self._ends: dict[int, np.ndarray] = {}
+
+    def shard_tokens(self, number: int) -> np.ndarray:
+        """The tokens of shard `number`, memory-mapped once."""
+        mapped = self._maps.get(number)
+        if mapped is None:
+            mapped = self._maps[number] = np.asarray(self.shards[number].map())
+        return mapped
+
+    def find(self, position: int) -> int:
+        """The shard that holds token `position`."""
+        return bisect_right(self._bounds, position) - 1
+
+    def copy(self, start: int, out: np.ndarray) -> None:
+        """Fill `out` (1-D, any integer dtype) with the tokens from `start`; they may lie in several shards."""
+        if len(self.shards) == 1:
+            out[:] = self.shard_tokens(0)[start : start + len(out)]
+            return
+        number, filled = self.find(start), 0
+        while filled < len(out):
+            inside = start + filled - int(self.starts[number])
+            piece = self.shard_tokens(number)[inside : inside + len(out) - filled]
+            out[filled : filled + len(piece)] = piece
+            filled += len(piece)
+            number += 1
+
+    def copy_shifted(self, start: int, inputs: np.ndarray, targets: np.ndarray) -> None:
+        """Fill `inputs` with the tokens from `start` and `targets` with those one further."""
+        length = len(inputs)
+        number = 0 if len(self.shards) == 1 else self.find(start)
+        inside = start - self._bounds[number]
+        shard = self.shard_tokens(number)
+        if inside + length < len(shard):
+            inputs[:] = shard[inside : inside + length]
+            targets[:] = shard[inside + 1 : inside + length + 1]
+        else:
+            whole = np.empty(length + 1, dtype=np.int64)
+            self.copy(start, whole)
+            inputs[:], targets[:] = whole[:-1], whole[1:]
+
+    def ends_between(self, start: int, stop: int) -> np.ndarray:
+        """Positions e with start < e <= stop just after a document, ascending, int64. Needs `has_documents`."""
+        found = []
+        for number in range(self.find(start), len(self.shards)):
+            begin = int(self.starts[number])
+            if begin >= stop:
+                break
+            ends = self._shard_ends(number)
+            low, high = np.searchsorted(ends, [max(start - begin, 0), stop - begin], side="right")
+            found.append(ends[low:high].astype(np.int64) + begin)
+        return np.concatenate(found) if found else np.zeros(0, np.int64)
+
+    def _shard_ends(self, number: int) -> np.ndarray:
+        mapped = self._ends.get(number)
+        if mapped is None:
+            index = self.shards[number].index
+            assert index is not None
+            empty = index.stat().st_size == 0
+            mapped = self._ends[number] = np.zeros(0, "<u8") if empty else np.asarray(np.memmap(index, dtype="<u8", mode="r"))
+        return mapped
+
+    @property
+    def has_documents(self) -> bool:
+        return all(shard.index is not None for shard in self.shards)
+
+    @cached_property
+    def document_ends(self) -> np.ndarray:
+        """(documents,) int64 positions just after each document. Raises InputError where the format keeps none."""
+        if not self.has_documents:
+            raise InputError(
+                f"{self.shards[0].path}: this token format does not record where documents end; prepare the text with `argonne prepare`"
+            )
+        ends = [self._shard_ends(number).astype(np.int64) + start for number, start in enumerate(self._bounds[:-1])]
+        return np.concatenate(ends) if ends else np.zeros(0, np.int64)
+
+
+@dataclass(frozen=True)
+class TokenSet:
+    """An opened token set: training tokens, held-out tokens, and what they were made with."""
+
+    path: Path
+    format: str
+    dtype: str
+    vocab_size: int | None
+    fingerprint: str
+    train: TokenStream
+    held_out: TokenStream
+    tokenizer_folder: Path | None
+    tokenizer_fingerprint: str | None
+    eos_id: int | None
+    manifest: dict[str, Any]
+
+    @property
+    def tokens(self) -> int:
+        return self.train.tokens
+
+    @property
+    def documents(self) -> int | None:
+        return self.train.documents
+
+
+def open_tokens(path: Path | str) -> TokenSet:
+    """Open a token set after checking headers, sizes and manifest (not hashes: `verify_tokens`).
+
+    Raises InputError naming the file that is missing, truncated, of another format or not what the manifest says.
+    """
+    from argonne.data import formats
+
+    return formats.open_any(str(path))
+
+
+def open_folder(folder: Path) -> TokenSet:
+    """Open a folder written by `argonne prepare`."""
+    manifest = read_manifest(folder)
+    train = TokenStream([_shard(folder, entry, manifest["dtype"]) for entry in manifest["shards"]], manifest["documents"])
+    held = manifest["held_out"]
+    held_out = TokenStream([_shard(folder, entry, manifest["dtype"]) for entry in held["shards"]], held["documents"])
+    for name, stream, expected in (("tokens", train, manifest["tokens"]), ("held-out tokens", held_out, held["tokens"])):
+        if stream.tokens != expected:
+            raise InputError(
+                f"{folder}: the shards hold {stream.tokens:,} {name}, the manifest says {expected:,}; prepare the tokens again"
+            )
+    tokenizer = manifest["tokenizer"]
+    return TokenSet(
+        path=folder,
+        format="shards",
+        dtype=manifest["dtype"],
+        vocab_size=tokenizer["vocab_size"],
+        fingerprint=manifest_fingerprint(manifest),
+        train=train,
+        held_out=held_out,
+        tokenizer_folder=folder / "tokenizer",
+        tokenizer_fingerprint=tokenizer["fingerprint"],
+        eos_id=tokenizer["eos_id"],
+        manifest=manifest,
+    )
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a finished folder; InputError when it is unfinished, foreign or of a later version."""
+    if not (folder / MANIFEST).is_file():
+        unfinished = "; `argonne prepare` was interrupted here: run it again to finish" if (folder / "plan.json").exists() else ""
+        raise InputError(f"{folder}: no {MANIFEST} in this folder, so it is no finished token set{unfinished}")
+    manifest = files.read_json(folder / MANIFEST)
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise InputError(f"{folder / MANIFEST}: not the manifest of a token set (no format {FORMAT!r})")
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise InputError(
+            f"{folder / MANIFEST}: format version {manifest.get('format_version')}, this argonne reads {FORMAT_VERSION}; update argonne"
+        )
+    return manifest
+
+
+def manifest_fingerprint(manifest: dict[str, Any]) -> str:
+    """What the data is: dtype, tokenizer and the hashes of all shards; not where it lies nor how it was made."""
+    shards = [[entry["sha256"], entry["index_sha256"]] for entry in [*manifest["shards"], *manifest["held_out"]["shards"]]]
+    return files.fingerprint([manifest["dtype"], manifest["tokenizer"]["fingerprint"], shards])
+
+
+def _shard(folder: Path, entry: dict[str, Any], dtype: str) -> Shard:
+    path = folder / entry["file"]
+    found_dtype, tokens = read_header(path)
+    if (found_dtype, tokens) != (dtype, entry["tokens"]):
+        raise InputError(
+            f"{path}: holds {tokens:,} {found_dtype} tokens, the manifest says {entry['tokens']:,} {dtype}; restore it or prepare again"
+        )
+    index = path.with_suffix(".idx")
+    if (size := _size(index)) != 8 * entry["documents"]:
+        raise InputError(
+            f"{index}: {size:,} bytes, expected {8 * entry['documents']:,} for {entry['documents']:,} documents; "
+            "restore it or prepare again"
+        )
+    return Shard(path, dtype, tokens, HEADER_BYTES, index, entry["sha256"], entry["index_sha256"])
+
+
+def verify_shards(
+    shards: Sequence[Shard], report: Callable[[int], None] | None = None, skip: Callable[[Path], bool] | None = None
+) -> list[str]:
+    """Compare every shard and index with its hash; one line for each that differs or cannot be read."""
+    problems = []
+    for shard in shards:
+        for path, expected in ((shard.path, shard.sha256), (shard.index, shard.index_sha256)):
+            if path is None or expected is None or (skip is not None and skip(path)):
+                continue
+            try:
+                found = files.sha256_of_file(path)
+            except OSError as error:
+                problems.append(f"{path}: cannot be read ({error.strerror})")
+                continue
+            if found != expected:
+                problems.append(
+                    f"{path}: other bytes than were written (sha256 {found[:12]}, expected {expected[:12]}); restore it or prepare again"
+                )
+            if report is not None:
+                report(path.stat().st_size)
+    return problems
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write `sha256.json` (every file of the set, in the form of `files.seal_directory`), then the manifest: the last file makes the set
+    complete."""
+    content = (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode()
+    entries: dict[str, Any] = {MANIFEST: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}}
+    for entry in [*manifest["shards"], *manifest["held_out"]["shards"]]:
+        entries[entry["file"]] = {"bytes": entry["bytes"], "sha256": entry["sha256"]}
+        index = Path(entry["file"]).with_suffix(".idx").name
+        entries[index] = {"bytes": 8 * entry["documents"], "sha256": entry["index_sha256"]}
+    for path in sorted((folder / "tokenizer").iterdir()):
+        if path.name != files.HASH_LIST:
+            files.fsync_path(path)
+            entries[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": files.sha256_of_file(path)}
+    files.write_json(folder / files.HASH_LIST, {"format_version": 1, "files": entries})
+    files.write_bytes(folder / MANIFEST, content)

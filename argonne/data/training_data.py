@@ -1,0 +1,246 @@
+"""The data of one run: opened sources, the phases of their order, and where a step's rows lie."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from argonne import files
+from argonne.config import BatchSection, DataSection
+from argonne.data import batches, phases
+from argonne.data import mixture as mixtures
+from argonne.data.mixture import Mixture
+from argonne.data.tokenizer import TextTokenizer, load_tokenizer
+from argonne.data.tokens import TokenSet, TokenStream, open_tokens
+from argonne.data.windows import SourceWindows
+from argonne.errors import InputError
+
+if TYPE_CHECKING:
+    from argonne.data.loader import Loader
+
+STATE_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """An opened source of the mixture."""
+
+    name: str
+    tokens: TokenSet
+    weight: str
+    max_epochs: float
+
+
+class TrainingData:
+    """What `open_training_data` returns. Everything is a pure function of (sources, phases, step)."""
+
+    def __init__(self, data: DataSection, sources: Sequence[Source], plan: Mixture, tokenizer: TextTokenizer) -> None:
+        self.data, self.sources, self.mixture = data, list(sources), plan
+        self.tokenizer = tokenizer
+        self.tokenizer_folder, self.vocab_size, self.eos_id = tokenizer.folder, tokenizer.vocab_size, tokenizer.eos_id
+        self.streams = {source.tokens.fingerprint: source.tokens.train for source in sources}
+
+    @property
+    def source_names(self) -> list[str]:
+        """Names in the order of `data.sources`; `Batch.sources` holds indices into this list."""
+        return [source.name for source in self.sources]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What is read, whatever the order: the fingerprints of the sources."""
+        return files.fingerprint(sorted(source.tokens.fingerprint for source in self.sources))
+
+    def rows(self, step: int) -> int:
+        """Rows of the global batch of `step`."""
+        return self.mixture.phase_at(step).rows
+
+    def sequence_length(self, step: int) -> int:
+        return self.mixture.phase_at(step).sequence_length
+
+    def document_mask(self, step: int) -> bool:
+        return self.mixture.phase_at(step).document_mask
+
+    def samples_before(self, step: int) -> int:
+        """Global rows drawn before `step`."""
+        return self.mixture.samples_before(step)
+
+    def tokens_before(self, step: int) -> int:
+        """Tokens trained on before `step` (rows x length, over all ranks)."""
+        return self.mixture.tokens_before(step)
+
+    @cached_property
+    def tokens_per_epoch(self) -> int:
+        """Tokens that the mixture can give before one source has been read once."""
+        return self.mixture.rows_available() * self.mixture.phases[0].sequence_length
+
+    def check_steps(self, steps: int) -> None:
+        """Raise InputError when `steps` steps would read a source more often than its `max_epochs`."""
+        self.mixture.check_steps(steps)
+
+    def passes(self, step: int) -> dict[str, float]:
+        """Passes over each source before `step`, by source name."""
+        found = self.mixture.passes(step)
+        return {source.name: found.get(source.tokens.fingerprint, 0.0) for source in self.sources}
+
+    def tokens_by_source(self, step: int) -> dict[str, int]:
+        """Tokens that each source has given before `step`, by source name."""
+        found = self.mixture.draws(step)
+        return {source.name: found.get(source.tokens.fingerprint, (0, 0))[1] for source in self.sources}
+
+    def state(self, step: int) -> dict[str, Any]:
+        """What a checkpoint stores: counts and phases, never buffers. JSON."""
+        used = [phase for phase in self.mixture.phases if phase.first_step < max(step, 1)]
+        return {
+            "format_version": STATE_VERSION,
+            "step": step,
+            "samples": self.samples_before(step),
+            "tokens": self.tokens_before(step),
+            "fingerprint": self.fingerprint,
+            "phases": [dataclasses.asdict(phase) for phase in used],
+            "positions": {name: dataclasses.asdict(position) for name, position in self.mixture.positions(step).items()},
+        }
+
+    @property
+    def description(self) -> list[str]:
+        """Lines for the banner."""
+        lines = []
+        total = sum(mixtures.integer_weights([source.weight for source in self.sources]))
+        for source, weight in zip(self.sources, mixtures.integer_weights([source.weight for source in self.sources]), strict=True):
+            documents = "" if source.tokens.documents is None else f", {source.tokens.documents:,} documents"
+            held = f", {source.tokens.held_out.tokens:,} held out" if source.tokens.held_out.tokens else ""
+            lines.append(
+                f"{source.name}: {source.tokens.tokens:,} tokens{documents}{held}, {100 * weight / total:.2f} % of "
+                f"the batch, at most {source.max_epochs:g} passes"
+            )
+        for phase in self.mixture.phases:
+            lines.append(
+                f"from step {phase.first_step}: {phase.rows} rows of {phase.sequence_length:,} tokens, {phase.order}, "
+                f"documents {phase.documents}"
+                f"{', document mask' if phase.document_mask else ''}"
+            )
+            if phase.documents != "packed":
+                for source in self.sources:
+                    short = self.mixture.windows[source.tokens.fingerprint].short_documents(phase.sequence_length)
+                    lines.append(
+                        f"  {source.name}: {short:,} of {source.tokens.documents:,} documents are too short for a row and are left out"
+                    )
+        return lines
+
+    @cached_property
+    def _held_out(self) -> list[tuple[TokenStream, int]]:
+        return [
+            (source.tokens.held_out, (source.tokens.held_out.tokens - 1) // self.data.sequence_length)
+            for source in self.sources
+            if source.tokens.held_out.tokens > self.data.sequence_length
+        ]
+
+    @property
+    def held_out_windows(self) -> int:
+        """Held-out windows there are, of `data.sequence_length` tokens."""
+        return sum(count for _, count in self._held_out)
+
+    def _held_out_rows(self, windows: int) -> np.ndarray:
+        """(windows, T + 1) int64: evenly spread over the held-out tokens of all sources, the same at each call."""
+        count = min(windows, self.held_out_windows)
+        rows = np.zeros((count, self.data.sequence_length + 1), dtype=np.int64)
+        for index in range(count):
+            number = index * self.held_out_windows // count
+            for stream, here in self._held_out:
+                if number < here:
+                    stream.copy(number * self.data.sequence_length, rows[index])
+                    break
+                number -= here
+        return rows
+
+    def held_out_batches(self, windows: int, rows: int) -> Iterator[dict[str, Any]]:
+        """At most `windows` held-out windows in batches of at most `rows`, as the model takes them; the same ones at each call."""
+        found = self._held_out_rows(windows)
+        for start in range(0, len(found), rows):
+            part = found[start : start + rows]
+            arrays = batches.Arrays(
+                np.ascontiguousarray(part[:, :-1]), np.ascontiguousarray(part[:, 1:]), None, np.zeros(len(part), np.int64)
+            )
+            if self.data.document_mask:
+                arrays.positions = np.zeros_like(arrays.inputs)
+                for row in range(len(part)):
+                    batches.mask_documents(np.nonzero(arrays.inputs[row] == self.eos_id)[0] + 1, arrays.labels[row], arrays.positions[row])
+            yield batches.to_tensors(arrays)
+
+    def held_out_bytes(self, windows: int) -> int:
+        """Bytes of text that the targets of `held_out_batches(windows, ...)` decode to: the divisor of bits per byte."""
+        table = self.tokenizer.token_bytes
+        return int(table[self._held_out_rows(windows)[:, 1:]].sum(dtype=np.int64))
+
+    def loader(
+        self, rank: int, world_size: int, micro_rows: int, *, prefetch: int = 2, pin_memory: bool = False, broadcast: Any = None
+    ) -> Loader:
+        """This rank's batches. `broadcast(tensor)` sends rank 0's tensor to all in place (needed with `data.reader = "rank-0"`)."""
+        from argonne.data.loader import Loader
+
+        return Loader(self, rank, world_size, micro_rows, prefetch=prefetch, pin_memory=pin_memory, broadcast=broadcast)
+
+
+def open_training_data(
+    data: DataSection,
+    batch: BatchSection,
+    seed: int,
+    *,
+    state: dict[str, Any] | None = None,
+    run_folder: Path | None = None,
+    allow: frozenset[str] = frozenset(),
+) -> TrainingData:
+    """Open the sources of `data` and lay out the phases: those of `state` as they were, then what the recipe says now.
+
+    Raises InputError for a source that cannot be read, that is of another tokenizer, too short for a row, or that contradicts `state`.
+    """
+    if not data.sources:
+        raise InputError("data.sources: empty; name a token set written by `argonne prepare`, or give data.input and data.tokenizer")
+    sources = _open_sources(data)
+    tokenizer = _tokenizer(data, sources)
+    windows = {source.tokens.fingerprint: SourceWindows(source.name, source.tokens.fingerprint, source.tokens.train) for source in sources}
+    laid = phases.lay_out(data, batch, seed, sources, windows, state, allow)
+    limits = {source.tokens.fingerprint: source.max_epochs for source in sources}
+    plan = Mixture(laid, windows, limits, phases.carried_positions(state))
+    return TrainingData(data, sources, plan, tokenizer)
+
+
+def _open_sources(data: DataSection) -> list[Source]:
+    sources: list[Source] = []
+    for section in data.sources:
+        opened = open_tokens(section.path)
+        name = _name(section.path, {source.name for source in sources})
+        if twin := next((source for source in sources if source.tokens.fingerprint == opened.fingerprint), None):
+            raise InputError(
+                f"data.sources: {section.path} holds the same tokens as {twin.tokens.path}; name it once, with the sum of the weights"
+            )
+        sources.append(Source(name, opened, mixtures.exact_weight(section.weight), section.max_epochs))
+    return sources
+
+
+def _name(path: str, taken: set[str]) -> str:
+    base = Path(path).stem if Path(path).suffix == ".bin" and Path(path).stem != "train" else Path(path).name
+    base = Path(path).parent.name if base in ("train.bin", "train") else base
+    return base if base not in taken else next(f"{base}-{number}" for number in range(2, 1000) if f"{base}-{number}" not in taken)
+
+
+def _tokenizer(data: DataSection, sources: Sequence[Source]) -> TextTokenizer:
+    """The tokenizer that all sources share."""
+    folders = [source.tokens.tokenizer_folder for source in sources if source.tokens.tokenizer_folder is not None]
+    folder = Path(data.tokenizer) if data.tokenizer else (folders[0] if folders else None)
+    if folder is None:
+        raise InputError(f"{sources[0].tokens.path}: does not say which tokenizer made it; set data.tokenizer to that tokenizer's folder")
+    tokenizer = load_tokenizer(folder)
+    for source in sources:
+        made_with = source.tokens.tokenizer_fingerprint
+        if made_with is not None and made_with != tokenizer.fingerprint:
+            raise InputError(
+                f"{source.tokens.path}: was made with another tokenizer (fingerprint {made_with[:12]}) than {folder} "
+                f"({tokenizer.fingerprint[:12]}); "
+                f"prepare it again with that tokenizer, or remove data.tokenizer"
+            )
+    return tokenizer
