@@ -1,0 +1,161 @@
+"""What each query may see, and the attention function that honours it. Ships with each checkpoint.
+
+A `MaskPlan` says it without a dense tensor: causal, perhaps a window, perhaps segments (documents of a packed row; the padded and the real
+part of a row). Only cached decoding, and masks that fit no plan, carry a dense one. `argonne_attention` is registered under the name
+`argonne` in transformers' interface and picks the kernel; the stock names (`sdpa`, `eager`, `flash_attention_2`...) stay selectable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.masking_utils import AttentionMaskInterface, create_causal_mask, create_sliding_window_causal_mask, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
+
+from .kernels import Segments, choose_kernel, run_kernel
+
+IMPLEMENTATION = "argonne"
+FULL, SLIDING = "full_attention", "sliding_attention"
+KERNELS = ("flash", "varlen", "flex", "sdpa", "math")
+
+
+@dataclass(frozen=True)
+class MaskPlan:
+    """What a query sees besides "not the future".
+
+    window: keys it sees, itself included (None = all). segments: what it may not look out of. dense: (B, 1, Tq, Tk) bool, True = visible,
+    replaces all else. own_keys: attend to this call's keys and values, not to what the cache returns (training, and the first call with an
+    empty cache of any class).
+    """
+
+    window: int | None = None
+    segments: Segments | None = None
+    dense: Tensor | None = None
+    own_keys: bool = True
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """All that a decoder layer gets besides its hidden states. One object a forward pass, shared by the layers.
+
+    cos, sin: (B or 1, T, head_dim / 2), None with learned positions. masks: layer type -> MaskPlan (ours) or tensor (stock attention).
+    extra: keyword arguments of an engine, handed down to its attention function.
+    """
+
+    cos: Tensor | None
+    sin: Tensor | None
+    masks: Mapping[str, Any]
+    cache: Cache | None
+    extra: Mapping[str, Any]
+
+
+def segments_of(position_ids: Tensor | None, attention_mask: Tensor | None, shape: tuple[int, int]) -> Segments | str | None:
+    """Segments of a batch from restarting positions and a 2-D mask; None for whole rows; "dense" for a mask with holes.
+
+    position_ids (1 or B, T): a segment starts where the position is not the previous one plus one. attention_mask (B, T): padding and text
+    are segments of their own, so that text never sees padding; this needs the text of a row to be contiguous.
+    """
+    rows, length = shape
+    starts: Tensor | None = None
+    if position_ids is not None and position_ids.dim() == 2 and length > 1:
+        starts = (position_ids.diff(dim=-1) != 1).expand(rows, -1)
+    if attention_mask is not None:
+        edges = attention_mask[:, 1:] != attention_mask[:, :-1]
+        ups = edges & attention_mask[:, 1:]
+        if bool((ups.sum(-1) + attention_mask[:, 0].to(torch.int64) > 1).any()):
+            return "dense"
+        starts = edges if starts is None else starts | edges
+    if starts is None:
+        return None
+    found = starts.nonzero()
+    if found.shape[0] == 0:
+        return None
+    inner = found[:, 0] * length + found[:, 1] + 1
+    whole = torch.arange(rows + 1, device=inner.device) * length
+    return Segments.of(torch.cat([whole, inner]).sort().values, rows, length)
+
+
+def plan_masks(
+    config: Any, hidden: Tensor, attention_mask: Any, position_ids: Tensor, cache: Cache | None, explicit_positions: bool
+) -> dict[str, Any]:
+    """Masks by layer type, for the attention implementation that the config names.
+
+    attention_mask: None, (B, Tk) with 1 = real token, a finished 4-D mask, or what `generate` prepares (a dict by layer type).
+    """
+    kinds = dict.fromkeys(config.layer_types)
+    if isinstance(attention_mask, dict):
+        prepared = {kind: attention_mask.get(kind) for kind in kinds}
+        return _from_prepared(prepared, hidden, cache) if config._attn_implementation == IMPLEMENTATION else prepared
+    if config._attn_implementation != IMPLEMENTATION:
+        return _stock_masks(config, kinds, hidden, attention_mask, position_ids, cache)
+    if attention_mask is not None and attention_mask.dim() == 4:
+        return {kind: MaskPlan(dense=attention_mask, own_keys=cache is None) for kind in kinds}
+    past = 0 if cache is None else int(cache.get_seq_length())
+    mask = None if attention_mask is None else attention_mask.to(torch.bool)
+    if mask is not None and bool(mask.all()):
+        mask = None
+    if past == 0 and (mask is None or mask.shape[1] == hidden.shape[1]):
+        segments = segments_of(position_ids if explicit_positions else None, mask, (hidden.shape[0], hidden.shape[1]))
+        if not isinstance(segments, str):
+            return {kind: MaskPlan(config.sliding_window if kind == SLIDING else None, segments) for kind in kinds}
+    return _from_prepared(_stock_masks(config, kinds, hidden, attention_mask, position_ids, cache), hidden, cache)
+
+
+def _from_prepared(masks: Mapping[str, Any], hidden: Tensor, cache: Cache | None) -> dict[str, Any]:
+    return {kind: MaskPlan(dense=mask, own_keys=cache is None) for kind, mask in masks.items()}
+
+
+def _stock_masks(
+    config: Any, kinds: Mapping[str, None], hidden: Tensor, attention_mask: Any, position_ids: Tensor, cache: Cache | None
+) -> dict[str, Any]:
+    """transformers' own masks: 4-D tensors, block masks or None, whatever the named implementation wants."""
+    makers = {FULL: create_causal_mask, SLIDING: create_sliding_window_causal_mask}
+    return {
+        kind: makers[kind](
+            config=config, inputs_embeds=hidden, attention_mask=attention_mask, past_key_values=cache, position_ids=position_ids
+        )
+        for kind in kinds
+    }
+
+
+def argonne_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: MaskPlan | Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention under a plan. query (B, Hq, Tq, D); key, value (B, Hkv, Tk, D); returns (B, Tq, Hq, D).
+
+    The kernel is the first of flash, varlen, flex, sdpa, math that can run this, or the one that `configure_training` forced; what ran is
+    kept in `module.attention_path`. Raises ValueError when a forced kernel cannot run.
+    """
+    plan = attention_mask if isinstance(attention_mask, MaskPlan) else MaskPlan(dense=attention_mask)
+    if plan.dense is None and query.shape[2] != key.shape[2] and query.shape[2] > 1:
+        raise ValueError(f"{query.shape[2]} queries over {key.shape[2]} keys need a mask: none was given")
+    if plan.window is not None and plan.window >= query.shape[2]:
+        plan = replace(plan, window=None)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    wanted = getattr(module, "attention_kernel", "auto")
+    kernel = choose_kernel(wanted, query, key, plan, dropout)
+    output, path = run_kernel(kernel, query, key, value, plan, scale, dropout)
+    if getattr(module, "attention_path", None) != path:
+        module.attention_path = path  # type: ignore[assignment]
+    return output, None
+
+
+def register_attention() -> None:
+    """Make `argonne` a name of transformers' attention interface. Without its mask function masks would arrive as None unnoticed."""
+    AttentionInterface.register(IMPLEMENTATION, argonne_attention)
+    AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+
+
+__all__ = ["IMPLEMENTATION", "KERNELS", "LayerInputs", "MaskPlan", "argonne_attention", "plan_masks", "register_attention", "segments_of"]

@@ -1,0 +1,92 @@
+"""Fields to config, config to model, config to a parameter count."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from argonne.errors import InputError
+from argonne.model.configuration_argonne import Argonne1Config, ArgonneConfig
+from argonne.model.modeling_argonne import ArgonneForCausalLM
+
+RESIDUAL = ("o_proj", "down_proj")
+
+
+def config_from_fields(fields: Mapping[str, Any]) -> ArgonneConfig:
+    """A config from a recipe's [model] fields, None = unset. Learned positions make it an Argonne1Config.
+
+    Raises InputError when the fields contradict each other.
+    """
+    given = {name: value for name, value in fields.items() if value is not None}
+    if "layer_types" in given:
+        given["layer_types"] = list(given["layer_types"])
+    kind = Argonne1Config if given.get("position_embedding") == "learned" else ArgonneConfig
+    theta = given.pop("rope_theta", None)
+    if theta is not None and kind is ArgonneConfig:
+        given["rope_parameters"] = {"rope_type": "default", "rope_theta": float(theta)}
+    unknown = sorted(name for name in given if not hasattr(kind, name))
+    if unknown:
+        raise InputError(f"model.{unknown[0]}: no such field of the architecture; `argonne models` and docs/model.md name them")
+    try:
+        return kind(**given)
+    except ValueError as error:
+        raise InputError(f"model: {error}") from None
+
+
+def build_model(
+    config: ArgonneConfig,
+    *,
+    initializer: str = "scaled",
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> ArgonneForCausalLM:
+    """A fresh model whose weights depend on the seed and the config alone, not on the global random state or the device."""
+    if initializer not in ("scaled", "argonne"):
+        raise InputError(f"model.initializer is {initializer!r}; expected scaled or argonne")
+    with torch.device("meta"):
+        model = ArgonneForCausalLM(config)
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    initialize(model, initializer, seed)
+    nn.Module.to(model, device=device, dtype=dtype)
+    return model
+
+
+@torch.no_grad()
+def initialize(model: ArgonneForCausalLM, initializer: str, seed: int) -> None:
+    """Fill the weights in place, in the order of the parameters' names.
+
+    scaled: normal 0.02, residual output projections 0.02 / sqrt(2 L) (GPT-2). argonne: the earlier code's widths, normal H^-0.5 and
+    (2 L)^-0.5 for the residual ones (1.x: 0.02 everywhere). Norms 1, biases 0.
+    """
+    config = model.config
+    generator = torch.Generator().manual_seed(seed)
+    depth = 2 * config.num_hidden_layers
+    first_generation = isinstance(config, Argonne1Config)
+    std = config.initializer_range if initializer == "scaled" or first_generation else config.hidden_size**-0.5
+    residual = std / math.sqrt(depth) if initializer == "scaled" else (std if first_generation else depth**-0.5)
+    for name, module in sorted(model.named_modules()):
+        if isinstance(module, nn.Linear | nn.Embedding):
+            if name == "lm_head" and config.tie_word_embeddings:
+                continue
+            width = residual if name.rsplit(".", 1)[-1] in RESIDUAL else std
+            module.weight.normal_(0.0, width, generator=generator)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                module.bias.zero_()
+        elif getattr(module, "weight", None) is not None:
+            module.weight.fill_(1.0)
+            if getattr(module, "bias", None) is not None:
+                module.bias.zero_()
+
+
+def count_parameters(config: ArgonneConfig) -> int:
+    """Parameters of the real modules, made on the meta device; a tied head counts once."""
+    with torch.device("meta"):
+        model = ArgonneForCausalLM(config)
+    model.tie_weights()
+    return sum(parameter.numel() for parameter in {id(p): p for p in model.parameters()}.values())

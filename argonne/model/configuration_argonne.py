@@ -1,0 +1,219 @@
+"""One configuration for every Argonne generation. Ships with each checkpoint: imports nothing but transformers."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, ClassVar
+
+from transformers import PreTrainedConfig
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+_UNSET: Any = None
+
+# Names of earlier releases; a modern name that is given always wins.
+_ALIASES = {
+    "n_embd": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "block_size": "max_position_embeddings",
+    "logit_softcap": "final_logit_softcapping",
+}
+# Training switches and unused fields of earlier configs: no architecture, so they are not carried along.
+_NOT_ARCHITECTURE = (
+    "use_flash_attention",
+    "use_flash_attn",
+    "use_gradient_checkpointing",
+    "z_loss_weight",
+    "mtp_horizon",
+    "mtp_loss_weight",
+    "loss_chunk_size",
+)
+
+
+class ArgonneConfig(PreTrainedConfig):
+    """Architecture of an Argonne model, 2.0 and later (`model_type` argonne2).
+
+    Every field that tells the generations apart is explicit; one that a config lacks reads as off. Configs of earlier releases parse:
+    old names map to new ones and never override them. `head_dim` is free: `hidden_size` need not equal heads x head_dim.
+    `sliding_window = W` lets query i see the W keys i-W+1 .. i on the layers whose `layer_types` entry is `sliding_attention`.
+
+    Raises ValueError when the fields contradict each other.
+    """
+
+    model_type = "argonne2"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    base_model_tp_plan: ClassVar[dict[str, Any] | None] = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_pp_plan: ClassVar[Any] = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    vocab_size: int = 151_669
+    hidden_size: int = _UNSET  # 1,792
+    num_hidden_layers: int = _UNSET  # 28
+    num_attention_heads: int = _UNSET  # 14
+    num_key_value_heads: int = _UNSET  # as many as query heads
+    head_dim: int = _UNSET  # hidden_size // num_attention_heads
+    intermediate_size: int = _UNSET  # 8/3 hidden_size, rounded up to a multiple of 256
+    max_position_embeddings: int = _UNSET  # 1,024
+    position_embedding: str = "rope"
+    rope_parameters: dict[str, Any] | None = None
+    norm_type: str = "rms"
+    rms_norm_eps: float = 1e-6
+    hidden_act: str = "silu"
+    mlp_gated: bool = True
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    attention_dropout: float = 0.0
+    hidden_dropout: float = 0.0
+    tie_word_embeddings: bool = True
+    q_norm: bool = False
+    k_norm: bool = False
+    v_norm: bool = False
+    sandwich_norm: bool = False
+    layer_types: list[str] | None = None
+    sliding_window: int | None = None
+    final_logit_softcapping: float | None = None
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    _sizes: ClassVar[dict[str, int]] = {
+        "hidden_size": 1_792,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 14,
+        "max_position_embeddings": 1_024,
+    }
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self._read_earlier_names(kwargs)
+        for name, default in self._sizes.items():
+            if getattr(self, name) is None:
+                setattr(self, name, default)
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // max(1, self.num_attention_heads)
+        if self.intermediate_size is None:
+            self.intermediate_size = -(-int(8 * self.hidden_size / 3) // 256) * 256 if self.mlp_gated else 4 * self.hidden_size
+        self._resolve_window(kwargs)
+        if not self.final_logit_softcapping:
+            self.final_logit_softcapping = None
+        super().__post_init__(**kwargs)
+        if self.position_embedding == "learned":
+            self.rope_parameters = None
+        self.check_architecture()
+
+    def _read_earlier_names(self, kwargs: dict[str, Any]) -> None:
+        for old, new in _ALIASES.items():
+            value = kwargs.pop(old, None)
+            if value is not None and getattr(self, new) is None:
+                setattr(self, new, value)
+        both = kwargs.pop("qk_norm", None)
+        if both is not None:
+            self.q_norm = self.k_norm = bool(both)
+        for name in _NOT_ARCHITECTURE:
+            kwargs.pop(name, None)
+
+    def _resolve_window(self, kwargs: dict[str, Any]) -> None:
+        """No `layer_types` means full attention: earlier configs advertise a window that no released weights were trained with."""
+        advertised = kwargs.pop("local_attention_window", None) or self.sliding_window
+        interleaved = kwargs.pop("interleaved_local_attention", True)
+        if self.layer_types is None:
+            if advertised and interleaved:
+                warnings.warn(
+                    f"this config names a window of {advertised} but no layer_types: read as full attention on every layer, as released "
+                    "weights were trained (`argonne import --attention as-config` keeps the window)",
+                    stacklevel=2,
+                )
+            self.layer_types = [FULL] * self.num_hidden_layers
+        self.layer_types = list(self.layer_types)
+        if SLIDING not in self.layer_types:
+            self.sliding_window = None
+
+    def check_architecture(self) -> None:
+        """Raise ValueError naming the first field that cannot be, its value and what it must be."""
+        sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+        for name in (*sizes, "intermediate_size", "max_position_embeddings"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}; expected a whole number from 1 on")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads is {self.num_attention_heads}, not a multiple of num_key_value_heads = {self.num_key_value_heads}"
+            )
+        choices = {
+            "position_embedding": ("rope", "learned"),
+            "norm_type": ("rms", "layer"),
+            "hidden_act": ("silu", "gelu"),
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(known)}")
+        if self.position_embedding == "rope":
+            self._check_rotary()
+        assert self.layer_types is not None
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(f"layer_types has {len(self.layer_types)} entries; expected num_hidden_layers = {self.num_hidden_layers}")
+        for layer, kind in enumerate(self.layer_types):
+            if kind not in (FULL, SLIDING):
+                raise ValueError(f"layer_types[{layer}] is {kind!r}; expected {FULL} or {SLIDING}")
+        if SLIDING in self.layer_types and not (isinstance(self.sliding_window, int) and self.sliding_window >= 1):
+            raise ValueError(f"sliding_window is {self.sliding_window!r}; a {SLIDING} layer needs a whole number of keys from 1 on")
+        if self.final_logit_softcapping is not None and self.final_logit_softcapping < 0:
+            raise ValueError(f"final_logit_softcapping is {self.final_logit_softcapping!r}; expected a positive number, or 0 for none")
+
+    def _check_rotary(self) -> None:
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}; rotary positions need an even number")
+        kind = (self.rope_parameters or {}).get("rope_type", "default")
+        if kind != "default":
+            raise ValueError(f"rope_parameters.rope_type is {kind!r}; Argonne models know 'default' only")
+        theta = (self.rope_parameters or {}).get("rope_theta")
+        if not theta or theta <= 0:
+            raise ValueError(f"rope_parameters.rope_theta is {theta!r}; expected a positive number")
+
+
+class Argonne1Config(ArgonneConfig):
+    """1.0 and 1.5 (`model_type` argonne): GPT-2-like, learned positions, LayerNorm, erf GELU, biases, untied head."""
+
+    model_type = "argonne"
+
+    vocab_size: int = 12_000
+    position_embedding: str = "learned"
+    norm_type: str = "layer"
+    rms_norm_eps: float = 1e-5
+    hidden_act: str = "gelu"
+    mlp_gated: bool = False
+    attention_bias: bool = True
+    mlp_bias: bool = True
+    attention_dropout: float = 0.1
+    hidden_dropout: float = 0.1
+    tie_word_embeddings: bool = False
+
+    _sizes: ClassVar[dict[str, int]] = {
+        "hidden_size": 1_296,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 16,
+        "max_position_embeddings": 2_048,
+    }
+
+    def _read_earlier_names(self, kwargs: dict[str, Any]) -> None:
+        dropout = kwargs.pop("dropout", None)
+        if dropout is not None:
+            self.attention_dropout = self.hidden_dropout = dropout
+        super()._read_earlier_names(kwargs)
+
+
+__all__ = ["Argonne1Config", "ArgonneConfig"]

@@ -1,0 +1,182 @@
+"""The kernels that run attention under a plan: which can, in which order, and how. Ships with each checkpoint.
+
+The order is flash, varlen, flex, sdpa, math. `auto` takes the first that can run this device, dtype, head size and mask; a forced kernel
+that cannot is a ValueError. Running out of memory is never a reason to take another one.
+All take query (B, Hq, Tq, D), key and value (B, Hkv, Tk, D) and return (B, Tq, Hq, D).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ORDER = ("flash", "varlen", "flex", "sdpa", "math")
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Cuts of a flattened batch (B * T tokens): a token sees none but its own segment. Row ends are always cuts.
+
+    cumulative: (S + 1,) int32 on the device of the tokens, from 0 to B * T. lengths: the same as Python numbers, on the CPU only.
+    longest: an upper bound of a segment's length.
+    """
+
+    cumulative: Tensor
+    lengths: tuple[int, ...] | None
+    longest: int
+
+    @staticmethod
+    def of(cuts: Tensor, rows: int, length: int) -> Segments:
+        """From sorted cuts 0 .. rows * length."""
+        if cuts.device.type != "cpu":
+            return Segments(cuts.to(torch.int32), None, length)
+        lengths = tuple(cuts.diff().tolist())
+        return Segments(cuts.to(torch.int32), lengths, max(lengths))
+
+
+class Plan(Protocol):
+    """`attention.MaskPlan`, seen from here."""
+
+    @property
+    def window(self) -> int | None: ...
+    @property
+    def segments(self) -> Segments | None: ...
+    @property
+    def dense(self) -> Tensor | None: ...
+
+
+def choose_kernel(wanted: str, query: Tensor, key: Tensor, plan: Plan, dropout: float) -> str:
+    """The kernel that will run. Raises ValueError when `wanted` is no kernel, or is forced and cannot run; the message says why."""
+    if wanted not in ("auto", *ORDER):
+        raise ValueError(f"attention kernel {wanted!r} is not known; expected auto or one of {', '.join(ORDER)}")
+    if wanted != "auto":
+        reason = why_not(wanted, query, key, plan, dropout)
+        if reason:
+            raise ValueError(f"attention kernel {wanted!r} was asked for and cannot run: {reason}; choose another or auto")
+        return wanted
+    return next(kernel for kernel in ORDER if why_not(kernel, query, key, plan, dropout) is None)
+
+
+def why_not(kernel: str, query: Tensor, key: Tensor, plan: Plan, dropout: float) -> str | None:
+    """Why this kernel cannot run this call, or None when it can."""
+    if kernel in ("sdpa", "math"):
+        return None
+    return "not built yet"
+
+
+def run_kernel(kernel: str, query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: float, dropout: float) -> tuple[Tensor, str]:
+    """Output (B, Tq, Hq, D) and the name of the path that made it."""
+    if kernel == "math":
+        return math_attention(query, key, value, plan, scale, dropout), "math"
+    return sdpa_attention(query, key, value, plan, scale, dropout)
+
+
+def visible(plan: Plan, rows: int, queries: int, keys: int, device: torch.device) -> Tensor | None:
+    """The plan as a dense mask (B or 1, 1, Tq, Tk), True = visible; None where everything is. For `math`, and for tests."""
+    if plan.dense is not None:
+        return plan.dense
+    if queries == 1 and keys >= 1 and plan.segments is None and plan.window is None:
+        return None
+    q = torch.arange(queries, device=device)[:, None] + (keys - queries)
+    k = torch.arange(keys, device=device)[None, :]
+    mask = (k <= q)[None, None]
+    if plan.window is not None:
+        mask = mask & (k > q - plan.window)
+    if plan.segments is not None:
+        token = torch.arange(rows * queries, device=device)
+        number = torch.searchsorted(plan.segments.cumulative.to(token.dtype), token, right=True).view(rows, 1, queries)
+        mask = mask & (number[..., :, None] == number[..., None, :])
+    return mask
+
+
+def math_attention(query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: float, dropout: float) -> Tensor:
+    """softmax(q k^T * scale) v in the open, at least in fp32: the reference for every other path. O(T^2) memory."""
+    dtype = query.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    groups = query.shape[1] // key.shape[1]
+    with torch.autocast(query.device.type, enabled=False):
+        q = query.to(wide).unflatten(1, (key.shape[1], groups))
+        scores = torch.einsum("bkgqd,bknd->bkgqn", q, key.to(wide)) * scale
+        mask = visible(plan, query.shape[0], query.shape[2], key.shape[2], query.device)
+        if mask is not None:
+            mask = mask[:, :, None]
+            lowest = torch.finfo(wide).min
+            scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
+        weights = F.dropout(torch.softmax(scores, -1), dropout) if dropout else torch.softmax(scores, -1)
+        output = torch.einsum("bkgqn,bknd->bqkgd", weights, value.to(wide))
+    return output.flatten(2, 3).to(dtype)
+
+
+def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: float, dropout: float) -> tuple[Tensor, str]:
+    """torch's fused kernels: causal as it is, a window as blocks, segments one by one; a dense mask only where the plan has one."""
+    run = _Sdpa(scale, dropout, query.shape[1] != key.shape[1])
+    if plan.dense is not None:
+        return run(query, key, value, mask=plan.dense).transpose(1, 2), "sdpa-mask"
+    if plan.segments is not None:
+        path = "sdpa-documents" if plan.window is None else "sdpa-documents-window"
+        return _by_segment(run, query, key, value, plan.segments, plan.window), path
+    if query.shape[2] == 1 and key.shape[2] >= 1:
+        return run(query, key, value).transpose(1, 2), "sdpa-decode"
+    if plan.window is not None:
+        return _windowed(run, query, key, value, plan.window).transpose(1, 2), "sdpa-window-blocks"
+    return run(query, key, value, causal=True).transpose(1, 2), "sdpa-causal"
+
+
+@dataclass(frozen=True)
+class _Sdpa:
+    scale: float
+    dropout: float
+    grouped: bool
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+        extra: dict[str, Any] = {"enable_gqa": True} if self.grouped else {}
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=self.dropout, is_causal=causal and q.shape[2] > 1, scale=self.scale, **extra
+        )
+
+
+def _by_segment(run: _Sdpa, query: Tensor, key: Tensor, value: Tensor, segments: Segments, window: int | None) -> Tensor:
+    """Each segment by itself with the causal kernel. Split and cat, not slices: the gradient of a slice is a full tensor of zeros."""
+    rows, heads, length, width = query.shape
+    lengths = segments.lengths if segments.lengths is not None else tuple(segments.cumulative.diff().tolist())
+    flat = [x.transpose(1, 2).reshape(rows * length, x.shape[1], width).split(lengths) for x in (query, key, value)]
+    outputs = []
+    for q, k, v in zip(*flat, strict=True):
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        part = run(q, k, v, causal=True) if window is None or window >= q.shape[2] else _windowed(run, q, k, v, window)
+        outputs.append(part[0].transpose(0, 1))
+    return torch.cat(outputs).view(rows, length, heads, width)
+
+
+def _windowed(run: _Sdpa, query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
+    """A window of `window` keys over T > window tokens, in blocks of at least `window`: a block sees itself and the one before it.
+
+    The first block has none before it; all the others share one small band mask. Work and memory are O(T * block). Returns (B, Hq, T, D).
+    """
+    rows, _, length, _ = query.shape
+    block = block_size(window)
+    i = torch.arange(block, device=query.device)[:, None] + block
+    j = torch.arange(2 * block, device=query.device)[None, :]
+    band = (j <= i) & (j > i - window)
+    if block >= length:
+        return run(query, key, value, mask=band[:length, block : block + length])
+    q, k, v = (x[:, :, :block] for x in (query, key, value))
+    first = run(q, k, v, causal=True) if block <= window else run(q, k, v, mask=band[:, block:])
+    padding = -length % block
+    q, k, v = (F.pad(x, (0, 0, 0, padding)).unflatten(2, (-1, block)).transpose(1, 2) for x in (query, key, value))
+    others = q.shape[1] - 1
+    near = [torch.cat([x[:, :-1], x[:, 1:]], dim=3).flatten(0, 1) for x in (k, v)]
+    rest = run(q[:, 1:].flatten(0, 1), near[0], near[1], mask=band).unflatten(0, (rows, others)).transpose(1, 2).flatten(2, 3)
+    return torch.cat([first, rest], dim=2)[:, :, :length]
+
+
+def block_size(window: int) -> int:
+    """Queries of a block: the window, and never so few that the calls cost more than the work."""
+    return max(32, window)
+
+
+__all__ = ["ORDER", "Segments", "choose_kernel", "math_attention", "run_kernel", "sdpa_attention", "visible", "why_not"]

@@ -1,0 +1,241 @@
+"""Linear head and cross-entropy in one, without ever holding all logits. Ships with each checkpoint: imports nothing but torch.
+
+Notation: h (N, H) hidden states, W (V, H) the head's weight, x = h W^T, y = cap tanh(x / cap) with a softcap and y = x without.
+Per token: loss = logsumexp(y) - y[target] + z_loss * logsumexp(y)^2. Every total is a SUM over the targets that are not -100.
+"fp32" means at least fp32: sums are kept in promote_types(dtype, float32), so that float64 models are exact to float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """How the loss is computed; no field changes what is computed but `softcap` and `z_loss`.
+
+    chunk: rows of h whose logits exist at the same time; 0 = chosen by size.
+    group: process group over which the rows of W are split (tensor parallelism); this rank holds W[first : first + V_local].
+    """
+
+    softcap: float | None = None
+    z_loss: float = 0.0
+    chunk: int = 0
+    group: dist.ProcessGroup | None = None
+    first: int = 0
+
+
+def rows_of_chunk(options: LossOptions, rows: int, vocabulary: int, device: torch.device) -> int:
+    """Rows whose logits are held at once: as given, or 128 MiB of fp32 logits on the CPU (they stay near the caches), 1 GiB elsewhere."""
+    if options.chunk:
+        return min(options.chunk, rows)
+    budget = (1 << 27 if device.type == "cpu" else 1 << 30) // (4 * vocabulary)
+    return max(1, min(rows, max(64, budget // 64 * 64)))
+
+
+def compute_dtype(hidden: Tensor) -> torch.dtype:
+    """The dtype of the matrix products: autocast's where it is on, otherwise that of the hidden states."""
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
+class _Logits:
+    """Capped logits of one chunk and what the derivative needs."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, targets: Tensor, options: LossOptions, buffer: Tensor | None = None) -> None:
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        x = torch.mm(hidden, weight.t(), out=buffer) if buffer is not None else torch.mm(hidden, weight.t())
+        x = x.to(wide)
+        self.slope: Tensor | None = None
+        if options.softcap:
+            slope = torch.tanh_(x.div_(options.softcap))
+            x = slope * options.softcap
+            self.slope = slope.square_().neg_().add_(1)
+        self.valid = targets != IGNORED
+        column = torch.where(self.valid, targets - options.first, 0)
+        here = (column >= 0) & (column < weight.shape[0]) & self.valid
+        self.column = torch.where(here, column, 0)[:, None]
+        self.here = here.to(wide)[:, None]
+        chosen = x.gather(1, self.column)
+        if options.group is None:
+            self.log_p = torch.log_softmax(x, -1, out=x) if x.device.type == "cpu" else torch.log_softmax(x, -1)
+            self.target_log_p = self.log_p.gather(1, self.column)[:, 0]
+            self.log_z = chosen[:, 0] - self.target_log_p
+        else:
+            self.log_z = _logsumexp_over(x, options.group)
+            chosen = chosen * self.here
+            dist.all_reduce(chosen, group=options.group)
+            self.log_p = x.sub_(self.log_z[:, None])
+            self.target_log_p = chosen[:, 0] - self.log_z
+
+    def gradients(
+        self, hidden: Tensor, weight: Tensor, on_target: Tensor, on_log_z: Tensor, weight_gradient: Tensor | None, with_hidden: bool
+    ) -> Tensor | None:
+        """d(sum on_log_z * log_z - on_target * y[target]): returned for h, added to `weight_gradient` for W. Consumes the logits."""
+        slope, p = self.slope, self.log_p.exp_()
+        on_target = on_target[:, None] * self.here
+        if slope is not None:
+            on_target = on_target * slope.gather(1, self.column)
+            p.mul_(slope)
+        on_log_z = on_log_z[:, None]
+        p = p.to(weight.dtype)
+        if weight_gradient is not None:
+            scaled = (hidden * on_log_z).to(weight.dtype)
+            if weight_gradient.dtype == p.dtype:
+                weight_gradient.addmm_(p.t(), scaled)
+            else:
+                weight_gradient.add_(torch.mm(p.t(), scaled))
+            weight_gradient.index_add_(0, self.column[:, 0], (hidden * -on_target).to(weight_gradient.dtype))
+        if not with_hidden:
+            return None
+        gradient = torch.mm(p, weight).to(on_log_z.dtype) * on_log_z
+        return gradient.sub_(F.embedding(self.column[:, 0], weight) * on_target)
+
+
+def _logsumexp_over(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """logsumexp over a vocabulary whose columns are spread over the group. (rows,)"""
+    highest = x.amax(-1)
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
+    total = torch.exp(x - highest[:, None]).sum(-1)
+    dist.all_reduce(total, group=group)
+    return highest + total.log()
+
+
+class _SummedLoss(torch.autograd.Function):
+    """Sum of the token losses; the gradients are made in the forward pass, where the logits are, so that nothing is computed twice."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, hidden: Tensor, weight: Tensor, targets: Tensor, options: LossOptions) -> Tensor:
+        needs_hidden, needs_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]  # type: ignore[attr-defined]
+        dtype = compute_dtype(hidden)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        ctx.dtypes = hidden.dtype, weight.dtype  # type: ignore[attr-defined]
+        total = torch.zeros((), dtype=wide, device=hidden.device)
+        d_hidden = torch.zeros_like(hidden, dtype=wide) if needs_hidden else None
+        d_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
+        with torch.autocast(hidden.device.type, enabled=False):
+            head = weight.to(dtype)
+            rows = _rows_that_count(targets)
+            picked = targets if rows is None else targets[rows]
+            chunk = rows_of_chunk(options, max(1, picked.shape[0]), weight.shape[0], hidden.device)
+            reusable = hidden.device.type == "cpu" and dtype == wide
+            buffer = torch.empty(chunk, weight.shape[0], dtype=dtype) if reusable else None
+            for start in range(0, picked.shape[0], chunk):
+                part = slice(start, start + chunk) if rows is None else rows[start : start + chunk]
+                h, t = hidden[part].to(dtype), targets[part]
+                logits = _Logits(h, head, t, options, None if buffer is None else buffer[: h.shape[0]])
+                log_z = torch.where(logits.valid, logits.log_z, 0)
+                total -= torch.where(logits.valid, logits.target_log_p, 0).sum()
+                if options.z_loss:
+                    total += options.z_loss * log_z.square().sum()
+                if not (needs_hidden or needs_weight):
+                    continue
+                valid = logits.valid.to(wide)
+                found = logits.gradients(h, head, valid, valid * (1 + 2 * options.z_loss * log_z), d_weight, needs_hidden)
+                if d_hidden is not None and found is not None:
+                    d_hidden[part] = found
+            if d_hidden is not None and options.group is not None:
+                dist.all_reduce(d_hidden, group=options.group)
+        # Not save_for_backward: handed over once and scaled in place, or the head's gradient would exist twice.
+        ctx.gradients = d_hidden, d_weight  # type: ignore[attr-defined]
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        if ctx.gradients is None:  # type: ignore[attr-defined]
+            raise RuntimeError("the summed loss hands its gradients over once: call the model again instead of a second backward")
+        d_hidden, d_weight = ctx.gradients  # type: ignore[attr-defined]
+        ctx.gradients = None  # type: ignore[attr-defined]
+        of_hidden, of_weight = ctx.dtypes  # type: ignore[attr-defined]
+        return (
+            None if d_hidden is None else d_hidden.mul_(upstream).to(of_hidden),
+            None if d_weight is None else d_weight.mul_(upstream).to(of_weight),
+            None,
+            None,
+        )
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    """Per-token log-probability and log-partition. Upstream gradients are unknown until backward: logits are made again there."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, hidden: Tensor, weight: Tensor, targets: Tensor, options: LossOptions) -> tuple[Tensor, Tensor]:
+        dtype = compute_dtype(hidden)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        log_p = torch.zeros(targets.shape, dtype=wide, device=hidden.device)
+        log_z = torch.zeros_like(log_p)
+        chunk = rows_of_chunk(options, max(1, targets.shape[0]), weight.shape[0], hidden.device)
+        with torch.autocast(hidden.device.type, enabled=False):
+            head = weight.to(dtype)
+            for start in range(0, targets.shape[0], chunk):
+                part = slice(start, start + chunk)
+                logits = _Logits(hidden[part].to(dtype), head, targets[part], options)
+                log_p[part] = torch.where(logits.valid, logits.target_log_p, 0)
+                log_z[part] = torch.where(logits.valid, logits.log_z, 0)
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.settings = options, dtype, chunk  # type: ignore[attr-defined]
+        return log_p, log_z
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, on_log_p: Tensor, on_log_z: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        hidden, weight, targets = ctx.saved_tensors  # type: ignore[attr-defined]
+        options, dtype, chunk = ctx.settings  # type: ignore[attr-defined]
+        needs_hidden, needs_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]  # type: ignore[attr-defined]
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        d_hidden = torch.zeros_like(hidden, dtype=wide) if needs_hidden else None
+        d_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
+        with torch.autocast(hidden.device.type, enabled=False):
+            head = weight.to(dtype)
+            for start in range(0, targets.shape[0], chunk):
+                part = slice(start, start + chunk)
+                h = hidden[part].to(dtype)
+                logits = _Logits(h, head, targets[part], options)
+                valid = logits.valid.to(wide)
+                on_target = -on_log_p[part] * valid  # log_p = y[target] - log_z
+                found = logits.gradients(h, head, on_target, on_target + on_log_z[part] * valid, d_weight, needs_hidden)
+                if d_hidden is not None and found is not None:
+                    d_hidden[part] = found
+            if d_hidden is not None and options.group is not None:
+                dist.all_reduce(d_hidden, group=options.group)
+        return (
+            None if d_hidden is None else d_hidden.to(hidden.dtype),
+            None if d_weight is None else d_weight.to(weight.dtype),
+            None,
+            None,
+        )
+
+
+def _rows_that_count(targets: Tensor) -> Tensor | None:
+    """Indices of the targets that are not -100, or None for all. On the CPU only: elsewhere the answer would cost a synchronisation."""
+    if targets.device.type != "cpu":
+        return None
+    valid = targets != IGNORED
+    return None if bool(valid.all()) else valid.nonzero()[:, 0]
+
+
+def summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor, options: LossOptions) -> Tensor:
+    """Sum of the token losses as a scalar; exactly 0 with zero gradients where every target is -100.
+
+    Shapes: hidden (N, H), weight (V, H), targets (N,) with -100 where nothing is trained.
+    """
+    loss: Tensor = _SummedLoss.apply(hidden, weight, targets, options)
+    return loss
+
+
+def token_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, options: LossOptions) -> tuple[Tensor, Tensor]:
+    """log p(target) and log-partition of each token, both (N,), differentiable, 0 where the target is -100."""
+    log_p, log_z = _TokenLogProbs.apply(hidden, weight, targets, options)
+    return log_p, log_z
+
+
+__all__ = ["IGNORED", "LossOptions", "summed_loss", "token_log_probs"]

@@ -1,0 +1,549 @@
+"""Argonne language models, all generations in one class, for training and for the Hugging Face Hub. Ships with each checkpoint.
+
+Needs torch, transformers and the sibling files, nothing else. Module names are fixed: exports, parallel plans and engines read them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .attention import IMPLEMENTATION, LayerInputs, plan_masks, register_attention
+from .configuration_argonne import ArgonneConfig
+from .loss import IGNORED, LossOptions, summed_loss, token_log_probs
+
+register_attention()
+
+
+class ArgonneRMSNorm(nn.Module):
+    """weight * x / sqrt(mean(x^2) + eps) over the last dimension, at least in fp32 (Zhang and Sennrich 2019)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        dtype = hidden_states.dtype
+        hidden_states = hidden_states.to(torch.promote_types(dtype, torch.float32))
+        variance = hidden_states.pow(2).mean(-1, keepdim=True)
+        hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+        return self.weight * hidden_states.to(dtype)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
+def make_norm(config: ArgonneConfig, size: int) -> nn.Module:
+    return ArgonneRMSNorm(size, config.rms_norm_eps) if config.norm_type == "rms" else nn.LayerNorm(size, eps=config.rms_norm_eps)
+
+
+class ArgonneRotaryEmbedding(nn.Module):
+    """Rotary position tables (Su et al. 2021). Made anew from the config in each forward pass, in float64.
+
+    It keeps no buffer on purpose: transformers 5 builds models on the meta device, where a non-persistent buffer comes back as garbage,
+    and a buffer would follow `model.to(bfloat16)`.
+    """
+
+    def __init__(self, config: ArgonneConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.theta = float((config.rope_parameters or {})["rope_theta"])
+
+    @property
+    def inv_freq(self) -> Tensor:
+        """theta^(-2i / head_dim), (head_dim / 2,) float64 on the CPU."""
+        return self._frequencies(torch.device("cpu"))
+
+    def _frequencies(self, device: torch.device) -> Tensor:
+        steps = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=device)
+        return self.theta ** (-steps / self.head_dim)
+
+    def forward(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin, (B or 1, T, head_dim / 2), at least fp32. position_ids (B or 1, T)."""
+        angles = position_ids[..., None].to(torch.float64) * self._frequencies(position_ids.device)
+        wide = torch.promote_types(dtype, torch.float32)
+        return angles.cos().to(wide), angles.sin().to(wide)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate (B, T, heads, D) by its positions, half-split layout: pairs are (i, i + D/2)."""
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    low, high = x.chunk(2, dim=-1)
+    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """transformers' `eager`: additive masks, whole attention weights. The reference that engines and tools expect to find."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = torch.softmax(weights, dim=-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class ArgonneAttention(nn.Module):
+    """Grouped-query causal self-attention; q, k and v each perhaps RMS-normalised over the head before the rotation (v is not rotated)."""
+
+    def __init__(self, config: ArgonneConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        assert config.layer_types is not None
+        self.layer_type = config.layer_types[layer_idx]
+        self.sliding_window = config.sliding_window if self.layer_type == "sliding_attention" else None
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = config.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        self.attention_kernel = "auto"
+        self.attention_path = "not run yet"
+        queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.attention_bias)
+        if config.q_norm:
+            self.q_norm = ArgonneRMSNorm(config.head_dim, config.rms_norm_eps)
+        if config.k_norm:
+            self.k_norm = ArgonneRMSNorm(config.head_dim, config.rms_norm_eps)
+        if config.v_norm:
+            self.v_norm = ArgonneRMSNorm(config.head_dim, config.rms_norm_eps)
+
+    def forward(self, hidden_states: Tensor, inputs: LayerInputs) -> Tensor:
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(shape)
+        key = self.k_proj(hidden_states).view(shape)
+        value = self.v_proj(hidden_states).view(shape)
+        dtype = query.dtype
+        if self.config.q_norm:
+            query = self.q_norm(query)
+        if self.config.k_norm:
+            key = self.k_norm(key)
+        if self.config.v_norm:
+            value = self.v_norm(value)
+        if inputs.cos is not None and inputs.sin is not None:
+            query, key = rotate(query, inputs.cos, inputs.sin), rotate(key, inputs.cos, inputs.sin)
+        # fp32 gains and tables promote; without these casts no fused kernel runs under bf16 autocast.
+        query, key, value = (x.to(dtype).transpose(1, 2) for x in (query, key, value))
+        mask = inputs.masks[self.layer_type]
+        if inputs.cache is not None:
+            cached = inputs.cache.update(key, value, self.layer_idx)
+            if not getattr(mask, "own_keys", False):
+                key, value = cached
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        output, _ = attend(
+            self,
+            query,
+            key,
+            value,
+            mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **inputs.extra,
+        )
+        if self.config._attn_implementation != IMPLEMENTATION and self.attention_path != self.config._attn_implementation:
+            self.attention_path = str(self.config._attn_implementation)
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1))
+
+
+class ArgonneMLP(nn.Module):
+    """down(act(gate x) * up x), or down(act(up x)) without a gate."""
+
+    def __init__(self, config: ArgonneConfig) -> None:
+        super().__init__()
+        self.gated = config.mlp_gated
+        if config.mlp_gated:
+            self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.act_fn: nn.Module = nn.SiLU() if config.hidden_act == "silu" else nn.GELU()
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if self.gated:
+            return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+
+
+class ArgonneDecoderLayer(nn.Module):
+    """Pre-norm block; with `sandwich_norm` the outputs of attention and MLP are normalised too. Plain tensors in and out."""
+
+    def __init__(self, config: ArgonneConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.sandwich = config.sandwich_norm
+        self.dropout = config.hidden_dropout
+        self.input_layernorm = make_norm(config, config.hidden_size)
+        self.self_attn = ArgonneAttention(config, layer_idx)
+        self.post_attention_layernorm = make_norm(config, config.hidden_size)
+        if config.sandwich_norm:
+            self.pre_feedforward_layernorm = make_norm(config, config.hidden_size)
+            self.post_feedforward_layernorm = make_norm(config, config.hidden_size)
+        self.mlp = ArgonneMLP(config)
+
+    def forward(self, hidden_states: Tensor, inputs: LayerInputs) -> Tensor:
+        attended = self.self_attn(self.input_layernorm(hidden_states), inputs)
+        if self.sandwich:
+            hidden_states = hidden_states + self._drop(self.post_attention_layernorm(attended))
+            fed = self.mlp(self.pre_feedforward_layernorm(hidden_states))
+            return hidden_states + self._drop(self.post_feedforward_layernorm(fed))
+        hidden_states = hidden_states + self._drop(attended)
+        return hidden_states + self._drop(self.mlp(self.post_attention_layernorm(hidden_states)))
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout) if self.training and self.dropout else x
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """Switches of a training run: how, never what. They are no config fields and are not saved."""
+
+    activation_checkpointing: str = "none"
+    checkpointing_stride: int = 2
+    loss: str = "chunked"
+    loss_chunk: int = 0
+    z_loss: float = 0.0
+
+    def recomputes(self, layer: int) -> bool:
+        """Is this layer run again in the backward pass instead of keeping its activations?"""
+        if self.activation_checkpointing == "full":
+            return True
+        return self.activation_checkpointing == "every_nth" and layer % self.checkpointing_stride == 0
+
+
+class ArgonnePreTrainedModel(PreTrainedModel):
+    config_class = ArgonneConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ArgonneDecoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: ArgonneConfig, *inputs: Any, **kwargs: Any) -> None:
+        if config._attn_implementation is None:
+            config._attn_implementation = IMPLEMENTATION
+        super().__init__(config, *inputs, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Normal 0.02 for Linear and Embedding, ones and zeros for norms and biases; residual projections are scaled by build_model."""
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear | nn.Embedding):
+            init.normal_(module.weight, mean=0.0, std=std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, ArgonneRMSNorm | nn.LayerNorm):
+            init.ones_(module.weight)
+            if isinstance(module, nn.LayerNorm):
+                init.zeros_(module.bias)
+
+
+class ArgonneBaseModel(ArgonnePreTrainedModel):
+    """Token ids to hidden states."""
+
+    def __init__(self, config: ArgonneConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        if config.position_embedding == "learned":
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        else:
+            self.rotary_emb = ArgonneRotaryEmbedding(config)
+        self.layers = nn.ModuleList(ArgonneDecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = make_norm(config, config.hidden_size)
+        self.gradient_checkpointing = False
+        self.training_options = TrainingOptions()
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embed_tokens = value  # type: ignore[assignment]
+
+    def embed(self, input_ids: Tensor | None, position_ids: Tensor | None = None, inputs_embeds: Tensor | None = None) -> Tensor:
+        """(B, T) ids to (B, T, H). Learned positions are added here; past the table they are a ValueError."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds, not both and not neither")
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if self.config.position_embedding == "learned":
+            if position_ids is None:
+                position_ids = torch.arange(hidden.shape[1], device=hidden.device)[None]
+            if hidden.shape[1] > self.config.max_position_embeddings:
+                raise ValueError(f"{hidden.shape[1]} tokens, but max_position_embeddings is {self.config.max_position_embeddings}")
+            hidden = hidden + self.embed_positions(position_ids)
+        if self.training and self.config.hidden_dropout:
+            hidden = F.dropout(hidden, self.config.hidden_dropout)
+        return hidden
+
+    def layer_inputs(
+        self,
+        hidden: Tensor,
+        position_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        cache: Cache | None = None,
+        extra: dict[str, Any] | None = None,
+    ) -> LayerInputs:
+        """Positions and masks for one forward pass. Explicit position_ids that restart mark the documents of a packed row."""
+        explicit = position_ids is not None
+        positions = self._positions(hidden, attention_mask, cache) if position_ids is None else position_ids
+        masks = plan_masks(self.config, hidden, attention_mask, positions, cache, explicit)
+        cos, sin = self.rotary_emb(positions, hidden.dtype) if self.config.position_embedding == "rope" else (None, None)
+        return LayerInputs(cos, sin, masks, cache, extra or {})
+
+    @staticmethod
+    def _positions(hidden: Tensor, attention_mask: Any, cache: Cache | None) -> Tensor:
+        """0, 1, 2... after what the cache holds; with a 2-D mask they count real tokens only, so that left padding shifts nothing."""
+        length = hidden.shape[1]
+        if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+            return (attention_mask.to(torch.int64).cumsum(-1) - 1).clamp_min(0)[:, -length:].to(hidden.device)
+        past = 0 if cache is None else int(cache.get_seq_length())
+        return torch.arange(past, past + length, device=hidden.device)[None]
+
+    def run_layers(
+        self,
+        hidden: Tensor,
+        start: int = 0,
+        stop: int | None = None,
+        *,
+        position_ids: Tensor | None = None,
+        inputs: LayerInputs | None = None,
+        record: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Layers start .. stop - 1. `record` collects what enters each layer."""
+        inputs = self.layer_inputs(hidden, position_ids) if inputs is None else inputs
+        for index in range(start, len(self.layers) if stop is None else stop):
+            layer = self.layers[index]
+            if record is not None:
+                record.append(hidden)
+            if self.training and torch.is_grad_enabled() and (self.gradient_checkpointing or self.training_options.recomputes(index)):
+                hidden = checkpoint(layer, hidden, inputs, use_reentrant=False)
+            else:
+                hidden = layer(hidden, inputs)
+        return hidden
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
+        """Hidden states (B, T, H) after the final norm. Further keyword arguments reach the attention function of each layer."""
+        if kwargs.pop("output_attentions", None):
+            raise ValueError("output_attentions is not supported: no attention path here keeps its weights")
+        use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        record: list[Tensor] | None = [] if (output_hidden_states or self.config.output_hidden_states) else None
+        if self.config.position_embedding == "learned" and position_ids is None:
+            source = input_ids if inputs_embeds is None else inputs_embeds
+            assert source is not None
+            learned = self._positions(source, attention_mask, past_key_values)
+        else:
+            learned = position_ids  # type: ignore[assignment]
+        hidden = self.embed(input_ids, learned, inputs_embeds)
+        inputs = self.layer_inputs(hidden, position_ids, attention_mask, past_key_values, kwargs)
+        hidden = self.norm(self.run_layers(hidden, inputs=inputs, record=record))
+        states = None if record is None else (*record, hidden)
+        output = BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=past_key_values, hidden_states=states)
+        return output if return_dict is None or return_dict else output.to_tuple()
+
+
+class ArgonneForCausalLM(ArgonnePreTrainedModel, GenerationMixin):
+    """The language model. Three ways to call it for a loss:
+
+    - `shift_labels` (this project): labels[t] is the target of position t, -100 = none. Returns the SUM of the token losses and no logits.
+    - `labels` (Hugging Face): labels are the inputs, the shift happens inside; the mean, or sum / num_items_in_batch. Returns logits too.
+    - neither: logits only.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # type: ignore[dict-item]  # noqa: RUF012
+
+    def __init__(self, config: ArgonneConfig) -> None:
+        super().__init__(config)
+        self.model = ArgonneBaseModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head = new_embeddings
+
+    def configure_training(
+        self,
+        attention: str = "auto",
+        activation_checkpointing: str = "none",
+        checkpointing_stride: int = 2,
+        loss: str = "chunked",
+        loss_chunk: int = 0,
+        z_loss: float = 0.0,
+    ) -> None:
+        """Choose how a training run computes. Raises ValueError for an unknown choice; a forced kernel is checked when it first runs."""
+        known = {
+            "attention": (attention, ("auto", "flash", "varlen", "flex", "sdpa", "math")),
+            "activation_checkpointing": (activation_checkpointing, ("none", "every_nth", "full")),
+            "loss": (loss, ("full", "chunked")),
+        }
+        for name, (value, choices) in known.items():
+            if value not in choices:
+                raise ValueError(f"{name} is {value!r}; expected one of {', '.join(choices)}")
+        if checkpointing_stride < 1 or loss_chunk < 0:
+            raise ValueError(f"checkpointing_stride is {checkpointing_stride} and loss_chunk {loss_chunk}; expected at least 1 and 0")
+        self.model.training_options = TrainingOptions(activation_checkpointing, checkpointing_stride, loss, loss_chunk, z_loss)
+        for layer in self._attentions():
+            layer.attention_kernel = attention
+
+    def _attentions(self) -> Iterable[ArgonneAttention]:
+        return (module for module in self.modules() if isinstance(module, ArgonneAttention))
+
+    def attention_paths(self) -> list[str]:
+        """The attention path that each layer really took last, or "not run yet"."""
+        return [layer.attention_path for layer in self._attentions()]
+
+    def embed(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        return self.model.embed(input_ids, position_ids)
+
+    def run_layers(self, hidden: Tensor, start: int = 0, stop: int | None = None, *, position_ids: Tensor | None = None) -> Tensor:
+        return self.model.run_layers(hidden, start, stop, position_ids=position_ids)
+
+    def head_loss(self, hidden: Tensor, shift_labels: Tensor) -> Tensor:
+        """Sum of the token losses from what the last layer returned: final norm, head, cross-entropy. What a last pipeline stage runs."""
+        return self._loss_of_normed(self.model.norm(hidden), shift_labels)
+
+    def loss_options(self, rows: int) -> LossOptions:
+        """The loss settings for `rows` tokens: "full" is one chunk."""
+        options = self.model.training_options
+        chunk = rows if options.loss == "full" else options.loss_chunk
+        return LossOptions(self.config.final_logit_softcapping, options.z_loss, chunk)
+
+    def _loss_of_normed(self, normed: Tensor, shift_labels: Tensor) -> Tensor:
+        if shift_labels.shape != normed.shape[:-1]:
+            raise ValueError(f"shift_labels has shape {tuple(shift_labels.shape)}; expected that of the inputs, {tuple(normed.shape[:-1])}")
+        flat = normed.flatten(0, 1)
+        return summed_loss(flat, self.lm_head.weight, shift_labels.flatten(), self.loss_options(flat.shape[0]))
+
+    def logits(self, normed: Tensor) -> Tensor:
+        """Head and softcap on normalised hidden states."""
+        logits: Tensor = self.lm_head(normed)
+        cap = self.config.final_logit_softcapping
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        loss_reduction: str = "sum",
+        num_items_in_batch: int | Tensor | None = None,
+        return_token_log_probs: bool = False,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> ArgonneOutput | tuple[Any, ...]:
+        """See the class. `return_token_log_probs` (with shift_labels) adds `token_log_probs` (B, T) fp32, differentiable, 0 where -100."""
+        if labels is not None and shift_labels is not None:
+            raise ValueError("labels and shift_labels were both given: labels are shifted inside, shift_labels are not; give one")
+        if loss_reduction not in ("sum", "mean"):
+            raise ValueError(f"loss_reduction is {loss_reduction!r}; expected sum or mean")
+        base = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            return_dict=True,
+            **kwargs,
+        )
+        output = ArgonneOutput(past_key_values=base.past_key_values, hidden_states=base.hidden_states)
+        if shift_labels is not None:
+            self._add_loss(output, base.last_hidden_state, shift_labels, loss_reduction, num_items_in_batch, return_token_log_probs)
+        else:
+            output.logits = self.logits(_keep(base.last_hidden_state, logits_to_keep))
+            if labels is not None:
+                output.loss = self.loss_function(
+                    logits=output.logits, labels=labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
+                )
+        return output if return_dict is None or return_dict else output.to_tuple()
+
+    def _add_loss(
+        self,
+        output: ArgonneOutput,
+        normed: Tensor,
+        shift_labels: Tensor,
+        reduction: str,
+        items: int | Tensor | None,
+        with_log_probs: bool,
+    ) -> None:
+        if with_log_probs:
+            options = self.loss_options(shift_labels.numel())
+            log_p, log_z = token_log_probs(normed.flatten(0, 1), self.lm_head.weight, shift_labels.flatten(), options)
+            output.token_log_probs = log_p.view(shift_labels.shape)
+            loss = options.z_loss * log_z.square().sum() - log_p.sum()
+        else:
+            loss = self._loss_of_normed(normed, shift_labels)
+        if items is not None:
+            loss = loss / items
+        elif reduction == "mean":
+            loss = loss / (shift_labels != IGNORED).sum().clamp_min(1)
+        output.loss = loss
+
+
+@dataclass
+class ArgonneOutput(CausalLMOutputWithPast):
+    """transformers' output, and the log-probability of each target, (B, T), where it was asked for."""
+
+    token_log_probs: Tensor | None = None
+
+
+def _keep(hidden: Tensor, wanted: int | Tensor) -> Tensor:
+    """The positions whose logits are wanted: the last n, all for 0, or an index tensor."""
+    return hidden[:, slice(-wanted, None) if isinstance(wanted, int) else wanted]
+
+
+ArgonneModel = ArgonneForCausalLM  # the name under which the family published its causal LM
+
+__all__ = ["ArgonneBaseModel", "ArgonneForCausalLM", "ArgonneModel", "ArgonneOutput", "ArgonnePreTrainedModel"]
