@@ -108,10 +108,15 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
     facts.append(("peak memory, GB", f"{max(memory):.2f}" if memory else "n/a"))
     seconds = _seconds_at_work(metrics)
     facts.append(("time at work", _duration(seconds)))
-    waited = sum(metrics.series("step", "wait_data_seconds")[1]), sum(metrics.series("step", "wait_save_seconds")[1])
-    facts.append(("waiting: data, saves", f"{_duration(waited[0])}, {_duration(waited[1])}"))
+    waited = [_duration(_summed(metrics.series("step", name)[1])) for name in ("wait_data_seconds", "wait_save_seconds")]
+    facts.append(("waiting: data, saves", ", ".join(waited)))
     facts.append(("resumed, skipped", f"{len(metrics.of('resume'))}, {len(metrics.of('skip'))}"))
     return facts
+
+
+def _summed(counter: list[float]) -> float:
+    """The total of a counter that starts again at zero in each session."""
+    return sum(late - early if late >= early else late for early, late in pairwise([0.0, *counter]))
 
 
 def _seconds_at_work(metrics: Metrics) -> float:
@@ -175,7 +180,7 @@ def _panels(records: list[RunRecord]) -> list[Panel]:
         if curves:
             panels.append(Panel(title, unit, curves, **options))
     if stalls := _stalls(records):
-        panels.append(Panel("Waiting", "seconds since the last record", stalls, marks=marks, from_zero=True))
+        panels.append(Panel("Waiting", "seconds since the session began", stalls, marks=marks, from_zero=True))
     for title, unit, name, options in (
         ("Tokens per source", "tokens", "tokens", {"from_zero": True}),
         ("Loss per source", "nats per token", "loss", {}),

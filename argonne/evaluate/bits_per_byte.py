@@ -1,0 +1,81 @@
+"""Bits per byte: how well a model predicts text, whatever its tokenizer."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from argonne.errors import InputError
+from argonne.evaluate.requests import Score, ScoreRequest, TaskContext
+from argonne.evaluate.texts import EvaluationText, open_texts
+
+
+class BitsPerByte:
+    """Sum of -log2 p over all tokens (EOS included) / UTF-8 bytes of the text.
+
+    Each document is read from an EOS on, as in training; a document longer than the context is cut into windows that follow one another,
+    each predicted from the last token of the window before (lm-evaluation-harness calls this a rolling log-likelihood).
+    """
+
+    name = "bpb"
+
+    def __init__(self) -> None:
+        self._text: EvaluationText | None = None
+        self._document_of: list[int] = []
+        self._context = 0
+
+    def requests(self, context: TaskContext) -> list[ScoreRequest]:
+        if context.data is None:
+            raise InputError("task bpb: no data given; name a token set with held-out documents, or text files, with --data")
+        self._text = open_texts(context.data, context.tokenizer, context.limit)
+        self._context = context.context_length
+        requests = []
+        for number, document in enumerate(self._text.documents):
+            for window in windows(document, context.tokenizer.eos_id, context.context_length):
+                requests.append(ScoreRequest(window))
+                self._document_of.append(number)
+        return requests
+
+    def measure(self, scores: list[Score]) -> dict[str, Any]:
+        assert self._text is not None
+        bits = np.zeros(len(self._text.documents))
+        for number, answer in zip(self._document_of, scores, strict=True):
+            bits[number] -= answer.log_probabilities.sum() / math.log(2)
+        bits_per_byte, error = ratio(bits, np.array(self._text.bytes, dtype=np.float64))
+        return {
+            "bits_per_byte": bits_per_byte,
+            "standard_error": error,
+            "loss": float(bits.sum() * math.log(2) / self._text.tokens),
+            "accuracy": float(np.concatenate([answer.greedy for answer in scores]).mean()),
+            "documents": len(self._text.documents),
+            "documents_available": self._text.available,
+            "rows_dropped": self._text.dropped,
+            "tokens": self._text.tokens,
+            "bytes": sum(self._text.bytes),
+            "context": self._context,
+            "data": self._text.name,
+        }
+
+
+def windows(document: np.ndarray, eos_id: int | None, context: int) -> list[np.ndarray]:
+    """The document's ids in windows of at most `context` targets, each with the one id before it in front (EOS before the first).
+
+    A tokenizer without EOS gives the first id for free. Every other id is a target exactly once.
+    """
+    ids = document if eos_id is None else np.concatenate([[eos_id], document])
+    return [ids[start : start + context + 1] for start in range(0, len(ids) - 1, context)]
+
+
+def ratio(parts: np.ndarray, sizes: np.ndarray) -> tuple[float, float | None]:
+    """sum(parts) / sum(sizes), and its standard error over documents as the units that were sampled (None for a single one).
+
+    Linearised ratio estimator (Cochran, Sampling Techniques, 1977, eq. 6.9 without the finite population term):
+    sqrt(n / (n - 1) * sum (part - ratio * size)^2) / sum(sizes).
+    """
+    value, count = parts.sum() / sizes.sum(), len(parts)
+    if count < 2:
+        return float(value), None
+    spread = math.sqrt(count / (count - 1) * float(((parts - value * sizes) ** 2).sum()))
+    return float(value), spread / float(sizes.sum())

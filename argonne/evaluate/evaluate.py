@@ -1,0 +1,118 @@
+"""`argonne eval`: open the model, let each task ask, score, measure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from argonne.data.tokenizer import TextTokenizer, load_tokenizer
+from argonne.data.tokens import open_tokens
+from argonne.errors import InputError
+from argonne.evaluate import baselines
+from argonne.evaluate.requests import TaskContext
+from argonne.evaluate.scorer import score
+from argonne.evaluate.tasks import make_tasks
+from argonne.evaluate.texts import byte_count, open_texts, sources_of_run
+
+BASELINE_TOKENS = 50_000_000
+
+
+def evaluate(
+    model_path: str | Path,
+    tasks: Sequence[str],
+    data: str | Path | None = None,
+    shots: int | None = None,
+    *,
+    limit: int | None = None,
+    device: str = "auto",
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Measure a model. The answer can be written as JSON: {"model", "parameters", "tasks": {name: numbers, counts, standard errors}}.
+
+    `data`: a token set (its held-out part) or text files; unset, the held-out part of what a run trained on. `limit`: tokens at most (a
+    million by default). `progress` is called with (requests done, requests in all). Raises InputError for anything that cannot be measured.
+    """
+    import torch
+
+    from argonne.model.load import load_model
+
+    chosen = make_tasks(tasks)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    loaded = load_model(model_path, device=device)
+    if loaded.tokenizer_folder is None:
+        raise InputError(f"{loaded.folder}: no tokenizer in it; copy the tokenizer's files there")
+    tokenizer = load_tokenizer(loaded.tokenizer_folder)
+    context = TaskContext(tokenizer, int(loaded.model.config.max_position_embeddings), data or _own_data(Path(model_path)), shots, limit)
+    results = {}
+    for task in chosen:
+        requests = task.requests(context)
+        results[task.name] = task.measure(score(loaded.model, requests, progress=_counted(progress, len(requests))))
+    parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
+    return {"model": str(model_path), "folder": str(loaded.folder), "parameters": parameters, "tasks": results}
+
+
+def _counted(progress: Callable[[int, int], None] | None, total: int) -> Callable[[int], None] | None:
+    if progress is None:
+        return None
+    done = 0
+
+    def report(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(done, total)
+
+    return report
+
+
+def _own_data(run: Path) -> str | None:
+    """The one token set that a run was trained on. Raises InputError where there are several: which one is the question to answer."""
+    sources = sources_of_run(run)
+    if len(sources) > 1:
+        raise InputError(f"{run}: trained on {len(sources)} token sets ({', '.join(sources)}); choose one with --data")
+    return sources[0] if sources else None
+
+
+def baseline_results(data: str | Path, tokenizer: TextTokenizer, *, limit: int | None = None) -> dict[str, Any]:
+    """Bits per byte of uniform, unigram, bigram and xz on the held-out documents of a token set, the same that task bpb reads.
+
+    They are fitted on the set's training tokens, at most the first 50 million. Raises InputError where nothing is held out.
+    """
+    held_out = open_texts(data, tokenizer, limit)
+    tokens = open_tokens(data)
+    if tokens.eos_id is None:
+        raise InputError(f"{data}: names no EOS, and the bigram model starts each document with it")
+    train = np.empty(min(tokens.train.tokens, BASELINE_TOKENS), dtype=np.int64)
+    tokens.train.copy(0, train)
+    size, vocabulary = sum(held_out.bytes), tokenizer.vocab_size
+    text = _text(tokenizer, np.concatenate(held_out.documents))
+    return {
+        "uniform": baselines.uniform_bits(held_out.tokens, vocabulary) / size,
+        "unigram": baselines.unigram_bits(train, held_out.documents, vocabulary) / size,
+        "bigram": baselines.bigram_bits(train, held_out.documents, vocabulary, tokens.eos_id) / size,
+        "xz": baselines.xz_bits(text) / size,
+        "xz_after_training_text": baselines.xz_bits(text, _text(tokenizer, train)) / size,
+        "bytes": size,
+        "training_tokens": len(train),
+        "training_bytes": byte_count(tokenizer, train),
+    }
+
+
+def _text(tokenizer: TextTokenizer, ids: np.ndarray) -> bytes:
+    """The text of a stream of documents, a line feed for every EOS."""
+    pieces = np.split(ids, np.flatnonzero(ids == tokenizer.eos_id))
+    return "\n".join(tokenizer.decode(piece, skip_special_tokens=True) for piece in pieces).encode()
+
+
+def format_results(results: dict[str, Any]) -> str:
+    """The results for a person, a line a task."""
+    lines = [f"{results['model']}: {results['parameters']:,} parameters"]
+    for name, values in results["tasks"].items():
+        error = "n/a" if values["standard_error"] is None else f"{values['standard_error']:.4f}"
+        lines.append(f"{name}: {values['bits_per_byte']:.4f} bits per byte, standard error {error}; {values['loss']:.4f} nats per token")
+        lines.append(f"    on {values['tokens']:,} tokens, {values['bytes']:,} bytes, of {values['data']}")
+        lines.append(f"    {values['documents']:,} of its {values['documents_available']:,} documents")
+    return "\n".join(lines)

@@ -1,0 +1,27 @@
+"""The tasks by name. A new one is a class with `requests` and `measure` in a module of its own, and a line here."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+
+from argonne.errors import InputError
+from argonne.evaluate.bits_per_byte import BitsPerByte
+from argonne.evaluate.requests import Task
+
+
+def tasks() -> dict[str, Callable[[], Task]]:
+    return {"bpb": BitsPerByte}
+
+
+def make_tasks(names: Sequence[str]) -> list[Task]:
+    """The tasks of these names. Raises InputError with the nearest name for an unknown one."""
+    known = tasks()
+    if not names:
+        raise InputError(f"--tasks: none given, expected some of {', '.join(known)}")
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise InputError(f"--tasks: no task {name!r}; {hint}known: {', '.join(known)}")
+    return [known[name]() for name in dict.fromkeys(names)]

@@ -1,0 +1,67 @@
+"""Choosing the next token from logits. Every row has a generator of its own, so that a row's choices do not depend on its neighbours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from argonne.errors import InputError
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How text is continued. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 keep every token; the same seed gives the same text."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 0.95
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value, good, expected in (
+            ("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", self.temperature, self.temperature >= 0, "0 (greedy) or more"),
+            ("top_k", self.top_k, self.top_k >= 0, "0 (off) or more"),
+            ("top_p", self.top_p, 0 < self.top_p <= 1, "more than 0 and at most 1"),
+        ):
+            if not good:
+                raise InputError(f"{name}: found {value}, expected {expected}")
+
+
+class Sampler:
+    """Draws one token a row and step. The generators live on the CPU and belong to this object: global random state is never touched."""
+
+    def __init__(self, options: SamplingOptions, rows: int) -> None:
+        self.options = options
+        self._generators = [torch.Generator().manual_seed(options.seed + row) for row in range(rows)]
+
+    def choose(self, logits: torch.Tensor) -> torch.Tensor:
+        """(rows, vocabulary) logits -> (rows,) int64 ids. Raises InputError where a row holds no finite logit or a NaN."""
+        logits = logits.float()
+        if not torch.isfinite(logits.amax(dim=-1)).all():
+            raise InputError("the model's logits are not finite: its weights are damaged or its training diverged")
+        if self.options.temperature == 0:
+            return logits.argmax(dim=-1)
+        probabilities, ids = torch.softmax(logits / self.options.temperature, dim=-1).sort(dim=-1, descending=True, stable=True)
+        probabilities = self._truncate(probabilities)
+        ladder = probabilities.cumsum(dim=-1)
+        draws = torch.stack([torch.rand(1, generator=generator) for generator in self._generators]).to(ladder.device)
+        places = torch.searchsorted(ladder, draws * ladder[:, -1:], right=True).clamp_max(self._last_kept(probabilities))
+        return ids.gather(1, places).squeeze(1)
+
+    def _truncate(self, probabilities: torch.Tensor) -> torch.Tensor:
+        """Zero what top-k and top-p (Holtzman et al. 2020: the smallest set that holds `top_p` of the mass) leave out; sorted rows."""
+        if self.options.top_k:
+            probabilities = probabilities.clone()
+            probabilities[:, self.options.top_k :] = 0
+        if self.options.top_p < 1:
+            total = probabilities.sum(dim=-1, keepdim=True)
+            before = probabilities.cumsum(dim=-1) - probabilities
+            probabilities = probabilities.masked_fill(before >= self.options.top_p * total, 0.0)
+        return probabilities
+
+    @staticmethod
+    def _last_kept(probabilities: torch.Tensor) -> torch.Tensor:
+        return (probabilities > 0).sum(dim=-1, keepdim=True) - 1
