@@ -37,7 +37,8 @@ def permute(indices: np.ndarray, count: int, key: int) -> np.ndarray:
 
 def _rounds(values: np.ndarray, width: int, height: int, round_keys: list[np.uint64]) -> np.ndarray:
     columns, rows = np.uint64(width), np.uint64(height)
-    left, right = values // rows, values % rows
+    left: np.ndarray = values // rows
+    right: np.ndarray = values % rows
     for number, round_key in enumerate(round_keys):
         if number % 2 == 0:
             left = (left + _mix(right + round_key) % columns) % columns

@@ -1,0 +1,100 @@
+"""What a token set is: counts, lineage, and whether every byte is still the one that was written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from argonne import files
+from argonne.data import tokens
+from argonne.data.tokens import TokenSet, open_tokens
+from argonne.errors import InputError
+
+
+def inspect_tokens(path: Path | str, verify: bool = True) -> dict[str, Any]:
+    """Facts about a token set of any known format. `problems` lists what is damaged; empty = every check passed.
+
+    With `verify`, every byte of our own format is compared with its hash; of a foreign format, which has none, that every id is inside the
+    vocabulary where the tokenizer is known. Raises InputError when `path` is no token set at all.
+    """
+    path = Path(path)
+    problems = _damaged(path, verify) if path.is_dir() else []
+    try:
+        opened = open_tokens(path)
+    except InputError as error:
+        if not problems:
+            raise
+        return {"kind": "tokens", "path": str(path), "problems": [*problems, str(error)], "verified": verify}
+    if verify and not path.is_dir():
+        problems += ids_outside(opened)
+    return {**_facts(opened), "problems": problems, "verified": verify}
+
+
+def _facts(opened: TokenSet) -> dict[str, Any]:
+    manifest = opened.manifest
+    lineage: dict[str, Any] = {
+        name: manifest[name] for name in ("rows", "drops", "text_bytes", "recipe", "sources", "bad_files", "tokenizer") if name in manifest
+    }
+    return {
+        "kind": "tokens",
+        "path": str(opened.path),
+        "format": opened.format,
+        "dtype": opened.dtype,
+        "tokens": opened.tokens,
+        "documents": opened.documents,
+        "held_out_tokens": opened.held_out.tokens,
+        "held_out_documents": opened.held_out.documents or 0,
+        "shards": len(opened.train.shards),
+        "bytes": sum(shard.path.stat().st_size for shard in [*opened.train.shards, *opened.held_out.shards]),
+        "fingerprint": opened.fingerprint,
+        **lineage,
+    }
+
+
+def _damaged(folder: Path, verify: bool) -> list[str]:
+    """Lines for files of a token set folder that differ from the hash list. The list itself is checked by writing it anew."""
+    hash_list = folder / files.HASH_LIST
+    if not (folder / tokens.MANIFEST).exists() and not hash_list.exists():
+        return []
+    problems = files.verify_directory(folder, hashes=verify)
+    for path in (hash_list, folder / tokens.MANIFEST):
+        try:
+            content = path.read_bytes()
+            same = (json.dumps(json.loads(content), indent=2, ensure_ascii=False) + "\n").encode() == content
+        except (OSError, ValueError) as error:
+            problems.append(f"{path}: cannot be read ({error})")
+            continue
+        if not same or (path == hash_list and not _complete(folder, json.loads(content))):
+            problems.append(f"{path}: not as it was written; restore it or prepare again")
+    return problems
+
+
+def _complete(folder: Path, listed: Any) -> bool:
+    """Does the hash list name every file of the set, and nothing else?"""
+    if not isinstance(listed, dict) or set(listed) != {"format_version", "files"} or listed["format_version"] != 1:
+        return False
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+    return isinstance(listed["files"], dict) and found - {files.HASH_LIST, f"tokenizer/{files.HASH_LIST}"} == set(listed["files"])
+
+
+def ids_outside(opened: TokenSet, vocab_size: int | None = None) -> list[str]:
+    """One line for each shard that holds an id past the vocabulary."""
+    from argonne.data.tokenizer import load_tokenizer
+
+    limit = vocab_size or opened.vocab_size
+    if limit is None and opened.tokenizer_folder is not None:
+        limit = load_tokenizer(opened.tokenizer_folder).vocab_size
+    if limit is None:
+        return []
+    problems = []
+    for stream in (opened.train, opened.held_out):
+        for number, shard in enumerate(stream.shards):
+            mapped = stream.shard_tokens(number)
+            for start in range(0, len(mapped), 1 << 22):
+                piece = mapped[start : start + (1 << 22)]
+                if len(piece) and int(piece.max()) >= limit:
+                    place = start + int((piece >= limit).argmax())
+                    problems.append(f"{shard.path}: token {place:,} has id {int(mapped[place]):,}, the vocabulary has {limit:,}")
+                    break
+    return problems

@@ -1,0 +1,82 @@
+"""Quotas and permutation: exact, for any weights and any count."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from argonne.data.mixture import counts, deal, exact_weight, integer_weights
+from argonne.data.permutation import permute
+from argonne.errors import InputError
+
+weight_lists = st.lists(st.integers(0, 60), min_size=1, max_size=7).filter(any)
+
+
+@given(weights=weight_lists, start=st.integers(0, 10**12), length=st.integers(0, 300))
+def test_a_run_of_samples_is_dealt_as_the_counts_say(weights: list[int], start: int, length: int) -> None:
+    source, draw = deal(weights, start, start + length)
+    before, after = counts(weights, start), counts(weights, start + length)
+    for number in range(len(weights)):
+        assert draw[source == number].tolist() == list(range(before[number], after[number]))
+
+
+@given(weights=weight_lists, blocks=st.integers(0, 50), start=st.integers(0, 20))
+def test_every_block_of_the_weights_sum_has_exact_quotas(weights: list[int], blocks: int, start: int) -> None:
+    block = sum(weights)
+    source, _ = deal(weights, start * block, (start + blocks) * block)
+    assert np.bincount(source, minlength=len(weights)).tolist() == [blocks * weight for weight in weights]
+
+
+@given(weights=weight_lists, samples=st.integers(0, 10**9))
+def test_no_prefix_drifts_more_than_two_rows_from_its_share(weights: list[int], samples: int) -> None:
+    for count, weight in zip(counts(weights, samples), weights, strict=True):
+        assert abs(count - samples * weight / sum(weights)) <= 2
+        assert weight or not count
+
+
+def test_weights_with_many_digits_stay_exact() -> None:
+    weights = integer_weights([exact_weight(1 / 3), exact_weight(0.1234567890123), exact_weight(5e-7)])
+    source, _ = deal(weights, 10**11, 10**11 + 200)
+    expected = [after - before for before, after in zip(counts(weights, 10**11), counts(weights, 10**11 + 200), strict=True)]
+    assert np.bincount(source, minlength=3).tolist() == expected
+
+
+def test_decimal_weights_are_the_fractions_their_digits_say() -> None:
+    assert integer_weights([exact_weight(weight) for weight in (0.845, 0.155)]) == [169, 31]
+    assert integer_weights([exact_weight(weight) for weight in (50.0, 30.0, 20.0)]) == [5, 3, 2]
+
+
+def test_negative_and_all_zero_weights_are_refused() -> None:
+    with pytest.raises(InputError, match="weight -1"):
+        exact_weight(-1.0)
+    with pytest.raises(InputError, match="every weight is zero"):
+        integer_weights(["0", "0"])
+
+
+@settings(deadline=None)
+@given(count=st.integers(1, 5000), key=st.integers(0, 2**64 - 1))
+def test_the_permutation_visits_every_item_once(count: int, key: int) -> None:
+    assert sorted(permute(np.arange(count), count, key).tolist()) == list(range(count))
+
+
+@given(count=st.integers(10**6, 10**12), key=st.integers(0, 2**32), start=st.integers(0, 10**5))
+def test_the_permutation_of_a_large_count_stays_inside_and_has_no_repeat(count: int, key: int, start: int) -> None:
+    image = permute(np.arange(start, start + 500), count, key)
+    assert image.min() >= 0
+    assert image.max() < count
+    assert len(set(image.tolist())) == 500
+
+
+def test_the_permutation_of_version_1_never_changes() -> None:
+    assert permute(np.arange(8), 1000, 444).tolist() == STORED
+
+
+def test_different_keys_give_different_orders_and_neighbours_are_parted() -> None:
+    first, second = permute(np.arange(1000), 1000, 1), permute(np.arange(1000), 1000, 2)
+    assert (first != second).mean() > 0.9
+    assert (np.abs(np.diff(first)) == 1).mean() < 0.02
+
+
+STORED = [126, 910, 368, 56, 320, 397, 247, 278]
