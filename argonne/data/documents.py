@@ -7,8 +7,10 @@ bytes; the cut depends on the files alone, never on who reads them. Every row th
 from __future__ import annotations
 
 import itertools
+import io
 import json
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any
@@ -162,8 +164,15 @@ def open_file(path: str) -> IO[bytes]:
     if path.lower().endswith(".zst"):
         import zstandard
 
-        return zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True, closefd=True)
+        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True, closefd=True), READ_BYTES)
     return raw
+
+
+def damage() -> tuple[type[BaseException], ...]:
+    """What the readers raise for a truncated or damaged file."""
+    import zstandard
+
+    return OSError, EOFError, ValueError, zlib.error, zstandard.ZstdError
 
 
 def unit_bytes(files: Sequence[InputFile]) -> int:
@@ -344,7 +353,7 @@ def _jsonl_rows(file: InputFile, unit: Unit, text_column: str) -> Iterator[Any]:
         while unit.stop == WHOLE_FILE or position < unit.stop:
             try:
                 line = source.readline()
-            except (OSError, EOFError, ValueError) as error:
+            except damage() as error:
                 raise InputError(
                     f"{file.path}: after line {number} of the unit: cannot be read ({_first_line(error)}); restore it"
                 ) from None
@@ -376,7 +385,7 @@ def _text_rows(file: InputFile, split: str) -> Iterator[Any]:
                     yield piece.decode()
                 except UnicodeDecodeError:
                     yield InvalidText()
-        except (OSError, EOFError, ValueError) as error:
+        except damage() as error:
             raise InputError(f"{file.path}: cannot be read ({_first_line(error)}); restore it, or pass --skip-bad-shards") from None
 
 
