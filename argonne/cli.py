@@ -111,6 +111,7 @@ def _add_data(verbs: Any) -> None:
     train.add_argument("--out", type=Path, required=True, help="folder to write")
     train.add_argument("--bare", action="store_true", help="only the five special tokens of the 1.x tokenizer")
     train.add_argument("--text-column", default="text", help="column or field that holds the text (default: text)")
+    train.add_argument("--split", default="file", metavar="HOW", help="txt: file (one document), blank-lines, lines, or a separator")
     prepare = _verb(verbs, "prepare", "turn text into token shards with a manifest", _prepare)
     prepare.add_argument("--input", nargs="+", required=True, metavar="GLOB", help="text: parquet, arrow, jsonl(.gz|.zst), txt")
     which = prepare.add_mutually_exclusive_group()
@@ -128,12 +129,45 @@ def _add_data(verbs: Any) -> None:
 
 def _add_prepare_depth(prepare: argparse.ArgumentParser) -> None:
     """The flags of `prepare` beyond the everyday ones; each is a field of PrepareOptions."""
+    prepare.add_argument("--bare", action="store_true", help="with --train-tokenizer: only the five special tokens of 1.x")
+    prepare.add_argument("--split", default="file", metavar="HOW", help="txt: file (one document), blank-lines, lines, or a separator")
+    prepare.add_argument("--filter", nargs="+", default=[], metavar="NAME", help="quality filters to apply (quality)")
+    prepare.add_argument("--dedup", action="store_true", help="drop exact duplicates, counted")
+    prepare.add_argument(
+        "--decontaminate", nargs="+", default=[], metavar="FILE", help="drop documents that share 13-grams with these files"
+    )
+    prepare.add_argument("--bos", action="store_true", help="begin each document with the tokenizer's BOS")
+    prepare.add_argument(
+        "--added-tokens", default="library", choices=("library", "plain"), help="plain: added tokens in text are plain text"
+    )
+    prepare.add_argument("--format", default="shards", choices=("shards", "train.bin"), help="shards, or one train.bin as the family's")
+    prepare.add_argument("--engine", default="local", choices=("local", "slurm", "ray"), help="who runs the workers")
+    prepare.add_argument(
+        "--part", type=_part, metavar="K/N", help="encode only part K of N (1-based); the last to finish completes the set"
+    )
+    prepare.add_argument(
+        "--encoder", default="auto", choices=("auto", "tokenizers", "gigatoken"), help="reference encoder, or the fast one"
+    )
+    prepare.add_argument("--skip-bad-shards", action="store_true", help="count and pass over files that cannot be read")
+    prepare.add_argument("--max-drop-fraction", type=float, default=0.1, metavar="F", help="abort when more rows than this are dropped")
+
+
+def _part(text: str) -> tuple[int, int]:
+    number, slash, count = text.partition("/")
+    if not (slash and number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected K/N with 1 <= K <= N")
+    return int(number), int(count)
 
 
 def _tokenizer_train(options: argparse.Namespace) -> None:
-    from argonne.data.tokenizer import train_tokenizer
+    from argonne.data.prepare import train_tokenizer_on_files
 
-    train_tokenizer(options.input, options.vocab_size, options.out, bare=options.bare, text_column=options.text_column)
+    patterns = tuple(options.input)
+    print(
+        train_tokenizer_on_files(
+            patterns, options.vocab_size, options.out, bare=options.bare, text_column=options.text_column, split=options.split
+        )
+    )
 
 
 def _prepare(options: argparse.Namespace) -> None:
@@ -142,7 +176,8 @@ def _prepare(options: argparse.Namespace) -> None:
     from argonne.data.prepare import PrepareOptions, prepare
 
     known = {item.name for item in dataclasses.fields(PrepareOptions)}
-    prepare(PrepareOptions(**{name: value for name, value in vars(options).items() if name in known}))
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(options).items() if name in known}
+    print(prepare(PrepareOptions(**values)))
 
 
 def _inspect(options: argparse.Namespace) -> int:
@@ -233,6 +268,7 @@ def _add_use(verbs: Any) -> None:
     generate.add_argument("--top-k", type=int, default=0, help="sample from the k likeliest; 0 = all")
     generate.add_argument("--top-p", type=float, default=0.95, help="sample from the likeliest that make up p (default: 0.95)")
     generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     evaluate = _verb(verbs, "eval", "measure a model, with counts and standard errors", _eval)
     evaluate.add_argument("model", metavar="MODEL", help="run, checkpoint, model folder or Hub id")
     evaluate.add_argument("--tasks", default="bpb", help="comma-separated: bpb")
@@ -244,18 +280,14 @@ def _add_use(verbs: Any) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from argonne.serve.engine import stream_text
+    from argonne.serve.engine import generate_text
+    from argonne.serve.sampling import SamplingOptions
 
-    print(options.prompt, end="", flush=True)
-    for piece in stream_text(
-        options.model,
-        options.prompt,
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        seed=options.seed,
-    ):
+    sampling = SamplingOptions(options.max_new_tokens, options.temperature, options.top_k, options.top_p, options.seed)
+    pieces = generate_text(options.model, options.prompt, sampling, device=options.device)
+    first = next(pieces, "")  # loads the model: a message about it comes before the text
+    print(options.prompt + first, end="", flush=True)
+    for piece in pieces:
         print(piece, end="", flush=True)
     print()
 

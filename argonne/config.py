@@ -172,6 +172,7 @@ class LogSection:
     every_steps: int = key(10, "steps between log lines")
     tensorboard: bool = key(True, "write TensorBoard files where tensorboard is installed")
     wandb: str | None = key(None, "Weights & Biases project; unset = off")
+    telemetry_limit: str = key("5m", "a sample or a held-out evaluation that takes longer is given up; training goes on")
 
 
 @dataclass(frozen=True)
@@ -183,6 +184,7 @@ class ParallelSection:
     context: int = key(1, "degree of context parallelism")
     pipeline: int = key(1, "degree of pipeline parallelism")
     max_restarts: int = key(3, "restarts of failed workers")
+    timeout: str = key("10m", "a worker that makes no step for this long is taken for hung: stacks are written and all stop")
     async_tensor: bool = key(False, "overlap tensor-parallel collectives with compute (CUDA)")
 
 

@@ -128,7 +128,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return _convert_tuple(arguments, value, path)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if hint is str and path.endswith((".wall_time", ".deadline", ".grace")) and isinstance(value, int | float):
+    if hint is str and path.endswith((".wall_time", ".deadline", ".grace", ".timeout", ".telemetry_limit")) and isinstance(value, int | float):
         return str(value)
     if type(value) is not hint:
         raise InputError(f"{path}: found {value!r}, expected {_type_name(hint)}")

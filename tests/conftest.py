@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from argonne.config import Recipe
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 
@@ -19,3 +23,51 @@ def shared() -> Path:
             pytest.fail(reason)
         pytest.skip(reason)
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small real token set: Python's own help topics, a tokenizer of 512 entries, a tenth of the documents held out."""
+    from pydoc_data.topics import topics
+
+    from argonne.data.prepare import PrepareOptions, prepare
+
+    folder = tmp_path_factory.mktemp("tokens")
+    text = folder / "topics.jsonl"
+    text.write_text("".join(json.dumps({"text": topics[name]}) + "\n" for name in sorted(topics)))
+    return prepare(PrepareOptions(input=(str(text),), out=folder / "set", train_tokenizer=512, hold_out=0.1, workers=1))
+
+
+@pytest.fixture
+def nano(tokens: Path) -> Callable[..., Recipe]:
+    """Makes recipes of very small runs on `tokens`: `nano(**{"optim.lr": "1e-3"})`."""
+    from argonne.recipe import load_recipe
+
+    def make(preset: str = "nano-3.0", **overrides: str) -> Recipe:
+        base = {
+            "model.preset": f'"{preset}"',
+            "model.vocab_size": "512",
+            "model.hidden_size": "32",
+            "model.num_hidden_layers": "2",
+            "model.head_dim": "16",
+            "model.num_attention_heads": "2",
+            "model.num_key_value_heads": "2" if preset == "nano-1.0" else "1",
+            "model.intermediate_size": "64",
+            "data.sources": f"[{{ path = {json.dumps(str(tokens))}, max_epochs = 9 }}]",
+            "data.sequence_length": "32",
+            "batch.tokens_per_step": "256",
+            "batch.micro": "4",
+            "train.steps": "12",
+            "train.tokens": "none",
+            "train.threads": "1",
+            "schedule.warmup": "3",
+            "log.every_steps": "1",
+            "log.tensorboard": "false",
+            "checkpoint.every_steps": "4",
+            "checkpoint.sample_tokens": "4",
+            "eval.every_steps": "6",
+            "eval.windows": "4",
+        }
+        return load_recipe("nano-3.0", {**base, **overrides})
+
+    return make

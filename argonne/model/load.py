@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -15,6 +17,20 @@ if TYPE_CHECKING:
     from argonne.model.modeling_argonne import ArgonneForCausalLM
 
 FAMILY = ("argonne", "argonne2")
+
+
+@contextmanager
+def no_progress_bar() -> Iterator[None]:
+    """transformers draws a bar for each load and save, into the middle of other lines: leave it out while the block runs."""
+    from transformers.utils import logging
+
+    had_bar = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if had_bar:
+            logging.enable_progress_bar()
 
 
 @dataclass(frozen=True)
@@ -54,7 +70,7 @@ def resolve_model(name: str | Path) -> FoundModel:
         )
     if (path / "state.json").is_file():
         return _checkpoint(path.resolve())
-    if (path / "metrics.jsonl").is_file() or (path / "manifest.json").is_file() and (path / "config.toml").is_file():
+    if (path / "metrics.jsonl").is_file() or ((path / "manifest.json").is_file() and (path / "config.toml").is_file()):
         return _run(path)
     if (path / "config.json").is_file():
         return _exported(path)
@@ -129,7 +145,9 @@ def _family_config(folder: Path) -> dict[str, Any]:
 def load_model(name: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> LoadedModel:
     """Load a MODEL for inference, in eval mode. `dtype` None keeps the stored one. Raises InputError for anything that is not such a model."""
     found = resolve_model(name)
-    return LoadedModel(_load(found, dtype).to(device).eval(), found.tokenizer_folder, found.folder)
+    with no_progress_bar():
+        model: Any = _load(found, dtype)
+    return LoadedModel(model.to(device).eval(), found.tokenizer_folder, found.folder)
 
 
 def _load(found: FoundModel, dtype: torch.dtype | None) -> ArgonneForCausalLM:
@@ -140,9 +158,10 @@ def _load(found: FoundModel, dtype: torch.dtype | None) -> ArgonneForCausalLM:
     config = _config(found.folder)
     state = read_checkpoint_weights(found.folder)
     kind = dtype or next(iter(state.values())).dtype
-    model, info = ArgonneForCausalLM.from_pretrained(None, config=config, state_dict=state, dtype=kind, output_loading_info=True)
+    loaded: Any = ArgonneForCausalLM.from_pretrained(None, config=config, state_dict=state, dtype=kind, output_loading_info=True)
+    model, info = loaded
     _check_complete(found.folder, info)
-    return model
+    return cast("ArgonneForCausalLM", model)
 
 
 def _config(folder: Path) -> Any:
@@ -166,13 +185,14 @@ def _from_folder(folder: Path, dtype: torch.dtype | None) -> ArgonneForCausalLM:
     if any("blocks.0." in name for name in _tensor_names(folder)):
         raise InputError(f"{folder}: tensors under earlier names; run `argonne import {folder} --out DIR` and use that folder")
     try:
-        model, info = ArgonneForCausalLM.from_pretrained(
+        loaded: Any = ArgonneForCausalLM.from_pretrained(
             folder, config=_config(folder), dtype=dtype or "auto", local_files_only=True, use_safetensors=True, output_loading_info=True
         )
     except (SafetensorError, RuntimeError, OSError) as error:
         raise InputError(f"{folder}: the weights cannot be read: {str(error).strip().splitlines()[0]}") from None
+    model, info = loaded
     _check_complete(folder, info)
-    return model
+    return cast("ArgonneForCausalLM", model)
 
 
 def _tensor_names(folder: Path) -> list[str]:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 AUTO_CLASSES = {"AutoConfig": "ArgonneConfig", "AutoModel": "ArgonneBaseModel", "AutoModelForCausalLM": "ArgonneForCausalLM"}
 
@@ -27,6 +26,8 @@ def save_model_folder(
     """
     from transformers import GenerationConfig
 
+    from argonne.model.load import no_progress_bar
+
     state = {name: tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor for name, tensor in model.state_dict().items()}
     ids = {"eos_token_id": eos_id, "bos_token_id": bos_id, "pad_token_id": pad_id if pad_id is not None else _first(eos_id)}
     before = {name: getattr(model.config, name, None) for name in ids}
@@ -34,9 +35,10 @@ def save_model_folder(
         setattr(model.config, name, value)
     try:
         model.generation_config = GenerationConfig(**ids)
-        model.config.register_for_auto_class() if hasattr(model.config, "register_for_auto_class") else None
-        _register(type(model))
-        model.save_pretrained(folder, state_dict=state)
+        type(model.config).register_for_auto_class()
+        type(model).register_for_auto_class("AutoModelForCausalLM")
+        with no_progress_bar():
+            model.save_pretrained(folder, state_dict=state)
     finally:
         for name, value in before.items():
             setattr(model.config, name, value)
@@ -45,10 +47,6 @@ def save_model_folder(
 
 def _first(ids: int | list[int] | None) -> int | None:
     return ids[0] if isinstance(ids, list) else ids
-
-
-def _register(kind: type[nn.Module]) -> None:
-    kind.register_for_auto_class("AutoModelForCausalLM")  # type: ignore[attr-defined]
 
 
 def _complete_config(folder: Path, config_class: str, dtype: torch.dtype) -> None:

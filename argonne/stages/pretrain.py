@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from argonne.config import Recipe
-from argonne.stages.session import Session, train_session
+from argonne.stages.session import Session, run_session
 from argonne.train.trainer import Outcome
 
 
@@ -45,4 +45,4 @@ def run(
         stop_after_step=stop_after_step,
         started=time.monotonic() if started is None else started,
     )
-    return RunResult(run_folder, train_session(session))
+    return RunResult(run_folder, run_session(session))

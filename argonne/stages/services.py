@@ -26,7 +26,7 @@ def make_services(recipe: Recipe, data: TrainingData, run: RunFolder, mesh: Mesh
     return Services(
         export=lambda model, folder: export_final(model, folder, tokenizer),
         checkpoint_files=lambda folder: _checkpoint_files(folder, recipe, tokenizer),
-        held_out=held_out_loss(recipe, data, mesh, micro_rows),
+        held_out=held_out_loss(recipe, data, mesh, micro_rows, tokenizer.token_bytes),
         sample=_sampler(recipe, tokenizer),
         banner=lambda model: _banner(model, run, recipe, mesh),
     )
@@ -54,7 +54,9 @@ def _checkpoint_files(folder: Path, recipe: Recipe, tokenizer: Any) -> None:
     tokenizer.save(folder / "tokenizer")
 
 
-def held_out_loss(recipe: Recipe, data: TrainingData, mesh: Mesh, micro_rows: int) -> Callable[[nn.Module], dict[str, Any]] | None:
+def held_out_loss(
+    recipe: Recipe, data: TrainingData, mesh: Mesh, micro_rows: int, token_bytes: Any
+) -> Callable[[nn.Module], dict[str, Any]] | None:
     """A function of the model: mean loss on the first held-out windows (the same ones each time), None where nothing is held out."""
     windows = min(recipe.eval.windows, data.held_out_windows)
     if windows < 1:
@@ -64,10 +66,11 @@ def held_out_loss(recipe: Recipe, data: TrainingData, mesh: Mesh, micro_rows: in
         total, tokens, size = 0.0, 0, 0
         for batch in data.held_out_batches(windows, micro_rows):
             labels = batch["shift_labels"]
+            trained = labels[labels != -100]
             inputs = {name: tensor.to(mesh.device) for name, tensor in batch.items()}
             total += float(model(**inputs, use_cache=False, loss_reduction="sum").loss)
-            tokens += int((labels != -100).sum())
-            size += data.text_bytes(labels)
+            tokens += len(trained)
+            size += int(token_bytes[trained.numpy()].sum())
         bits = total / math.log(2) / size if size else None
         return {"loss": total / max(1, tokens), "bits_per_byte": bits, "tokens": tokens, "bytes": size}
 

@@ -13,10 +13,9 @@ from argonne.config import Recipe
 from argonne.errors import InputError, Stopped
 from argonne.recipe import differences, to_toml, to_tree
 from argonne.stages import services as service_makers
-from argonne.stages.start import Start, build_weights, fit_model_section, find_start
+from argonne.stages.start import Start, build_weights, find_start, fit_model_section
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
     from argonne.data.loader import TrainingData
@@ -44,15 +43,43 @@ class Session:
     started: float | None = None
 
 
+def run_session(session: Session) -> Outcome:
+    """Run one session to its end, on local workers of its own where the recipe or the GPUs of this machine ask for several."""
+    from argonne.parallel.launch import run_workers, worker_count
+    from argonne.train.guard import parse_duration
+
+    parallel = session.recipe.parallel
+    count = worker_count(parallel.nproc, session.recipe.train.device)
+    if count == 1:
+        return train_session(session)
+    grace = parse_duration(session.recipe.stop.grace, "stop.grace")
+    found = run_workers(
+        _work, (session,), count=count, max_restarts=parallel.max_restarts, grace_seconds=grace, name=session.folder.name or "run"
+    )
+    if isinstance(found, InputError):
+        raise found
+    outcome: Outcome = found
+    return outcome
+
+
+def _work(session: Session) -> Outcome | InputError:
+    """One worker's part. Wrong input is a result, not a failure: it is the same on every try."""
+    try:
+        return train_session(session)
+    except InputError as error:
+        return error
+
+
 def train_session(session: Session) -> Outcome:
-    """Run one session to its end. Raises InputError for wrong input before any work is done."""
+    """This process's part of a session. Raises InputError for wrong input before any work is done."""
     from argonne.parallel.mesh import open_mesh
-    from argonne.train.guard import StopWatch
+    from argonne.train.guard import StopWatch, parse_duration
     from argonne.train.run import RunFolder
 
     watch = StopWatch(session.recipe.stop, started=session.started)
     run = RunFolder(session.folder)
-    with open_mesh(session.recipe.parallel, session.recipe.train.device) as mesh, watch.listening():
+    timeout = parse_duration(session.recipe.parallel.timeout, "parallel.timeout")
+    with open_mesh(session.recipe.parallel, session.recipe.train.device, timeout_seconds=timeout) as mesh, watch.listening():
         problem: InputError | None = None
         if mesh.is_main:
             try:
@@ -77,6 +104,7 @@ def _train(session: Session, run: RunFolder, mesh: Mesh, watch: Any) -> Outcome:
     from argonne.train.metrics import MetricsLog
     from argonne.train.optim import build_optimizer
     from argonne.train.run import COMPLETE
+    from argonne.train.schedule import check_schedule
     from argonne.train.trainer import Outcome, Progress, Trainer
 
     say = _say(mesh)
@@ -99,9 +127,9 @@ def _train(session: Session, run: RunFolder, mesh: Mesh, watch: Any) -> Outcome:
     )
     recipe = dataclasses.replace(session.recipe, model=fit_model_section(session.recipe, data.vocab_size, start))
     total_steps = steps_of(recipe, data)
-    weights = build_weights(recipe, start, mesh)
-    model, optimizer = weights.to(mesh.device), None
-    model.train()
+    check_schedule(total_steps, recipe.optim, recipe.schedule)
+    weights: Any = build_weights(recipe, start)
+    model = weights.to(mesh.device).train()
     optimizer = build_optimizer(model, recipe.optim)
     progress = Progress()
     if start.checkpoint is not None:
@@ -135,7 +163,6 @@ def _train(session: Session, run: RunFolder, mesh: Mesh, watch: Any) -> Outcome:
         return trainer.fit(session.stop_after_step)
     finally:
         metrics.close()
-        data.close()
 
 
 def _set_threads(recipe: Recipe, mesh: Mesh) -> None:
@@ -174,15 +201,27 @@ def steps_of(recipe: Recipe, data: TrainingData) -> int:
         total = train.steps
     else:
         tokens = train.tokens if train.tokens is not None else int((train.epochs or 0) * data.tokens_per_epoch)
-        total = data.steps_within(tokens)
+        total = _steps_within(data, tokens)
         if total < 1:
             raise InputError(
-                f"train: {tokens:,} tokens make no whole step of batch.tokens_per_step = {recipe.batch.tokens_per_step:,}; train longer or take a smaller batch"
+                f"train: {tokens:,} tokens make no whole step of batch.tokens_per_step = {recipe.batch.tokens_per_step:,}; "
+                "train longer or take a smaller batch"
             )
     if total < 1:
         raise InputError(f"train.steps: found {total}, expected at least 1")
-    data.check_budget(total)
+    data.check_steps(total)
     return total
+
+
+def _steps_within(data: TrainingData, tokens: int) -> int:
+    """The most steps that draw at most `tokens` tokens, whatever changes of batch lie between."""
+    low, high = 0, 1
+    while data.tokens_before(high) <= tokens:
+        high *= 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if data.tokens_before(middle) <= tokens else (low, middle)
+    return low
 
 
 def choose_micro_rows(recipe: Recipe, rows: int, mesh: Mesh) -> int:
@@ -230,6 +269,7 @@ def _record_start(
     say: Callable[[str], None],
 ) -> None:
     """Write config and manifest, print what is about to run."""
+    from argonne.data.tokenizer import load_tokenizer
     from argonne.train.schedule import curve
 
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -241,7 +281,7 @@ def _record_start(
             "parameters": parameters,
             "total_steps": total_steps,
             "data_fingerprint": data.fingerprint,
-            "tokenizer_fingerprint": data.tokenizer_fingerprint,
+            "tokenizer_fingerprint": load_tokenizer(data.tokenizer_folder).fingerprint,
             "world_size": mesh.world_size,
             "device": str(mesh.device),
             "micro_rows": micro_rows,
@@ -255,8 +295,8 @@ def _record_start(
         f"model: {parameters:,} parameters, {recipe.model.num_hidden_layers} layers, {recipe.model.preset or 'from ' + str(recipe.model.init_from)}"
     )
     say(
-        f"batch: {rows * length:,} tokens a step = {rows} rows x {length}, {micro_rows} rows a micro-batch on {mesh.world_size} x {mesh.device.type}; "
-        f"{total_steps:,} steps, {data.tokens_before(total_steps):,} tokens"
+        f"batch: {rows * length:,} tokens a step = {rows} rows x {length}, {micro_rows} rows a micro-batch "
+        f"on {mesh.world_size} x {mesh.device.type}; {total_steps:,} steps, {data.tokens_before(total_steps):,} tokens"
     )
     rates = "  ".join(f"{step}: {rate:.3g}" for step, rate in curve(total_steps, recipe.optim, recipe.schedule))
     say(f"learning rate at steps {rates}")
@@ -265,6 +305,8 @@ def _record_start(
 
 def _state(step: int, recipe: Recipe, data: TrainingData, run: RunFolder, progress: Any, mesh: Mesh, start: Start) -> dict[str, Any]:
     """state.json: counts and identities, never buffers."""
+    from argonne.data.tokenizer import load_tokenizer
+
     return {
         "run_id": run.run_id,
         "tokens": data.tokens_before(step),
@@ -272,7 +314,7 @@ def _state(step: int, recipe: Recipe, data: TrainingData, run: RunFolder, progre
         "progress": dataclasses.asdict(progress),
         "recipe": to_tree(recipe),
         "data": data.state(step),
-        "tokenizer_fingerprint": data.tokenizer_fingerprint,
+        "tokenizer_fingerprint": load_tokenizer(data.tokenizer_folder).fingerprint,
         "world_size": mesh.world_size,
         "parent": start.parent,
     }
@@ -284,4 +326,4 @@ def finish_or_stop(outcome: Outcome, run: Path) -> None:
         raise Stopped(f"stopped at step {outcome.step} ({outcome.reason}); the same command resumes it from {run}")
 
 
-__all__ = ["FREE_KEYS", "Session", "finish_or_stop", "steps_of", "train_session"]
+__all__ = ["FREE_KEYS", "Session", "finish_or_stop", "run_session", "steps_of", "train_session"]

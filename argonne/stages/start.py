@@ -13,7 +13,6 @@ from argonne.errors import InputError
 
 if TYPE_CHECKING:
     from argonne.model.modeling_argonne import ArgonneForCausalLM
-    from argonne.parallel.mesh import Mesh
     from argonne.train.run import RunFolder
 
 NOT_ARCHITECTURE = ("preset", "init_from", "initializer")
@@ -120,7 +119,7 @@ def architecture_fields(model: ModelSection) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None and name not in NOT_ARCHITECTURE}
 
 
-def build_weights(recipe: Recipe, start: Start, mesh: Mesh) -> ArgonneForCausalLM:
+def build_weights(recipe: Recipe, start: Start) -> ArgonneForCausalLM:
     """The model on the CPU in its training dtype: fresh from the seed, or from given weights. A checkpoint is loaded into it afterwards."""
     import torch
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import faulthandler
 import re
 import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 from argonne.config import StopSection
 from argonne.errors import InputError
@@ -82,17 +85,17 @@ class StopWatch:
                 raise KeyboardInterrupt
             self.request(signal.Signals(number).name)
 
-        previous: dict[int, Any] = {}
+        previous: dict[signal.Signals, Any] = {}
         try:
-            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-                previous[number] = signal.signal(number, handle)
+            for asked in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+                previous[asked] = signal.signal(asked, handle)
         except ValueError:  # not the main thread: whoever owns it forwards requests
             pass
         try:
             yield
         finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+            for asked, handler in previous.items():
+                signal.signal(asked, handler)
 
 
 class NonFinitePolicy:
@@ -111,3 +114,52 @@ class NonFinitePolicy:
 
 class Diverged(RuntimeError):
     """Too many steps in a row had a non-finite gradient."""
+
+
+class HangWatch:
+    """Ends a worker that makes no step for `seconds`, after writing every thread's stack to `path`. None: watches nothing.
+
+    It runs in C, so a process stuck inside a collective is caught as well; the launcher then ends and restarts the others.
+    """
+
+    def __init__(self, path: Path, seconds: float | None) -> None:
+        self._path, self._seconds = path, seconds
+        self._file: TextIO | None = None
+        self._first = True
+
+    def alive(self) -> None:
+        """Call once a step. The first step may compile and gets three times as long."""
+        if self._seconds is None:
+            return
+        if self._file is None:
+            self._file = open(self._path, "w", encoding="utf-8")  # noqa: SIM115 - faulthandler needs it open
+        faulthandler.dump_traceback_later(self._seconds * (3 if self._first else 1), exit=True, file=self._file)
+        self._first = False
+
+    def close(self) -> None:
+        if self._file is not None:
+            faulthandler.cancel_dump_traceback_later()
+            self._file.close()
+            if self._path.stat().st_size == 0:
+                self._path.unlink()
+
+
+def call_with_limit(function: Callable[[], Any], seconds: float) -> Any:
+    """The result of `function`, run beside this thread; TimeoutError after `seconds`, and the thread is left behind as a daemon."""
+    box: list[Any] = []
+
+    def work() -> None:
+        try:
+            box.append((True, function()))
+        except Exception as error:
+            box.append((False, error))
+
+    thread = threading.Thread(target=work, daemon=True, name="telemetry")
+    thread.start()
+    thread.join(seconds)
+    if not box:
+        raise TimeoutError(f"took longer than {seconds:g} s and was given up")
+    fine, value = box[0]
+    if not fine:
+        raise value
+    return value

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from argonne.config import OptimSection
+from argonne.train.muon import MuonAdamW
 
 
 def named_trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -17,28 +18,55 @@ def named_trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def parameter_groups(model: nn.Module, optim: OptimSection) -> list[dict[str, Any]]:
-    """Two groups, decayed and not. Matrices decay; gains and biases do not, unless `decay_all` says that all does."""
-    decayed, plain = {}, {}
+    """AdamW's groups, decayed and not, and for Muon a group of the layers' matrices before them. Each keeps its own peak rate.
+
+    Matrices decay; gains and biases do not, unless `decay_all` says that all does.
+    """
+    muon: dict[str, nn.Parameter] = {}
+    decayed: dict[str, nn.Parameter] = {}
+    plain: dict[str, nn.Parameter] = {}
     for name, parameter in named_trainable(model).items():
-        (decayed if optim.decay_all or parameter.ndim >= 2 else plain)[name] = parameter
-    groups = [(decayed, optim.weight_decay), (plain, 0.0)]
+        if optim.name == "muon" and parameter.ndim == 2 and ".layers." in name:
+            muon[name] = parameter
+        else:
+            (decayed if optim.decay_all or parameter.ndim >= 2 else plain)[name] = parameter
+    groups = [(muon, optim.weight_decay, optim.muon_lr), (decayed, optim.weight_decay, optim.lr), (plain, 0.0, optim.lr)]
     return [
-        {"params": list(members.values()), "names": list(members), "weight_decay": decay, "lr": optim.lr}
-        for members, decay in groups
+        {
+            "params": list(members.values()),
+            "names": list(members),
+            "weight_decay": decay,
+            "lr": peak,
+            "peak": peak,
+            "use_muon": members is muon,
+        }
+        for members, decay, peak in groups
         if members
     ]
 
 
 def build_optimizer(model: nn.Module, optim: OptimSection) -> torch.optim.Optimizer:
-    """Fused AdamW over the two groups, its state allocated at once so that a checkpoint loads into it in place."""
-    optimizer = torch.optim.AdamW(parameter_groups(model, optim), lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
-    for _, parameter in named_state_owners(optimizer):
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
-        }
+    """The recipe's optimizer, its state allocated at once so that a checkpoint loads into it in place."""
+    groups = parameter_groups(model, optim)
+    optimizer: torch.optim.Optimizer
+    if optim.name == "muon":
+        optimizer = MuonAdamW(groups, betas=optim.betas, eps=optim.eps, momentum=optim.muon_momentum, dtype=optim.muon_dtype)
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = _empty_state(parameter, muon=group["use_muon"])
     return optimizer
+
+
+def _empty_state(parameter: nn.Parameter, *, muon: bool) -> dict[str, torch.Tensor]:
+    if muon:
+        return {"momentum": torch.zeros_like(parameter)}
+    return {
+        "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+        "exp_avg": torch.zeros_like(parameter),
+        "exp_avg_sq": torch.zeros_like(parameter),
+    }
 
 
 def named_state_owners(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, nn.Parameter]]:
@@ -55,9 +83,15 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
     }
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float, peak: float) -> None:
+    """Set AdamW's groups to `rate`; a group with another peak (Muon's) to the same share of its own."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate if group["peak"] == peak else group["peak"] * (rate / peak)
+
+
+def applied_rate(optimizer: torch.optim.Optimizer) -> float:
+    """The rate in AdamW's groups, which is the schedule's."""
+    return float(optimizer.param_groups[-1]["lr"])
 
 
 def step_where_finite(optimizer: torch.optim.Optimizer, norm: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import resource
 import sys
 import time
@@ -118,11 +117,11 @@ class Telemetry:
         losses, valids = ([sum(column) for column in zip(*part, strict=True)] for part in zip(*self.mesh.gather(totals), strict=True))
         self._source_loss.zero_()
         self._source_valid.zero_()
-        drawn = self.data.source_tokens(step)
+        tokens, passes = self.data.tokens_by_source(step), self.data.passes(step)
         return {
             name: {
-                "tokens": drawn[name]["tokens"],
-                "passes": drawn[name]["passes"],
+                "tokens": tokens[name],
+                "passes": passes[name],
                 "loss": losses[index] / valids[index] if valids[index] else None,
             }
             for index, name in enumerate(self.data.source_names)

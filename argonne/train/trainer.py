@@ -15,7 +15,7 @@ from torch import nn
 from argonne.config import Recipe
 from argonne.parallel.mesh import Mesh
 from argonne.train import checkpoint, optim
-from argonne.train.guard import Diverged, NonFinitePolicy, StopWatch
+from argonne.train.guard import Diverged, HangWatch, NonFinitePolicy, StopWatch, call_with_limit, parse_duration
 from argonne.train.metrics import MetricsLog, ProgressLine
 from argonne.train.precision import Precision
 from argonne.train.run import COMPLETE, STOPPED, RunFolder
@@ -100,11 +100,11 @@ class Trainer:
         self.precision = Precision(recipe.train.precision, mesh.device, progress.scaler)
         self.policy = NonFinitePolicy(recipe.optim.max_skipped)
         self.loader = data.loader(mesh.rank, mesh.world_size, micro_rows, pin_memory=mesh.device.type == "cuda")
-        self._random = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()) or bool(
-            getattr(getattr(model, "config", None), "attention_dropout", 0)
-        )
         self._last_save, self._last_saved_step = time.monotonic(), progress.step
         self._save_seconds = 0.0
+        self._telemetry_limit = parse_duration(recipe.log.telemetry_limit, "log.telemetry_limit")
+        timeout = parse_duration(recipe.parallel.timeout, "parallel.timeout")
+        self._hang_watch = HangWatch(run.path / f"stacks_rank_{mesh.rank}.txt", timeout if mesh.world_size > 1 else None)
 
     def fit(self, stop_after: int | None = None) -> Outcome:
         """Train to the end, or until a request to stop; always leaves a complete checkpoint behind. Raises Diverged past the non-finite limit.
@@ -116,6 +116,7 @@ class Trainer:
         try:
             upcoming = self._fetch(first) if first < self.total_steps else None
             while self.progress.step < self.total_steps and upcoming is not None:
+                self._hang_watch.alive()
                 batch, valid, stop, save = upcoming()
                 if stop:
                     return self._stop(self.watch.reason() or "another worker was asked to stop")
@@ -127,6 +128,7 @@ class Trainer:
                     return self._stop(f"asked to stop after step {stop_after}")
             return self._finish()
         finally:
+            self._hang_watch.close()
             self.loader.close()
             self.line.close()
 
@@ -136,13 +138,13 @@ class Trainer:
             return
         expected = learning_rate(step, self.total_steps, self.recipe.optim, self.recipe.schedule)
         self._set_rate(step)
-        found = self.optimizer.param_groups[0]["lr"]
+        found = optim.applied_rate(self.optimizer)
         if found != expected:
             raise RuntimeError(f"the rate of the first step is {found}, the schedule says {expected}")
 
     def _set_rate(self, step: int) -> float:
         rate = learning_rate(step, self.total_steps, self.recipe.optim, self.recipe.schedule)
-        optim.set_learning_rate(self.optimizer, rate)
+        optim.set_learning_rate(self.optimizer, rate, self.recipe.optim.lr)
         return rate
 
     def _fetch(self, step: int) -> Callable[[], tuple[Any, int, bool, bool]]:
@@ -163,8 +165,7 @@ class Trainer:
         """One optimizer step; returns the next batch, fetched while the device works on this one."""
         step = batch.step
         rate = self._set_rate(step)
-        if self._random:
-            torch.manual_seed(self._seed_of(step))
+        torch.manual_seed(self._seed_of(step))
         loss = self._backward(batch, valid)
         upcoming = self._fetch(step + 1) if step + 1 < self.total_steps else None
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
@@ -253,11 +254,15 @@ class Trainer:
         model = getattr(self.model, "module", self.model)
         was_training = model.training
         model.eval()
+
+        def call() -> Any:
+            with torch.no_grad(), self.precision.autocast():
+                return function(model)
+
         # Training draws its own seeds, but a user's code may not: leave the generators as they were.
         with torch.random.fork_rng(devices=[self.mesh.device] if self.mesh.device.type == "cuda" else []):
             try:
-                with torch.no_grad(), self.precision.autocast():
-                    return function(model)
+                return call_with_limit(call, self._telemetry_limit)
             except Exception as error:
                 self.line.say(f"warning: {name} failed and is left out at step {self.progress.step}: {type(error).__name__}: {error}")
                 self.metrics.write("warning", self.progress.step, message=f"{name} failed: {type(error).__name__}: {error}")

@@ -1,0 +1,97 @@
+"""Local workers: torch's elastic agent inside this process, which starts, watches, restarts and signals them."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from argonne.errors import InputError
+
+FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+def worker_count(nproc: int, device: str) -> int:
+    """Workers to start here: what the recipe says, else one a GPU, else one. Under torchrun or srun this process is a worker already: 1."""
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return 1
+    import torch
+
+    gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
+    if nproc > 1 and gpus and nproc > gpus:
+        raise InputError(f"parallel.nproc: found {nproc}, expected at most {gpus}, the GPUs of this machine")
+    return nproc or max(1, gpus)
+
+
+def run_workers(
+    work: Callable[..., Any], arguments: tuple[Any, ...], *, count: int, max_restarts: int, grace_seconds: float, name: str
+) -> Any:
+    """Run `work(*arguments)` on `count` local processes that can reach one another; returns rank 0's result.
+
+    A worker that fails, dies or is killed ends the others, and all start again up to `max_restarts` times. SIGTERM, SIGUSR1 and Ctrl-C are
+    passed on to the workers, which save and return; they have `grace_seconds` for it. Raises RuntimeError with the first failure's own words.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        run_id=name,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=max_restarts,
+        monitor_interval=0.2,
+        start_method="spawn",
+        # The agent would end the workers at once on these; ours lets them save first.
+        signals_to_handle="SIGHUP",
+        shutdown_timeout=10,
+    )
+    with _forwarding(grace_seconds):
+        try:
+            results = elastic_launch(config, work)(*arguments)
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            raise RuntimeError(f"worker {rank} failed (exit code {failure.exitcode}): {_message(failure)}") from None
+    return results[0]
+
+
+def _message(failure: Any) -> str:
+    message = failure.message
+    if isinstance(message, dict):
+        message = message.get("message", message)
+    return str(message).strip() or "no message"
+
+
+@contextmanager
+def _forwarding(grace_seconds: float) -> Iterator[None]:
+    """Pass requests to stop on to the workers while the block runs; workers that outlast the grace are killed."""
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        print(f"passing {signal.Signals(number).name} on to the workers", file=sys.stderr, flush=True)
+        for child in multiprocessing.active_children():
+            if child.pid is not None and child.is_alive():
+                os.kill(child.pid, number)
+        signal.setitimer(signal.ITIMER_REAL, grace_seconds)
+
+    def expire(number: int, frame: FrameType | None) -> None:
+        for child in multiprocessing.active_children():
+            child.kill()
+
+    previous = {number: signal.signal(number, forward) for number in FORWARDED}
+    previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, expire)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
