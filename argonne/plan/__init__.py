@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
+from argonne.plan.build import Plan, make_plan
 from argonne.plan.devices import Device, device, device_names, device_peak_flops
 from argonne.plan.shape import ModelShape, flops_per_token, shape_of
+from argonne.plan.text import compare_lines, compare_plan, plan_lines
 
-__all__ = ["Device", "ModelShape", "device", "device_names", "device_peak_flops", "flops_per_token", "shape_of"]
+__all__ = [
+    "Device",
+    "ModelShape",
+    "Plan",
+    "compare_lines",
+    "compare_plan",
+    "device",
+    "device_names",
+    "device_peak_flops",
+    "flops_per_token",
+    "make_plan",
+    "plan_lines",
+    "shape_of",
+]

@@ -19,7 +19,7 @@ from argonne.errors import InputError
 
 SLIDING = "sliding_attention"
 _NEEDED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
-# What a field that nothing sets means: the defaults of ArgonneConfig.
+# What a field that nothing sets means: the defaults of ArgonneConfig, and where positions are learned those of Argonne1Config.
 _DEFAULTS: dict[str, Any] = {
     "max_position_embeddings": 1024,
     "position_embedding": "rope",
@@ -37,6 +37,16 @@ _DEFAULTS: dict[str, Any] = {
     "layer_types": None,
     "sliding_window": None,
     "final_logit_softcapping": None,
+}
+_DEFAULTS_LEARNED: dict[str, Any] = {
+    "max_position_embeddings": 2048,
+    "norm_type": "layer",
+    "mlp_gated": False,
+    "attention_bias": True,
+    "mlp_bias": True,
+    "attention_dropout": 0.1,
+    "hidden_dropout": 0.1,
+    "tie_word_embeddings": False,
 }
 
 
@@ -142,7 +152,7 @@ def shape_of(model: ModelSection | Mapping[str, Any], sequence_length: int = 0) 
 
 
 def _fill(fields: dict[str, Any], sequence_length: int) -> ModelShape:
-    full = {**_DEFAULTS, **fields}
+    full = {**_DEFAULTS, **(_DEFAULTS_LEARNED if fields.get("position_embedding") == "learned" else {}), **fields}
     hidden, heads, layers = full["hidden_size"], full["num_attention_heads"], full["num_hidden_layers"]
     full.setdefault("num_key_value_heads", heads)
     full.setdefault("head_dim", hidden // heads)
@@ -161,9 +171,7 @@ def stored_fields(path: str) -> dict[str, Any]:
         file = candidate / "config.json"
         if file.is_file():
             return dict(json.loads(file.read_text()))
-    raise InputError(
-        f"model.init_from: {path} holds no config.json to read the model's sizes from; give the folder, or model.preset beside it"
-    )
+    raise InputError(f"model.init_from: {path} has no config.json to take the sizes from; give the right folder, or model.preset too")
 
 
 def _step_of(folder: Path) -> int:

@@ -1,0 +1,143 @@
+"""`make_plan`: what a recipe will take on a device: memory by part, largest micro-batch, hours, cost, and what does not close."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from argonne.config import Recipe
+from argonne.errors import InputError
+from argonne.plan import devices, length
+from argonne.plan.choice import Choice, best_choice, expected_rate, usable_memory, what_would_fit
+from argonne.plan.devices import Device
+from argonne.plan.length import SourceUse
+from argonne.plan.published import published
+from argonne.plan.shape import shape_of
+
+CONVENTION = "6 FLOPs a weight of a matrix product and token (head counted, embedding look-up not) + 12 x query width x keys seen a layer"
+SMALL = 50_000_000  # parameters under which a plan without --gpu is one for the CPU
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `argonne plan` prints and a run keeps. Memory in bytes of one device, speeds for all devices together."""
+
+    recipe: str | None
+    stage: str
+    preset: str | None
+    parameters: int
+    flops_per_token: float
+    flops_convention: str
+    device: str
+    devices: int
+    layout: dict[str, int]
+    precision: str
+    sequence_length: int
+    tokens_per_step: int
+    micro_rows: int
+    micro_batches: int
+    activation_checkpointing: str
+    checkpointing_stride: int
+    loss: str
+    memory: dict[str, float]
+    memory_peak: str
+    memory_total: float
+    memory_limit: float | None
+    fits: bool
+    advice: str | None
+    steps: int | None
+    tokens: int | None
+    expected_mfu: float | None
+    tokens_per_second: float | None
+    hours: float | None
+    device_hours: float | None
+    cost: float | None
+    sources: list[dict[str, Any]]
+    warnings: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as `--json` prints them and a run stores them."""
+        return asdict(self)
+
+
+def make_plan(recipe: Recipe, *, gpu: str | None = None, gpus: int = 1, price: float | None = None, name: str | None = None) -> Plan:
+    """The plan of `recipe` on `gpus` devices called `gpu`, at `price` a device and hour.
+
+    gpu: a name of `devices.device_names()`; None: the CPU for models under 50M parameters, one H200 otherwise. name: the recipe's packaged name, so
+    that published figures which do not close are told. Raises InputError for an unknown device, a layout that does not divide, or a model
+    whose sizes are not known.
+    """
+    if gpus < 1:
+        raise InputError(f"--gpus: found {gpus}, expected at least 1")
+    shape = shape_of(recipe.model, recipe.data.sequence_length)
+    device = devices.device(gpu or ("cpu" if shape.parameters() < SMALL else "h200"))
+    limit = usable_memory(device)
+    choice = best_choice(recipe, shape, device, gpus)
+    steps = length.total_steps(recipe, length.tokens_per_epoch(recipe.data))
+    tokens = None if steps is None else length.tokens_before(recipe.batch, steps)
+    flops = shape.flops_per_token(recipe.data.sequence_length)
+    mfu, rate = expected_rate(choice, device, gpus, flops) if choice.fits else (None, None)
+    hours = tokens / rate / 3600 if tokens is not None and rate else None
+    uses = length.source_uses(recipe.data, tokens)
+    rows = recipe.batch.tokens_per_step // recipe.data.sequence_length
+    return Plan(
+        recipe=name,
+        stage=recipe.stage,
+        preset=recipe.model.preset,
+        parameters=shape.parameters(),
+        flops_per_token=flops,
+        flops_convention=CONVENTION,
+        device=device.name,
+        devices=gpus,
+        layout=asdict(choice.layout),
+        precision=choice.setup.precision,
+        sequence_length=recipe.data.sequence_length,
+        tokens_per_step=recipe.batch.tokens_per_step,
+        micro_rows=choice.setup.rows,
+        micro_batches=math.ceil(math.ceil(rows / choice.layout.data_parallel) / choice.setup.rows),
+        activation_checkpointing=choice.setup.activation_checkpointing,
+        checkpointing_stride=choice.setup.checkpointing_stride,
+        loss=choice.setup.loss,
+        memory=choice.memory.parts,
+        memory_peak=choice.memory.moment,
+        memory_total=choice.memory.total,
+        memory_limit=limit,
+        fits=choice.fits,
+        advice=None if choice.fits else what_would_fit(recipe, shape, device, gpus),
+        steps=steps,
+        tokens=tokens,
+        expected_mfu=mfu,
+        tokens_per_second=rate,
+        hours=hours,
+        device_hours=None if hours is None else hours * gpus,
+        cost=None if hours is None or price is None else hours * gpus * price,
+        sources=[asdict(use) for use in uses],
+        warnings=_warnings(recipe, name, uses, tokens, choice, device),
+    )
+
+
+def _warnings(recipe: Recipe, name: str | None, uses: list[SourceUse], tokens: int | None, choice: Choice, device: Device) -> list[str]:
+    """What the reader must know beside the figures: contradictions, unknowns, assumptions that bite."""
+    found = []
+    release = published(name)
+    if release is not None and (contradiction := release.contradiction()):
+        found.append(contradiction)
+    for use in uses:
+        if use.tokens is None:
+            found.append(f"source {use.path} is not on this disk: passes over it are not known")
+        elif use.passes is not None and use.passes > use.max_epochs:
+            found.append(
+                f"source {use.path} would be read {use.passes:.2f} times, more than its max_epochs {use.max_epochs:g}: the run will be refused"
+            )
+    if tokens is None:
+        found.append("the run's length is in epochs of data that is not on this disk: steps, hours and cost are not known")
+    if choice.layout.shard > 1 and recipe.parallel.shard == 1 and choice.fits:
+        found.append(
+            f"every device with a full copy does not fit or is slower: this plan shards the state, --parallel.shard {choice.layout.shard}"
+        )
+    if device.name == "cpu":
+        found.append(
+            f"the CPU's speed is an assumption, {(device.sustained or 0) / 1e9:.0f} GFLOP/s: the first log lines of a run tell the real one"
+        )
+    return found

@@ -1,0 +1,211 @@
+"""Memory of a training step, by part: which tensors are alive at the moment when most are. Pure arithmetic, in bytes.
+
+The counts follow the code: `argonne/model/modeling_argonne.py` for what autograd keeps of a layer, `argonne/model/loss.py` for the head and
+the loss, `argonne/train/` for gradients and moments. A step has five moments that can be its highest; the plan takes the largest:
+
+- loss: every layer's activations are kept, and the loss holds logits of a chunk and its two gradients;
+- loss backward: the loss scales its two gradients into new tensors (the logits are gone);
+- layer backward: the last layer runs backward, with its largest temporaries, above what all layers keep;
+- embedding: all gradients exist, and the head's and the embedding's share of a tied weight are added;
+- update: weights, gradients and moments.
+
+Widths: `wide` bytes for the residual stream and norms (fp32 under autocast too), `narrow` bytes for what the matrix products read (2 under autocast).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from argonne.plan.shape import ModelShape
+
+MIB = 1024**2
+# The loss's own choice of a chunk (argonne/model/loss.py, rows_of_chunk): bytes of fp32 logits held at once.
+CHUNK_BYTES_CPU, CHUNK_BYTES_GPU = 128 * MIB, 1024 * MIB
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How one device runs a micro-batch. `accumulates`: gradients of earlier micro-batches are held during the pass (always so under DDP)."""
+
+    rows: int
+    sequence_length: int
+    precision: str = "fp32"
+    activation_checkpointing: str = "none"
+    checkpointing_stride: int = 2
+    loss: str = "full"
+    loss_chunk: int = 0
+    cpu: bool = False
+    accumulates: bool = False
+    shard: int = 1
+    tensor: int = 1
+    context: int = 1
+    pipeline: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch on one device."""
+        return math.ceil(self.rows * self.sequence_length / self.context)
+
+    @property
+    def wide(self) -> int:
+        return 2 if self.precision == "bf16_full" else 4
+
+    @property
+    def narrow(self) -> int:
+        return 4 if self.precision == "fp32" else 2
+
+    def recomputes(self, layer: int) -> bool:
+        """Is this layer run again in the backward pass instead of keeping its activations?"""
+        if self.activation_checkpointing == "full":
+            return True
+        return self.activation_checkpointing == "every_nth" and layer % self.checkpointing_stride == 0
+
+    def share_recomputed(self, layers: int) -> float:
+        return sum(self.recomputes(layer) for layer in range(layers)) / layers
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device at the highest moment of a step, by part, and which moment that is."""
+
+    parts: dict[str, float]
+    moment: str
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+
+def memory_of(shape: ModelShape, setup: Setup) -> Memory:
+    """The highest moment of a training step."""
+    found = moments(shape, setup)
+    moment = max(found, key=lambda name: sum(found[name].values()))
+    return Memory({part: size for part, size in found[moment].items() if size}, moment)
+
+
+def moments(shape: ModelShape, setup: Setup) -> dict[str, dict[str, float]]:
+    """Bytes by part at each of the five moments."""
+    state = State.of(shape, setup)
+    always = {"weights": state.weights, "moments": state.moments, "overhead": overhead(shape, setup)}
+    held = state.gradients if setup.accumulates else 0.0
+    kept = sum(kept_of_layer(shape, setup, layer) for layer in range(shape.num_hidden_layers)) / setup.pipeline
+    stream = setup.tokens * shape.hidden_size * setup.wide
+    tail = stream * (2 if shape.norm_type == "rms" else 1)  # the last norm keeps its input, and an RMS norm its normalised value
+    head = 4.0 * shape.vocab_size * shape.hidden_size / setup.tensor
+    logits = loss_temporaries(shape, setup)
+    work = max((backward_work(shape, setup, layer) for layer in range(shape.num_hidden_layers)), default=0.0)
+    pending = head if shape.tie_word_embeddings else 0.0  # the head's share waits for the embedding's
+    top = max(head + 2 * stream, work)
+    return {
+        "loss": {**always, "gradients": held, "activations": kept + tail, "logits and loss": logits + head + 2 * stream},
+        "loss backward": {**always, "gradients": held, "activations": kept + tail, "logits and loss": 2 * head + 2 * stream},
+        "layer backward": {**always, "gradients": held + pending, "activations": kept, "temporaries": top},
+        "embedding": {
+            **always,
+            "gradients": state.gradients,
+            "temporaries": (pending + head if setup.accumulates else pending) + 2 * stream,
+        },
+        "update": {**always, "gradients": state.gradients},
+    }
+
+
+@dataclass(frozen=True)
+class State:
+    """Bytes of what lives from step to step, on one device."""
+
+    weights: float
+    gradients: float
+    moments: float
+
+    @staticmethod
+    def of(shape: ModelShape, setup: Setup) -> State:
+        """AdamW: fp32 weights, gradients and two moments, 16 bytes a parameter (8 with bf16 throughout), over the degrees that split them."""
+        ends = 2 if setup.pipeline > 1 and shape.tie_word_embeddings else 1  # both ends of a pipeline hold a tied weight
+        layers = shape.num_hidden_layers * shape.layer_parameters()
+        local = (shape.parameters() - layers) * ends + layers / setup.pipeline
+        split = setup.shard * setup.tensor
+        size = setup.wide
+        gathered = 0.0
+        if setup.shard > 1:  # two layers and the ends are whole at a time: one computes, the next is on its way
+            gathered = setup.narrow * (2 * shape.layer_parameters() + shape.vocab_size * shape.hidden_size) / setup.tensor
+        elif setup.narrow < size:  # autocast keeps the narrow copies of the weights until their backward pass
+            gathered = setup.narrow * local / setup.tensor
+        return State(size * local / split + gathered, size * local / split, 2 * size * local / split)
+
+
+def kept_of_layer(shape: ModelShape, setup: Setup, layer: int) -> float:
+    """Bytes that autograd keeps of one decoder layer between its forward and its backward pass."""
+    stream = setup.tokens * shape.hidden_size * setup.wide
+    if setup.recomputes(layer):
+        return stream
+    return activations_of_layer(shape, setup, layer)
+
+
+def activations_of_layer(shape: ModelShape, setup: Setup, layer: int) -> float:
+    """Bytes that autograd keeps of a layer that is not recomputed: what each operation's derivative reads."""
+    hidden, queries, keys = shape.hidden_size, shape.query_width / setup.tensor, shape.key_width / setup.tensor
+    wide, narrow, middle = setup.wide, setup.narrow, shape.intermediate_size / setup.tensor
+    inner = wide * hidden if shape.norm_type == "rms" else 0  # an RMS norm keeps its normalised value beside its input
+    a_token = 2.0 * (wide * hidden + inner + narrow * hidden)  # twice: residual stream, norm, the norm's output that the products read
+    if shape.sandwich_norm:
+        a_token += 2 * (wide + narrow) * hidden
+    a_token += (wide + narrow) * (queries * shape.q_norm + keys * (shape.k_norm + shape.v_norm))
+    a_token += attention_kept(shape, setup, shape.windows()[layer])
+    a_token += narrow * middle * (4 if shape.mlp_gated else 2)
+    if shape.hidden_dropout:
+        a_token += 2 * (wide if setup.cpu else 1) * hidden
+    return setup.tokens * a_token
+
+
+def attention_kept(shape: ModelShape, setup: Setup, window: int | None) -> float:
+    """Bytes a token that attention keeps: q, k, v, the output and the log-sum of each query, or the whole weights where no fused kernel runs."""
+    narrow, length = setup.narrow, setup.sequence_length
+    heads, queries, keys = (size / setup.tensor for size in (shape.num_attention_heads, shape.query_width, shape.key_width))
+    projections = narrow * (2 * queries + 2 * keys)
+    if setup.cpu and shape.attention_dropout:  # the CPU's fused kernel has no dropout: weights, mask and dropped weights are whole
+        return projections + narrow * 3 * heads * length
+    if window is None or window >= length:
+        return projections + 4 * heads
+    block = max(32, window)  # argonne/model/kernels.py, block_size: blocks of queries, each with its own and the block's keys before it
+    if block >= length:
+        return projections + 4 * heads
+    others = (-(-length // block) - 1) * block / length
+    own_queries = 0.0 if setup.rows == 1 and length % block == 0 else others * queries
+    blocks = own_queries + others * (queries + 4 * keys) + block / length * queries
+    return projections + narrow * blocks + 4 * heads * (1 + others)
+
+
+def backward_work(shape: ModelShape, setup: Setup, layer: int) -> float:
+    """Bytes of temporaries while a layer runs backward, above what all layers keep; a recomputed layer's activations come back first."""
+    middle = shape.intermediate_size / setup.tensor
+    gradients = setup.tokens * setup.narrow * (2 * middle if shape.mlp_gated else middle)
+    stream = setup.tokens * shape.hidden_size * setup.wide
+    again = activations_of_layer(shape, setup, layer) - stream if setup.recomputes(layer) else 0.0  # its input is kept anyway
+    return again + gradients + 2 * stream
+
+
+def loss_temporaries(shape: ModelShape, setup: Setup) -> float:
+    """Bytes of logits that exist at once."""
+    vocabulary = shape.vocab_size / setup.tensor
+    rows = chunk_rows(shape, setup)
+    capped = 1 if shape.final_logit_softcapping else 0
+    in_place = setup.cpu and setup.narrow == setup.wide
+    a_logit = setup.wide * (1 + capped) if in_place else 4 * (2 + capped)  # a softcap keeps its slope beside
+    cast = setup.narrow * vocabulary * shape.hidden_size if setup.narrow < setup.wide else 0.0
+    return rows * vocabulary * a_logit + cast + 3 * rows * shape.hidden_size * setup.wide
+
+
+def chunk_rows(shape: ModelShape, setup: Setup) -> int:
+    """Rows whose logits exist at once: as argonne/model/loss.py chooses."""
+    if setup.loss == "full":
+        return setup.tokens
+    if setup.loss_chunk:
+        return min(setup.loss_chunk, setup.tokens)
+    budget = (CHUNK_BYTES_CPU if setup.cpu else CHUNK_BYTES_GPU) // (4 * shape.vocab_size)
+    return max(1, min(setup.tokens, max(64, budget // 64 * 64)))
+
+
+def overhead(shape: ModelShape, setup: Setup) -> float:
+    """Bytes of the process beside tensors."""
+    return 0.0

@@ -1,0 +1,52 @@
+"""Published figures of the released runs, kept so that a plan can say which of them contradict one another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_TOLERANCE = 0.005
+
+
+@dataclass(frozen=True)
+class Published:
+    """Steps, tokens and batch of a release, all of its parts together, as its documents give them. None = not published."""
+
+    release: str
+    steps: int | None = None
+    tokens: int | None = None
+    tokens_per_step: int | None = None
+    batch: str = ""
+    hardware: str = ""
+
+    def contradiction(self) -> str | None:
+        """One sentence where steps x batch is not the published tokens; None where it is, or where one is not known."""
+        if self.steps is None or self.tokens is None or self.tokens_per_step is None:
+            return None
+        product = self.steps * self.tokens_per_step
+        if abs(product / self.tokens - 1) <= _TOLERANCE:
+            return None
+        return (
+            f"{self.release} as published does not close: {self.steps:,} steps x {self.tokens_per_step:,} tokens ({self.batch}) = "
+            f"{product / 1e9:.2f}B tokens, published are {self.tokens / 1e9:.2f}B"
+        )
+
+
+_1_0 = Published("Argonne 1.0", 160_000, None, None, "48, then 60 documents", "8x A100 80GB, 1,440 GPU-hours")
+_1_5 = Published("Argonne 1.5", 80_000, 15_453_927_424, 756 * 2048, "756 documents in rows of 2,048", "8x A100, 1,248 GPU-hours")
+_2_0 = Published("Argonne 2.0", 1_347_890, 21_900_000_000, 16_384, "4 rows of 4,096", "8x A100")
+_2_5 = Published("Argonne 2.5", 425_975, 76_050_709_610, 245_760, "20 x 4 x 3 rows of 1,024", "3x H200")
+_3_0 = Published("Argonne 3.0", 329_148, 76_050_709_610, 233_472, "38 x 2 x 3 rows of 1,024", "3x H200")
+_BY_RECIPE = {
+    "argonne-1.0-pretrain": _1_0,
+    "argonne-1.5-pretrain": _1_5,
+    "argonne-2.0-pretrain": _2_0,
+    "argonne-2.5-pretrain": _2_5,
+    "argonne-2.5-continue": _2_5,
+    "argonne-3.0-pretrain": _3_0,
+    "argonne-3.0-continue": _3_0,
+}
+
+
+def published(recipe_name: str | None) -> Published | None:
+    """The published figures behind a packaged recipe; None for any other."""
+    return _BY_RECIPE.get(recipe_name or "")

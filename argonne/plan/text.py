@@ -1,0 +1,132 @@
+"""A plan as lines for people, and a plan beside what a run measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from argonne.plan.build import Plan
+
+GB = 1e9
+
+
+def plan_lines(plan: Plan) -> list[str]:
+    """The table that `argonne plan` prints."""
+    name = plan.recipe or plan.preset or "recipe"
+    rows = [
+        ("model", f"{plan.preset or 'from init_from or own sizes'}, {plan.parameters:,} parameters"),
+        ("FLOPs a token", f"{plan.flops_per_token:.4g} ({plan.flops_convention})"),
+        ("device", f"{plan.devices} x {plan.device}, {plan.precision}, {_layout(plan.layout)}"),
+        ("step", f"{plan.tokens_per_step:,} tokens, rows of {plan.sequence_length:,}"),
+        (
+            "micro-batch",
+            f"{plan.micro_rows} rows x {plan.micro_batches} a device ({'largest that fits' if plan.fits else 'smallest'}), {_way(plan)}",
+        ),
+        *_memory_rows(plan),
+        *_length_rows(plan),
+        *[("source", _source(use)) for use in plan.sources],
+    ]
+    width = max(len(label) for label, _ in rows)
+    lines = [f"plan of {name} ({plan.stage})", *(f"  {label:<{width}}  {text}" for label, text in rows)]
+    return [*lines, *(f"  note: {warning}" for warning in plan.warnings)]
+
+
+def _layout(layout: dict[str, int]) -> str:
+    used = [f"{kind} {degree}" for kind, degree in layout.items() if degree > 1]
+    return ", ".join(used) or "one process"
+
+
+def _way(plan: Plan) -> str:
+    every = f" {plan.checkpointing_stride}" if plan.activation_checkpointing == "every_nth" else ""
+    return f"activation checkpointing {plan.activation_checkpointing}{every}, loss {plan.loss}"
+
+
+def _memory_rows(plan: Plan) -> list[tuple[str, str]]:
+    rows = [("memory", f"{plan.memory_total / GB:.2f} GB a device at its highest moment ({plan.memory_peak}){_of_limit(plan)}")]
+    rows += [("", f"{size / GB:9.2f} GB  {part}") for part, size in plan.memory.items()]
+    if not plan.fits:
+        rows.append(("DOES NOT FIT", plan.advice or ""))
+    return rows
+
+
+def _of_limit(plan: Plan) -> str:
+    return "" if plan.memory_limit is None else f", of {plan.memory_limit / GB:.1f} GB usable"
+
+
+def _length_rows(plan: Plan) -> list[tuple[str, str]]:
+    if plan.steps is None or plan.tokens is None:
+        return [("length", "not known: it is in epochs of data that is not here")]
+    rows = [("length", f"{plan.steps:,} steps, {plan.tokens:,} tokens")]
+    if plan.tokens_per_second is not None and plan.hours is not None and plan.device_hours is not None:
+        basis = (
+            f"assuming {100 * plan.expected_mfu:.0f} % MFU" if plan.expected_mfu is not None else "assuming the sustained rate of the note"
+        )
+        rows.append(("speed", f"{plan.tokens_per_second:,.0f} tokens/s, {basis}"))
+        rows.append(("time", f"{_time(plan.hours)}, {plan.device_hours:,.1f} device-hours"))
+    if plan.cost is not None:
+        rows.append(("cost", f"{plan.cost:,.2f}"))
+    return rows
+
+
+def _time(hours: float) -> str:
+    if hours < 2:
+        return f"{60 * hours:.1f} minutes"
+    return f"{hours:,.1f} hours" if hours < 72 else f"{hours / 24:,.1f} days"
+
+
+def _source(use: dict[str, Any]) -> str:
+    known = "tokens not known" if use["tokens"] is None else f"{use['tokens']:,} tokens"
+    passes = "" if use["passes"] is None else f", read {use['passes']:.3g} times"
+    return f"{use['path']}: {100 * use['share']:.0f} % of the batch, {known}{passes}"
+
+
+def compare_plan(plan: dict[str, Any], metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What was planned beside what a run measured: [{name, planned, measured, ratio}], ratio = measured / planned.
+
+    plan: `Plan.to_dict()` as stored with the run. metrics: the records of metrics.jsonl in order. A figure that either side lacks is None.
+    """
+    steps = {record["step"]: record for record in metrics if record.get("event") == "step"}
+    records = [steps[step] for step in sorted(steps)]
+    last = records[-1] if records else {}
+    pairs = [
+        (
+            "memory_gb",
+            plan["memory_total"] / GB,
+            max((record["memory_gb"] for record in records if record.get("memory_gb") is not None), default=None),
+        ),
+        ("tokens_per_second", plan["tokens_per_second"], last.get("tokens_per_second")),
+        ("mfu", plan["expected_mfu"], last.get("mfu")),
+        ("steps", plan["steps"], last.get("step")),
+        ("tokens", plan["tokens"], last.get("tokens")),
+        ("hours", plan["hours"], _hours(metrics)),
+    ]
+    return [{"name": name, "planned": planned, "measured": found, "ratio": _ratio(planned, found)} for name, planned, found in pairs]
+
+
+def _ratio(planned: float | None, measured: float | None) -> float | None:
+    return None if not planned or measured is None else measured / planned
+
+
+def _hours(metrics: list[dict[str, Any]]) -> float | None:
+    """Hours that sessions ran: from each start or resume to the last record before the next."""
+    total, begun, seen = 0.0, None, None
+    for record in metrics:
+        if "time" not in record:
+            continue
+        if record.get("event") in ("start", "resume"):
+            total += seen - begun if begun is not None and seen is not None else 0.0
+            begun = record["time"]
+        seen = record["time"]
+    return None if begun is None or seen is None else (total + seen - begun) / 3600
+
+
+def compare_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """`compare_plan` as lines for people."""
+
+    def show(value: float | None) -> str:
+        return "n/a" if value is None else f"{value:,.4g}"
+
+    lines = [f"{'':<18} {'planned':>14} {'measured':>14} {'ratio':>7}"]
+    for row in rows:
+        ratio = "n/a" if row["ratio"] is None else f"{row['ratio']:.2f}"
+        lines.append(f"{row['name']:<18} {show(row['planned']):>14} {show(row['measured']):>14} {ratio:>7}")
+    return lines
