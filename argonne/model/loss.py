@@ -34,11 +34,12 @@ class LossOptions:
 
 
 def rows_of_chunk(options: LossOptions, rows: int, vocabulary: int, device: torch.device) -> int:
-    """Rows whose logits are held at once: as given, or 128 MiB of fp32 logits on the CPU (they stay near the caches), 1 GiB elsewhere."""
+    """Rows whose logits are held at once: as given, or at least 256 (below, the matrix products slow down) and as many as fit into 32 MiB
+    of fp32 logits on the CPU, into 1 GiB elsewhere."""
     if options.chunk:
         return min(options.chunk, rows)
-    budget = (1 << 27 if device.type == "cpu" else 1 << 30) // (4 * vocabulary)
-    return max(1, min(rows, max(64, budget // 64 * 64)))
+    budget = (1 << 25 if device.type == "cpu" else 1 << 30) // (4 * vocabulary)
+    return min(rows, max(256, budget // 64 * 64))
 
 
 def compute_dtype(hidden: Tensor) -> torch.dtype:
@@ -50,14 +51,14 @@ def compute_dtype(hidden: Tensor) -> torch.dtype:
 class _Logits:
     """Capped logits of one chunk and what the derivative needs."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, targets: Tensor, options: LossOptions, buffer: Tensor | None = None) -> None:
+    def __init__(self, hidden: Tensor, weight: Tensor, targets: Tensor, options: LossOptions, buffers: Tensor | None = None) -> None:
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        x = torch.mm(hidden, weight.t(), out=buffer) if buffer is not None else torch.mm(hidden, weight.t())
-        x = x.to(wide)
+        rows = hidden.shape[0]
+        x = torch.mm(hidden, weight.t(), out=None if buffers is None else buffers[0, :rows]).to(wide)
         self.slope: Tensor | None = None
         if options.softcap:
             slope = torch.tanh_(x.div_(options.softcap))
-            x = slope * options.softcap
+            x = torch.mul(slope, options.softcap, out=None if buffers is None else buffers[1, :rows])
             self.slope = slope.square_().neg_().add_(1)
         self.valid = targets != IGNORED
         column = torch.where(self.valid, targets - options.first, 0)
@@ -126,12 +127,13 @@ class _SummedLoss(torch.autograd.Function):
             rows = _rows_that_count(targets)
             picked = targets if rows is None else targets[rows]
             chunk = rows_of_chunk(options, max(1, picked.shape[0]), weight.shape[0], hidden.device)
+            # Fresh memory for each chunk costs the CPU a page fault for every 4 KiB; a GPU's allocator has it at hand.
             reusable = hidden.device.type == "cpu" and dtype == wide
-            buffer = torch.empty(chunk, weight.shape[0], dtype=dtype) if reusable else None
+            buffers = torch.empty(2 if options.softcap else 1, chunk, weight.shape[0], dtype=dtype) if reusable else None
             for start in range(0, picked.shape[0], chunk):
                 part = slice(start, start + chunk) if rows is None else rows[start : start + chunk]
                 h, t = hidden[part].to(dtype), targets[part]
-                logits = _Logits(h, head, t, options, None if buffer is None else buffer[: h.shape[0]])
+                logits = _Logits(h, head, t, options, buffers)
                 log_z = torch.where(logits.valid, logits.log_z, 0)
                 total -= torch.where(logits.valid, logits.target_log_p, 0).sum()
                 if options.z_loss:

@@ -1,0 +1,264 @@
+"""`argonne import`: weights and configs of earlier Argonne files under today's names, as a complete Hugging Face folder."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from argonne.errors import InputError
+from argonne.files import atomic_directory
+from argonne.model.configuration_argonne import FULL, SLIDING, Argonne1Config, ArgonneConfig
+from argonne.model.earlier import Earlier, read_earlier
+from argonne.model.modeling_argonne import ArgonneForCausalLM
+from argonne.model.save import save_model_folder
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+# Fields of 4.5 experiments that no released weights use; a checkpoint that has one on is another architecture.
+EXPERIMENTAL = {"attn_pattern": (None, ""), "nope_global": (False, None), "attn_gate": (False, None), "mlp_type": ("swiglu", None)}
+OUTER = {
+    "token_embedding.weight": "model.embed_tokens.weight",
+    "embed_tokens.weight": "model.embed_tokens.weight",
+    "position_embedding": "model.embed_positions.weight",
+    "ln_f": "model.norm",
+    "norm": "model.norm",
+    "head.weight": "lm_head.weight",
+    "lm_head.weight": "lm_head.weight",
+}
+FIRST_INNER = {
+    "ln1": "input_layernorm",
+    "ln2": "post_attention_layernorm",
+    "attn.query": "self_attn.q_proj",
+    "attn.key": "self_attn.k_proj",
+    "attn.value": "self_attn.v_proj",
+    "attn.proj": "self_attn.o_proj",
+    "mlp.fc1": "mlp.up_proj",
+    "mlp.fc2": "mlp.down_proj",
+}
+_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)\.(weight|bias)")
+
+
+def inner_names(sandwich: bool) -> dict[str, str]:
+    """Earlier module name inside a block -> today's, for 2.x (as Llama) and for sandwich models (as Gemma)."""
+    names = {f"attn.{part}_proj": f"self_attn.{part}_proj" for part in "qkvo"}
+    names |= {f"mlp.{part}_proj": f"mlp.{part}_proj" for part in ("gate", "up", "down")}
+    names |= {"attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm", "attn.v_norm_layer": "self_attn.v_norm"}
+    names |= {"input_norm": "input_layernorm", "post_norm": "pre_feedforward_layernorm" if sandwich else "post_attention_layernorm"}
+    if sandwich:
+        names |= {"attn_out_norm": "post_attention_layernorm", "mlp_out_norm": "post_feedforward_layernorm"}
+    return names
+
+
+def modern_name(name: str, config: ArgonneConfig) -> str | None:
+    """Today's name of an earlier parameter; None for one that has none. `blocks.{i}.attn.mask` is a buffer and has none either."""
+    block = _BLOCK.fullmatch(name)
+    if block:
+        inner = FIRST_INNER if isinstance(config, Argonne1Config) else inner_names(config.sandwich_norm)
+        module = inner.get(block[2])
+        return None if module is None else f"model.layers.{block[1]}.{module}.{block[3]}"
+    if name in OUTER:
+        return OUTER[name]
+    module, _, kind = name.rpartition(".")
+    return f"{OUTER[module]}.{kind}" if module in OUTER and kind in ("weight", "bias") else None
+
+
+def modern_config(earlier: Earlier, attention: str) -> ArgonneConfig:
+    """The config under today's names. attention "full": no window, as the released weights were trained; "as-config": as it says.
+
+    A window of w saw the keys i-w .. i in the earlier code; `sliding_window` counts the query's own key, hence w + 1.
+    """
+    raw = dict(earlier.config)
+    for name, off in EXPERIMENTAL.items():
+        if raw.pop(name, off[0]) not in off:
+            raise InputError(
+                f"{earlier.folder / 'config.json'}: {name} is {earlier.config[name]!r}: an experiment of 4.5 that is not supported"
+            )
+    raw.pop("sliding_window_size", None)
+    window = raw.get("local_attention_window") or raw.get("sliding_window")
+    everywhere = not raw.get("local_attention_window")
+    on = bool(window and window > 0) and (everywhere or raw.get("interleaved_local_attention", True))
+    if "layer_types" not in raw:
+        raw = {name: value for name, value in raw.items() if name not in ("local_attention_window", "sliding_window")}
+    kind = Argonne1Config if raw.get("model_type") == "argonne" else ArgonneConfig
+    raw.pop("model_type", None)
+    raw.pop("transformers_version", None)
+    raw.pop("auto_map", None)
+    raw.pop("architectures", None)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            config = kind(**raw)
+            if on and attention == "as-config" and "layer_types" not in raw:
+                layers = range(config.num_hidden_layers)
+                config.layer_types = [SLIDING if everywhere or layer % 2 else FULL for layer in layers]
+                config.sliding_window = int(window or 0) + 1
+            config.check_architecture()
+    except (ValueError, TypeError, UserWarning) as error:
+        raise InputError(f"{earlier.folder / 'config.json'}: {error}") from None
+    if on and attention == "full":
+        earlier.messages.append(
+            f"the config names a window of {window}; imported as full attention on every layer, as released weights were trained "
+            "(--attention as-config keeps the window)"
+        )
+    if on and attention == "as-config":
+        earlier.messages.append(f"window of {window} earlier keys and the own one: sliding_window = {config.sliding_window}")
+    return config
+
+
+def modern_state(earlier: Earlier, config: ArgonneConfig, vocabulary: int | None = None) -> dict[str, Tensor]:
+    """The tensors under today's names, padded vocabulary rows trimmed to `vocabulary` (default: the config's).
+
+    Raises InputError naming the first unknown, missing or mis-shaped parameter.
+    """
+    if vocabulary is not None and vocabulary < config.vocab_size:
+        earlier.messages.append(f"vocab_size {config.vocab_size} of the config becomes the {vocabulary} entries of the tokenizer")
+        config.vocab_size = vocabulary
+    with torch.device("meta"):
+        expected = {name: parameter.shape for name, parameter in ArgonneForCausalLM(config).state_dict().items()}
+    state: dict[str, Tensor] = {}
+    for name, tensor in earlier.tensors.items():
+        if name.endswith(".attn.mask"):
+            continue
+        new = modern_name(name, config)
+        if new is None or new not in expected:
+            raise InputError(
+                f"{earlier.folder}: parameter {name} is unknown in this architecture; config.json and weights belong to different models"
+            )
+        tensor = tensor[0] if new == "model.embed_positions.weight" and tensor.dim() == 3 else tensor
+        state[new] = _fit(earlier, name, tensor, expected[new], config.vocab_size)
+    _check_tie(earlier, config, state)
+    missing = sorted(set(expected) - set(state))
+    if missing:
+        raise InputError(f"{earlier.folder}: parameter {missing[0]} is missing from the weights ({len(missing)} of {len(expected)} are)")
+    return state
+
+
+def _fit(earlier: Earlier, name: str, tensor: Tensor, shape: torch.Size, vocabulary: int) -> Tensor:
+    if tensor.shape == shape:
+        return tensor
+    is_table = shape[0] == vocabulary and tensor.dim() == 2 and tensor.shape[1:] == shape[1:]
+    if is_table and shape[0] < tensor.shape[0] <= -(-shape[0] // 512) * 512:
+        earlier.messages.append(f"{name}: {tensor.shape[0]} rows trimmed to the vocabulary of {shape[0]}")
+        return tensor[: shape[0]].clone()
+    raise InputError(f"{earlier.folder}: parameter {name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
+
+
+def _check_tie(earlier: Earlier, config: ArgonneConfig, state: dict[str, Tensor]) -> None:
+    """A tied head may be stored twice or once. Stored twice with different values it is not tied."""
+    if not config.tie_word_embeddings or "model.embed_tokens.weight" not in state:
+        return
+    table = state["model.embed_tokens.weight"]
+    if not torch.equal(state.setdefault("lm_head.weight", table), table):
+        raise InputError(
+            f"{earlier.folder}: lm_head.weight differs from embed_tokens.weight though tie_word_embeddings is true; "
+            "set it to false in config.json if the head was trained by itself"
+        )
+
+
+def load_earlier(path: Path, attention: str = "full") -> tuple[ArgonneForCausalLM, Earlier]:
+    """The model of an earlier checkpoint in its stored dtype, and what was read. Raises InputError."""
+    if attention not in ("full", "as-config"):
+        raise InputError(f"--attention is {attention!r}; expected full or as-config")
+    earlier = read_earlier(path)
+    config = modern_config(earlier, attention)
+    state = modern_state(earlier, config, _tokenizer_size(earlier.folder))
+    floating = {tensor.dtype for tensor in state.values()}
+    if len(floating) != 1:
+        raise InputError(f"{path}: tensors of several dtypes ({', '.join(sorted(map(str, floating)))}); expected one")
+    with torch.device("meta"):
+        model = ArgonneForCausalLM(config)
+    model.load_state_dict(state, assign=True)
+    model.tie_weights()
+    return model.eval(), earlier
+
+
+def _tokenizer_size(folder: Path) -> int | None:
+    """Entries of the tokenizer beside the weights, added ones included; None without one."""
+    source = tokenizer_folder(folder)
+    if source is None or not (source / "tokenizer.json").is_file():
+        return None
+    from tokenizers import Tokenizer
+
+    return int(Tokenizer.from_file(str(source / "tokenizer.json")).get_vocab_size(with_added_tokens=True))
+
+
+def tokenizer_folder(folder: Path) -> Path | None:
+    """Where the tokenizer of a model folder lies: in it, or in its tokenizer/."""
+    return next((place for place in (folder, folder / "tokenizer") if any((place / name).is_file() for name in TOKENIZER_FILES[:1])), None)
+
+
+def copy_tokenizer(source: Path | None, target: Path) -> list[str]:
+    """Copy the tokenizer files and the chat template; return their names."""
+    if source is None:
+        return []
+    found = [name for name in TOKENIZER_FILES if (source / name).is_file()]
+    for name in found:
+        shutil.copyfile(source / name, target / name)
+    return found
+
+
+def stop_ids(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """eos, bos and pad ids: of generation_config.json, else of the config, else of the tokenizer's own eos token."""
+    import json
+
+    found: dict[str, Any] = {
+        "eos_id": config.get("eos_token_id"),
+        "bos_id": config.get("bos_token_id"),
+        "pad_id": config.get("pad_token_id"),
+    }
+    path = folder / "generation_config.json"
+    if path.is_file():
+        generation = json.loads(path.read_text())
+        for name in ("eos", "bos", "pad"):
+            found[f"{name}_id"] = generation.get(f"{name}_token_id", found[f"{name}_id"])
+    source = tokenizer_folder(folder)
+    if found["eos_id"] is None and source is not None and (source / "tokenizer_config.json").is_file():
+        from tokenizers import Tokenizer
+
+        token = json.loads((source / "tokenizer_config.json").read_text()).get("eos_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        found["eos_id"] = Tokenizer.from_file(str(source / "tokenizer.json")).token_to_id(token) if token else None
+    return found
+
+
+def import_checkpoint(path: Path, out: Path, *, attention: str = "full") -> dict[str, Any]:
+    """Write the Hugging Face folder `out` from an earlier checkpoint; return what it is and every message about it.
+
+    Raises InputError for anything that is not such a checkpoint; `out` is complete or absent.
+    """
+    model, earlier = load_earlier(path, attention)
+    ids = stop_ids(earlier.folder, earlier.config)
+    if ids["eos_id"] is None:
+        earlier.messages.append(
+            "no end-of-text id is known: set eos_token_id in generation_config.json, or generation will not stop by itself"
+        )
+    with atomic_directory(out) as folder:
+        save_model_folder(model, folder, **ids)
+        files = copy_tokenizer(tokenizer_folder(earlier.folder), folder)
+        if not files:
+            earlier.messages.append("no tokenizer beside the weights: add its files to the folder")
+    parameters = {id(p): p.numel() for p in model.parameters()}
+    return {
+        "path": str(out),
+        "source": str(path),
+        "model_type": model.config.model_type,
+        "parameters": sum(parameters.values()),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "layer_types": list(model.config.layer_types or []),
+        "sliding_window": model.config.sliding_window,
+        "tokenizer_files": files,
+        "messages": earlier.messages,
+    }

@@ -1,0 +1,212 @@
+"""Read checkpoints of earlier Argonne code: folders and `.pt` training checkpoints. Nothing in them is ever executed."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from argonne.errors import InputError
+from argonne.presets import presets
+
+FAMILY = ("argonne", "argonne2")
+WRAPPERS = ("_orig_mod.", "module.")
+_STAGE = re.compile(r"pipeline_stages\.(\d+)\.(\d+)\.(.+)")
+
+
+@dataclass
+class Earlier:
+    """An earlier checkpoint as it lies there: its config file, its tensors under their earlier names, and what was remarkable."""
+
+    folder: Path
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    messages: list[str] = field(default_factory=list)
+
+
+def read_earlier(path: Path) -> Earlier:
+    """Read a folder (config.json with safetensors or pytorch_model.bin) or a `checkpoint_step_<N>.pt`. Raises InputError by file and cause."""
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder; give a checkpoint of earlier Argonne code")
+    messages: list[str] = []
+    if path.is_dir():
+        config, tensors = read_config(path / "config.json"), _read_folder(path)
+        folder = path
+    else:
+        tensors = _weights_in(path, _unpickle(path), messages)
+        folder = path.parent
+    tensors = _without_wrappers(tensors)
+    _unfold_pipeline(path, tensors, messages)
+    if any(name.startswith("model.layers.") for name in tensors):
+        raise InputError(f"{path}: its tensors have today's names already; use the folder as it is, nothing needs importing")
+    if not any(name.startswith("blocks.") for name in tensors):
+        found = ", ".join(list(tensors)[:3]) or "none"
+        raise InputError(f"{path}: not an Argonne checkpoint: expected tensors named blocks.0..., found {found}")
+    if not path.is_dir():
+        config = _config_of_file(path, tensors, messages)
+    return Earlier(folder, config, tensors, messages)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A config.json of this family. Raises InputError when it is missing, broken, or of another family."""
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; an earlier checkpoint needs its config.json") from None
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({error})") from None
+    kind = config.get("model_type") if isinstance(config, dict) else type(config).__name__
+    if kind not in FAMILY:
+        raise InputError(f"{path}: model_type is {kind!r}; expected {' or '.join(FAMILY)}: this is no Argonne model")
+    return dict(config)
+
+
+def _read_folder(folder: Path) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for path in _weight_files(folder):
+        part = _read_safetensors(path) if path.suffix == ".safetensors" else _weights_in(path, _unpickle(path), [])
+        for name in part.keys() & tensors.keys():
+            raise InputError(f"{path}: {name} is in an earlier file of this folder too; keep one set of weights")
+        tensors.update(part)
+    return tensors
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The weights of a folder: what an index file names, else the usual file names, else the only file of a kind."""
+    for index in (folder / "model.safetensors.index.json", folder / "pytorch_model.bin.index.json"):
+        if index.is_file():
+            return _indexed(index)
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return [folder / name]
+    for pattern in ("*.safetensors", "*.bin", "*.pt", "*.pth"):
+        found = sorted(folder.glob(pattern))
+        if len(found) == 1:
+            return found
+        if found:
+            raise InputError(f"{folder}: {len(found)} files {pattern} and none is model.safetensors; give the one that you mean")
+    raise InputError(f"{folder}: no weights in it; expected model.safetensors or pytorch_model.bin")
+
+
+def _indexed(index: Path) -> list[Path]:
+    """An index file names its shards: a missing one is named here, not found out later as missing tensors."""
+    try:
+        wanted = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise InputError(f"{index}: cannot be read as a weight index ({error!r})") from None
+    for name in wanted:
+        if Path(name).name != name or not (index.parent / name).is_file():
+            raise InputError(f"{index.parent}: {name} is missing; {index.name} names {len(wanted)} files")
+    return [index.parent / name for name in wanted]
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: cannot be read as safetensors ({error}); it is truncated or damaged, copy it again") from None
+
+
+def _unpickle(path: Path) -> Any:
+    import pickle
+
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path}: holds more than tensors and was not loaded, because loading it would run its code ({reason})") from None
+    except (RuntimeError, OSError, EOFError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{path}: cannot be read as a PyTorch file ({reason}); it is truncated or damaged, copy it again") from None
+
+
+def _weights_in(path: Path, content: Any, messages: list[str]) -> dict[str, Tensor]:
+    """The state dict in a loaded pickle: itself, or under model_state_dict."""
+    state = content
+    if isinstance(content, dict) and "model_state_dict" in content:
+        state = content["model_state_dict"]
+        if content.get("tensor_parallel") and content.get("world_size", 1) > 1:
+            raise InputError(
+                f"{path}: holds one of {content['world_size']} tensor-parallel shards (rank {content.get('rank', 0)}); the others were never saved"
+            )
+        step, tokens = content.get("global_step"), content.get("tokens_processed")
+        messages.append(f"{path.name}: training checkpoint of step {step}, {tokens} tokens; optimizer and schedule are left behind")
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise InputError(f"{path}: no state dict in it; expected tensors by name, perhaps under model_state_dict")
+    return dict(state)
+
+
+def _without_wrappers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names as the plain module has them: torch.compile and DDP put prefixes in front of and between the parts."""
+    plain: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        short = name
+        for wrapper in WRAPPERS:
+            short = short.replace(wrapper, "")
+        if short in plain and not torch.equal(plain[short], tensor):
+            raise InputError(
+                f"{name}: another tensor of the same name without its prefix has other values; the checkpoint contradicts itself"
+            )
+        plain[short] = tensor
+    return plain
+
+
+def _unfold_pipeline(path: Path, tensors: dict[str, Tensor], messages: list[str]) -> None:
+    """pipeline_stages.{s}.{j}.* is layer s * blocks_per_stage + j; it may repeat blocks.*, and must then agree with it."""
+    staged = {name: _STAGE.fullmatch(name) for name in tensors if name.startswith("pipeline_stages.")}
+    matches = {name: match for name, match in staged.items() if match}
+    if not matches:
+        return
+    per_stage = 1 + max(int(match[2]) for match in matches.values())
+    repeated = 0
+    for name, match in matches.items():
+        layer = int(match[1]) * per_stage + int(match[2])
+        plain, tensor = f"blocks.{layer}.{match[3]}", tensors.pop(name)
+        if plain not in tensors:
+            tensors[plain] = tensor
+        elif torch.equal(tensors[plain], tensor):
+            repeated += 1
+        else:
+            raise InputError(f"{path}: {name} and {plain} are the same parameter with different values; the checkpoint contradicts itself")
+    messages.append(f"pipelined checkpoint: {len(matches)} stage tensors, {per_stage} blocks a stage, {repeated} of them repeats")
+
+
+def _config_of_file(path: Path, tensors: dict[str, Tensor], messages: list[str]) -> dict[str, Any]:
+    """The config that lies beside a `.pt`, or that of the released model whose shapes these are."""
+    for folder in (path.parent, path.parent.parent):
+        if (folder / "config.json").is_file():
+            return read_config(folder / "config.json")
+    fitting = [name for name, preset in presets().items() if _shapes_fit(preset.fields, tensors)]
+    if len(fitting) != 1:
+        what = f"fits {' and '.join(fitting)}" if fitting else "is the shape of no released model"
+        raise InputError(f"{path}: a training checkpoint has no config, and it {what}; put the config.json of the model beside it")
+    messages.append(f"no config.json beside {path.name}: its shapes are those of {fitting[0]}")
+    fields = presets()[fitting[0]].fields
+    first = fields["position_embedding"] == "learned"
+    return {"model_type": "argonne" if first else "argonne2", **{name: value for name, value in fields.items() if value is not None}}
+
+
+def _shapes_fit(fields: dict[str, Any], tensors: dict[str, Tensor]) -> bool:
+    layers = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
+    first = fields["position_embedding"] == "learned"
+    up = tensors.get("blocks.0.mlp.fc1.weight" if first else "blocks.0.mlp.up_proj.weight")
+    query = tensors.get("blocks.0.attn.query.weight" if first else "blocks.0.attn.q_proj.weight")
+    table = tensors.get("token_embedding.weight" if first else "embed_tokens.weight")
+    if up is None or query is None or table is None or layers != fields["num_hidden_layers"]:
+        return False
+    untied = first or not torch.equal(tensors.get("lm_head.weight", table), table)
+    return (
+        tuple(up.shape) == (fields["intermediate_size"], fields["hidden_size"])
+        and query.shape[0] == fields["num_attention_heads"] * fields["head_dim"]
+        and fields["vocab_size"] <= table.shape[0] < fields["vocab_size"] + 512
+        and fields["sandwich_norm"] == ("blocks.0.attn_out_norm.weight" in tensors)
+        and fields["tie_word_embeddings"] != untied
+    )
