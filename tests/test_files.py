@@ -23,9 +23,13 @@ def test_a_sealed_directory_verifies(tmp_path: Path) -> None:
 
 
 def test_an_error_while_filling_leaves_nothing_behind(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), files.atomic_directory(tmp_path / "made") as folder:
-        (folder / "a").write_text("half")
-        raise RuntimeError
+    def write_half_and_fail() -> None:
+        with files.atomic_directory(tmp_path / "made") as folder:
+            (folder / "a").write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_half_and_fail()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -28,14 +28,15 @@ steps = 10
 """
 
 
-@pytest.fixture()
+@pytest.fixture
 def path(tmp_path: Path) -> Path:
     (tmp_path / "mine.toml").write_text(MINIMAL)
     return tmp_path / "mine.toml"
 
 
 def test_a_saved_recipe_reads_back_the_same(path: Path, tmp_path: Path) -> None:
-    first = recipe.load_recipe(str(path), {"optim.betas": "[0.8, 0.99]", "stop.wall_time": "90m", "batch.steps": "[{ step = 4, tokens_per_step = 4096 }]"})
+    changes = {"optim.betas": "[0.8, 0.99]", "stop.wall_time": "90m", "batch.steps": "[{ step = 4, tokens_per_step = 4096 }]"}
+    first = recipe.load_recipe(str(path), changes)
     (tmp_path / "saved.toml").write_text(recipe.to_toml(first))
     assert recipe.load_recipe(str(tmp_path / "saved.toml")) == first
 

@@ -100,6 +100,7 @@ def _say(mesh: Mesh) -> Callable[[str], None]:
 
 def _train(session: Session, run: RunFolder, mesh: Mesh, watch: Any) -> Outcome:
     from argonne.data.loader import open_training_data
+    from argonne.parallel.apply import replicate
     from argonne.train.checkpoint import clean_leftovers, load_tensors, run_tensors
     from argonne.train.metrics import MetricsLog
     from argonne.train.optim import build_optimizer
@@ -145,7 +146,7 @@ def _train(session: Session, run: RunFolder, mesh: Mesh, watch: Any) -> Outcome:
     trainer = Trainer(
         recipe=recipe,
         run=run,
-        model=_replicated(model, mesh),
+        model=replicate(model, mesh),
         optimizer=optimizer,
         data=data,
         mesh=mesh,
@@ -246,15 +247,6 @@ def _configure(model: Any, recipe: Recipe, mesh: Mesh) -> None:
         loss_chunk=train.loss_chunk,
         z_loss=train.z_loss,
     )
-
-
-def _replicated(model: nn.Module, mesh: Mesh) -> nn.Module:
-    if mesh.world_size == 1:
-        return model
-    from torch.nn.parallel import DistributedDataParallel
-
-    devices = [mesh.device] if mesh.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def _record_start(

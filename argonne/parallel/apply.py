@@ -1,0 +1,21 @@
+"""Parallelism applied to a model: torch's own engines over our mesh."""
+
+from __future__ import annotations
+
+import inspect
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from argonne.parallel.mesh import Mesh
+
+
+def replicate(model: nn.Module, mesh: Mesh) -> nn.Module:
+    """One copy a rank, gradients averaged over ranks in the last backward pass of a step; the model itself on a mesh of one."""
+    if mesh.world_size == 1:
+        return model
+    # Nothing in the model's buffers is trained: no copies before each forward. torch 2.13 renamed the switch.
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    buffers = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+    devices = [mesh.device] if mesh.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **buffers)

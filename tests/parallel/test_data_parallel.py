@@ -1,0 +1,64 @@
+"""Data parallelism over two local workers: the same batches, the same numbers, one decision for all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from argonne.config import Recipe
+from argonne.errors import InputError
+from argonne.parallel.mesh import check_degrees
+from argonne.stages.pretrain import run
+from argonne.train.checkpoint import LAST
+from tests.train.helpers import curve, stored
+
+Nano = Callable[..., Recipe]
+TWO = {"parallel.nproc": "2"}
+
+
+def assert_close(found: list[dict[str, float]], expected: list[dict[str, float]], relative: float) -> None:
+    assert [row["step"] for row in found] == [row["step"] for row in expected]
+    for mine, theirs in zip(found, expected, strict=True):
+        assert (mine["tokens"], mine["lr"]) == (theirs["tokens"], theirs["lr"])
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=relative)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_one_then_two_then_one_rank_gives_the_curve_of_one(nano: Nano, tmp_path: Path, optimizer: str) -> None:
+    one, two = nano(**{"optim.name": optimizer}), nano(**{"optim.name": optimizer}, **TWO)
+    run(one, tmp_path / "whole")
+    run(one, tmp_path / "cut", stop_after_step=4)
+    run(two, tmp_path / "cut", stop_after_step=8)
+    run(one, tmp_path / "cut")
+    assert_close(curve(tmp_path / "cut"), curve(tmp_path / "whole"), 1e-6)
+
+
+def test_uneven_rows_and_documents_give_the_same_loss_on_two_ranks(nano: Nano, tmp_path: Path) -> None:
+    uneven = {"batch.tokens_per_step": "224", "data.document_mask": "true", "train.steps": "4", "batch.micro": "3"}
+    run(nano(**uneven), tmp_path / "one")
+    run(nano(**uneven, **TWO), tmp_path / "two")
+    assert_close(curve(tmp_path / "two"), curve(tmp_path / "one"), 1e-6)
+
+
+def test_two_ranks_stopped_and_resumed_equal_two_ranks_uninterrupted_bit_for_bit(nano: Nano, tmp_path: Path) -> None:
+    recipe = nano(**TWO, **{"model.hidden_dropout": "0.1"})
+    run(recipe, tmp_path / "whole")
+    run(recipe, tmp_path / "cut", stop_after_step=5)
+    run(recipe, tmp_path / "cut")
+    assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
+    assert stored(tmp_path / "cut" / LAST) == stored(tmp_path / "whole" / LAST)
+    assert json.loads((tmp_path / "whole" / "manifest.json").read_text())["world_size"] == 2
+
+
+def test_wrong_input_on_workers_is_wrong_input_and_not_a_crash(nano: Nano, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="warmup"):
+        run(nano(**TWO, **{"schedule.warmup": "99"}), tmp_path / "run")
+
+
+@pytest.mark.parametrize("key", ["shard", "tensor", "context", "pipeline"])
+def test_a_degree_that_nothing_honours_is_refused(nano: Nano, key: str) -> None:
+    with pytest.raises(InputError, match=f"parallel.{key}"):
+        check_degrees(nano(**{f"parallel.{key}": "2"}).parallel)
