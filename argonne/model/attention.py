@@ -8,7 +8,7 @@ part of a row). Only cached decoding, and masks that fit no plan, carry a dense 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,11 +17,11 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import AttentionMaskInterface, create_causal_mask, create_sliding_window_causal_mask, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from .kernels import Segments, choose_kernel, run_kernel
+from .fused import Segments
+from .kernels import choose_kernel, run_kernel
 
 IMPLEMENTATION = "argonne"
 FULL, SLIDING = "full_attention", "sliding_attention"
-KERNELS = ("flash", "varlen", "flex", "sdpa", "math")
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,14 @@ class MaskPlan:
 
     window: keys it sees, itself included (None = all). segments: what it may not look out of. dense: (B, 1, Tq, Tk) bool, True = visible,
     replaces all else. own_keys: attend to this call's keys and values, not to what the cache returns (training, and the first call with an
-    empty cache of any class).
+    empty cache of any class). memo: what a kernel makes of the plan once and reads in every layer.
     """
 
     window: int | None = None
     segments: Segments | None = None
     dense: Tensor | None = None
     own_keys: bool = True
+    memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def segments_of(position_ids: Tensor | None, attention_mask: Tensor | None, shap
         return None
     inner = found[:, 0] * length + found[:, 1] + 1
     whole = torch.arange(rows + 1, device=inner.device) * length
-    return Segments.of(torch.cat([whole, inner]).sort().values, rows, length)
+    return Segments.of(torch.cat([whole, inner]).sort().values, length)
 
 
 def plan_masks(
@@ -142,10 +143,10 @@ def argonne_attention(
     if plan.dense is None and query.shape[2] != key.shape[2] and query.shape[2] > 1:
         raise ValueError(f"{query.shape[2]} queries over {key.shape[2]} keys need a mask: none was given")
     if plan.window is not None and plan.window >= query.shape[2]:
-        plan = replace(plan, window=None)
+        plan = replace(plan, window=None)  # it hides nothing
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     wanted = getattr(module, "attention_kernel", "auto")
-    kernel = choose_kernel(wanted, query, key, plan, dropout)
+    kernel = choose_kernel(wanted, query, key, value, plan, dropout)
     output, path = run_kernel(kernel, query, key, value, plan, scale, dropout)
     if getattr(module, "attention_path", None) != path:
         module.attention_path = path  # type: ignore[assignment]
@@ -158,4 +159,4 @@ def register_attention() -> None:
     AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
 
 
-__all__ = ["IMPLEMENTATION", "KERNELS", "LayerInputs", "MaskPlan", "argonne_attention", "plan_masks", "register_attention", "segments_of"]
+__all__ = ["IMPLEMENTATION", "LayerInputs", "MaskPlan", "argonne_attention", "plan_masks", "register_attention", "segments_of"]

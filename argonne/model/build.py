@@ -10,7 +10,10 @@ import torch
 from torch import nn
 
 from argonne.errors import InputError
+from argonne.model.attention import MaskPlan
 from argonne.model.configuration_argonne import Argonne1Config, ArgonneConfig
+from argonne.model.fused import Segments
+from argonne.model.kernels import choose_kernel
 from argonne.model.modeling_argonne import ArgonneForCausalLM
 
 RESIDUAL = ("o_proj", "down_proj")
@@ -82,6 +85,22 @@ def initialize(model: ArgonneForCausalLM, initializer: str, seed: int) -> None:
             module.weight.fill_(1.0)
             if getattr(module, "bias", None) is not None:
                 module.bias.zero_()
+
+
+def check_attention(model: ArgonneForCausalLM, kernel: str, dtype: torch.dtype, *, documents: bool = False) -> None:
+    """Raise InputError when the kernel that a recipe forces cannot train this model on its device in `dtype`, before anything runs.
+
+    documents: rows will be packed with a document mask.
+    """
+    config, device = model.config, model.device
+    sizes = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+    query, key, value = (torch.empty(1, heads, 4, config.head_dim, device=device, dtype=dtype, requires_grad=True) for heads in sizes)
+    segments = Segments.of(torch.tensor([0, 2, 4], device=device), 4) if documents else None
+    for window in {None, config.sliding_window}:
+        try:
+            choose_kernel(kernel, query, key, value, MaskPlan(window, segments), config.attention_dropout)
+        except ValueError as error:
+            raise InputError(f"train.attention: {error}") from None
 
 
 def count_parameters(config: ArgonneConfig) -> int:

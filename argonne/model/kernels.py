@@ -1,75 +1,71 @@
 """The kernels that run attention under a plan: which can, in which order, and how. Ships with each checkpoint.
 
 The order is flash, varlen, flex, sdpa, math. `auto` takes the first that can run this device, dtype, head size and mask; a forced kernel
-that cannot is a ValueError. Running out of memory is never a reason to take another one.
+that cannot is a ValueError. Running out of memory is never a reason to take another one: nothing here is caught.
 All take query (B, Hq, Tq, D), key and value (B, Hkv, Tk, D) and return (B, Tq, Hq, D).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .fused import (
+    Plan,
+    Segments,
+    flash_attention,
+    flex_attention,
+    shape_of,
+    varlen_attention,
+    why_not_flash,
+    why_not_flex,
+    why_not_varlen,
+)
+
 ORDER = ("flash", "varlen", "flex", "sdpa", "math")
+# Flex runs forward only on the CPU: training and evaluation shall not take different paths there by themselves.
+ORDER_ON_CPU = ("sdpa", "math")
 
 
-@dataclass(frozen=True)
-class Segments:
-    """Cuts of a flattened batch (B * T tokens): a token sees none but its own segment. Row ends are always cuts.
+def choose_kernel(wanted: str, query: Tensor, key: Tensor, value: Tensor, plan: Plan, dropout: float) -> str:
+    """The kernel that will run. Raises ValueError when `wanted` is no kernel, or is forced and cannot run; the message says why.
 
-    cumulative: (S + 1,) int32 on the device of the tokens, from 0 to B * T. lengths: the same as Python numbers, on the CPU only.
-    longest: an upper bound of a segment's length.
+    One query over cached keys is a matrix-vector product that no choice is offered for: it runs on sdpa, or on math where that is forced.
     """
-
-    cumulative: Tensor
-    lengths: tuple[int, ...] | None
-    longest: int
-
-    @staticmethod
-    def of(cuts: Tensor, rows: int, length: int) -> Segments:
-        """From sorted cuts 0 .. rows * length."""
-        if cuts.device.type != "cpu":
-            return Segments(cuts.to(torch.int32), None, length)
-        lengths = tuple(cuts.diff().tolist())
-        return Segments(cuts.to(torch.int32), lengths, max(lengths))
-
-
-class Plan(Protocol):
-    """`attention.MaskPlan`, seen from here."""
-
-    @property
-    def window(self) -> int | None: ...
-    @property
-    def segments(self) -> Segments | None: ...
-    @property
-    def dense(self) -> Tensor | None: ...
-
-
-def choose_kernel(wanted: str, query: Tensor, key: Tensor, plan: Plan, dropout: float) -> str:
-    """The kernel that will run. Raises ValueError when `wanted` is no kernel, or is forced and cannot run; the message says why."""
     if wanted not in ("auto", *ORDER):
         raise ValueError(f"attention kernel {wanted!r} is not known; expected auto or one of {', '.join(ORDER)}")
+    if query.shape[2] != key.shape[2] or query.shape[2] == 1:
+        return "math" if wanted == "math" else "sdpa"
     if wanted != "auto":
-        reason = why_not(wanted, query, key, plan, dropout)
+        reason = why_not(wanted, query, key, value, plan, dropout)
         if reason:
             raise ValueError(f"attention kernel {wanted!r} was asked for and cannot run: {reason}; choose another or auto")
         return wanted
-    return next(kernel for kernel in ORDER if why_not(kernel, query, key, plan, dropout) is None)
+    order = ORDER_ON_CPU if query.device.type == "cpu" else ORDER
+    return next(kernel for kernel in order if why_not(kernel, query, key, value, plan, dropout) is None)
 
 
-def why_not(kernel: str, query: Tensor, key: Tensor, plan: Plan, dropout: float) -> str | None:
-    """Why this kernel cannot run this call, or None when it can."""
-    if kernel in ("sdpa", "math"):
-        return None
-    return "not built yet"
+def why_not(kernel: str, query: Tensor, key: Tensor, value: Tensor, plan: Plan, dropout: float) -> str | None:
+    """Why this kernel cannot run this call, or None when it can. sdpa and math always can."""
+    if kernel == "flash":
+        return why_not_flash(query, key, plan, dropout)
+    if kernel == "varlen":
+        return why_not_varlen(query, key, plan, dropout)
+    return why_not_flex(query, key, value, plan, dropout) if kernel == "flex" else None
 
 
 def run_kernel(kernel: str, query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: float, dropout: float) -> tuple[Tensor, str]:
     """Output (B, Tq, Hq, D) and the name of the path that made it."""
+    if kernel == "flash":
+        return flash_attention(query, key, value, plan, scale, dropout), f"flash-{shape_of(plan)}"
+    if kernel == "varlen":
+        return varlen_attention(query, key, value, plan, scale), f"varlen-{shape_of(plan)}"
+    if kernel == "flex":
+        return flex_attention(query, key, value, plan, scale), f"flex-{shape_of(plan)}"
     if kernel == "math":
         return math_attention(query, key, value, plan, scale, dropout), "math"
     return sdpa_attention(query, key, value, plan, scale, dropout)
@@ -79,7 +75,7 @@ def visible(plan: Plan, rows: int, queries: int, keys: int, device: torch.device
     """The plan as a dense mask (B or 1, 1, Tq, Tk), True = visible; None where everything is. For `math`, and for tests."""
     if plan.dense is not None:
         return plan.dense
-    if queries == 1 and keys >= 1 and plan.segments is None and plan.window is None:
+    if queries == 1 and plan.segments is None and plan.window is None:
         return None
     q = torch.arange(queries, device=device)[:, None] + (keys - queries)
     k = torch.arange(keys, device=device)[None, :]
@@ -114,13 +110,13 @@ def math_attention(query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale:
 def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: float, dropout: float) -> tuple[Tensor, str]:
     """torch's fused kernels: causal as it is, a window as blocks, segments one by one; a dense mask only where the plan has one."""
     run = _Sdpa(scale, dropout, query.shape[1] != key.shape[1])
+    if query.shape[2] == 1 and plan.segments is None:
+        return _decode(run, query, key, value, plan.dense), "sdpa-decode"
     if plan.dense is not None:
         return run(query, key, value, mask=plan.dense).transpose(1, 2), "sdpa-mask"
     if plan.segments is not None:
         path = "sdpa-documents" if plan.window is None else "sdpa-documents-window"
         return _by_segment(run, query, key, value, plan.segments, plan.window), path
-    if query.shape[2] == 1 and key.shape[2] >= 1:
-        return run(query, key, value).transpose(1, 2), "sdpa-decode"
     if plan.window is not None:
         return _windowed(run, query, key, value, plan.window).transpose(1, 2), "sdpa-window-blocks"
     return run(query, key, value, causal=True).transpose(1, 2), "sdpa-causal"
@@ -139,6 +135,16 @@ class _Sdpa:
         )
 
 
+def _decode(run: _Sdpa, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """One query a row. The queries that share a key head take the place of the sequence, so that no key is repeated. (B, 1, Hq, D)"""
+    rows, heads, _, width = query.shape
+    if mask is not None and mask.shape[1] != 1:
+        return run(query, key, value, mask=mask).transpose(1, 2)
+    packed = _Sdpa(run.scale, run.dropout, grouped=False)(query.reshape(rows, key.shape[1], -1, width), key, value, mask=mask)
+    return packed.reshape(rows, 1, heads, width)
+
+
+@torch.compiler.disable(reason="the lengths of documents differ in every batch: compiled code would be made anew each time")
 def _by_segment(run: _Sdpa, query: Tensor, key: Tensor, value: Tensor, segments: Segments, window: int | None) -> Tensor:
     """Each segment by itself with the causal kernel. Split and cat, not slices: the gradient of a slice is a full tensor of zeros."""
     rows, heads, length, width = query.shape

@@ -22,6 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention import IMPLEMENTATION, LayerInputs, plan_masks, register_attention
 from .configuration_argonne import ArgonneConfig
+from .kernels import ORDER
 from .loss import IGNORED, LossOptions, summed_loss, token_log_probs
 
 register_attention()
@@ -418,7 +419,7 @@ class ArgonneForCausalLM(ArgonnePreTrainedModel, GenerationMixin):
     ) -> None:
         """Choose how a training run computes. Raises ValueError for an unknown choice; a forced kernel is checked when it first runs."""
         known = {
-            "attention": (attention, ("auto", "flash", "varlen", "flex", "sdpa", "math")),
+            "attention": (attention, ("auto", *ORDER)),
             "activation_checkpointing": (activation_checkpointing, ("none", "every_nth", "full")),
             "loss": (loss, ("full", "chunked")),
         }

@@ -1,0 +1,287 @@
+"""FlashAttention, torch's varlen and flex attention under a plan. Differences between torch 2.11 and 2.13 stay here. Ships with each checkpoint.
+
+Head sizes that a kernel does not know are padded with zeros: zeros in q and k add nothing to a score, zeros in v only to columns that are
+cut off again. All take query (B, Hq, T, D), key and value (B, Hkv, T, D) and return (B, T, Hq, D).
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Cuts of a flattened batch (B * T tokens): a token sees none but its own segment. Row ends are always cuts.
+
+    cumulative: (S + 1,) int32 on the device of the tokens, from 0 to B * T. lengths: the same as Python numbers, on the CPU only.
+    longest: an upper bound of a segment's length.
+    """
+
+    cumulative: Tensor
+    lengths: tuple[int, ...] | None
+    longest: int
+
+    @staticmethod
+    def of(cuts: Tensor, length: int) -> Segments:
+        """From sorted cuts 0 .. B * T of rows of `length` tokens."""
+        if cuts.device.type != "cpu":
+            return Segments(cuts.to(torch.int32), None, length)
+        lengths = tuple(cuts.diff().tolist())
+        return Segments(cuts.to(torch.int32), lengths, max(lengths))
+
+    @staticmethod
+    def rows(rows: int, length: int, device: torch.device) -> Segments:
+        """Each row a segment."""
+        return Segments(torch.arange(rows + 1, device=device, dtype=torch.int32) * length, None, length)
+
+
+class Plan(Protocol):
+    """`attention.MaskPlan`, seen from the kernels."""
+
+    @property
+    def window(self) -> int | None: ...
+    @property
+    def segments(self) -> Segments | None: ...
+    @property
+    def dense(self) -> Tensor | None: ...
+    @property
+    def memo(self) -> dict[str, Any]: ...
+
+
+def shape_of(plan: Plan) -> str:
+    """The plan in a word, for the name of a path."""
+    words = (["documents"] if plan.segments is not None else []) + (["window"] if plan.window is not None else [])
+    return "-".join(words) or "causal"
+
+
+def pad_heads(x: Tensor, width: int) -> Tensor:
+    return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
+
+
+def _flatten(x: Tensor, width: int) -> Tensor:
+    """(B, H, T, D) -> (B * T, H, width)."""
+    return pad_heads(x.transpose(1, 2).flatten(0, 1), width)
+
+
+# --- FlashAttention (an extra) --------------------------------------------------------------------------------------------------------
+
+
+@cache
+def flash_library(capability: tuple[int, int]) -> tuple[str, Callable[..., Any], Callable[..., Any]] | None:
+    """Name, flash_attn_func and flash_attn_varlen_func of the newest FlashAttention that fits this GPU; None where none is installed.
+
+    Raises ImportError when one is installed and broken: taking another path then would hide it.
+    """
+    candidates = (("flash_attn_interface", (9, 0)), ("flash_attn", (8, 0)), ("flash_attn.cute", (9, 0)))
+    for name, lowest in candidates:
+        if capability < lowest or importlib.util.find_spec(name.split(".")[0]) is None:
+            continue
+        if "." in name and importlib.util.find_spec(name) is None:
+            continue
+        module = importlib.import_module(name)
+        if hasattr(module, "flash_attn_func") and hasattr(module, "flash_attn_varlen_func"):
+            return name, module.flash_attn_func, module.flash_attn_varlen_func
+    return None
+
+
+def why_not_flash(query: Tensor, key: Tensor, plan: Plan, dropout: float) -> str | None:
+    if query.device.type != "cuda":
+        return f"FlashAttention needs a CUDA device, this is {query.device.type}"
+    library = flash_library(torch.cuda.get_device_capability(query.device))
+    if library is None:
+        return "FlashAttention is not installed (pip install 'argonne[flash]')"
+    if dropout and "dropout_p" not in inspect.signature(library[1]).parameters:
+        return f"{library[0]} has no dropout"
+    return _why_not_half(query, key, plan)
+
+
+def _why_not_half(query: Tensor, key: Tensor, plan: Plan) -> str | None:
+    """What FlashAttention and varlen share."""
+    if query.dtype not in HALF:
+        return f"it computes in fp16 or bf16, the queries are {query.dtype}"
+    if query.shape[-1] > 256:
+        return f"its heads go up to 256, these are {query.shape[-1]}"
+    if plan.dense is not None:
+        return "it takes no dense mask"
+    if query.shape[2] != key.shape[2]:
+        return f"{query.shape[2]} queries over {key.shape[2]} cached keys"
+    return None
+
+
+def flash_attention(query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: float, dropout: float) -> Tensor:
+    """FlashAttention 2 or later: a window as its window, segments as cumulative lengths."""
+    library = flash_library(torch.cuda.get_device_capability(query.device))
+    assert library is not None
+    return call_flash(library[1], library[2], query, key, value, plan, scale, dropout)
+
+
+def call_flash(
+    whole: Callable[..., Any],
+    ragged: Callable[..., Any],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: Plan,
+    scale: float,
+    dropout: float,
+) -> Tensor:
+    """The arguments of flash_attn_func or flash_attn_varlen_func for a plan. Window (W - 1, 0): W keys, the own one included."""
+    rows, heads, length, size = query.shape
+    width = -(-size // 8) * 8
+    settings: dict[str, Any] = {"softmax_scale": scale, "causal": True}
+    if plan.window is not None:
+        settings["window_size"] = (plan.window - 1, 0)
+    if dropout:
+        settings["dropout_p"] = dropout
+    if plan.segments is None:
+        tensors = [pad_heads(x.transpose(1, 2), width) for x in (query, key, value)]
+        found = whole(*tensors, **settings)
+    else:
+        tensors = [_flatten(x, width) for x in (query, key, value)]
+        cuts, longest = plan.segments.cumulative, plan.segments.longest
+        found = ragged(*tensors, cu_seqlens_q=cuts, cu_seqlens_k=cuts, max_seqlen_q=longest, max_seqlen_k=longest, **settings)
+    output: Tensor = found[0] if isinstance(found, tuple) else found
+    return output.reshape(rows, length, heads, width)[..., :size]
+
+
+# --- torch.nn.attention.varlen --------------------------------------------------------------------------------------------------------
+
+
+@cache
+def varlen_function() -> tuple[Callable[..., Any], frozenset[str]] | None:
+    """torch's varlen_attn and the names of its parameters; None where this torch has none."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
+
+
+def why_not_varlen(query: Tensor, key: Tensor, plan: Plan, dropout: float) -> str | None:
+    if query.device.type != "cuda":
+        return f"varlen attention needs a CUDA device, this is {query.device.type}"
+    found = varlen_function()
+    if found is None or not {"window_size", "scale"} <= found[1]:
+        return f"torch {torch.__version__} has no varlen attention with windows"
+    if query.shape[1] != key.shape[1] and "enable_gqa" not in found[1]:
+        return f"varlen attention of torch {torch.__version__} has no grouped queries"
+    if torch.cuda.get_device_capability(query.device) < (8, 0):
+        return "varlen attention needs compute capability 8.0"
+    if dropout:
+        return "varlen attention has no dropout"
+    return _why_not_half(query, key, plan)
+
+
+def varlen_attention(query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: float) -> Tensor:
+    """torch's own ragged FlashAttention."""
+    found = varlen_function()
+    assert found is not None
+    return call_varlen(found[0], query, key, value, plan, scale)
+
+
+def call_varlen(function: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: float) -> Tensor:
+    """The arguments of varlen_attn for a plan; (-1, 0) is causal without a window."""
+    rows, heads, length, size = query.shape
+    width = -(-size // 8) * 8
+    segments = plan.segments or Segments.rows(rows, length, query.device)
+    settings: dict[str, Any] = {"scale": scale, "window_size": (-1 if plan.window is None else plan.window - 1, 0)}
+    if heads != key.shape[1]:
+        settings["enable_gqa"] = True
+    q, k, v = (_flatten(x, width).contiguous() for x in (query, key, value))
+    cuts, longest = segments.cumulative, segments.longest
+    output: Tensor = function(q, k, v, cuts, cuts, longest, longest, **settings)
+    return output.view(rows, length, heads, width)[..., :size]
+
+
+# --- flex attention -------------------------------------------------------------------------------------------------------------------
+
+
+def why_not_flex(query: Tensor, key: Tensor, value: Tensor, plan: Plan, dropout: float) -> str | None:
+    if query.device.type not in ("cuda", "cpu"):
+        return f"flex attention needs a CUDA device, this is {query.device.type}"
+    if query.device.type == "cpu" and torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+        return "flex attention has no gradients on the CPU"
+    if dropout:
+        return "flex attention has no dropout"
+    if plan.dense is not None:
+        return "flex attention takes no dense mask here"
+    if query.shape[2] != key.shape[2]:
+        return f"{query.shape[2]} queries over {key.shape[2]} cached keys"
+    if query.shape[-1] > 256:
+        return f"flex attention is not used for heads beyond 256, these are {query.shape[-1]}"
+    if query.dtype == torch.float64 and query.device.type == "cuda":
+        return "flex attention has no fp64 on CUDA"
+    return None
+
+
+def mask_function(plan: Plan, rows: int, length: int, device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """The plan as flex attention's mask_mod(batch, head, query, key)."""
+    window, segments = plan.window, plan.segments
+    number: Tensor | None = None
+    if segments is not None:
+        tokens = torch.arange(rows * length, device=device, dtype=torch.int32)
+        number = torch.searchsorted(segments.cumulative, tokens, right=True).view(rows, length)
+
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        seen = key <= query
+        if window is not None:
+            seen = seen & (key > query - window)
+        if number is not None:
+            seen = seen & (number[batch, query] == number[batch, key])
+        return seen
+
+    return visible
+
+
+@cache
+def _compiled_flex() -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention as function
+
+    compiled: Callable[..., Any] = torch.compile(function, dynamic=False)
+    return compiled
+
+
+def flex_attention(query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: float) -> Tensor:
+    """torch's flex attention; the block mask is made once a plan. Compiled on CUDA: uncompiled it would hold all scores."""
+    from torch.nn.attention.flex_attention import create_block_mask
+    from torch.nn.attention.flex_attention import flex_attention as plain
+
+    rows, heads, length, size = query.shape
+    if "flex" not in plan.memo:
+        mask = mask_function(plan, rows, length, query.device)
+        per_row = rows if plan.segments is not None else None
+        plan.memo["flex"] = create_block_mask(mask, per_row, None, length, length, device=query.device)
+    width = max(16, 1 << (size - 1).bit_length())  # its kernels want powers of two
+    compiled = query.device.type == "cuda" and not torch.compiler.is_compiling()
+    function: Any = _compiled_flex() if compiled else plain
+    q, k, v = (pad_heads(x, width) for x in (query, key, value))
+    output = function(q, k, v, block_mask=plan.memo["flex"], scale=scale, enable_gqa=heads != key.shape[1])
+    assert isinstance(output, Tensor)
+    return output[..., :size].transpose(1, 2)
+
+
+__all__ = [
+    "Plan",
+    "Segments",
+    "call_flash",
+    "call_varlen",
+    "flash_attention",
+    "flex_attention",
+    "mask_function",
+    "shape_of",
+    "varlen_attention",
+    "why_not_flash",
+    "why_not_flex",
+    "why_not_varlen",
+]
