@@ -1,0 +1,117 @@
+"""Kills a run at random moments, in and outside saves, and resumes it until it is complete."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from argonne.config import Recipe
+from argonne.files import TEMPORARY
+from tests.crash.conftest import Mother
+
+SAVING = f"{TEMPORARY}checkpoint_step_"
+POLL_SECONDS = 0.0005
+
+
+@dataclass
+class Kills:
+    """What a campaign did, counted from what the dead left behind."""
+
+    total: int = 0
+    inside_saves: int = 0
+    sessions: int = 0
+
+
+def saves_begun(run: Path) -> list[int]:
+    """Steps of saves that have begun and are not complete: their temporary folder is there."""
+    names = (path.name for path in run.glob(f"{SAVING}*"))
+    return sorted(int(name.removeprefix(SAVING).split("-")[0]) for name in names)
+
+
+class Watcher:
+    """Sees the steps and saves of one session as they happen. `ended` tells that the session is over."""
+
+    def __init__(self, run: Path, pids: list[int]) -> None:
+        self._metrics, self._run, self._pids = run / "metrics.jsonl", run, pids
+        self._offset = self._metrics.stat().st_size if self._metrics.exists() else 0
+        self._step = 0
+
+    def _ended(self) -> bool:
+        return any(_state(pid) in "ZX" for pid in self._pids)
+
+    def _newest_step(self) -> int:
+        """The last step that this session has logged, 0 before the first."""
+        if not self._metrics.exists():
+            return 0
+        with open(self._metrics, "rb") as file:
+            file.seek(self._offset)
+            data = file.read()
+        whole = data.rpartition(b"\n")[0]
+        self._offset += len(whole)
+        for line in whole.splitlines():
+            if b'"event": "step"' in line:
+                self._step = int(json.loads(line)["step"])
+        return self._step
+
+    def _wait(self, seen: Callable[[], bool]) -> bool:
+        while not seen():
+            if self._ended():
+                return False
+            time.sleep(POLL_SECONDS)
+        return True
+
+    def wait_for_step(self, step: int) -> bool:
+        """Return once `step` is logged; False when the session ended before."""
+        return self._wait(lambda: self._newest_step() >= step)
+
+    def wait_for_save(self, after: int) -> bool:
+        """Return once a save beyond step `after` has begun; False when the session ended before."""
+        return self._wait(lambda: any(step > after for step in saves_begun(self._run)))
+
+
+def _state(pid: int) -> str:
+    """The process state letter of /proc: Z for one that has ended and is not yet waited for."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return "X"
+
+
+def kill_until_complete(mother: Mother, recipe: Recipe, run: Path, *, kills: int, inside_saves: int, seed: int, ranks: int = 1) -> Kills:
+    """Kill `run` at least `kills` times after step 1, at least `inside_saves` of them inside a save, then let it finish.
+
+    The next victim dies at a step drawn so that the wanted kills spread over what is left of the run.
+    """
+    draw, done = random.Random(seed), Kills()
+    steps = recipe.train.steps or 0
+    while done.total < kills or done.inside_saves < inside_saves:
+        saved = max((int(path.name.rpartition("_")[2]) for path in run.glob("checkpoint_step_*")), default=0)
+        assert not (run / "COMPLETE").exists(), f"complete after {done}: the run was too short for that many kills"
+        wanted = max(1, kills - done.total)
+        target = draw.randint(saved + 1, min(steps - 1, saved + 1 + 2 * (steps - saved) // wanted))
+        in_save = draw.random() < 0.5 or wanted <= inside_saves - done.inside_saves
+        pids = mother.start(recipe, run, ranks=ranks)
+        done.sessions += 1
+        watcher = Watcher(run, pids)
+        reached = watcher.wait_for_save(target - 1) if in_save else watcher.wait_for_step(target)
+        if reached:
+            _wait_a_moment(draw, 0.06 if in_save else 0.02)
+            if draw.random() < 0.5:
+                pids = pids[::-1]  # on several ranks, another one dies first
+            os.kill(pids[0], signal.SIGKILL)
+        codes = mother.kill()
+        assert 1 not in codes, (run.parent / f"{run.name}.log").read_text()[-4000:]
+        if -signal.SIGKILL in codes:
+            done.total += 1
+            done.inside_saves += bool(saves_begun(run))
+    return done
+
+
+def _wait_a_moment(draw: random.Random, longest: float) -> None:
+    time.sleep(draw.uniform(0, longest))

@@ -1,0 +1,98 @@
+"""A process that has torch and the package loaded and forks victims: a victim starts in a fraction of a second.
+
+Run as `python -m tests.crash.mother`. It reads one job a line from stdin (JSON: recipe, run, ranks, crash, log), answers `{"pids": [..]}`
+when the victims run and `{"codes": [..]}` when all have ended (negative: the signal). It never trains itself, so that nothing but modules
+is inherited.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import socket
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+# What a training session imports on its way; loaded once, here.
+MODULES = (
+    "torch",
+    "torch._dynamo",
+    "torch.distributed.checkpoint",
+    "torch.nn.parallel",
+    "argonne.stages.pretrain",
+    "argonne.train.trainer",
+    "argonne.train.checkpoint",
+    "argonne.model.build",
+    "argonne.model.save",
+    "argonne.model.load",
+    "argonne.data.loader",
+    "argonne.data.tokenizer",
+    "argonne.serve.engine",
+    "argonne.plan",
+    "tests.crash.faults",
+)
+
+
+def main() -> None:
+    for name in MODULES:
+        importlib.import_module(name)
+    import torch
+
+    torch.set_num_threads(1)
+    print(json.dumps({"ready": True}), flush=True)
+    for line in sys.stdin:
+        job = json.loads(line)
+        ranks = int(job.get("ranks", 1))
+        port = _free_port() if ranks > 1 else 0
+        pids = []
+        for rank in range(ranks):
+            if (pid := os.fork()) == 0:
+                _victim(job, rank, ranks, port)
+            pids.append(pid)
+        print(json.dumps({"pids": pids}), flush=True)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+        print(json.dumps({"codes": codes}), flush=True)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return int(probe.getsockname()[1])
+
+
+def _victim(job: dict[str, Any], rank: int, ranks: int, port: int) -> None:
+    """Train, then end at once with 0 (complete), 3 (stopped) or 1 (raised); never returns."""
+    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    code = 1
+    try:
+        if ranks > 1:  # joins as a worker of torchrun does
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+            os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        code = _train(job)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _train(job: dict[str, Any]) -> int:
+    from argonne.recipe import load_recipe
+    from argonne.stages import pretrain
+    from tests.crash import faults
+
+    if job.get("crash"):
+        faults.arm(Path(job["run"]), **job["crash"])
+    result = pretrain.run(load_recipe(job["recipe"], {}), Path(job["run"]))
+    return 0 if result.outcome.complete else 3
+
+
+if __name__ == "__main__":
+    main()
