@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -66,6 +67,12 @@ def run_workers(
             rank, failure = error.get_first_failure()
             raise RuntimeError(f"worker {rank} failed (exit code {failure.exitcode}): {_message(failure)}") from None
     return results[0]
+
+
+def let_the_cause_speak_first(error: RuntimeError) -> None:
+    """A collective broke because another worker failed: give that one a moment, since the agent reports the first failure it sees."""
+    if any(word in str(error) for word in ("gloo", "Gloo", "NCCL", "Connection closed", "Connection reset")):
+        time.sleep(2.0)
 
 
 def _message(failure: Any) -> str:

@@ -115,7 +115,10 @@ def open_mesh(parallel: ParallelSection, device_name: str, *, timeout_seconds: f
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
-    dist.init_process_group(backend, timeout=timeout)
+    # Restarted workers meet in a store that still holds the addresses of the dead ones: each attempt gets keys of its own.
+    store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
+    store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     try:
         agreement = dist.new_group(backend="gloo", timeout=timeout)
         yield Mesh(device, rank, world_size, local_rank, agreement)

@@ -64,10 +64,15 @@ def run_session(session: Session) -> Outcome:
 
 def _work(session: Session) -> Outcome | InputError:
     """One worker's part. Wrong input is a result, not a failure: it is the same on every try."""
+    from argonne.parallel.launch import let_the_cause_speak_first
+
     try:
         return train_session(session)
     except InputError as error:
         return error
+    except RuntimeError as error:
+        let_the_cause_speak_first(error)
+        raise
 
 
 def train_session(session: Session) -> Outcome:

@@ -132,7 +132,7 @@ class HangWatch:
         if self._seconds is None:
             return
         if self._file is None:
-            self._file = open(self._path, "w", encoding="utf-8")  # noqa: SIM115 - faulthandler needs it open
+            self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - faulthandler needs it open
         faulthandler.dump_traceback_later(self._seconds * (3 if self._first else 1), exit=True, file=self._file)
         self._first = False
 

@@ -1,0 +1,43 @@
+"""Faults planted in a worker's objective: fired once, on one rank, at one call; picklable, so that workers carry them."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from argonne.train.trainer import Loss, MicroBatch, next_token
+
+
+@dataclass
+class Fault:
+    """`kind`: a signal's name (sent to this worker), "parent SIGTERM", "raise", "exit" or "nan". `mark`: written before it fires, so that it fires once."""
+
+    kind: str
+    rank: int
+    call: int
+    mark: Path
+    parent: int = 0
+    calls: int = 0
+
+    def __call__(self, model: nn.Module, micro: MicroBatch) -> Loss:
+        self.calls += 1
+        loss = next_token(model, micro)
+        if self.calls < self.call or int(os.environ.get("RANK", "0")) != self.rank or self.mark.exists():
+            return loss
+        self.mark.write_text(self.kind)
+        if self.kind == "raise":
+            raise RuntimeError("a planted fault")
+        if self.kind == "exit":
+            os._exit(7)
+        if self.kind == "nan":
+            return Loss(loss.total * torch.nan)
+        if self.kind.startswith("parent "):
+            os.kill(self.parent, getattr(signal, self.kind.removeprefix("parent ")))
+        else:
+            os.kill(os.getpid(), getattr(signal, self.kind))
+        return loss

@@ -1,0 +1,64 @@
+"""One worker dies, hangs, raises, is asked to stop or computes NaN: the others follow in bounded time and nothing is lost."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from argonne.config import Recipe
+from argonne.stages.session import Session, run_session
+from argonne.train.checkpoint import LAST
+from argonne.train.records import read_metrics
+from argonne.train.run import STOPPED, RunFolder
+from argonne.train.trainer import Outcome, next_token
+from tests.parallel.faults import Fault
+from tests.train.helpers import curve, stored
+
+Nano = Callable[..., Recipe]
+TWO = {"parallel.nproc": "2", "parallel.timeout": "5s"}
+
+
+def run(recipe: Recipe, folder: Path, fault: Fault | None = None) -> Outcome:
+    return run_session(Session(recipe, folder, fault or next_token))
+
+
+@pytest.mark.parametrize("kind", ["SIGKILL", "exit", "raise", "SIGSTOP"])
+def test_a_worker_that_dies_or_hangs_is_restarted_from_the_last_checkpoint_with_nothing_lost(nano: Nano, tmp_path: Path, kind: str) -> None:
+    recipe = nano(**TWO)
+    run(recipe, tmp_path / "whole")
+    # 256 tokens a step on two ranks of 4 rows: one call a step, so call 7 is step 7, after the save at 4.
+    assert run(recipe, tmp_path / "hurt", Fault(kind, rank=1, call=7, mark=tmp_path / "fired")).complete
+    assert (tmp_path / "fired").exists()
+    assert curve(tmp_path / "hurt") == curve(tmp_path / "whole")
+    assert stored(tmp_path / "hurt" / LAST) == stored(tmp_path / "whole" / LAST)
+    assert [record["step"] for record in read_metrics(tmp_path / "hurt").of("resume")] == [4]
+    if kind == "SIGSTOP":
+        assert "trainer.py" in (tmp_path / "hurt" / "stacks_rank_0.txt").read_text()
+
+
+def test_without_restarts_the_failure_is_told_in_the_workers_own_words(nano: Nano, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="a planted fault"):
+        run(nano(**TWO, **{"parallel.max_restarts": "0"}), tmp_path / "run", Fault("raise", rank=1, call=3, mark=tmp_path / "fired"))
+
+
+@pytest.mark.parametrize(("kind", "rank"), [("SIGTERM", 1), ("SIGUSR1", 0), ("parent SIGTERM", 0)])
+def test_a_request_to_one_worker_or_to_the_launcher_stops_all_with_a_checkpoint(nano: Nano, tmp_path: Path, kind: str, rank: int) -> None:
+    recipe = nano(**TWO)
+    run(recipe, tmp_path / "whole")
+    outcome = run(recipe, tmp_path / "cut", Fault(kind, rank=rank, call=5, mark=tmp_path / "fired", parent=os.getpid()))
+    assert not outcome.complete
+    assert outcome.step < 12
+    marker = RunFolder(tmp_path / "cut").marker(STOPPED)
+    assert marker is not None
+    assert marker["step"] == outcome.step
+    assert run(recipe, tmp_path / "cut").complete
+    assert stored(tmp_path / "cut" / LAST) == stored(tmp_path / "whole" / LAST)
+
+
+def test_nan_on_one_rank_skips_the_step_on_both_and_is_counted(nano: Nano, tmp_path: Path) -> None:
+    assert run(nano(**TWO), tmp_path / "run", Fault("nan", rank=1, call=3, mark=tmp_path / "fired")).complete
+    assert [record["step"] for record in read_metrics(tmp_path / "run").of("skip")] == [3]
+    assert curve(tmp_path / "run")[-1]["loss"] < curve(tmp_path / "run")[0]["loss"]
