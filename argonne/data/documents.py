@@ -6,12 +6,14 @@ bytes; the cut depends on the files alone, never on who reads them. Every row th
 
 from __future__ import annotations
 
-import itertools
+import codecs
 import io
+import itertools
 import json
+import mmap
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any
 
@@ -34,6 +36,9 @@ WHOLE_FILE = -1
 ROWS_A_BATCH = 512
 CHARACTERS_A_BATCH = 1 << 22
 READ_BYTES = 1 << 20
+LONG_CHARACTERS = 1 << 20
+LONG_SEPARATOR = 1 << 12
+ARROW_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -55,51 +60,83 @@ class Unit:
     stop: int
 
 
+class LongText:
+    """A document over a megabyte, as UTF-8 bytes that were checked but not decoded: it may be a map of a file larger than memory."""
+
+    def __init__(self, data: bytes | memoryview) -> None:
+        self.data = memoryview(data)
+
+    @property
+    def bytes(self) -> int:
+        return len(self.data)
+
+    def blocks(self) -> Iterator[str]:
+        """The text decoded block by block. Raises UnicodeDecodeError."""
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        for start in range(0, len(self.data), READ_BYTES):
+            yield decoder.decode(self.data[start : start + READ_BYTES])
+        yield decoder.decode(b"", final=True)
+
+
+Text = str | LongText
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Stands for a row that is no document, with the reason."""
+
+    reason: str
+
+
 @dataclass
 class RowBatch:
-    """Documents in file order with their row numbers within the unit, and how many rows were no documents, by reason."""
+    """Documents in file order, and how many rows were no documents, by reason. A long document is a batch of its own."""
 
-    texts: list[str] = field(default_factory=list)
-    rows: list[int] = field(default_factory=list)
+    texts: list[Text] = field(default_factory=list)
     drops: dict[str, int] = field(default_factory=dict)
     characters: int = 0
 
-    def add(self, row: int, value: Any) -> None:
-        reason = _refuse(value)
-        if reason is not None:
-            self.drop(reason)
-            return
-        self.texts.append(value)
-        self.rows.append(row)
-        self.characters += len(value)
+    def add(self, text: Text) -> None:
+        self.texts.append(text)
+        self.characters += text.bytes if isinstance(text, LongText) else len(text)
 
     def drop(self, reason: str) -> None:
         self.drops[reason] = self.drops.get(reason, 0) + 1
 
     @property
     def full(self) -> bool:
-        return len(self.texts) >= ROWS_A_BATCH or self.characters >= CHARACTERS_A_BATCH
+        long = bool(self.texts) and isinstance(self.texts[-1], LongText)
+        return long or len(self.texts) >= ROWS_A_BATCH or self.characters >= CHARACTERS_A_BATCH
 
 
-def _refuse(value: Any) -> str | None:
-    if value is None:
-        return "missing"
-    if isinstance(value, InvalidText):
-        return "invalid-utf8"
-    if not isinstance(value, str):
-        return "not-text"
-    if not value:
-        return "empty"
-    if not value.isascii():
+def checked(value: Any) -> Text | Refused:
+    """A row's value as a document, or why it is none. Bytes stand for text that was not yet decoded."""
+    if isinstance(value, str):
+        if not value:
+            return Refused("empty")
+        if len(value) <= LONG_CHARACTERS:
+            return value
         try:
-            value.encode()
+            return LongText(value.encode())
         except UnicodeEncodeError:
-            return "invalid-utf8"
-    return None
+            return Refused("invalid-utf8")
+    if isinstance(value, bytes | memoryview):
+        return _decoded(value)
+    if isinstance(value, Refused):
+        return value
+    return Refused("missing" if value is None else "not-text")
 
 
-class InvalidText:
-    """Stands for a value whose bytes are not UTF-8."""
+def _decoded(data: bytes | memoryview) -> Text | Refused:
+    try:
+        if len(data) <= LONG_CHARACTERS:
+            return bytes(data).decode() or Refused("empty")
+        text = LongText(data)
+        for _ in text.blocks():
+            pass
+    except UnicodeDecodeError:
+        return Refused("invalid-utf8")
+    return text
 
 
 def natural_key(path: str) -> list[tuple[int, int, str]]:
@@ -108,8 +145,10 @@ def natural_key(path: str) -> list[tuple[int, int, str]]:
     return [(0, int(piece), piece) if piece.isdigit() and piece.isascii() else (1, 0, piece) for piece in pieces]
 
 
-def find_files(patterns: Sequence[str]) -> list[InputFile]:
+def find_files(patterns: Sequence[str], also: Mapping[str, str] | None = None) -> list[InputFile]:
     """The files that the globs match, local or fsspec, in natural order, each once.
+
+    `also`: more suffixes and the kind of file they stand for.
 
     Raises InputError for a pattern without a match and for a file of a format that is not known.
     """
@@ -121,7 +160,7 @@ def find_files(patterns: Sequence[str]) -> list[InputFile]:
     for pattern in patterns:
         system, path = fsspec.core.url_to_fs(pattern)
         if system.isdir(path):
-            matches = [name for name in system.find(path) if format_of(name)]
+            matches = [name for name in system.find(path) if format_of(name, also)]
         else:
             matches = (
                 [name for name in system.glob(path) if not system.isdir(name)]
@@ -133,16 +172,16 @@ def find_files(patterns: Sequence[str]) -> list[InputFile]:
         for name in matches:
             local = "file" in (system.protocol if isinstance(system.protocol, tuple | list) else (system.protocol,))
             full = name if local else system.unstrip_protocol(name)
-            kind = format_of(name)
+            kind = format_of(name, also)
             if kind is None:
                 raise InputError(f"input {full}: unknown kind of file, expected one of {', '.join(SUFFIXES)}")
             found[full] = InputFile(full, kind, int(system.size(name)))
     return sorted(found.values(), key=lambda file: natural_key(file.path))
 
 
-def format_of(path: str) -> str | None:
+def format_of(path: str, also: Mapping[str, str] | None = None) -> str | None:
     name = path.rsplit("/", 1)[-1].lower()
-    return next((kind for suffix, kind in SUFFIXES.items() if name.endswith(suffix)), None)
+    return next((kind for suffix, kind in {**SUFFIXES, **(also or {})}.items() if name.endswith(suffix)), None)
 
 
 def _is_compressed(path: str) -> bool:
@@ -276,35 +315,34 @@ def read_unit(file: InputFile, unit: Unit, text_column: str, split: str) -> Iter
     else:
         rows = _text_rows(file, split)
     batch = RowBatch()
-    for row, value in enumerate(rows):
-        if isinstance(value, _Refused):
-            batch.drop(value.reason)
-        else:
-            batch.add(row, value)
+    for value in rows:
+        text = checked(value)
+        if isinstance(text, Refused):
+            batch.drop(text.reason)
+            continue
+        if isinstance(text, LongText) and batch.texts:
+            yield batch
+            batch = RowBatch()
+        batch.add(text)
+        del value, text
         if batch.full:
             yield batch
             batch = RowBatch()
     yield batch
 
 
-@dataclass(frozen=True)
-class _Refused:
-    reason: str
-
-
 def _column_values(column: Any) -> Iterator[Any]:
+    """Values of an Arrow column: text, None, or bytes for what is long or not UTF-8."""
     import pyarrow as pa
 
-    try:
-        yield from column.to_pylist()
-        return
-    except UnicodeDecodeError:
-        pass
-    for value in column.cast(pa.large_binary()).to_pylist():
+    if column.nbytes < 4 * LONG_CHARACTERS:
         try:
-            yield None if value is None else value.decode()
+            yield from column.to_pylist()
+            return
         except UnicodeDecodeError:
-            yield InvalidText()
+            pass
+    for value in column.cast(pa.large_binary()):
+        yield memoryview(value.as_buffer()) if value.is_valid else None
 
 
 def _parquet_rows(file: InputFile, unit: Unit, text_column: str) -> Iterator[Any]:
@@ -312,17 +350,25 @@ def _parquet_rows(file: InputFile, unit: Unit, text_column: str) -> Iterator[Any
 
     row = 0
     with _parquet(file) as source:
+        groups = list(range(unit.start, unit.stop))
+        column = source.schema_arrow.names.index(text_column)
+        metadata = [source.metadata.row_group(group) for group in groups]
+        size = sum(_column_bytes(group, text_column, column) for group in metadata) // max(1, sum(group.num_rows for group in metadata))
+        rows = max(1, min(2048, ARROW_BYTES // max(size, 1)))
         try:
-            for batch in source.iter_batches(
-                ROWS_A_BATCH, row_groups=list(range(unit.start, unit.stop)), columns=[text_column], use_threads=False
-            ):
+            for batch in source.iter_batches(rows, row_groups=groups, columns=[text_column], use_threads=False):
                 yield from _column_values(batch.column(0))
                 row += batch.num_rows
         except (pa.ArrowException, OSError) as error:
-            where = f"row group {unit.start} to {unit.stop - 1}, after row {row}"
-            raise InputError(
-                f"{file.path}: {where}: cannot be read ({_first_line(error)}); restore it, or pass --skip-bad-shards"
-            ) from None
+            where = f"row groups {unit.start} to {unit.stop - 1}, after row {row}"
+            raise InputError(f"{file.path}: {where}: cannot be read ({_first_line(error)}); restore it") from None
+
+
+def _column_bytes(group: Any, name: str, guess: int) -> int:
+    """Uncompressed bytes of a column in a row group; nested columns before it may have moved its number."""
+    numbers = [guess, *range(group.num_columns)]
+    number = next((number for number in numbers if number < group.num_columns and group.column(number).path_in_schema == name), None)
+    return group.total_byte_size if number is None else group.column(number).total_uncompressed_size
 
 
 def _arrow_rows(file: InputFile, unit: Unit, text_column: str) -> Iterator[Any]:
@@ -333,8 +379,10 @@ def _arrow_rows(file: InputFile, unit: Unit, text_column: str) -> Iterator[Any]:
     try:
         batches = (reader.get_batch(number) for number in range(unit.start, unit.stop)) if random_access else iter(reader)
         for batch in batches:
-            for start in range(0, batch.num_rows, ROWS_A_BATCH):
-                yield from _column_values(batch.column(text_column).slice(start, ROWS_A_BATCH))
+            column = batch.column(text_column)
+            step = max(1, min(2048, ARROW_BYTES * batch.num_rows // max(column.nbytes, 1)))
+            for start in range(0, batch.num_rows, step):
+                yield from _column_values(column.slice(start, step))
             row += batch.num_rows
     except (pa.ArrowException, OSError) as error:
         raise InputError(
@@ -369,36 +417,59 @@ def _field(line: bytes, text_column: str) -> Any:
     try:
         row = json.loads(line)
     except UnicodeDecodeError:
-        return InvalidText()
+        return Refused("invalid-utf8")
     except (ValueError, RecursionError):
-        return _Refused("invalid-json")
-    return row.get(text_column) if isinstance(row, dict) else _Refused("invalid-json")
+        return Refused("invalid-json")
+    if not isinstance(row, dict):
+        return Refused("invalid-json")
+    value = row.get(text_column)
+    if isinstance(value, str) and b"\\ud" in line.lower():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return Refused("invalid-utf8")
+    return value
 
 
 def _text_rows(file: InputFile, split: str) -> Iterator[Any]:
     """`split`: "file" (the file is one document), "blank-lines", "lines", or a separator that ends each document."""
-    with open_file(file.path) as source:
-        try:
-            pieces = iter([source.read()]) if split == "file" else _split_stream(source, split)
-            for piece in pieces:
-                try:
-                    yield piece.decode()
-                except UnicodeDecodeError:
-                    yield InvalidText()
-        except damage() as error:
-            raise InputError(f"{file.path}: cannot be read ({_first_line(error)}); restore it, or pass --skip-bad-shards") from None
+    try:
+        if split == "file":
+            yield _whole_file(file)
+            return
+        with open_file(file.path) as source:
+            yield from _split_stream(source, split)
+    except damage() as error:
+        raise InputError(f"{file.path}: cannot be read ({_first_line(error)}); restore it") from None
+
+
+def _whole_file(file: InputFile) -> bytes | memoryview:
+    """A local file is mapped, so that one larger than memory is a document too."""
+    if _is_compressed(file.path) or "://" in file.path or file.bytes == 0:
+        with open_file(file.path) as source:
+            return source.read()
+    with open(file.path, "rb") as local:
+        return memoryview(mmap.mmap(local.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 def _split_stream(source: IO[bytes], split: str) -> Iterator[bytes]:
     """Pieces between separators, the separators left out; runs of blank lines are one separator. Memory: one piece and one read."""
-    separator = {"blank-lines": rb"\r?\n[ \t]*\r?\n\s*", "lines": rb"\r?\n"}.get(split) or re.escape(split.encode())
-    pattern = re.compile(separator)
+    expression = {"blank-lines": rb"\r?\n[ \t]*\r?\n\s*", "lines": rb"\r?\n"}.get(split) or re.escape(split.encode())
+    pattern = re.compile(expression)
+    waiting: list[bytes] = []
     rest = b""
     while chunk := source.read(READ_BYTES):
         *whole, rest = pattern.split(rest + chunk)
         if split == "blank-lines" and whole and not rest:
             rest = whole.pop() + b"\n\n"
-        yield from (piece for piece in whole if piece)
+        if whole:
+            whole[0] = b"".join([*waiting, whole[0]])
+            waiting = []
+            yield from (piece for piece in whole if piece)
+        if len(rest) > LONG_SEPARATOR:
+            waiting.append(rest[:-LONG_SEPARATOR])
+            rest = rest[-LONG_SEPARATOR:]
+    rest = b"".join([*waiting, rest])
     if split == "blank-lines":
         rest = rest.rstrip()
     if rest:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from argonne import files
-from argonne.data import documents, filters, tokens
-from argonne.data.documents import InputFile, RowBatch, Unit
+from argonne.data import assemble, encoders, filters, tokens
+from argonne.data.documents import InputFile, LongText, RowBatch, Unit, read_unit
 from argonne.data.tokenizer import TextTokenizer, load_tokenizer
 
 RECORDS = "units"
@@ -25,7 +26,7 @@ class Job:
     """What a worker needs to encode any unit of a plan; small, so that it travels to a process or a node."""
 
     out: str
-    encoder: str = "auto"
+    encoder: str = "tokenizers"
     shard_tokens: int = tokens.LARGEST_SHARD
 
     def run(self, number: int) -> dict[str, Any]:
@@ -57,12 +58,14 @@ def remove_records(out: Path) -> None:
 class _Context:
     plan: dict[str, Any]
     tokenizer: TextTokenizer
+    encoder: encoders.Encoder
 
 
 @functools.lru_cache(maxsize=2)
 def _context(out: str, encoder: str) -> _Context:
     plan = files.read_json(Path(out) / "plan.json")
-    return _Context(plan, load_tokenizer(Path(out) / "tokenizer", plan["tokenizer"]["added_tokens"]))
+    tokenizer = load_tokenizer(Path(out) / "tokenizer", plan["tokenizer"]["added_tokens"])
+    return _Context(plan, tokenizer, encoders.load(encoder, tokenizer))
 
 
 def held_out_numbers(share: float, unit: int) -> Iterator[bool]:
@@ -79,29 +82,52 @@ def held_out_numbers(share: float, unit: int) -> Iterator[bool]:
 class _Output:
     """The shards of one split of a unit; a new one begins where the next document would make the last too large."""
 
-    def __init__(self, folder: Path, name: str, dtype: str, limit: int) -> None:
+    def __init__(self, folder: Path, name: str, dtype: str, limit: int, keep_documents: bool) -> None:
         self.folder, self.name, self.dtype, self.limit = folder, name, dtype, limit
+        self.keep_documents = keep_documents
+        self._documents: list[np.ndarray] = []
         self.writer: tokens.ShardWriter | None = None
         self.entries: list[dict[str, Any]] = []
 
-    def add(self, ids: np.ndarray, lengths: np.ndarray, text_bytes: np.ndarray) -> None:
-        edges = np.concatenate([[0], np.cumsum(lengths)])
+    def _open(self) -> tokens.ShardWriter:
+        if self.writer is None:
+            number = len(self.entries)
+            self.writer = tokens.ShardWriter(self.folder, self.name if number == 0 else f"{self.name}-{number}", self.dtype)
+        return self.writer
+
+    def add(self, documents: Encoded) -> None:
+        """Append whole documents."""
+        edges = np.concatenate([[0], np.cumsum(documents.lengths)])
         first = 0
-        while first < len(lengths):
-            if self.writer is None:
-                number = len(self.entries)
-                self.writer = tokens.ShardWriter(self.folder, self.name if number == 0 else f"{self.name}-{number}", self.dtype)
-            room = self.limit - self.writer.tokens
-            last = int(np.searchsorted(edges, edges[first] + room, side="right")) - 1
-            if last == first and self.writer.tokens:
+        while first < len(documents.lengths):
+            writer = self._open()
+            last = int(np.searchsorted(edges, edges[first] + self.limit - writer.tokens, side="right")) - 1
+            if last == first and writer.tokens:
                 self._close()
                 continue
             last = max(last, first + 1)
-            self.writer.add(ids[edges[first] : edges[last]], lengths[first:last], int(text_bytes[first:last].sum()))
+            part = documents.documents[first:last]
+            writer.add(documents.ids[edges[first] : edges[last]], documents.lengths[first:last], int(part["bytes"].sum()))
+            self._documents.append(part)
             first = last
+
+    def add_long(self, ids: Iterator[np.ndarray], document: np.ndarray) -> None:
+        """Append one document whose ids come in pieces; there are at most as many as bytes, BOS and EOS apart."""
+        text_bytes = int(document["bytes"].sum())
+        if self.writer is not None and self.writer.tokens and self.writer.tokens + text_bytes + 2 > self.limit:
+            self._close()
+        writer = self._open()
+        before = writer.tokens
+        for piece in ids:
+            writer.extend(piece)
+        writer.end_documents(np.array([writer.tokens - before]), text_bytes)
+        self._documents.append(document)
 
     def _close(self) -> None:
         if self.writer is not None:
+            if self.keep_documents:
+                files.write_bytes(self.writer.path.with_suffix(".doc"), np.concatenate(self._documents).tobytes())
+            self._documents = []
             self.entries.append(self.writer.close())
             self.writer = None
 
@@ -117,77 +143,134 @@ class _Output:
             self.writer.abort()
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """Documents as ids: all ids in a row, ids of each document, hash (where duplicates are looked for) and UTF-8 bytes of each document."""
+
+    ids: np.ndarray
+    lengths: np.ndarray
+    documents: np.ndarray
+
+    def chosen(self, mask: np.ndarray) -> Encoded:
+        if mask.all():
+            return self
+        return Encoded(self.ids[np.repeat(mask, self.lengths)], self.lengths[mask], self.documents[mask])
+
+
+class _UnitWork:
+    """The state of one unit while it is encoded."""
+
+    def __init__(self, job: Job, number: int) -> None:
+        context = _context(job.out, job.encoder)
+        self.plan, self.encoder = context.plan, context.encoder
+        self.recipe, self.tokenizer = context.plan["recipe"], context.plan["tokenizer"]
+        self.cuttable = context.tokenizer.has_pre_tokens
+        self.unit = Unit(**self.plan["units"][number])
+        staged, dtype = assemble.is_staged(self.recipe), tokens.dtype_for(self.tokenizer["vocab_size"])
+        folder = Path(job.out) / assemble.PARTS if staged else Path(job.out)
+        folder.mkdir(exist_ok=True)
+        for leftover in folder.glob(f"{files.TEMPORARY}*-{number:05d}*"):
+            leftover.unlink(missing_ok=True)
+        self.train = _Output(folder, f"tokens-{number:05d}", dtype, job.shard_tokens, staged)
+        self.held = _Output(folder, f"held_out-{number:05d}", dtype, job.shard_tokens, staged)
+        self.choose = held_out_numbers(self.recipe["hold_out"], number)
+        self.filters = filters.build(self.recipe)
+        self.rows, self.drops, self.warnings = 0, dict[str, int](), list[str]()
+
+    def take(self, batch: RowBatch) -> None:
+        """Filter and encode one batch of rows."""
+        self.rows += len(batch.texts) + sum(batch.drops.values())
+        texts = batch.texts
+        for name, is_dropped in self.filters.items():
+            kept = [text for text in texts if not is_dropped(text)]
+            if len(kept) < len(texts):
+                batch.drops[name] = batch.drops.get(name, 0) + len(texts) - len(kept)
+            texts = kept
+        for is_long, run in itertools.groupby(texts, lambda text: isinstance(text, LongText)):
+            if is_long:
+                for text in run:
+                    self._take_long(cast(LongText, text))
+            else:
+                self._take_texts(cast(list[str], list(run)), batch)
+        for reason, count in batch.drops.items():
+            self.drops[reason] = self.drops.get(reason, 0) + count
+
+    def _take_texts(self, texts: list[str], batch: RowBatch) -> None:
+        encoded = self._encode(texts)
+        if "quality" in self.recipe["filter"]:
+            extra = 1 + (self.tokenizer["bos_id"] is not None)
+            long_enough = encoded.lengths - extra >= filters.FEWEST_TOKENS
+            if not long_enough.all():
+                batch.drops["too-short"] = batch.drops.get("too-short", 0) + int((~long_enough).sum())
+                encoded = encoded.chosen(long_enough)
+        if self.recipe["hold_out"] and len(encoded.lengths):
+            held = np.array([next(self.choose) for _ in encoded.lengths], dtype=bool)
+            self.held.add(encoded.chosen(held))
+            encoded = encoded.chosen(~held)
+        self.train.add(encoded)
+
+    def _encode(self, texts: list[str]) -> Encoded:
+        """BOS where asked for, and EOS, included."""
+        ids, lengths = self.encoder.encode(texts)
+        bos, count = self.tokenizer["bos_id"], len(texts)
+        extra = 1 + (bos is not None)
+        ends = np.cumsum(lengths + extra)
+        whole = np.empty(len(ids) + extra * count, dtype=np.uint32)
+        text = np.ones(len(whole), dtype=bool)
+        whole[ends - 1] = self.tokenizer["eos_id"]
+        text[ends - 1] = False
+        if bos is not None:
+            begins = ends - lengths - extra
+            whole[begins] = bos
+            text[begins] = False
+        whole[text] = ids
+        return Encoded(whole, lengths + extra, self._documents([text.encode() for text in texts]))
+
+    def _documents(self, texts: Sequence[bytes | memoryview]) -> np.ndarray:
+        """Size of each text and, where duplicates are looked for, its hash."""
+        found = np.zeros(len(texts), dtype=assemble.DOCUMENT)
+        found["bytes"] = [len(text) for text in texts]
+        if self.recipe["dedup"]:
+            hashes = [assemble.text_hash(text) for text in texts]
+            found["low"], found["high"] = [low for low, _ in hashes], [high for _, high in hashes]
+        return found
+
+    def _take_long(self, text: LongText) -> None:
+        output = self.held if self.recipe["hold_out"] and next(self.choose) else self.train
+        output.add_long(self._long_ids(text), self._documents([text.data]))
+
+    def _long_ids(self, text: LongText) -> Iterator[np.ndarray]:
+        if self.tokenizer["bos_id"] is not None:
+            yield np.array([self.tokenizer["bos_id"]], np.uint32)
+        for piece in encoders.pieces_of(text.data, self.encoder) if self.cuttable else [bytes(text.data).decode()]:
+            if len(piece) > encoders.WHOLE_WITHIN_BYTES // 4:
+                self.warnings.append(
+                    f"a document has no safe cut in {len(piece):,} characters, which were encoded at once and took memory for it"
+                )
+            yield self.encoder.encode([piece])[0]
+        yield np.array([self.tokenizer["eos_id"]], np.uint32)
+
+    def record(self) -> dict[str, Any]:
+        found = {"unit": self.unit.index, "rows": self.rows, "drops": self.drops, **self.train.close(), "held_out": self.held.close()}
+        return {**found, "warnings": self.warnings}
+
+    def abort(self) -> None:
+        self.train.abort()
+        self.held.abort()
+
+
 def encode_unit(job: Job, number: int) -> dict[str, Any]:
     """Write the shards of unit `number`, then its record. Raises InputError naming file and row where the input is damaged."""
-    context = _context(job.out, job.encoder)
-    plan, out = context.plan, Path(job.out)
+    out = Path(job.out)
     (out / RECORDS).mkdir(exist_ok=True)
-    for leftover in out.glob(f"{files.TEMPORARY}*-{number:05d}*"):
-        leftover.unlink(missing_ok=True)
-    unit = Unit(**plan["units"][number])
-    recipe = plan["recipe"]
-    dtype = tokens.dtype_for(plan["tokenizer"]["vocab_size"])
-    train = _Output(out, f"tokens-{number:05d}", dtype, job.shard_tokens)
-    held = _Output(out, f"held_out-{number:05d}", dtype, job.shard_tokens)
-    choose = held_out_numbers(recipe["hold_out"], number)
-    rows, drops = 0, dict[str, int]()
+    work = _UnitWork(job, number)
+    recipe = work.recipe
     try:
-        for batch in documents.read_unit(InputFile(**plan["files"][unit.file]), unit, recipe["text_column"], recipe["split"]):
-            ids, lengths, sizes = _encode(context, batch)
-            rows += len(batch.texts) + sum(batch.drops.values())
-            keep = _keep(context, batch, lengths)
-            chosen = np.array([next(choose) for _ in range(int(keep.sum()))], dtype=bool)
-            is_held = np.zeros(len(lengths), dtype=bool)
-            is_held[keep] = chosen
-            _add(train, ids, lengths, sizes, keep & ~is_held)
-            _add(held, ids, lengths, sizes, is_held)
-            for reason, count in batch.drops.items():
-                drops[reason] = drops.get(reason, 0) + count
+        for batch in read_unit(InputFile(**work.plan["files"][work.unit.file]), work.unit, recipe["text_column"], recipe["split"]):
+            work.take(batch)
+        record = work.record()
     except BaseException:
-        train.abort()
-        held.abort()
+        work.abort()
         raise
-    record = {"unit": number, "rows": rows, "drops": drops, **train.close(), "held_out": held.close()}
     files.write_json(record_path(out, number), record)
     return record
-
-
-def _encode(context: _Context, batch: RowBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(ids of all documents, length of each, UTF-8 bytes of each); BOS where asked for and EOS included."""
-    tokenizer = context.plan["tokenizer"]
-    if "quality" in context.plan["recipe"]["filter"]:
-        _drop_where(batch, [filters.is_low_quality(text) for text in batch.texts], "quality")
-    before = [] if tokenizer["bos_id"] is None else [np.array([tokenizer["bos_id"]], np.uint32)]
-    after = np.array([tokenizer["eos_id"]], np.uint32)
-    pieces: list[np.ndarray] = []
-    lengths = []
-    for ids in context.tokenizer.encode_batch(batch.texts):
-        pieces += [*before, ids, after]
-        lengths.append(len(before) + len(ids) + 1)
-    sizes = np.array([len(text.encode()) for text in batch.texts], dtype=np.int64)
-    return np.concatenate(pieces) if pieces else np.zeros(0, np.uint32), np.array(lengths, dtype=np.int64), sizes
-
-
-def _drop_where(batch: RowBatch, dropped: list[bool], reason: str) -> None:
-    for _ in range(sum(dropped)):
-        batch.drop(reason)
-    kept = [index for index, drop in enumerate(dropped) if not drop]
-    batch.texts = [batch.texts[index] for index in kept]
-    batch.rows = [batch.rows[index] for index in kept]
-
-
-def _keep(context: _Context, batch: RowBatch, lengths: np.ndarray) -> np.ndarray:
-    keep = np.ones(len(lengths), dtype=bool)
-    if "quality" in context.plan["recipe"]["filter"]:
-        extra = 1 + (context.plan["tokenizer"]["bos_id"] is not None)
-        keep = lengths - extra >= filters.FEWEST_TOKENS
-        for _ in range(int((~keep).sum())):
-            batch.drop("too-short")
-    return keep
-
-
-def _add(output: _Output, ids: np.ndarray, lengths: np.ndarray, sizes: np.ndarray, chosen: np.ndarray) -> None:
-    if chosen.all():
-        output.add(ids, lengths, sizes)
-    elif chosen.any():
-        output.add(ids[np.repeat(chosen, lengths)], lengths[chosen], sizes[chosen])

@@ -2,19 +2,146 @@
 
 from __future__ import annotations
 
+import csv
+import functools
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import IO, Any
+
+import numpy as np
+
+from argonne.data.documents import InputFile, LongText, Text, find_files, open_file
+from argonne.errors import InputError
+
 QUALITY_FROM_CHARACTERS = 50
 LARGEST_DIGIT_SHARE = 0.5
 SMALLEST_LETTER_SHARE = 0.3
 FEWEST_TOKENS = 10
+GRAM_WORDS = 13
+EVALUATION_SUFFIXES = {".csv": "csv", ".json": "json", ".tsv": "csv"}
+WORD = re.compile(r"\w+")
+
+Filter = Callable[[Text], bool]
 
 
-def is_low_quality(text: str) -> bool:
+def build(recipe: dict[str, Any]) -> dict[str, Filter]:
+    """The filters that a recipe asks for, by the reason under which they count."""
+    found: dict[str, Filter] = {}
+    if "quality" in recipe["filter"]:
+        found["quality"] = is_low_quality
+    if recipe["decontaminate"]:
+        grams = evaluation_grams(tuple(recipe["decontaminate"]))
+        found["contaminated"] = functools.partial(shares_a_gram, grams)
+    return found
+
+
+def blocks_of(text: Text) -> Iterator[str]:
+    return text.blocks() if isinstance(text, LongText) else iter([text])
+
+
+def is_low_quality(text: Text) -> bool:
     """Argonne 2.0's rule: over 50 characters, and mostly digits or hardly any letters and white space."""
-    length = len(text)
+    length = digits = letters = 0
+    for block in blocks_of(text):
+        length += len(block)
+        digits += sum(map(str.isdigit, block))
+        letters += sum(map(str.isalpha, block)) + sum(map(str.isspace, block))
     if length <= QUALITY_FROM_CHARACTERS:
         return False
-    digits = sum(map(str.isdigit, text))
-    if digits / length > LARGEST_DIGIT_SHARE:
-        return True
-    letters = sum(map(str.isalpha, text)) + sum(map(str.isspace, text))
-    return letters / length < SMALLEST_LETTER_SHARE
+    return digits / length > LARGEST_DIGIT_SHARE or letters / length < SMALLEST_LETTER_SHARE
+
+
+def _words(text: Text) -> Iterator[list[str]]:
+    """Lower-case words, block by block; each block begins with the last words of the one before, so that no gram is lost between them."""
+    carried: list[str] = []
+    tail = ""
+    for block in blocks_of(text):
+        block = tail + block
+        cut = max(block.rfind(" "), block.rfind("\n")) if isinstance(text, LongText) else -1
+        block, tail = (block[:cut], block[cut:]) if cut > 0 else (block, "")
+        words = carried + WORD.findall(block.lower())
+        yield words
+        carried = words[-(GRAM_WORDS - 1) :]
+    if tail:
+        yield carried + WORD.findall(tail.lower())
+
+
+def _grams(words: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    for start in range(len(words) - GRAM_WORDS + 1):
+        yield tuple(words[start : start + GRAM_WORDS])
+
+
+@dataclass(frozen=True)
+class Grams:
+    """The 13-word runs of evaluation texts, and their first three words, which nearly always decide."""
+
+    whole: frozenset[tuple[str, ...]]
+    beginnings: frozenset[tuple[str, ...]]
+
+
+def shares_a_gram(grams: Grams, text: Text) -> bool:
+    """Does the text hold 13 words in a row that an evaluation text holds too? Case and punctuation do not count."""
+    for words in _words(text):
+        for start in range(len(words) - GRAM_WORDS + 1):
+            if (words[start], words[start + 1], words[start + 2]) in grams.beginnings and tuple(
+                words[start : start + GRAM_WORDS]
+            ) in grams.whole:
+                return True
+    return False
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from _strings(inner)
+    elif isinstance(value, list | tuple | np.ndarray):
+        for inner in value:
+            yield from _strings(inner)
+
+
+@functools.lru_cache(maxsize=2)
+def evaluation_grams(patterns: tuple[str, ...]) -> Grams:
+    """All 13-word runs of the evaluation files (jsonl, json, parquet, csv, txt), of every text in every field.
+
+    Raises InputError when a pattern matches nothing or no text has 13 words.
+    """
+    grams: set[tuple[str, ...]] = set()
+    for file in find_files(patterns, also=EVALUATION_SUFFIXES):
+        for value in _values(file):
+            for text in _strings(value):
+                grams.update(_grams(WORD.findall(text.lower())))
+    if not grams:
+        raise InputError(f"--decontaminate {', '.join(patterns)}: no text of {GRAM_WORDS} words or more in it")
+    return Grams(frozenset(grams), frozenset(gram[:3] for gram in grams))
+
+
+def _values(file: InputFile) -> Iterator[Any]:
+    if file.format == "parquet":
+        import pyarrow.parquet as parquet
+
+        yield from parquet.read_table(file.path).to_pylist()
+    elif file.format == "arrow":
+        import pyarrow as pa
+
+        yield from pa.ipc.open_stream(file.path).read_all().to_pylist()
+    else:
+        with open_file(file.path) as source:
+            yield from _text_values(file, source)
+
+
+def _text_values(file: InputFile, source: IO[bytes]) -> Iterator[Any]:
+    try:
+        if file.format == "jsonl":
+            yield from (json.loads(line) for line in source if line.strip())
+        elif file.format == "json":
+            yield json.load(source)
+        elif file.format == "csv":
+            yield from csv.reader(line.decode() for line in source)
+        else:
+            yield source.read().decode()
+    except (UnicodeDecodeError, ValueError, csv.Error) as error:
+        raise InputError(f"--decontaminate {file.path}: cannot be read ({error})") from None

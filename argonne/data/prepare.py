@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from argonne import files
-from argonne.data import documents, engines, tokens
+from argonne.data import assemble, documents, encoders, engines, tokens
 from argonne.data.documents import InputFile, Unit
 from argonne.data.progress import Progress
 from argonne.data.tokenizer import load_tokenizer, train_tokenizer
@@ -25,6 +26,7 @@ from argonne.errors import InputError
 
 PLAN = "plan.json"
 PLAN_VERSION = 1
+PROBES = 64
 TOKENIZER_CHARACTERS = 500_000_000
 FAULTS = ("missing", "not-text", "empty", "invalid-utf8", "invalid-json")
 FILTERS = ("quality",)
@@ -57,7 +59,7 @@ class PrepareOptions:
 
     def recipe(self) -> dict[str, Any]:
         """The options that decide which bytes are written."""
-        names = ("text_column", "split", "dedup", "hold_out", "bos", "added_tokens", "skip_bad_shards")
+        names = ("text_column", "split", "dedup", "hold_out", "bos", "added_tokens", "format", "skip_bad_shards")
         return {
             **{name: getattr(self, name) for name in names},
             "input": list(self.input),
@@ -119,6 +121,8 @@ def _already_complete(options: PrepareOptions, out: Path) -> Path:
         )
     if options.tokenizer is not None and load_tokenizer(options.tokenizer).fingerprint != manifest["tokenizer"]["fingerprint"]:
         raise InputError(f"{out}: holds a finished token set of another tokenizer; choose another --out or remove it")
+    if (out / PLAN).exists():
+        _clean(out)
     return out
 
 
@@ -147,10 +151,9 @@ def open_plan(options: PrepareOptions, out: Path) -> dict[str, Any]:
     found = documents.find_files(options.input)
     cuts, bad = _cut_all(options, found)
     out.mkdir(parents=True, exist_ok=True)
-    if options.tokenizer is not None:
-        tokenizer = load_tokenizer(options.tokenizer, options.added_tokens)
-    else:
-        tokenizer = _train(options, found, cuts, out)
+    tokenizer = (
+        load_tokenizer(options.tokenizer, options.added_tokens) if options.tokenizer is not None else _train(options, found, cuts, out)
+    )
     if tokenizer.eos_id is None:
         raise InputError(
             f"tokenizer {tokenizer.folder}: names no end-of-text token, and each document ends with one; set "
@@ -214,7 +217,7 @@ def sample_texts(found: list[InputFile], units: list[Unit], text_column: str, sp
     for unit in units:
         characters = 0
         for batch in documents.read_unit(found[unit.file], unit, text_column, split):
-            yield from batch.texts
+            yield from (text if isinstance(text, str) else next(text.blocks()) for text in batch.texts)
             characters += batch.characters
             if characters >= share:
                 break
@@ -268,35 +271,65 @@ def encode_units(options: PrepareOptions, plan: dict[str, Any], out: Path, progr
     if options.part is not None:
         part, parts = options.part
         wanted = [number for number in wanted if number % parts == part - 1]
-    job = encode.Job(str(out), options.encoder)
+    job = encode.Job(str(out), _encoder(options, plan, out, progress) if wanted else "tokenizers")
     try:
         for number, record in engines.run(options.engine, job, wanted, options.workers):
             records[number] = record
+            for warning in record["warnings"]:
+                progress.say(f"warning: unit {number}: {warning}")
             progress.add(weights[number], record["documents"], record["tokens"], record["text_bytes"])
     finally:
         progress.close()
     return encode.finished(out, len(plan["units"]))
 
 
+def _encoder(options: PrepareOptions, plan: dict[str, Any], out: Path, progress: Progress) -> str:
+    """Name of the encoder, after gigatoken was compared with the reference on hard probes and on the first documents of the input."""
+    units = [Unit(**unit) for unit in plan["units"]]
+    found = [InputFile(**file) for file in plan["files"]]
+    tokenizer = load_tokenizer(out / "tokenizer", plan["tokenizer"]["added_tokens"])
+    probes: list[str] = []
+    if options.encoder != "tokenizers":
+        recipe = plan["recipe"]
+        probes = list(itertools.islice(sample_texts(found, units[:1], recipe["text_column"], recipe["split"]), PROBES))
+    choice = encoders.choose(tokenizer, options.encoder, probes)
+    progress.say(choice.reason)
+    return choice.encoder.name
+
+
 def finish(options: PrepareOptions, plan: dict[str, Any], records: dict[int, dict[str, Any]], out: Path) -> None:
     """Write the manifest and the hash list, and remove what only the work needed."""
+    ordered = [records[unit["index"]] for unit in plan["units"]]
+    _check_drops(options, ordered, out)
+    if assemble.is_staged(plan["recipe"]):
+        ordered = assemble.assemble(plan["recipe"], ordered, out, tokens.dtype_for(plan["tokenizer"]["vocab_size"]))
+    manifest = build_manifest(plan, ordered)
+    for leftover in files.collect_temporaries(out):
+        (Progress("prepare", 0)).say(f"removed the unfinished {leftover.name}")
+    tokens.write_manifest(out, manifest)
+    _clean(out)
+
+
+def _clean(out: Path) -> None:
+    """Remove what only the work needed; also after a process died between the manifest and here."""
     from argonne.data import encode
 
-    manifest = build_manifest(plan, [records[unit["index"]] for unit in plan["units"]])
+    encode.remove_records(out)
+    assemble.remove_parts(out)
+    (out / PLAN).unlink(missing_ok=True)
+    files.fsync_path(out)
+
+
+def _check_drops(options: PrepareOptions, records: list[dict[str, Any]], out: Path) -> None:
+    manifest = _totals(records)
     bad_rows = sum(manifest["drops"].get(reason, 0) for reason in FAULTS)
     if bad_rows > options.max_drop_fraction * max(manifest["rows"], 1):
         raise InputError(
             f"{out}: {bad_rows:,} of {manifest['rows']:,} rows are no documents ({describe_drops(manifest['drops'])}), more than "
             f"--max-drop-fraction {options.max_drop_fraction}; mend the input, or raise the limit and run again: the work so far is kept"
         )
-    if manifest["documents"] == 0:
-        raise InputError(f"{out}: no document is left of {manifest['rows']:,} rows ({describe_drops(manifest['drops']) or 'all held out'})")
-    for leftover in files.collect_temporaries(out):
-        (Progress("prepare", 0)).say(f"removed the unfinished {leftover.name}")
-    tokens.write_manifest(out, manifest)
-    encode.remove_records(out)
-    (out / PLAN).unlink(missing_ok=True)
-    files.fsync_path(out)
+    if manifest["documents"] + manifest["held_out_documents"] == 0:
+        raise InputError(f"{out}: no document is left of {manifest['rows']:,} rows ({describe_drops(manifest['drops']) or 'it is empty'})")
 
 
 def describe_drops(drops: dict[str, int]) -> str:

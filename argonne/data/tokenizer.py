@@ -57,6 +57,11 @@ class TextTokenizer:
         kept = [token for token in self.specification.get("added_tokens", []) if self.added_tokens == "library" and not token["special"]]
         return {**self.specification, "added_tokens": kept, "post_processor": None}
 
+    @property
+    def has_pre_tokens(self) -> bool:
+        """Is a text cut into pre-tokens before merging? Where it is not (Llama), ids may depend on the whole text."""
+        return '"ByteLevel"' in json.dumps(self.specification.get("pre_tokenizer"))
+
     def _named(self, role: str, candidates: Sequence[str]) -> int | None:
         value = self.config.get(role)
         content = value.get("content") if isinstance(value, dict) else value

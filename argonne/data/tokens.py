@@ -76,7 +76,8 @@ def _size(path: Path) -> int:
 class ShardWriter:
     """Writes one shard and its document ends under temporary names; `close` makes both durable and renames them."""
 
-    def __init__(self, folder: Path, name: str, dtype: str) -> None:
+    def __init__(self, folder: Path, name: str, dtype: str, limit: int | None = LARGEST_SHARD) -> None:
+        self.limit = limit
         self.path, self.dtype = folder / f"{name}.bin", dtype
         self._temporary = folder / f"{files.TEMPORARY}{name}.bin-{os.getpid()}"
         self._file = open(self._temporary, "wb")  # noqa: SIM115 closed by close or abort
@@ -84,20 +85,29 @@ class ShardWriter:
         self.tokens = 0
         self.text_bytes = 0
         self._ends: list[np.ndarray] = []
-        self.documents = 0
+        self.documents = self._ended = 0
 
     def add(self, tokens: np.ndarray, lengths: np.ndarray, text_bytes: int) -> None:
         """Append whole documents: their tokens one after the other and the length of each."""
+        self.extend(tokens)
+        self.end_documents(lengths, text_bytes)
+
+    def extend(self, tokens: np.ndarray) -> None:
+        """Append tokens; `end_documents` follows."""
         self._file.write(np.ascontiguousarray(tokens, dtype=self.dtype).data)
-        self._ends.append(self.tokens + np.cumsum(lengths, dtype=np.uint64))
         self.tokens += len(tokens)
+
+    def end_documents(self, lengths: np.ndarray, text_bytes: int) -> None:
+        """The tokens since the last document's end were documents of these lengths."""
+        self._ends.append(self._ended + np.cumsum(lengths, dtype=np.uint64))
+        self._ended = self.tokens
         self.documents += len(lengths)
         self.text_bytes += text_bytes
 
     def close(self) -> dict[str, Any]:
         """Finish the shard; its manifest entry."""
-        if self.tokens > LARGEST_SHARD:
-            raise InputError(f"{self.path}: {self.tokens:,} tokens, more than the {LARGEST_SHARD:,} of one shard; cut this document up")
+        if self.limit is not None and self.tokens > self.limit:
+            raise InputError(f"{self.path}: {self.tokens:,} tokens, more than the {self.limit:,} of one shard; cut this document up")
         self._file.seek(0)
         self._file.write(header(self.dtype, self.tokens))
         self._file.flush()

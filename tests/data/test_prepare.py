@@ -287,3 +287,119 @@ def test_two_writers_of_one_folder_are_not_let_in_together(tokenizer_folder: Pat
         with pytest.raises(KeyError):
             prepare(options, QUIET)
     prepare(options, QUIET)
+
+
+def test_of_equal_documents_the_first_stays_wherever_the_others_lie(tokenizer_folder: Path, tmp_path: Path) -> None:
+    texts = [f"{number} {words(20, number)}" for number in range(30)]
+    jsonl(tmp_path / "in_1.jsonl", [{"text": text} for text in [*texts[:20], texts[3]]])
+    jsonl(tmp_path / "in_2.jsonl", [{"text": text} for text in [*texts[10:], texts[29]]])
+    pattern = (str(tmp_path / "in_*.jsonl"),)
+    out = prepare(PrepareOptions(pattern, tmp_path / "out", tokenizer_folder, dedup=True, workers=1), QUIET)
+    tokenizer = load_tokenizer(tokenizer_folder)
+    assert documents_of(out) == [[*tokenizer.encode(text), tokenizer.eos_id] for text in texts]
+    manifest = open_tokens(out).manifest
+    assert manifest["drops"] == {"duplicate": 12}
+    assert [source["drops"] for source in manifest["sources"]] == [{"duplicate": 1}, {"duplicate": 11}]
+    assert manifest["rows"] == manifest["documents"] + 12
+    assert manifest["text_bytes"] == sum(len(text.encode()) for text in texts)
+    assert inspect_tokens(out)["problems"] == []
+    assert not (out / "parts").exists()
+
+
+def test_no_document_is_both_held_out_and_trained_on_after_dedup(tokenizer_folder: Path, tmp_path: Path) -> None:
+    texts = [words(20, number % 40) for number in range(200)]
+    jsonl(tmp_path / "in.jsonl", [{"text": text} for text in texts])
+    out = prepare(PrepareOptions((str(tmp_path / "in.jsonl"),), tmp_path / "out", tokenizer_folder, dedup=True, hold_out=0.2), QUIET)
+    train, held = documents_of(out), documents_of(out, held_out=True)
+    assert not {tuple(ids) for ids in train} & {tuple(ids) for ids in held}
+    assert len(train) + len(held) == 40
+
+
+def test_text_of_evaluation_files_is_kept_out_and_counted(tokenizer_folder: Path, tmp_path: Path) -> None:
+    question = "Which of the seven wizards mixed forty two potions near the lake before the lazy dog woke up?"
+    jsonl(tmp_path / "eval.jsonl", [{"q": {"text": question}, "choices": ["a", "b"]}])
+    (tmp_path / "eval.csv").write_text('id,"one two three four five six seven eight nine ten eleven twelve thirteen fourteen"\n')
+    rows = [
+        words(50),
+        f"{words(9)} {question.upper()} {words(9)}",
+        f"{question[:60]} {words(30)}",
+        "so: one two three four five six seven eight nine ten eleven twelve thirteen!",
+    ]
+    jsonl(tmp_path / "in.jsonl", [{"text": text} for text in rows])
+    options = PrepareOptions((str(tmp_path / "in.jsonl"),), tmp_path / "out", tokenizer_folder, decontaminate=(str(tmp_path / "eval.*"),))
+    manifest = open_tokens(prepare(options, QUIET)).manifest
+    assert manifest["drops"] == {"contaminated": 2}
+    assert manifest["documents"] == 2
+
+
+def test_a_single_train_bin_holds_the_same_tokens_as_the_shards(
+    corpus: tuple[Path, list[str]], tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    folder, _ = corpus
+    shards = prepare(PrepareOptions((str(folder / "*"),), tmp_path / "shards", tokenizer_folder, workers=1, hold_out=0.1), QUIET)
+    single = prepare(
+        PrepareOptions((str(folder / "*"),), tmp_path / "single", tokenizer_folder, workers=1, hold_out=0.1, format="train.bin"), QUIET
+    )
+    assert sorted(path.name for path in single.iterdir() if path.suffix == ".bin") == ["held_out.bin", "train.bin"]
+    assert documents_of(single) == documents_of(shards)
+    assert documents_of(single, held_out=True) == documents_of(shards, held_out=True)
+    assert inspect_tokens(single)["problems"] == []
+    alone = open_tokens(single / "train.bin")
+    assert alone.tokens == open_tokens(shards).tokens
+
+
+def long_text(size: int) -> str:
+    generator = np.random.default_rng(1)
+    lines = [words(int(count), seed).strip() for seed, count in enumerate(generator.integers(3, 40, 200))]
+    text = ""
+    while len(text) < size:
+        text += lines[int(generator.integers(len(lines)))] + ("\n\n" if generator.random() < 0.2 else "\n")
+    return text
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "parquet"])
+def test_a_document_of_megabytes_is_encoded_in_pieces_with_the_ids_of_the_whole(
+    tokenizer_folder: Path, tmp_path: Path, suffix: str
+) -> None:
+    text = long_text(1_800_000)
+    if suffix == "txt":
+        (tmp_path / "in.txt").write_text(text)
+    elif suffix == "jsonl":
+        jsonl(tmp_path / "in.jsonl", [{"text": "before"}, {"text": text}, {"text": "after"}])
+    else:
+        parquet.write_table(pa.table({"text": ["before", text, "after"]}), tmp_path / "in.parquet")
+    out = prepare(PrepareOptions((str(tmp_path / f"in.{suffix}"),), tmp_path / "out", tokenizer_folder, workers=1), QUIET)
+    tokenizer = load_tokenizer(tokenizer_folder)
+    around = [] if suffix == "txt" else ["before", "after"]
+    expected = [text] if suffix == "txt" else ["before", text, "after"]
+    found = documents_of(out)
+    assert found == [[*tokenizer.encode(part), tokenizer.eos_id] for part in expected]
+    assert open_tokens(out).manifest["text_bytes"] == len(text.encode()) + sum(map(len, around))
+
+
+def test_text_without_a_safe_cut_is_encoded_whole(tokenizer_folder: Path, tmp_path: Path) -> None:
+    text = "word " * 400_000
+    (tmp_path / "in.txt").write_text(text)
+    out = prepare(PrepareOptions((str(tmp_path / "in.txt"),), tmp_path / "out", tokenizer_folder, workers=1), QUIET)
+    tokenizer = load_tokenizer(tokenizer_folder)
+    assert documents_of(out) == [[*tokenizer.encode(text), tokenizer.eos_id]]
+
+
+@pytest.mark.parametrize(
+    ("split", "expected"), [("blank-lines", ["a\nb", "c", "d"]), ("lines", ["a", "b", "c", " ", "d"]), ("c", ["a\nb\n\n", "\n\n \n\nd\n"])]
+)
+def test_plain_text_is_split_as_asked(tokenizer_folder: Path, tmp_path: Path, split: str, expected: list[str]) -> None:
+    (tmp_path / "in.txt").write_text("a\nb\n\nc\n\n \n\nd\n")
+    out = prepare(PrepareOptions((str(tmp_path / "in.txt"),), tmp_path / "out", tokenizer_folder, split=split, max_drop_fraction=1), QUIET)
+    tokenizer = load_tokenizer(tokenizer_folder)
+    assert [tokenizer.decode(ids[:-1]) for ids in documents_of(out)] == expected
+
+
+def test_jsonl_cut_into_many_units_gives_every_line_once(tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [words(1 + number % 50, number) for number in range(300)]
+    jsonl(tmp_path / "in.jsonl", [{"text": text} for text in texts])
+    monkeypatch.setattr("argonne.data.documents.unit_bytes", lambda _: 997)
+    out = prepare(PrepareOptions((str(tmp_path / "in.jsonl"),), tmp_path / "out", tokenizer_folder, workers=1), QUIET)
+    tokenizer = load_tokenizer(tokenizer_folder)
+    assert len(open_tokens(out).train.shards) > 50
+    assert documents_of(out) == [[*tokenizer.encode(text), tokenizer.eos_id] for text in texts]
