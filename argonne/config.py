@@ -146,6 +146,7 @@ class TrainSection:
     z_loss: float = key(0.0, "weight of the squared log-partition penalty")
     deterministic: bool = key(False, "bit-identical results on a GPU, slower")
     threads: int = key(0, "CPU threads a worker; 0 = cores divided by workers")
+    return_memory: str = key("auto", "CPU: give freed memory back at once, slower; auto: in runs planned above 1 GB", ("auto", "on", "off"))
 
 
 @dataclass(frozen=True)

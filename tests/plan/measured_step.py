@@ -19,10 +19,12 @@ import argonne.model  # noqa: F401 part of the imports whose memory is not the r
 from argonne.config import BatchSection, DataSection, ModelSection, OptimSection, Recipe, ScheduleSection, TrainSection
 from argonne.model.build import build_model, config_from_fields
 from argonne.parallel.mesh import Mesh
+from argonne.train.allocator import return_freed_memory
 from argonne.train.optim import build_optimizer
-from argonne.train.trainer import Progress, Trainer, next_token
+from argonne.train.precision import Precision
+from argonne.train.step import Stepper, next_token
 
-STEPS = 3
+STEPS = 2
 
 
 def memory_kib(field: str) -> int:
@@ -53,77 +55,39 @@ def recipe_of(case: dict[str, Any]) -> Recipe:
     )
 
 
-class RandomData:
-    """Random tokens in the shape of the training data: what the trainer asks of it, no more."""
-
-    source_names = ("random",)
-
-    def __init__(self, recipe: Recipe) -> None:
-        self.length = recipe.data.sequence_length
-        self.count = recipe.batch.tokens_per_step // self.length
-        self.vocabulary = recipe.model.vocab_size or 0
-
-    def loader(self, rank: int, world_size: int, micro_rows: int, **options: Any) -> Any:
-        self.micro = micro_rows
-        return SimpleNamespace(batch=self.batch, close=lambda: None)
-
-    def batch(self, step: int) -> Any:
-        generator = torch.Generator().manual_seed(step)
-        sizes = [min(self.micro, self.count - start) for start in range(0, self.count, self.micro)]
-        draw = [torch.randint(0, self.vocabulary, (size, self.length + 1), generator=generator) for size in sizes]
-        micro = [{"input_ids": ids[:, :-1].contiguous(), "shift_labels": ids[:, 1:].contiguous()} for ids in draw]
-        sources = [torch.zeros(size, dtype=torch.int64) for size in sizes]
-        tokens = self.count * self.length
-        return SimpleNamespace(step=step, micro_batches=micro, valid_tokens=tokens, tokens=tokens, sources=sources, waited_seconds=0.0)
-
-    def samples_before(self, step: int) -> int:
-        return step * self.count
-
-    def rows(self, step: int) -> int:
-        return self.count
-
-    def sequence_length(self, step: int) -> int:
-        return self.length
-
-    def tokens_before(self, step: int) -> int:
-        return step * self.count * self.length
+def random_batch(recipe: Recipe, step: int) -> Any:
+    """A global batch of random tokens, cut into micro-batches as the loader cuts it."""
+    generator = torch.Generator().manual_seed(step)
+    length, micro = recipe.data.sequence_length, int(recipe.batch.micro)
+    rows = recipe.batch.tokens_per_step // length
+    sizes = [min(micro, rows - start) for start in range(0, rows, micro)]
+    draws = [torch.randint(0, recipe.model.vocab_size or 0, (size, length + 1), generator=generator) for size in sizes]
+    batches = [{"input_ids": ids[:, :-1].contiguous(), "shift_labels": ids[:, 1:].contiguous()} for ids in draws]
+    return SimpleNamespace(step=step, micro_batches=batches, sources=[torch.zeros(size, dtype=torch.int64) for size in sizes])
 
 
 def run_steps(case: dict[str, Any]) -> None:
-    """Three optimizer steps as the trainer runs them."""
+    """Optimizer steps as the trainer runs them."""
     recipe = recipe_of(case)
     fields = {name: value for name, value in dataclasses.asdict(recipe.model).items() if name not in ("preset", "init_from", "initializer")}
     model = build_model(config_from_fields(fields), seed=recipe.seed)
     model.train()
     optimizer = build_optimizer(model, recipe.optim)
     train = recipe.train
+    if not case.get("heap"):
+        assert return_freed_memory()
     model.configure_training(
         activation_checkpointing=train.activation_checkpointing,
         checkpointing_stride=train.checkpointing_stride,
         loss=train.loss,
         loss_chunk=train.loss_chunk,
     )
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
-            recipe=recipe,
-            run=SimpleNamespace(path=Path(folder)),  # type: ignore[arg-type]
-            model=model,
-            optimizer=optimizer,
-            data=RandomData(recipe),
-            mesh=Mesh(torch.device("cpu")),
-            objective=next_token,
-            services=SimpleNamespace(),  # type: ignore[arg-type]
-            metrics=SimpleNamespace(write=lambda *args, **fields: None),  # type: ignore[arg-type]
-            watch=SimpleNamespace(reason=lambda: None),  # type: ignore[arg-type]
-            total_steps=STEPS,
-            micro_rows=case["micro"],
-            progress=Progress(),
-            state=lambda step: {},
-        )
-        upcoming = trainer._fetch(0)
-        while upcoming is not None:
-            batch, valid, _, _ = upcoming()
-            upcoming = trainer._step(batch, valid)
+    mesh = Mesh(torch.device("cpu"))
+    precision = Precision("fp32", mesh.device)
+    loader = SimpleNamespace(micro_rows=case["micro"])
+    stepper = Stepper(model, optimizer, next_token, precision, mesh, loader, grad_clip=1.0, run=Path("."), say=print)
+    for step in range(STEPS):
+        stepper.run_step(random_batch(recipe, step), recipe.batch.tokens_per_step, seed=step)
 
 
 def main() -> None:

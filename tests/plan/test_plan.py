@@ -1,0 +1,242 @@
+"""The arithmetic of a plan: parameters, FLOPs, lengths, layouts, what fits, what it says."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from argonne.config import BatchChange, BatchSection, ModelSection
+from argonne.errors import InputError
+from argonne.plan import compare_plan, device, device_peak_flops, flops_per_token, make_plan, plan_lines, shape_of
+from argonne.plan.length import steps_within, tokens_before
+from argonne.plan.memory import Setup, memory_of
+from argonne.plan.shape import mean_keys
+from argonne.presets import presets
+from argonne.recipe import load_recipe, recipe_names
+
+CARDS = [("h200", 1), ("h200", 3), ("a100-80gb", 8), ("rtx-4090", 1)]
+
+
+@pytest.mark.parametrize("name", presets())
+def test_the_arithmetic_counts_the_parameters_of_the_real_modules(name: str) -> None:
+    from argonne.model.build import config_from_fields, count_parameters
+
+    fields = presets()[name].fields
+    assert shape_of(fields).parameters() == count_parameters(config_from_fields(fields))
+
+
+@pytest.mark.parametrize("name", [name for name, preset in presets().items() if preset.parameters])
+def test_published_totals_close(name: str) -> None:
+    assert shape_of(presets()[name].fields).parameters() == presets()[name].parameters
+
+
+@st.composite
+def small_models(draw: st.DrawFn) -> dict[str, Any]:
+    keys = draw(st.integers(1, 3))
+    layers = draw(st.integers(1, 3))
+    fields = {
+        "vocab_size": draw(st.integers(5, 40)), "hidden_size": 2 * draw(st.integers(2, 8)), "num_hidden_layers": layers,
+        "num_attention_heads": keys * draw(st.integers(1, 3)), "num_key_value_heads": keys, "head_dim": 2 * draw(st.integers(1, 4)),
+        "intermediate_size": draw(st.integers(3, 20)), "max_position_embeddings": 16, "rope_theta": 1e4,
+        "position_embedding": draw(st.sampled_from(["rope", "learned"])), "norm_type": draw(st.sampled_from(["rms", "layer"])),
+    }  # fmt: skip
+    switches = ("mlp_gated", "attention_bias", "mlp_bias", "tie_word_embeddings", "q_norm", "k_norm", "v_norm", "sandwich_norm")
+    return {**fields, **{name: draw(st.booleans()) for name in switches}}
+
+
+@given(small_models())
+def test_any_mixture_of_fields_counts_like_its_modules(fields: dict[str, Any]) -> None:
+    from argonne.model.build import config_from_fields, count_parameters
+
+    assert shape_of(fields).parameters() == count_parameters(config_from_fields(fields))
+
+
+@pytest.mark.parametrize("position", ["rope", "learned"])
+def test_fields_that_nothing_sets_mean_what_the_config_class_says(position: str) -> None:
+    from argonne.model.build import config_from_fields, count_parameters
+
+    fields = {
+        "vocab_size": 30,
+        "hidden_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "position_embedding": position,
+        "rope_theta": 1e4,
+    }
+    assert shape_of(fields).parameters() == count_parameters(config_from_fields(fields))
+
+
+@given(st.integers(1, 60), st.one_of(st.none(), st.integers(1, 70)))
+def test_mean_keys_is_the_mean_of_what_each_query_sees(length: int, window: int | None) -> None:
+    seen = [min(query, window or query) for query in range(1, length + 1)]
+    assert mean_keys(length, window) == pytest.approx(sum(seen) / length)
+
+
+def test_flops_count_head_and_window_and_not_the_look_up() -> None:
+    fields = {"vocab_size": 100, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 4, "intermediate_size": 16}
+    full = flops_per_token(fields, 9)
+    products = 2 * (4 * 8 * 8 + 3 * 8 * 16) + 100 * 8
+    assert full == 6 * products + 12 * 8 * 2 * 5
+    windowed = flops_per_token({**fields, "layer_types": ("full_attention", "sliding_attention"), "sliding_window": 1}, 9)
+    assert full - windowed == 12 * 8 * (5 - 1)
+
+
+def test_torchs_own_counter_agrees_on_every_product_with_a_weight() -> None:
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from argonne.model.build import build_model, config_from_fields
+
+    fields = {**presets()["nano-2.5"].fields, "num_hidden_layers": 2, "layer_types": None}
+    model = build_model(config_from_fields(fields), seed=1)
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=torch.zeros((1, 64), dtype=torch.int64)).logits.sum().backward()
+    counted = sum(count for name, count in counter.get_flop_counts()["Global"].items() if "attention" not in str(name))
+    attention = 2 * 12 * 128 * mean_keys(64, None)  # torch counts attention's products in full, the plan the half that a causal mask leaves
+    assert counted == 64 * (flops_per_token(fields, 64) - attention)
+
+
+@given(
+    st.integers(1, 500),
+    st.lists(st.tuples(st.integers(1, 80), st.integers(1, 50)), max_size=3, unique_by=lambda pair: pair[0]),
+    st.integers(0, 9999),
+)
+def test_steps_within_is_the_largest_number_of_steps_that_the_tokens_pay_for(
+    start: int, changes: list[tuple[int, int]], tokens: int
+) -> None:
+    batch = BatchSection(tokens_per_step=start, steps=tuple(BatchChange(step, per_step) for step, per_step in sorted(changes)))
+    steps = steps_within(batch, tokens)
+    assert tokens_before(batch, steps) <= tokens < tokens_before(batch, steps + 1)
+
+
+def test_argonne_1_0_counts_both_batches() -> None:
+    plan = make_plan(load_recipe("argonne-1.0-pretrain"), gpu="a100-80gb", gpus=8)
+    assert plan.tokens == 2048 * (62_000 * 48 + 98_000 * 60)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize(("gpu", "gpus"), CARDS)
+def test_every_recipe_has_a_plan_or_is_told_what_would_fit(name: str, gpu: str, gpus: int) -> None:
+    plan = make_plan(load_recipe(name), gpu=gpu, gpus=gpus, price=2.0, name=name)
+    assert plan.memory_total == pytest.approx(sum(plan.memory.values()))
+    if plan.fits:
+        assert plan.memory_total <= (plan.memory_limit or 0)
+        assert plan.hours is not None
+        assert plan.cost == pytest.approx(plan.hours * gpus * 2.0)
+        assert plan.tokens_per_second == pytest.approx((plan.tokens or 0) / plan.hours / 3600)
+    else:
+        assert plan.hours is None
+        assert plan.advice
+        assert "fit" in plan.advice
+    text = "\n".join(plan_lines(plan))
+    assert f"{plan.parameters:,}" in text
+    assert ("DOES NOT FIT" in text) is not plan.fits
+    json.dumps(plan.to_dict())
+
+
+def test_a_recommended_layout_does_fit() -> None:
+    recipe = load_recipe("argonne-3.0-pretrain")
+    refused = make_plan(recipe, gpu="rtx-4090")
+    assert not refused.fits
+    count = int((refused.advice or "").split("would fit on ")[1].split(" x ")[0])
+    assert make_plan(recipe, gpu="rtx-4090", gpus=count).fits
+    assert not make_plan(recipe, gpu="rtx-4090", gpus=count - 1).fits
+
+
+def test_the_micro_batch_is_the_largest_that_fits() -> None:
+    recipe = load_recipe("argonne-3.0-pretrain", {"train.activation_checkpointing": '"none"', "train.loss": '"full"'})
+    plan = make_plan(recipe, gpu="h200")
+    shape = shape_of(recipe.model, 1024)
+    setup = Setup(1, 1024, "bf16", loss="full", accumulates=True)
+    largest = max(
+        rows for rows in range(1, 60) if memory_of(shape, dataclasses.replace(setup, rows=rows)).total <= (plan.memory_limit or 0)
+    )
+    assert plan.micro_rows <= largest
+    assert -(-228 // plan.micro_rows) == -(-228 // largest)  # evened out over the same number of micro-batches
+
+
+@given(st.integers(1, 8), st.sampled_from(["none", "every_nth", "full"]), st.sampled_from(["full", "chunked"]), st.booleans())
+def test_memory_grows_with_rows_and_checkpointing_never_costs_any(rows: int, checkpointing: str, loss: str, accumulates: bool) -> None:
+    shape = shape_of(presets()["argonne-3.0"].fields)
+    setup = Setup(rows, 1024, "bf16", checkpointing, loss=loss, accumulates=accumulates)
+    here = memory_of(shape, setup).total
+    assert memory_of(shape, dataclasses.replace(setup, rows=rows + 1)).total > here
+    assert memory_of(shape, dataclasses.replace(setup, activation_checkpointing="none")).total >= here
+    assert memory_of(shape, dataclasses.replace(setup, shard=2)).total < here
+
+
+@pytest.mark.parametrize(
+    ("reported", "peak"),
+    [
+        ("NVIDIA H200", 989.4e12), ("NVIDIA H100 80GB HBM3", 989.4e12), ("NVIDIA H100 NVL", 835.5e12), ("NVIDIA A100-SXM4-40GB", 312e12),
+        ("NVIDIA A100 80GB PCIe", 312e12), ("NVIDIA GeForce RTX 4090", 165.2e12), ("Tesla T4", None), ("Some Unknown Card", None), ("cpu", None),
+    ],
+)  # fmt: skip
+def test_the_peak_of_a_device_as_its_driver_names_it(reported: str, peak: float | None) -> None:
+    assert device_peak_flops(reported, "bf16") == peak
+
+
+def test_half_precision_without_bf16_and_fp32_as_tf32() -> None:
+    assert device_peak_flops("Tesla T4", "fp16") == 65e12
+    assert device_peak_flops("NVIDIA H200", "fp32") == 494.7e12
+
+
+def test_an_unknown_device_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(InputError, match="did you mean 'h200'"):
+        device("h2000")
+
+
+def test_degrees_that_do_not_make_the_devices_are_refused() -> None:
+    with pytest.raises(InputError, match="multiple of 4"):
+        make_plan(load_recipe("argonne-2.5-pretrain", {"parallel.tensor": "4"}), gpu="h200", gpus=3)
+
+
+def test_a_model_without_sizes_is_refused() -> None:
+    with pytest.raises(InputError, match=r"model\.vocab_size: not set"):
+        shape_of(ModelSection())
+
+
+def test_a_continued_run_reads_the_sizes_of_the_model_it_starts_from(tmp_path: Any) -> None:
+    folder = tmp_path / "run" / "final_model"
+    folder.mkdir(parents=True)
+    fields = {name: value for name, value in presets()["argonne-2.5"].fields.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(fields))
+    assert shape_of(ModelSection(init_from=str(tmp_path / "run"))).parameters() == 1_273_807_360
+    with pytest.raises(InputError, match=r"has no config\.json"):
+        shape_of(ModelSection(init_from=str(tmp_path / "nothing")))
+
+
+def test_passes_over_a_source_on_this_disk_are_counted(tmp_path: Any) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps({"tokens": 1_000_000}))
+    recipe = load_recipe("nano-3.0", {"data.sources": f'[{{ path = "{tmp_path}", max_epochs = 1.5 }}]'})
+    plan = make_plan(recipe)
+    assert plan.sources[0]["passes"] == pytest.approx(400 * 4096 / 1e6)
+    assert any("will be refused" in warning for warning in plan.warnings)
+
+
+def test_plan_against_measured_takes_the_last_record_of_a_step() -> None:
+    plan = make_plan(load_recipe("nano-3.0")).to_dict()
+    records = [
+        {"event": "start", "step": 0, "time": 0.0},
+        {"event": "step", "step": 1, "time": 10.0, "tokens": 4096, "memory_gb": 9.0, "tokens_per_second": 1.0, "mfu": None},
+        {"event": "resume", "step": 0, "time": 100.0},
+        {"event": "step", "step": 1, "time": 1900.0, "tokens": 4096, "memory_gb": 0.5, "tokens_per_second": 6000.0, "mfu": None},
+    ]
+    found = {row["name"]: row for row in compare_plan(plan, records)}
+    assert found["memory_gb"]["measured"] == 0.5
+    assert found["tokens_per_second"]["ratio"] == pytest.approx(6000.0 / plan["tokens_per_second"])
+    assert found["mfu"]["ratio"] is None
+    assert found["hours"]["measured"] == pytest.approx(1810 / 3600)
+
+
+def test_planning_imports_nothing_heavy() -> None:
+    code = "import sys; from argonne.plan import make_plan; from argonne.recipe import load_recipe; make_plan(load_recipe('nano-3.0')); " \
+        "print([name for name in ('torch', 'numpy', 'transformers') if name in sys.modules])"  # fmt: skip
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

@@ -1,0 +1,154 @@
+"""The packaged recipes: each loads, fits its own schedule, is planned, trains at nano width, and says what its release used."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from argonne.plan import make_plan
+from argonne.plan.length import total_steps
+from argonne.plan.published import published
+from argonne.presets import presets
+from argonne.recipe import RECIPES, load_recipe, recipe_names, to_toml, to_tree
+from argonne.train.schedule import check_schedule, curve
+
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "argonne-1.0-pretrain": {
+        "train.steps": 160_000, "batch.tokens_per_step": 48 * 2048, "data.sequence_length": 2048, "optim.lr": 3e-5,
+        "optim.betas": (0.9, 0.999), "train.precision": "fp16", "data.documents": "first-window", "checkpoint.every_steps": 2000,
+    },
+    "argonne-1.5-pretrain": {
+        "train.steps": 80_000, "batch.tokens_per_step": 756 * 2048, "optim.lr": 5e-5, "optim.weight_decay": 0.1,
+        "train.precision": "fp16", "data.documents": "first-window", "checkpoint.every_steps": 300,
+    },
+    "argonne-2.0-pretrain": {
+        "train.tokens": 21_900_000_000, "batch.tokens_per_step": 16_384, "data.sequence_length": 4096, "optim.lr": 1e-4,
+        "schedule.min_lr": 1e-5, "schedule.kind": "cosine", "schedule.warmup": 2000, "optim.grad_clip": 1.0, "train.precision": "bf16",
+        "data.quality_filter": True, "data.bos": True,
+    },
+    "argonne-2.0-plan": {
+        "train.steps": 160_000, "optim.lr": 3e-4, "schedule.min_lr": 3e-5, "schedule.kind": "cosine", "checkpoint.every_steps": 300,
+    },
+    "argonne-2.5-pretrain": {
+        "train.tokens": 20_839_021_454, "batch.tokens_per_step": 20 * 4 * 3 * 1024, "data.sequence_length": 1024, "optim.lr": 3e-4,
+        "schedule.min_ratio": 0.1, "schedule.warmup": 1000, "optim.betas": (0.9, 0.95), "optim.weight_decay": 0.1, "optim.grad_clip": 1.0,
+        "checkpoint.every_minutes": 30.0,
+    },
+    "argonne-2.5-continue": {"train.tokens": 55_211_688_156, "optim.lr": 3e-4},
+    "argonne-2.5-midtrain": {
+        "train.tokens": 16_000_000_000, "data.sequence_length": 13_568, "model.rope_theta": 1e6, "batch.tokens_per_step": 108_544,
+        "schedule.kind": "wsd", "data.documents": "within",
+    },
+    "argonne-3.0-pretrain": {
+        "train.tokens": 20_839_021_454, "batch.tokens_per_step": 38 * 2 * 3 * 1024, "schedule.kind": "wsd", "schedule.decay": 0.15,
+        "schedule.min_ratio": 0.1, "schedule.warmup": 1000, "optim.lr": 3e-4,
+    },
+    "argonne-3.0-continue": {"train.tokens": 55_211_688_156, "schedule.decay": 0.15},
+}  # fmt: skip
+NANO = {
+    "argonne-1": "nano-1.0",
+    "argonne-2": "nano-2.5",
+    "argonne-3": "nano-3.0",
+    "nano-1": "nano-1.0",
+    "nano-2": "nano-2.5",
+    "nano-3": "nano-3.0",
+}
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_packaged_recipe_loads_and_survives_being_saved(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(name)
+    saved = tmp_path / "config.toml"
+    saved.write_text(to_toml(recipe))
+    assert to_tree(load_recipe(str(saved))) == to_tree(recipe)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_the_schedule_of_a_recipe_fits_its_length(name: str) -> None:
+    recipe = load_recipe(name)
+    steps = total_steps(recipe, None)
+    assert steps is not None
+    check_schedule(steps, recipe.optim, recipe.schedule)
+    assert curve(steps, recipe.optim, recipe.schedule)[0][1] > 0
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_opens_with_a_comment_and_sets_no_key_twice(name: str) -> None:
+    text = (RECIPES / f"{name}.toml").read_text()
+    assert text.startswith("# ")
+    assert tomllib.loads(text)
+
+
+@pytest.mark.parametrize(("name", "key", "value"), [(name, key, value) for name, keys in PUBLISHED.items() for key, value in keys.items()])
+def test_a_recipe_says_what_its_release_used(name: str, key: str, value: Any) -> None:
+    section, field = key.split(".")
+    assert getattr(getattr(load_recipe(name), section), field) == value
+
+
+def test_argonne_1_0_changes_rate_and_batch_at_the_same_step() -> None:
+    recipe = load_recipe("argonne-1.0-pretrain")
+    assert [(change.step, change.lr) for change in recipe.schedule.steps] == [(62_000, 5e-5)]
+    assert [(change.step, change.tokens_per_step) for change in recipe.batch.steps] == [(62_000, 60 * 2048)]
+
+
+def test_the_figures_in_the_recipes_comments_are_what_the_arithmetic_gives() -> None:
+    assert round(80_000 * 756 * 2048 / 1e9, 1) == 123.9  # 1.5: full rows
+    assert round(15_453_927_424 / (80_000 * 756)) == 256  # 1.5: tokens a document
+    assert round(1_347_890 * 16_384 / 1e9, 2) == 22.08  # 2.0
+    assert round(160_000 * 92 * 4096 / 1e9, 1) == 60.3  # 2.0 plan
+    assert 64 <= load_recipe("argonne-2.0-plan").batch.tokens_per_step / 4096 <= 128
+    assert round(425_975 * 245_760 / 1e9, 1) == 104.7  # 2.5
+    assert round(329_148 * 233_472 / 1e9, 2) == 76.85  # 3.0
+    assert 20_839_021_454 + 55_211_688_156 == 76_050_709_610
+
+
+@pytest.mark.parametrize(
+    "name", ["argonne-2.5-pretrain", "argonne-2.5-continue", "argonne-3.0-pretrain", "argonne-3.0-continue", "argonne-1.5-pretrain"]
+)
+def test_a_published_figure_that_does_not_close_is_told(name: str) -> None:
+    release = published(name)
+    assert release is not None
+    told = release.contradiction()
+    assert told is not None
+    assert told in make_plan(load_recipe(name), gpu="h200", gpus=3, name=name).warnings
+
+
+def test_every_released_generation_has_a_recipe() -> None:
+    used = {load_recipe(name).model.preset for name in recipe_names()}
+    assert {"argonne-1.0", "argonne-1.5", "argonne-2.0", "argonne-2.0-plan", "argonne-2.5", "argonne-3.0"} <= used <= set(presets())
+
+
+def at_nano_width(name: str, tokens: Path) -> dict[str, str]:
+    """Overrides that keep a recipe's own settings but its size, data and length."""
+    preset = next(value for start, value in NANO.items() if name.startswith(start))
+    recipe = load_recipe(name)
+    overrides = {
+        "model.preset": f'"{preset}"', "model.init_from": "none", "model.vocab_size": "512", "model.max_position_embeddings": "64",
+        "model.num_hidden_layers": "2", "data.input": "[]", "data.tokenizer": "none", "data.bos": "false", "data.quality_filter": "false",
+        "data.sources": f"[{{ path = {json.dumps(str(tokens))}, max_epochs = 99 }}]", "data.sequence_length": "64",
+        "batch.tokens_per_step": "128", "batch.steps": "[]", "train.steps": "3", "train.tokens": "none", "train.precision": "fp32",
+        "train.threads": "1", "checkpoint.every_steps": "2", "checkpoint.sample_tokens": "4", "eval.windows": "0", "log.tensorboard": "false",
+    }  # fmt: skip
+    if recipe.schedule.kind == "steps":
+        overrides["schedule.steps"] = "[{ step = 2, lr = 5e-5 }]"
+    if recipe.schedule.warmup:
+        overrides["schedule.warmup"] = "1"
+    if recipe.schedule.kind == "wsd":
+        overrides["schedule.decay"] = "1"
+    return overrides
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "argonne-3.0-pretrain" else pytest.mark.campaign) for name in recipe_names()]
+)
+def test_a_recipe_trains_a_few_steps_at_nano_width(name: str, tokens: Path, tmp_path: Path) -> None:
+    from argonne.stages.pretrain import run
+
+    result = run(load_recipe(name, at_nano_width(name, tokens)), tmp_path / "run")
+    assert result.outcome.complete
+    assert result.outcome.step == 3
+    assert (result.run / "final_model" / "model.safetensors").is_file()
