@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 class Mesh:
     """This process's place among the workers.
 
-    `agreement` is a gloo group for decisions (stop, save, counts); gradients travel on the default group of the device's own backend.
+    `agreement` is a gloo group for decisions (stop, save, counts), `saving` one for saves in the background; gradients travel on the default
+    group of the device's own backend.
     """
 
     device: torch.device
@@ -30,6 +31,7 @@ class Mesh:
     world_size: int = 1
     local_rank: int = 0
     agreement: Any = None
+    saving: Any = None
 
     @property
     def is_main(self) -> bool:
@@ -63,6 +65,11 @@ class Mesh:
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.agreement)
         return box[0]
+
+    def broadcast_tensor(self, tensor: torch.Tensor) -> None:
+        """Fill a CPU tensor with rank 0's."""
+        if self.world_size > 1:
+            dist.broadcast(tensor, src=0, group=self.agreement)
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value in order of rank, on every rank."""
@@ -121,6 +128,7 @@ def open_mesh(parallel: ParallelSection, device_name: str, *, timeout_seconds: f
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     try:
         agreement = dist.new_group(backend="gloo", timeout=timeout)
-        yield Mesh(device, rank, world_size, local_rank, agreement)
+        saving = dist.new_group(backend="gloo", timeout=timeout)
+        yield Mesh(device, rank, world_size, local_rank, agreement, saving)
     finally:
         dist.destroy_process_group()

@@ -33,7 +33,7 @@ def run(
 
     `started`: monotonic seconds when the command began, for the wall time.
     """
-    from argonne.train.trainer import next_token, next_token_by_row
+    from argonne.train.step import next_token, next_token_by_row
 
     by_row = len(recipe.data.sources) > 1
     session = Session(

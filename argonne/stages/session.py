@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from argonne.data.loader import TrainingData
     from argonne.parallel.mesh import Mesh
     from argonne.train.run import RunFolder
-    from argonne.train.trainer import Objective, Outcome
+    from argonne.train.step import Objective
+    from argonne.train.trainer import Outcome
 
 # Keys that cannot change what is trained: they may differ on resume, and are listed.
 FREE_KEYS = (
@@ -105,12 +106,13 @@ def _say(mesh: Mesh) -> Callable[[str], None]:
 
 def _train(session: Session, run: RunFolder, mesh: Mesh, watch: Any) -> Outcome:
     from argonne.data.loader import open_training_data
-    from argonne.parallel.apply import replicate
+    from argonne.parallel.apply import compile_blocks, replicate
     from argonne.train.checkpoint import clean_leftovers, load_tensors, run_tensors
     from argonne.train.metrics import MetricsLog
     from argonne.train.optim import build_optimizer
     from argonne.train.run import COMPLETE
     from argonne.train.schedule import check_schedule
+    from argonne.train.step import recorded_micro_rows
     from argonne.train.trainer import Outcome, Progress, Trainer
 
     say = _say(mesh)
@@ -141,8 +143,9 @@ def _train(session: Session, run: RunFolder, mesh: Mesh, watch: Any) -> Outcome:
     if start.checkpoint is not None:
         load_tensors(start.checkpoint, run_tensors(model, optimizer), mesh)
         progress = Progress(**start.progress)
-    micro_rows = choose_micro_rows(recipe, data.rows(progress.step), mesh)
+    micro_rows = choose_micro_rows(recipe, data.rows(progress.step), mesh, recorded_micro_rows(run.path))
     _configure(model, recipe, mesh)
+    compiled = compile_blocks(model, wanted=recipe.train.compile == "on" or (recipe.train.compile == "auto" and mesh.device.type == "cuda"))
     if mesh.is_main:
         _record_start(run, recipe, data, model, start, mesh, micro_rows, total_steps, say)
     mesh.barrier()
@@ -152,6 +155,7 @@ def _train(session: Session, run: RunFolder, mesh: Mesh, watch: Any) -> Outcome:
         recipe=recipe,
         run=run,
         model=replicate(model, mesh),
+        compiled=compiled,
         optimizer=optimizer,
         data=data,
         mesh=mesh,
@@ -230,9 +234,12 @@ def _steps_within(data: TrainingData, tokens: int) -> int:
     return low
 
 
-def choose_micro_rows(recipe: Recipe, rows: int, mesh: Mesh) -> int:
-    """Rows of one forward pass on one device: the recipe's number, or a modest one chosen by memory traffic on the CPU."""
-    share = -(-rows // mesh.world_size)
+def choose_micro_rows(recipe: Recipe, rows: int, mesh: Mesh, recorded: int | None) -> int:
+    """Rows of one forward pass on one device: the recipe's number, or a modest one chosen by memory traffic on the CPU.
+
+    `recorded`: what an earlier session had to back off to; never more than that.
+    """
+    share = min(-(-rows // mesh.world_size), recorded or rows)
     if isinstance(recipe.batch.micro, int):
         return min(recipe.batch.micro, share)
     tokens = 4096 if mesh.device.type == "cpu" else 16384

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
@@ -9,12 +10,14 @@ import secrets
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from argonne import __version__
 from argonne.errors import InputError
-from argonne.files import fingerprint, read_json, write_json, write_text
+from argonne.files import TEMPORARY, fingerprint, read_json, write_json, write_text
 
 LOCK, STOPPED, COMPLETE = "run.lock", "STOPPED", "COMPLETE"
 _HEARTBEAT_SECONDS = 600.0
@@ -51,26 +54,34 @@ class RunFolder:
             (self.path / name).unlink(missing_ok=True)
 
     def acquire(self) -> None:
-        """Own the run, or raise InputError naming the process that does. A lock whose process is gone is taken over."""
+        """Own the run, or raise InputError naming the process that does. A lock whose process is gone is taken over.
+
+        The lock appears whole (a link to a flushed file): a process that dies on the way leaves none, or one that names it.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         path = self.path / LOCK
         mine = {"host": socket.gethostname(), "pid": os.getpid(), "started": _process_start(os.getpid()), "time": time.time()}
-        for _ in range(2):
-            try:
-                with open(path, "x", encoding="utf-8") as file:
-                    json.dump(mine, file)
-                self._locked = True
-                return
-            except FileExistsError:
-                if not _is_stale(path):
-                    raise InputError(_locked_message(path)) from None
-                path.unlink(missing_ok=True)
-        raise InputError(_locked_message(path))
+        prepared = self.path / f"{TEMPORARY}{LOCK}-{os.getpid()}"
+        try:
+            write_json(prepared, mine)
+            with _one_at_a_time(self.path):
+                if path.exists() and _is_stale(path):
+                    path.unlink(missing_ok=True)
+                _link(prepared, path)
+        except FileExistsError:
+            raise InputError(_locked_message(path)) from None
+        except OSError as error:
+            raise InputError(f"{path}: the run cannot be taken ({error}); make the folder writable, or choose another run") from None
+        finally:
+            with suppress(OSError):
+                prepared.unlink(missing_ok=True)
+        self._locked = True
 
     def heartbeat(self) -> None:
         """Touch the lock: other hosts see that the run is alive."""
         if self._locked:
-            os.utime(self.path / LOCK)
+            with suppress(OSError):  # a full or read-only disk ends no run; the message of a second process then says "not heard of"
+                os.utime(self.path / LOCK)
 
     def release(self) -> None:
         if self._locked:
@@ -103,6 +114,29 @@ class RunFolder:
             file.write(f"## Step {step}\n\n**{prompt}**{text}\n\n")
 
 
+@contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Among processes of this host: two that find the same dead lock must not both take it, the second removing the first's."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without such locks: only the link below decides
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _link(source: Path, target: Path) -> None:
+    """Give `source` a second name; FileExistsError where it is taken. Without hard links the content is written under the exclusive name."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        raise
+    except OSError:
+        with open(target, "x", encoding="utf-8") as file:
+            file.write(source.read_text())
+
+
 def config_hash(tree: dict[str, Any]) -> str:
     return fingerprint(tree)[:16]
 
@@ -122,7 +156,7 @@ def _is_stale(path: Path) -> bool:
     except FileNotFoundError:
         return True
     except ValueError:
-        return time.time() - path.stat().st_mtime > 10
+        return abs(time.time() - path.stat().st_mtime) > 10  # either way: a clock may have been set back
     if owner.get("host") != socket.gethostname():
         return False
     try:

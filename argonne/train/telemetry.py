@@ -13,6 +13,7 @@ import torch
 from argonne.config import Recipe
 from argonne.parallel.mesh import Mesh
 from argonne.train.metrics import MetricsLog, ProgressLine, step_line
+from argonne.train.step import StepResult
 
 
 class _Reading:
@@ -60,12 +61,16 @@ class Telemetry:
         if self._started is None:
             self._started = time.monotonic()
 
-    def observe(self, step: int, loss: torch.Tensor, norm: torch.Tensor, skipped: torch.Tensor, rate: float, valid: int) -> None:
-        values = torch.stack([loss, norm.to(loss.dtype), skipped.to(loss.dtype)])
+    def observe(self, step: int, result: StepResult, rate: float, valid: int) -> None:
+        """Take in what completed step `step` left on the device, without waiting for it."""
+        loss = result.loss_sum
+        values = torch.stack([loss, result.norm.to(loss.dtype), result.skipped.to(loss.dtype)])
+        for rows, sources, labels in result.rows:
+            self._observe_rows(rows, sources, labels)
         self._last = _Reading(step, values, rate, valid)
         self._pending.append(self._last)
 
-    def observe_rows(self, rows: torch.Tensor | None, sources: torch.Tensor, labels: torch.Tensor) -> None:
+    def _observe_rows(self, rows: torch.Tensor | None, sources: torch.Tensor, labels: torch.Tensor) -> None:
         if rows is None:
             return
         index = sources.to(rows.device, non_blocking=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,21 +17,10 @@ from argonne.train.guard import Diverged, HangWatch, NonFinitePolicy, StopWatch,
 from argonne.train.metrics import MetricsLog, ProgressLine
 from argonne.train.precision import Precision
 from argonne.train.run import COMPLETE, STOPPED, RunFolder
+from argonne.train.saving import Saver
 from argonne.train.schedule import learning_rate
+from argonne.train.step import Objective, Stepper
 from argonne.train.telemetry import Telemetry
-
-MicroBatch = dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Loss:
-    """What an objective returns for one micro-batch: the loss summed over its valid tokens, and each row's share where sources are told apart."""
-
-    total: torch.Tensor
-    rows: torch.Tensor | None = None
-
-
-Objective = Callable[[nn.Module, MicroBatch], Loss]
 
 
 @dataclass(frozen=True)
@@ -90,18 +77,35 @@ class Trainer:
         micro_rows: int,
         progress: Progress,
         state: Callable[[int], dict[str, Any]],
+        compiled: bool = False,
     ) -> None:
         self.recipe, self.run, self.model, self.optimizer, self.data = recipe, run, model, optimizer, data
-        self.mesh, self.objective, self.services, self.watch = mesh, objective, services, watch
+        self.mesh, self.services, self.watch = mesh, services, watch
         self.total_steps, self.progress, self._state = total_steps, progress, state
         self.metrics = metrics
         self.line = ProgressLine(total_steps, progress.step, enabled=mesh.is_main)
         self.telemetry = Telemetry(recipe, data, mesh, metrics, self.line, total_steps, progress.step)
         self.precision = Precision(recipe.train.precision, mesh.device, progress.scaler)
         self.policy = NonFinitePolicy(recipe.optim.max_skipped)
-        self.loader = data.loader(mesh.rank, mesh.world_size, micro_rows, pin_memory=mesh.device.type == "cuda")
-        self._last_save, self._last_saved_step = time.monotonic(), progress.step
-        self._save_seconds = 0.0
+        self.loader = data.loader(
+            mesh.rank, mesh.world_size, micro_rows, pin_memory=mesh.device.type == "cuda", broadcast=mesh.broadcast_tensor
+        )
+        plain = getattr(model, "module", model)
+        self.saver = Saver(
+            run.path, plain, optimizer, mesh, recipe.checkpoint, metrics, self.line.say, services.checkpoint_files, progress.step
+        )
+        self.stepper = Stepper(
+            model,
+            optimizer,
+            objective,
+            self.precision,
+            mesh,
+            self.loader,
+            grad_clip=recipe.optim.grad_clip,
+            run=run.path,
+            say=self.line.say,
+        )
+        self.stepper.compiled = compiled
         self._telemetry_limit = parse_duration(recipe.log.telemetry_limit, "log.telemetry_limit")
         timeout = parse_duration(recipe.parallel.timeout, "parallel.timeout")
         self._hang_watch = HangWatch(run.path / f"stacks_rank_{mesh.rank}.txt", timeout if mesh.world_size > 1 else None)
@@ -151,8 +155,7 @@ class Trainer:
         """Take the batch of `step` and start agreeing on it: valid tokens of all ranks, whether any wants to stop, whether a save is due by time."""
         batch = self.loader.batch(step)
         self.telemetry.waited_for_data(batch.waited_seconds)
-        minutes = self.recipe.checkpoint.every_minutes
-        due = self.mesh.is_main and minutes > 0 and time.monotonic() - self._last_save >= 60 * minutes and self._last_saved_step != step
+        due = self.mesh.is_main and self.saver.due_by_time(step)
         agreed = self.mesh.sum_later([batch.valid_tokens, int(self.watch.reason() is not None), int(due)])
 
         def wait() -> tuple[Any, int, bool, bool]:
@@ -165,43 +168,15 @@ class Trainer:
         """One optimizer step; returns the next batch, fetched while the device works on this one."""
         step = batch.step
         rate = self._set_rate(step)
-        torch.manual_seed(self._seed_of(step))
-        loss = self._backward(batch, valid)
+        result = self.stepper.run_step(batch, valid, self._seed_of(step))
         upcoming = self._fetch(step + 1) if step + 1 < self.total_steps else None
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        self.precision.unscale(self.optimizer)
-        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-        if self.recipe.optim.grad_clip > 0:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.recipe.optim.grad_clip, norm)
-        skipped = self.precision.step(self.optimizer, norm)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.telemetry.observe(step + 1, loss, norm, skipped, rate, valid)
+        self.telemetry.observe(step + 1, result, rate, valid)
+        for note in self.stepper.notes:
+            self.metrics.write("warning", step + 1, message=note)
+        self.stepper.notes.clear()
         self.progress.step = step + 1
         self.line.advance()
         return upcoming
-
-    def _backward(self, batch: Any, valid: int) -> torch.Tensor:
-        """Gradient of (sum over valid tokens) / (valid tokens of the whole global batch); returns this rank's loss sum.
-
-        Data-parallel reduction averages over ranks, hence the factor of the world size.
-        """
-        scale = self.mesh.world_size / max(1, valid)
-        total = torch.zeros((), device=self.mesh.device, dtype=torch.float32)
-        last = len(batch.micro_batches) - 1
-        for index, cpu_batch in enumerate(batch.micro_batches):
-            micro = {name: tensor.to(self.mesh.device, non_blocking=True) for name, tensor in cpu_batch.items()}
-            with self._gradient_sync(index == last), self.precision.autocast():
-                loss = self.objective(self.model, micro)
-                scaled = self.precision.scale(loss.total * scale)
-            with self._gradient_sync(index == last):
-                scaled.backward()
-            total += loss.total.detach()
-            self.telemetry.observe_rows(loss.rows, batch.sources[index], micro["shift_labels"])
-        return total
-
-    def _gradient_sync(self, wanted: bool) -> contextlib.AbstractContextManager[Any]:
-        no_sync = getattr(self.model, "no_sync", None)
-        return contextlib.nullcontext() if wanted or no_sync is None else no_sync()
 
     def _seed_of(self, step: int) -> int:
         """Randomness is a function of (seed, step, this rank's first sample): nothing random is stored."""
@@ -210,6 +185,7 @@ class Trainer:
 
     def _after_step(self) -> None:
         recipe, step = self.recipe, self.progress.step
+        self.saver.poll()
         for skipped in self.telemetry.readings():
             self.policy.observe(skipped)
             if skipped:
@@ -226,7 +202,7 @@ class Trainer:
             for text in self.services.banner(self.model):
                 self.line.say(text)
         if step % recipe.log.every_steps == 0 or step in (first_of_session + 1, self.total_steps):
-            self.telemetry.log(step, self._save_seconds)
+            self.telemetry.log(step, self.saver.blocked_seconds)
             self.run.heartbeat()
         due = recipe.eval.every_steps > 0 and step % recipe.eval.every_steps == 0
         if due and step < self.total_steps:
@@ -270,35 +246,14 @@ class Trainer:
             finally:
                 model.train(was_training)
 
-    def _save(self, *, final: bool = False) -> bool:
-        """Write a checkpoint at the current step. A full disk or a non-finite weight is told and survived, except at the end of the run."""
-        step, start = self.progress.step, time.monotonic()
-        if self._last_saved_step == step and checkpoint.checkpoint_path(self.run.path, step).exists():
-            return True
-        plain = getattr(self.model, "module", self.model)
+    def _save(self, *, final: bool = False) -> None:
+        """A checkpoint at the current step, and a sample of what the model writes there."""
+        step = self.progress.step
         self.progress.scaler = self.precision.state()
-        try:
-            checkpoint.check_finite(plain)
-            tensors = checkpoint.run_tensors(plain, self.optimizer)
-            saved = checkpoint.save_checkpoint(
-                self.run.path, step, tensors, self._state(step), self.mesh, add_files=self.services.checkpoint_files
-            )
-        except (OSError, checkpoint.NonFiniteWeights) as error:
-            self.metrics.write("warning", step, message=f"checkpoint not written: {error}")
-            self.line.say(f"warning: no checkpoint at step {step}: {error}. The earlier ones are untouched.")
-            self._last_save = time.monotonic()
-            if final:
-                raise
-            return False
-        seconds = time.monotonic() - start
-        self._save_seconds += seconds
-        self._last_save, self._last_saved_step = time.monotonic(), step
-        self.metrics.write("checkpoint", step, path=saved.path.name, seconds=round(seconds, 3))
-        self.line.say(f"saved {saved.path} in {seconds:.1f} s")
-        if self.mesh.is_main:
-            checkpoint.prune(self.run.path, self.recipe.checkpoint, self.progress.best_step, self.line.say)
-        self._sample()
-        return True
+        if self.saver.last_step == step and checkpoint.checkpoint_path(self.run.path, step).exists():
+            self.saver.wait(final=final)
+        elif self.saver.save(step, self._state(step), self.progress.best_step, final=final):
+            self._sample()
 
     def _sample(self) -> None:
         prompt = self.recipe.checkpoint.sample_prompt
@@ -333,14 +288,3 @@ class Trainer:
         from argonne.train.run import config_hash
 
         self.run.write_marker(name, step=self.progress.step, reason=reason, config_hash=config_hash(to_tree(self.recipe)))
-
-
-def next_token(model: nn.Module, micro: MicroBatch) -> Loss:
-    """Cross-entropy of the next token, summed over the labels that are not -100."""
-    return Loss(model(**micro, use_cache=False, loss_reduction="sum").loss)
-
-
-def next_token_by_row(model: nn.Module, micro: MicroBatch) -> Loss:
-    """The same, with each row's share: for runs that report the loss of each source."""
-    output = model(**micro, use_cache=False, loss_reduction="sum", return_token_log_probs=True)
-    return Loss(output.loss, -output.token_log_probs.detach().sum(dim=1))

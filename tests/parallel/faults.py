@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from argonne.train.trainer import Loss, MicroBatch, next_token
+from argonne.train.step import Loss, MicroBatch, next_token
 
 
 @dataclass

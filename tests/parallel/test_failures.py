@@ -13,7 +13,8 @@ from argonne.stages.session import Session, run_session
 from argonne.train.checkpoint import LAST
 from argonne.train.records import read_metrics
 from argonne.train.run import STOPPED, RunFolder
-from argonne.train.trainer import Outcome, next_token
+from argonne.train.step import next_token
+from argonne.train.trainer import Outcome
 from tests.parallel.faults import Fault
 from tests.train.helpers import curve, stored
 

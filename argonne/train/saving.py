@@ -1,0 +1,127 @@
+"""When and how the loop saves: in place, or beside training from a copy. A failed save is told and survived; the last good one stays."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from argonne.config import CheckpointSection
+from argonne.parallel.mesh import Mesh
+from argonne.train import checkpoint
+from argonne.train.metrics import MetricsLog
+
+
+class Saver:
+    """Writes checkpoints of one run; `blocked_seconds` is what the loop has waited for them."""
+
+    def __init__(
+        self,
+        run: Path,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        mesh: Mesh,
+        keep: CheckpointSection,
+        metrics: MetricsLog,
+        say: Callable[[str], None],
+        add_files: Callable[[Path], None],
+        first_step: int,
+    ) -> None:
+        self.run, self.model, self.optimizer, self.mesh, self.keep = run, model, optimizer, mesh, keep
+        self.metrics, self.say, self.add_files = metrics, say, add_files
+        self.blocked_seconds = 0.0
+        self.last_step, self.last_time = first_step, time.monotonic()
+        self._thread: threading.Thread | None = None
+        self._problem: BaseException | None = None
+        self._writing: tuple[int, float, float] = (first_step, 0.0, 0.0)
+        self._best_step: int | None = None
+
+    def due_by_time(self, step: int) -> bool:
+        minutes = self.keep.every_minutes
+        return minutes > 0 and time.monotonic() - self.last_time >= 60 * minutes and self.last_step != step
+
+    def save(self, step: int, state: dict[str, Any], best_step: int | None, *, final: bool = False) -> bool:
+        """Save `step`; True when it is written (or, asynchronously, begun). With `final` it is complete on return and a failure is raised."""
+        start = time.monotonic()
+        self._best_step = best_step
+        self.wait(final=final)
+        if self.last_step == step and checkpoint.checkpoint_path(self.run, step).exists():
+            return True
+        self.last_time = time.monotonic()
+        try:
+            checkpoint.check_finite(self.model)
+        except checkpoint.NonFiniteWeights as error:
+            self._refuse(step, error, final)
+            return False
+        tensors = checkpoint.run_tensors(self.model, self.optimizer)
+        if self.keep.asynchronous and not final:
+            copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+            self._begin(step, copies, state, start)
+            return True
+        try:
+            self._write(step, tensors, state, self.mesh)
+        except OSError as error:
+            self._refuse(step, error, final)
+            return False
+        self._done(step, start, time.monotonic() - start)
+        return True
+
+    def _write(self, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any], mesh: Mesh) -> None:
+        checkpoint.save_checkpoint(self.run, step, tensors, state, mesh, add_files=self.add_files)
+
+    def _begin(self, step: int, copies: dict[str, torch.Tensor], state: dict[str, Any], start: float) -> None:
+        """Write copies in a thread. Its ranks agree on a group of their own, so that nothing mixes with the loop's agreements."""
+        mesh = dataclasses.replace(self.mesh, agreement=self.mesh.saving)
+
+        def work() -> None:
+            try:
+                self._write(step, copies, state, mesh)
+            except BaseException as error:
+                self._problem = error
+
+        blocked = time.monotonic() - start
+        self._writing = (step, start, blocked)
+        self._thread = threading.Thread(target=work, name="checkpoint")
+        self._thread.start()
+
+    def poll(self) -> None:
+        """Record a background save that has ended, without waiting for one that has not."""
+        if self._thread is not None and not self._thread.is_alive():
+            self.wait()
+
+    def wait(self, *, final: bool = False) -> None:
+        """Wait for a save in the background and record how it went."""
+        if self._thread is None:
+            return
+        began = time.monotonic()
+        self._thread.join()
+        self._thread = None
+        step, start, blocked = self._writing
+        problem, self._problem = self._problem, None
+        if problem is None:
+            self._done(step, start, blocked + time.monotonic() - began)
+        elif isinstance(problem, OSError):
+            self._refuse(step, problem, final)
+        else:
+            raise problem
+
+    def _done(self, step: int, start: float, blocked: float) -> None:
+        self.blocked_seconds += blocked
+        self.last_step, self.last_time = step, time.monotonic()
+        path, seconds = checkpoint.checkpoint_path(self.run, step), time.monotonic() - start
+        self.metrics.write("checkpoint", step, path=path.name, seconds=round(seconds, 3), blocked_seconds=round(blocked, 3))
+        self.say(f"saved {path} in {seconds:.1f} s" + (f", {blocked:.1f} s of them in the loop's way" if self.keep.asynchronous else ""))
+        if self.mesh.is_main:
+            checkpoint.prune(self.run, self.keep, self._best_step, self.say)
+
+    def _refuse(self, step: int, error: Exception, final: bool) -> None:
+        self.metrics.write("warning", step, message=f"checkpoint not written: {error}")
+        self.say(f"warning: no checkpoint at step {step}: {error}. The earlier ones are untouched.")
+        if final:
+            raise error
