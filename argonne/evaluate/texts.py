@@ -115,4 +115,4 @@ def read_texts(pattern: str, drops: dict[str, int]) -> Iterator[str]:
             for batch in read_unit(file, Unit(0, number, start, stop), "text", "file"):
                 for reason, count in batch.drops.items():
                     drops[reason] = drops.get(reason, 0) + count
-                yield from batch.texts
+                yield from (text if isinstance(text, str) else "".join(text.blocks()) for text in batch.texts)

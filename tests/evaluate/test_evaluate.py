@@ -17,8 +17,8 @@ from argonne.data.prepare import PrepareOptions, prepare
 from argonne.data.tokenizer import TextTokenizer, load_tokenizer
 from argonne.errors import InputError
 from argonne.evaluate.bits_per_byte import ratio, windows
-from argonne.evaluate.evaluate import baseline_results, evaluate, format_results
 from argonne.evaluate.requests import ScoreRequest
+from argonne.evaluate.run import baseline_results, evaluate, render
 from argonne.evaluate.scorer import score
 from argonne.evaluate.tasks import make_tasks
 from argonne.evaluate.texts import open_texts
@@ -129,7 +129,7 @@ def test_the_answer_is_json_and_has_a_line_for_a_person(model_folder: Path, toke
     found = evaluate(model_folder, ["bpb"], token_set, device="cpu", progress=lambda done, total: calls.append((done, total)))
     assert json.loads(json.dumps(found)) == found
     assert calls[-1][0] == calls[-1][1] > 0
-    assert f"bpb: {found['tasks']['bpb']['bits_per_byte']:.4f} bits per byte" in format_results(found)
+    assert f"bpb: {found['tasks']['bpb']['bits_per_byte']:.4f} bits per byte" in render(found)
 
 
 @settings(max_examples=100, deadline=None)

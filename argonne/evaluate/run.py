@@ -107,7 +107,7 @@ def _text(tokenizer: TextTokenizer, ids: np.ndarray) -> bytes:
     return "\n".join(tokenizer.decode(piece, skip_special_tokens=True) for piece in pieces).encode()
 
 
-def format_results(results: dict[str, Any]) -> str:
+def render(results: dict[str, Any]) -> str:
     """The results for a person, a line a task."""
     lines = [f"{results['model']}: {results['parameters']:,} parameters"]
     for name, values in results["tasks"].items():

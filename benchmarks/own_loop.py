@@ -1,0 +1,158 @@
+"""The project's own training loop, timed: `argonne.train.trainer.Trainer` as a training verb runs it, on one batch that lies in memory."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from argonne.config import Recipe
+from argonne.recipe import build, resolve
+from argonne.train.trainer import Trainer
+
+
+def make_recipe(preset: str, shape: dict[str, int], **train: Any) -> Recipe:
+    """The preset with the shape's sizes; 3.0 keeps its window (256 at full size, a quarter of the length here) on odd layers."""
+    fields = {
+        "vocab_size": shape["vocab"],
+        "hidden_size": shape["hidden"],
+        "num_hidden_layers": shape["layers"],
+        "num_attention_heads": shape["heads"],
+        "num_key_value_heads": shape["kv_heads"],
+        "head_dim": shape.get("head_dim", shape["hidden"] // shape["heads"]),
+        "intermediate_size": shape["mlp"],
+        "max_position_embeddings": shape["length"],
+    }
+    if preset.endswith("3.0"):
+        fields["sliding_window"] = shape.get("window", shape["length"] // 4)
+    tree = {
+        "model": {"preset": preset, **fields},
+        "data": {"sequence_length": shape["length"]},
+        "batch": {"tokens_per_step": shape["rows"] * shape["length"], "micro": shape.get("micro", shape["rows"])},
+        "optim": {"lr": 3e-4, "betas": [0.9, 0.95], "weight_decay": 0.1, "grad_clip": 1.0},
+        "schedule": {"kind": "constant"},
+        "train": {"steps": 1_000_000, **train},
+        "log": {"every_steps": 1_000_000, "tensorboard": False},
+        "checkpoint": {"every_minutes": 0.0},
+    }
+    recipe: Recipe = resolve(build(Recipe, tree))
+    return recipe
+
+
+class _Memory:
+    """Training data that hands out one batch again and again."""
+
+    source_names = ("memory",)
+
+    def __init__(self, ids: torch.Tensor, micro_rows: int) -> None:
+        self.ids, self.micro_rows = ids, micro_rows
+
+    def loader(self, *place: Any, **options: Any) -> _Memory:
+        return self
+
+    def batch(self, step: int) -> Any:
+        from argonne.data.loader import Batch
+
+        pieces = self.ids.split(self.micro_rows)
+        micro = [{"input_ids": piece[:, :-1].contiguous(), "shift_labels": piece[:, 1:].contiguous()} for piece in pieces]
+        count = self.tokens_before(1)
+        return Batch(step, micro, count, count, [torch.zeros(len(piece), dtype=torch.int64) for piece in pieces], 0.0)
+
+    def tokens_before(self, step: int) -> int:
+        return step * self.ids.shape[0] * (self.ids.shape[1] - 1)
+
+    def samples_before(self, step: int) -> int:
+        return step * self.ids.shape[0]
+
+    def rows(self, step: int) -> int:
+        return int(self.ids.shape[0])
+
+    def tokens_by_source(self, step: int) -> dict[str, int]:
+        return {"memory": self.tokens_before(step)}
+
+    def passes(self, step: int) -> dict[str, float]:
+        return {"memory": float(step)}
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class _Enough(Exception):
+    """The measured steps are done."""
+
+
+class _TimedTrainer(Trainer):
+    """Notes when each step ends. On CUDA the device is waited for only at the first and the last step."""
+
+    steps: int
+    after_first: Callable[[], None]
+    ends: list[float]
+
+    def _after_step(self) -> None:
+        super()._after_step()
+        done = self.progress.step
+        if self.mesh.device.type == "cuda" and done in (self.warm_up, self.warm_up + self.steps):
+            torch.cuda.synchronize()
+        self.ends.append(time.perf_counter())
+        if done == self.warm_up:
+            self.after_first()
+        if done == self.warm_up + self.steps:
+            raise _Enough
+
+    warm_up: int = 1
+
+
+def timed_steps(
+    recipe: Recipe,
+    ids: torch.Tensor,
+    folder: Path,
+    steps: int,
+    *,
+    warm_up: int = 1,
+    device: str = "cpu",
+    after_first: Callable[[], None] = lambda: None,
+) -> float:
+    """Seconds a step: the median of `steps` on the CPU, their mean on CUDA, after `warm_up` steps. `ids` is (rows, length + 1)."""
+    from argonne.model.build import build_model, config_from_fields
+    from argonne.parallel.mesh import Mesh
+    from argonne.stages.session import _configure
+    from argonne.stages.start import architecture_fields
+    from argonne.train.guard import StopWatch
+    from argonne.train.metrics import MetricsLog
+    from argonne.train.optim import build_optimizer
+    from argonne.train.run import RunFolder
+    from argonne.train.step import next_token
+    from argonne.train.trainer import Progress, Services
+
+    mesh = Mesh(device=torch.device(device))
+    model: Any = build_model(config_from_fields(architecture_fields(recipe.model)), seed=0, device=device).train()
+    _configure(model, recipe, mesh)
+    micro = int(recipe.batch.micro)
+    trainer = _TimedTrainer(
+        recipe=recipe,
+        run=RunFolder(folder),
+        model=model,
+        optimizer=build_optimizer(model, recipe.optim),
+        data=_Memory(ids, micro),
+        mesh=mesh,
+        objective=next_token,
+        services=Services(export=lambda model, folder: None, checkpoint_files=lambda folder: None),
+        metrics=MetricsLog(folder, recipe.log, enabled=False),
+        watch=StopWatch(recipe.stop),
+        total_steps=1_000_000,
+        micro_rows=micro,
+        progress=Progress(),
+        state=lambda step: {},
+    )
+    trainer.steps, trainer.warm_up, trainer.after_first, trainer.ends = steps, warm_up, after_first, []
+    with contextlib.suppress(_Enough):
+        trainer.fit()
+    ends = trainer.ends[warm_up - 1 :]
+    gaps = [late - early for early, late in itertools.pairwise(ends)]
+    return statistics.median(gaps) if device == "cpu" else (ends[-1] - ends[0]) / steps
