@@ -21,7 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention import IMPLEMENTATION, LayerInputs, plan_masks, register_attention
-from .configuration_argonne import ArgonneConfig
+from .configuration_argonne import Argonne1Config, ArgonneConfig
 from .kernels import ORDER
 from .loss import IGNORED, LossOptions, summed_loss, token_log_probs
 
@@ -545,6 +545,26 @@ def _keep(hidden: Tensor, wanted: int | Tensor) -> Tensor:
     return hidden[:, slice(-wanted, None) if isinstance(wanted, int) else wanted]
 
 
+class Argonne1BaseModel(ArgonneBaseModel):
+    """The same under 1.x's config class: transformers' Auto classes want a model class of its own for each config class."""
+
+    config_class = Argonne1Config
+
+
+class Argonne1ForCausalLM(ArgonneForCausalLM):
+    """See Argonne1BaseModel."""
+
+    config_class = Argonne1Config
+
+
 ArgonneModel = ArgonneForCausalLM  # the name under which the family published its causal LM
 
-__all__ = ["ArgonneBaseModel", "ArgonneForCausalLM", "ArgonneModel", "ArgonneOutput", "ArgonnePreTrainedModel"]
+__all__ = [
+    "Argonne1BaseModel",
+    "Argonne1ForCausalLM",
+    "ArgonneBaseModel",
+    "ArgonneForCausalLM",
+    "ArgonneModel",
+    "ArgonneOutput",
+    "ArgonnePreTrainedModel",
+]

@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 
-AUTO_CLASSES = {"AutoConfig": "ArgonneConfig", "AutoModel": "ArgonneBaseModel", "AutoModelForCausalLM": "ArgonneForCausalLM"}
-
 
 def save_model_folder(
     model: Any,
@@ -53,8 +51,12 @@ def _complete_config(folder: Path, config_class: str, dtype: torch.dtype) -> Non
     """save_pretrained records the saved class only: name the config and the base model too, so that AutoModel works."""
     path = folder / "config.json"
     config = json.loads(path.read_text())
-    modules = {"AutoConfig": "configuration_argonne", "AutoModel": "modeling_argonne", "AutoModelForCausalLM": "modeling_argonne"}
-    names = {**AUTO_CLASSES, "AutoConfig": config_class}
-    config["auto_map"] = {auto: f"{modules[auto]}.{name}" for auto, name in names.items()}
+    family = config_class.removesuffix("Config")  # Argonne, or Argonne1 for 1.x
+    config["architectures"] = [f"{family}ForCausalLM"]
+    config["auto_map"] = {
+        "AutoConfig": f"configuration_argonne.{config_class}",
+        "AutoModel": f"modeling_argonne.{family}BaseModel",
+        "AutoModelForCausalLM": f"modeling_argonne.{family}ForCausalLM",
+    }
     config["dtype"] = str(dtype).removeprefix("torch.")
     path.write_text(json.dumps(config, indent=2) + "\n")

@@ -1,0 +1,247 @@
+"""A model as a class that transformers and other engines bring along: GPT-2, Llama, Mistral, Gemma 4. Exact, or refused with the reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from argonne.errors import InputError
+from argonne.model.configuration_argonne import SLIDING, ArgonneConfig
+from argonne.model.modeling_argonne import ArgonneForCausalLM
+
+GPT2_NAMES = {
+    "self_attn.o_proj": "attn.c_proj",
+    "mlp.up_proj": "mlp.c_fc",
+    "mlp.down_proj": "mlp.c_proj",
+    "input_layernorm": "ln_1",
+    "post_attention_layernorm": "ln_2",
+}
+
+
+@dataclass(frozen=True)
+class Native:
+    """A native twin: the transformers class, its config and its weights."""
+
+    model_class: Any
+    config: Any
+    state: dict[str, Tensor]
+
+
+def native_twin(model: ArgonneForCausalLM) -> Native:
+    """The native class that computes exactly what `model` does. Raises InputError saying what stands against each class."""
+    config = model.config
+    assert isinstance(config, ArgonneConfig)
+    makers = (
+        ("GPT2LMHeadModel", why_not_gpt2, to_gpt2),
+        ("LlamaForCausalLM", why_not_llama, to_llama),
+        ("MistralForCausalLM", why_not_mistral, to_mistral),
+        ("Gemma4ForCausalLM", why_not_gemma4, to_gemma4),
+    )
+    reasons = []
+    for name, why_not, make in makers:
+        reason = why_not(config)
+        if reason is None:
+            return make(config, {key: value.detach() for key, value in model.state_dict().items()})
+        reasons.append(f"{name}: {reason}")
+    raise InputError(
+        f"no native class computes exactly this model ({'; '.join(reasons)}); export it with --as hf, which every engine with a "
+        "Transformers backend can run (vLLM: --model-impl transformers)"
+    )
+
+
+def _first_false(checks: dict[str, bool]) -> str | None:
+    return next((reason for reason, holds in checks.items() if not holds), None)
+
+
+def _common(config: ArgonneConfig) -> dict[str, Any]:
+    """Config fields that Llama, Mistral and Gemma 4 name as we do."""
+    names = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"]
+    names += ["intermediate_size", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "initializer_range"]
+    ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return {name: getattr(config, name) for name in names} | ids
+
+
+# --- 1.x ------------------------------------------------------------------------------------------------------------------------------
+
+
+def why_not_gpt2(config: ArgonneConfig) -> str | None:
+    return _first_false(
+        {
+            "its positions are learned, this model's are rotary": config.position_embedding == "learned",
+            "it has LayerNorm": config.norm_type == "layer",
+            "its MLP has no gate": not config.mlp_gated,
+            "its projections all have biases": config.attention_bias and config.mlp_bias,
+            "it has as many key as query heads": config.num_key_value_heads == config.num_attention_heads,
+            "its hidden size is heads x head_dim": config.num_attention_heads * config.head_dim == config.hidden_size,
+            "it has no q, k or v norm": not (config.q_norm or config.k_norm or config.v_norm),
+            "it has no norm after attention or MLP": not config.sandwich_norm,
+            "it has no softcap": config.final_logit_softcapping is None,
+            "it has no local layers": SLIDING not in (config.layer_types or []),
+        }
+    )
+
+
+def to_gpt2(config: ArgonneConfig, state: dict[str, Tensor]) -> Native:
+    """Conv1D keeps its weight transposed, and q, k, v in one."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    new = {
+        "transformer.wte.weight": state["model.embed_tokens.weight"],
+        "transformer.wpe.weight": state["model.embed_positions.weight"],
+        "lm_head.weight": state["lm_head.weight"],
+    }
+    for kind in ("weight", "bias"):
+        new[f"transformer.ln_f.{kind}"] = state[f"model.norm.{kind}"]
+        for layer in range(config.num_hidden_layers):
+            here, there = f"model.layers.{layer}", f"transformer.h.{layer}"
+            joined = torch.cat([state[f"{here}.self_attn.{part}_proj.{kind}"] for part in "qkv"])
+            new[f"{there}.attn.c_attn.{kind}"] = joined.T.contiguous() if kind == "weight" else joined
+            for ours, theirs in GPT2_NAMES.items():
+                tensor = state[f"{here}.{ours}.{kind}"]
+                new[f"{there}.{theirs}.{kind}"] = tensor.T.contiguous() if tensor.dim() == 2 else tensor
+    twin = GPT2Config(
+        vocab_size=config.vocab_size,
+        n_positions=config.max_position_embeddings,
+        n_embd=config.hidden_size,
+        n_layer=config.num_hidden_layers,
+        n_head=config.num_attention_heads,
+        n_inner=config.intermediate_size,
+        activation_function="gelu" if config.hidden_act == "gelu" else "silu",
+        layer_norm_epsilon=config.rms_norm_eps,
+        resid_pdrop=config.hidden_dropout,
+        embd_pdrop=config.hidden_dropout,
+        attn_pdrop=config.attention_dropout,
+        tie_word_embeddings=config.tie_word_embeddings,
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+        pad_token_id=config.pad_token_id,
+    )
+    twin.n_ctx = config.max_position_embeddings  # type: ignore[attr-defined]  # llama.cpp's converter reads this name
+    return Native(GPT2LMHeadModel, twin, new)
+
+
+# --- 2.x ------------------------------------------------------------------------------------------------------------------------------
+
+
+def _llama_like(config: ArgonneConfig) -> dict[str, bool]:
+    return {
+        "its positions are rotary": config.position_embedding == "rope",
+        "it has RMSNorm": config.norm_type == "rms",
+        "its MLP has a gate": config.mlp_gated,
+        "it has no q, k or v norm": not (config.q_norm or config.k_norm or config.v_norm),
+        "it has no norm after attention or MLP": not config.sandwich_norm,
+        "it has no softcap": config.final_logit_softcapping is None,
+    }
+
+
+def why_not_llama(config: ArgonneConfig) -> str | None:
+    return _first_false(
+        {
+            **_llama_like(config),
+            "it has no local layers": SLIDING not in (config.layer_types or []),
+            f"its heads divide the hidden size, {config.hidden_size} / {config.num_attention_heads} do not": config.hidden_size
+            % config.num_attention_heads
+            == 0,
+        }
+    )
+
+
+def why_not_mistral(config: ArgonneConfig) -> str | None:
+    return _first_false(
+        {
+            **_llama_like(config),
+            "it has no biases": not (config.attention_bias or config.mlp_bias),
+            "its layers are all local or all full": len(set(config.layer_types or [])) == 1,
+        }
+    )
+
+
+def to_llama(config: ArgonneConfig, state: dict[str, Tensor]) -> Native:
+    """The same tensors under the same names."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    twin = LlamaConfig(
+        **_common(config),
+        hidden_act="silu" if config.hidden_act == "silu" else "gelu",
+        rope_parameters=dict(config.rope_parameters or {}),
+        attention_bias=config.attention_bias,
+        mlp_bias=config.mlp_bias,
+        attention_dropout=config.attention_dropout,
+    )
+    return Native(LlamaForCausalLM, twin, state)
+
+
+def to_mistral(config: ArgonneConfig, state: dict[str, Tensor]) -> Native:
+    """Llama with one window for all layers, and with no word about how heads divide the hidden size."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    twin = MistralConfig(
+        **_common(config),
+        hidden_act="silu" if config.hidden_act == "silu" else "gelu",
+        rope_parameters=dict(config.rope_parameters or {}),
+        sliding_window=config.sliding_window,
+        attention_dropout=config.attention_dropout,
+    )
+    return Native(MistralForCausalLM, twin, state)
+
+
+# --- 3.x ------------------------------------------------------------------------------------------------------------------------------
+
+
+def why_not_gemma4(config: ArgonneConfig) -> str | None:
+    last = (config.layer_types or [""])[-1]
+    return _first_false(
+        {
+            "its positions are rotary": config.position_embedding == "rope",
+            "it has RMSNorm": config.norm_type == "rms",
+            "its MLP has a gate": config.mlp_gated,
+            "its projections have no biases": not (config.attention_bias or config.mlp_bias),
+            "it has q, k and v norms": config.q_norm and config.k_norm and config.v_norm,
+            "it has norms after attention and MLP": config.sandwich_norm,
+            f"its last layer must be full attention, here it is {last}": last != SLIDING,
+        }
+    )
+
+
+def to_gemma4(config: ArgonneConfig, state: dict[str, Tensor]) -> Native:
+    """Folded: it scales embeddings by sqrt(H), does not scale scores, and its v norm has no gain.
+
+    embedding / sqrt(H) (and final norm x sqrt(H) where the head is tied to it), q_norm x head_dim^-0.5, o_proj columns x v gain. Folded in
+    fp32 at least and rounded once.
+    """
+    from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+
+    root = config.hidden_size**0.5
+    new = dict(state)
+
+    def fold(name: str, factor: float | Tensor) -> None:
+        wide = torch.promote_types(state[name].dtype, torch.float32)
+        new[name] = (state[name].to(wide) * factor).to(state[name].dtype)
+
+    fold("model.embed_tokens.weight", 1 / root)
+    if config.tie_word_embeddings:
+        fold("model.norm.weight", root)
+        new["lm_head.weight"] = new["model.embed_tokens.weight"]
+    for layer in range(config.num_hidden_layers):
+        attention = f"model.layers.{layer}.self_attn"
+        fold(f"{attention}.q_norm.weight", config.head_dim**-0.5)
+        gain = new.pop(f"{attention}.v_norm.weight")
+        fold(f"{attention}.o_proj.weight", gain.to(torch.promote_types(gain.dtype, torch.float32)).repeat(config.num_attention_heads))
+        new[f"model.layers.{layer}.layer_scalar"] = torch.ones(1, dtype=gain.dtype)
+    rope = dict(config.rope_parameters or {})
+    twin = Gemma4TextConfig(
+        **_common(config),
+        global_head_dim=config.head_dim,  # type: ignore[call-arg]
+        hidden_activation="silu" if config.hidden_act == "silu" else "gelu",
+        rope_parameters={kind: dict(rope) for kind in ("full_attention", "sliding_attention")},
+        layer_types=list(config.layer_types or []),
+        sliding_window=config.sliding_window or 512,  # read by local layers only
+        final_logit_softcapping=config.final_logit_softcapping,
+        hidden_size_per_layer_input=0,
+        vocab_size_per_layer_input=config.vocab_size,
+        attention_dropout=config.attention_dropout,
+    )
+    return Native(Gemma4ForCausalLM, twin, new)

@@ -1,0 +1,141 @@
+"""`argonne export`: a model as a folder that others load, proven in a fresh process before it is put in place."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from argonne.errors import InputError
+from argonne.files import atomic_directory
+from argonne.model.convert import copy_tokenizer, stop_ids
+from argonne.model.load import LoadedModel, load_model, no_progress_bar
+from argonne.model.modeling_argonne import ArgonneForCausalLM
+from argonne.model.native import Native, native_twin
+from argonne.model.save import save_model_folder
+
+TOLERANCE = 1e-4  # of the largest logit
+GREEDY_TOKENS = 16
+GENERATION_FILE = "generation_config.json"
+
+
+def export_model(model_path: Path, out: Path, *, kind: str = "hf") -> dict[str, Any]:
+    """Write MODEL (run, checkpoint, model folder) as the folder `out` and return what was written and how it was proven.
+
+    kind "hf": the custom class with its code, for `trust_remote_code=True`. kind "native": GPT-2, Llama, Mistral or Gemma 4 where one
+    computes exactly the same. Either is loaded by stock transformers in a fresh offline process without argonne, and its logits and greedy
+    text are compared, before `out` appears. Raises InputError when no native class is exact.
+    """
+    if kind not in ("hf", "native"):
+        raise InputError(f"--as is {kind!r}; expected hf or native")
+    if out.exists():
+        raise InputError(f"{out} exists already; choose another name or remove it")
+    loaded = load_model(model_path)
+    model = loaded.model
+    ids = generation_ids(loaded)
+    native = native_twin(model) if kind == "native" else None
+    with atomic_directory(out) as folder:
+        if native is None:
+            save_model_folder(model, folder, **ids)
+        else:
+            save_native(native, folder, ids, model.dtype)
+        keep_generation_settings(loaded.folder / GENERATION_FILE, folder / GENERATION_FILE)
+        files = copy_tokenizer(loaded.tokenizer_folder, folder)
+        proof = prove(folder, model)
+    return {
+        "path": str(out),
+        "source": str(model_path),
+        "kind": kind,
+        "class": proof["class"],
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "parameters": sum({id(p): p.numel() for p in model.parameters()}.values()),
+        "tokenizer_files": files,
+        "proof": proof,
+    }
+
+
+def generation_ids(loaded: LoadedModel) -> dict[str, Any]:
+    """End, begin and pad ids of a model, from its generation config, its config or its tokenizer."""
+    folder = loaded.folder if (loaded.folder / GENERATION_FILE).is_file() else loaded.tokenizer_folder or loaded.folder
+    return stop_ids(folder, loaded.model.config.to_dict())
+
+
+def keep_generation_settings(source: Path, target: Path) -> None:
+    """Carry over what the model's own generation config says beyond the ids (temperature, top_p...)."""
+    if not source.is_file():
+        return
+    merged = {**json.loads(source.read_text()), **{k: v for k, v in json.loads(target.read_text()).items() if v is not None}}
+    target.write_text(json.dumps(merged, indent=2) + "\n")
+
+
+def save_native(native: Native, folder: Path, ids: dict[str, Any], dtype: torch.dtype) -> None:
+    """The native class's own save_pretrained, with ids in the config and the generation config."""
+    from transformers import GenerationConfig
+
+    for name in ("eos", "bos", "pad"):
+        setattr(native.config, f"{name}_token_id", ids[f"{name}_id"])
+    with torch.device("meta"):
+        twin = native.model_class(native.config).to(dtype)
+    missing, unexpected = twin.load_state_dict(native.state, strict=False, assign=True)
+    if missing or unexpected:
+        raise RuntimeError(f"{native.model_class.__name__}: missing {list(missing)}, unexpected {list(unexpected)}: the name map is wrong")
+    twin.tie_weights()
+    twin.generation_config = GenerationConfig(**{f"{name}_token_id": ids[f"{name}_id"] for name in ("eos", "bos", "pad")})
+    with no_progress_bar():
+        twin.save_pretrained(folder)
+
+
+@torch.no_grad()
+def expectations(model: ArgonneForCausalLM) -> dict[str, Tensor]:
+    """What the exported folder must reproduce in fp32: logits beyond any window, and greedy text."""
+    config = model.config
+    length = min(config.max_position_embeddings, 2 * (config.sliding_window or 0) + 48)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, config.vocab_size, (1, length), generator=generator)
+    single = model.to(torch.float32)  # type: ignore[arg-type]
+    prompt = max(1, min(8, length - GREEDY_TOKENS))
+    new = min(GREEDY_TOKENS, length - prompt)
+    greedy = single.generate(ids[:, :prompt], max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
+    logits = single(input_ids=ids, use_cache=False).logits
+    return {"input_ids": ids, "logits": logits.contiguous(), "greedy_ids": greedy.contiguous(), "prompt_length": torch.tensor(prompt)}
+
+
+def prove(folder: Path, model: ArgonneForCausalLM) -> dict[str, Any]:
+    """Load the folder in a fresh process and compare. Raises RuntimeError when anything differs: then nothing is put in place."""
+    from safetensors.torch import save_file
+
+    with tempfile.TemporaryDirectory(prefix="argonne-proof-") as scratch:
+        expected = Path(scratch) / "expected.safetensors"
+        save_file(expectations(model), expected)
+        found = run_fresh(folder, expected, Path(scratch))
+    if found["relative_difference"] > TOLERANCE:
+        raise RuntimeError(f"{folder}: logits differ by {found['relative_difference']:.1e} of the largest, allowed {TOLERANCE:.0e}")
+    if not found["greedy_equal"] and found["greedy_gap"] > TOLERANCE:
+        raise RuntimeError(f"{folder}: greedy text differs where the two best logits are {found['greedy_gap']:.1e} apart")
+    return found
+
+
+def run_fresh(folder: Path, expected: Path, scratch: Path) -> dict[str, Any]:
+    """fresh_load.py in a process of its own: offline, with an empty cache of remote code, where argonne cannot be imported."""
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_MODULES_CACHE": str(scratch / "modules"),
+    }
+    command = [sys.executable, str(Path(__file__).with_name("fresh_load.py")), str(folder.resolve()), str(expected)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=scratch, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("@@")]
+    if done.returncode or not lines:
+        raise RuntimeError(f"{folder}: does not load in a fresh process: {(done.stderr.strip().splitlines() or ['no output'])[-1]}")
+    result: dict[str, Any] = json.loads(lines[-1][2:])
+    return result
