@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser = build_parser(arguments)
         options, rest = parser.parse_known_args(arguments)
         options.started, options.rest = started, rest
-        if rest and options.verb not in TRAINING_VERBS:
+        if rest and options.verb not in (*TRAINING_VERBS, "plan"):
             raise InputError(f"argonne {options.verb}: unknown argument {rest[0]!r}; see argonne {options.verb} --help")
         return int(options.function(options) or 0)
     except (InputError, Stopped) as error:
@@ -49,9 +49,11 @@ def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     _add_first_steps(verbs)
     _add_data(verbs)
+    _add_plan(verbs)
     _add_training(verbs, arguments)
     _add_use(verbs)
     _add_runs(verbs)
+    _add_moving(verbs)
     return parser
 
 
@@ -176,7 +178,9 @@ def _prepare(options: argparse.Namespace) -> None:
     from argonne.data.prepare import PrepareOptions, prepare
 
     known = {item.name for item in dataclasses.fields(PrepareOptions)}
-    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(options).items() if name in known}
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in vars(options).items() if name in known
+    }
     print(prepare(PrepareOptions(**values)))
 
 
@@ -208,6 +212,15 @@ def _add_training(verbs: Any, arguments: Sequence[str]) -> None:
         parser.add_argument("--wall-time", metavar="T", help="stop and save after this long: 90m, 12h, 1-12:00:00")
         parser.add_argument("--deadline", metavar="T", help="stop and save before this moment")
         parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
+
+
+def _add_plan(verbs: Any) -> None:
+    plan = _verb(verbs, "plan", "what a run will take, before it starts: memory, hours, cost", _plan)
+    plan.add_argument("recipe", metavar="RECIPE", help="packaged name or TOML file; recipe keys as --section.key VALUE")
+    plan.add_argument("--gpu", metavar="NAME", help="device, as h200 (default: cpu for small models, h200 otherwise)")
+    plan.add_argument("--gpus", type=int, default=1, metavar="N", help="devices (default: 1)")
+    plan.add_argument("--price", type=float, metavar="P", help="price of a device for an hour")
+    _json_flag(plan)
 
 
 def _keys_help() -> str:
@@ -303,9 +316,74 @@ def _eval(options: argparse.Namespace) -> None:
 
 
 def _add_runs(verbs: Any) -> None:
+    runs = _verb(verbs, "runs", "what is running, stopped, failed and complete", _runs)
+    runs.add_argument("folder", nargs="?", type=Path, default=Path("runs"), metavar="DIR", help="folder of the runs (default: runs)")
+    _json_flag(runs)
     report = _verb(verbs, "report", "one self-contained HTML page with plots, of one run or several compared", _report)
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     report.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the first run")
+
+
+def _runs(options: argparse.Namespace) -> None:
+    from argonne.train.runs import list_runs, runs_table
+
+    rows = list_runs(options.folder)
+    if options.json:
+        _print_json(rows)
+    else:
+        print(runs_table(rows))
+
+
+def _add_moving(verbs: Any) -> None:
+    imports = _verb(verbs, "import", "turn an earlier checkpoint of the family into a complete model folder", _import)
+    imports.add_argument("path", type=Path, metavar="PATH", help="model folder or .pt training checkpoint in an earlier format")
+    imports.add_argument("--out", type=Path, required=True, metavar="DIR")
+    imports.add_argument(
+        "--attention", default="full", choices=("full", "as-config"), help="full: as the released weights were trained (default)"
+    )
+    _json_flag(imports)
+    export = _verb(verbs, "export", "write a model for other people's tools, proven by its logits before it is put in place", _export)
+    export.add_argument("model", metavar="MODEL", help="run, checkpoint, model folder or Hub id")
+    export.add_argument("--as", dest="kind", required=True, choices=("hf", "native", "pt"), help="custom class, a stock class, or .pt")
+    export.add_argument("--out", type=Path, required=True, metavar="DIR")
+    _json_flag(export)
+
+
+def _tell(facts: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        _print_json(facts)
+    else:
+        print("\n".join(f"{name}: {value}" for name, value in facts.items()))
+
+
+def _import(options: argparse.Namespace) -> None:
+    from argonne.model.convert import import_checkpoint
+
+    _tell(import_checkpoint(options.path, options.out, attention=options.attention), options.json)
+
+
+def _export(options: argparse.Namespace) -> None:
+    if options.kind == "pt":
+        from argonne.train.earlier import export_pt
+
+        _tell(export_pt(Path(options.model), options.out), options.json)
+        return
+    from argonne.publish.export import export_model
+
+    _tell(export_model(Path(options.model), options.out, kind=options.kind), options.json)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from argonne.plan import make_plan, plan_lines
+    from argonne.recipe import load_recipe, recipe_names
+
+    recipe = load_recipe(options.recipe, parse_overrides(options.rest))
+    name = options.recipe if options.recipe in recipe_names() else None
+    plan = make_plan(recipe, gpu=options.gpu, gpus=options.gpus, price=options.price, name=name)
+    if options.json:
+        _print_json(plan.to_dict())
+    else:
+        print("\n".join(plan_lines(plan)))
 
 
 def _report(options: argparse.Namespace) -> None:

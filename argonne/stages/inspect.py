@@ -24,7 +24,7 @@ def inspect_path(path: Path) -> Facts:
         return _run(path)
     if path.is_dir() and (path / "config.json").is_file():
         return _exported(path)
-    from argonne.data.tokens import inspect_tokens
+    from argonne.data.inspection import inspect_tokens
 
     return inspect_tokens(path)
 
@@ -94,9 +94,18 @@ def _run(path: Path) -> Facts:
         "status": status,
         "manifest": manifest,
         "checkpoints": [item.path.name for item in saved],
+        "plan_against_measured": _planned(path, metrics),
         "last_step": {name: last[name] for name in ("step", "tokens", "loss", "tokens_per_second")} if last else None,
         "problems": problems,
     }
+
+
+def _planned(path: Path, metrics: Any) -> list[Facts] | None:
+    from argonne.plan import compare_plan
+
+    if metrics is None or not (path / "plan.json").is_file():
+        return None
+    return compare_plan(read_json(path / "plan.json"), list(metrics.records))
 
 
 def _exported(path: Path) -> Facts:

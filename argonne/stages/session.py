@@ -106,6 +106,7 @@ def _say(mesh: Mesh) -> Callable[[str], None]:
 
 def _train(session: Session, run: RunFolder, mesh: Mesh, watch: Any) -> Outcome:
     from argonne.data.loader import open_training_data
+    from argonne.files import write_json
     from argonne.parallel.apply import compile_blocks, replicate
     from argonne.train.checkpoint import clean_leftovers, load_tensors, run_tensors
     from argonne.train.metrics import MetricsLog
@@ -143,10 +144,13 @@ def _train(session: Session, run: RunFolder, mesh: Mesh, watch: Any) -> Outcome:
     if start.checkpoint is not None:
         load_tensors(start.checkpoint, run_tensors(model, optimizer), mesh)
         progress = Progress(**start.progress)
-    micro_rows = choose_micro_rows(recipe, data.rows(progress.step), mesh, recorded_micro_rows(run.path))
-    _configure(model, recipe, mesh)
+    plan = planned(recipe, mesh)
+    micro_rows = choose_micro_rows(recipe, data.rows(progress.step), mesh, plan, recorded_micro_rows(run.path))
+    _configure(model, recipe, plan)
     compiled = compile_blocks(model, wanted=recipe.train.compile == "on" or (recipe.train.compile == "auto" and mesh.device.type == "cuda"))
     if mesh.is_main:
+        if plan is not None:
+            write_json(run.path / "plan.json", plan)
         _record_start(run, recipe, data, model, start, mesh, micro_rows, total_steps, say)
     mesh.barrier()
     metrics = MetricsLog(run.path, recipe.log, enabled=mesh.is_main, run_name=run.run_id)
@@ -234,28 +238,47 @@ def _steps_within(data: TrainingData, tokens: int) -> int:
     return low
 
 
-def choose_micro_rows(recipe: Recipe, rows: int, mesh: Mesh, recorded: int | None) -> int:
-    """Rows of one forward pass on one device: the recipe's number, or a modest one chosen by memory traffic on the CPU.
+def choose_micro_rows(recipe: Recipe, rows: int, mesh: Mesh, plan: dict[str, Any] | None, recorded: int | None) -> int:
+    """Rows of one forward pass on one device: the recipe's number; the plan's on a GPU; on the CPU what memory traffic likes, 4,096 tokens.
 
     `recorded`: what an earlier session had to back off to; never more than that.
     """
     share = min(-(-rows // mesh.world_size), recorded or rows)
     if isinstance(recipe.batch.micro, int):
         return min(recipe.batch.micro, share)
-    tokens = 4096 if mesh.device.type == "cpu" else 16384
-    return max(1, min(share, tokens // recipe.data.sequence_length))
+    if plan is not None and mesh.device.type == "cuda":
+        return max(1, min(share, int(plan["micro_rows"])))
+    return max(1, min(share, 4096 // recipe.data.sequence_length))
 
 
-def _configure(model: Any, recipe: Recipe, mesh: Mesh) -> None:
-    """Training-only switches of the model, as the recipe says; `auto` takes what is fastest where memory is no concern."""
+def planned(recipe: Recipe, mesh: Mesh) -> dict[str, Any] | None:
+    """The plan of this run on these devices, None for a device that the plan does not know."""
+    import torch
+
+    from argonne.plan import make_plan
+    from argonne.plan.devices import find_device
+
+    name: str | None = "cpu"
+    if mesh.device.type == "cuda":
+        device = find_device(torch.cuda.get_device_name(mesh.device))
+        name = device.name if device is not None else None
+    if name is None or mesh.device.type == "mps":
+        return None
+    return make_plan(recipe, gpu=name, gpus=mesh.world_size).to_dict()
+
+
+def _configure(model: Any, recipe: Recipe, plan: dict[str, Any] | None) -> None:
+    """Training-only switches of the model, as the recipe says; `auto` is what the plan chose by memory."""
     train = recipe.train
-    checkpointing = "none" if train.activation_checkpointing == "auto" else train.activation_checkpointing
-    loss = "chunked" if train.loss == "auto" else train.loss
+    by_plan = plan or {"activation_checkpointing": "none", "checkpointing_stride": train.checkpointing_stride, "loss": "chunked"}
+    checkpointing, stride, loss = train.activation_checkpointing, train.checkpointing_stride, train.loss
+    if checkpointing == "auto":
+        checkpointing, stride = by_plan["activation_checkpointing"], by_plan["checkpointing_stride"]
     model.configure_training(
         attention=train.attention,
         activation_checkpointing=checkpointing,
-        checkpointing_stride=train.checkpointing_stride,
-        loss=loss,
+        checkpointing_stride=stride,
+        loss=by_plan["loss"] if loss == "auto" else loss,
         loss_chunk=train.loss_chunk,
         z_loss=train.z_loss,
     )

@@ -30,9 +30,13 @@ class RunFolder:
         self.path = path
         self._locked = False
 
+    def manifest(self) -> dict[str, Any]:
+        found: dict[str, Any] = read_json(self.path / "manifest.json")
+        return found
+
     @property
     def run_id(self) -> str:
-        return str(read_json(self.path / "manifest.json")["run_id"])
+        return str(self.manifest()["run_id"])
 
     def exists(self) -> bool:
         return (self.path / "manifest.json").exists()
@@ -65,7 +69,7 @@ class RunFolder:
         try:
             write_json(prepared, mine)
             with _one_at_a_time(self.path):
-                if path.exists() and _is_stale(path):
+                if path.exists() and lock_is_stale(path):
                     path.unlink(missing_ok=True)
                 _link(prepared, path)
         except FileExistsError:
@@ -85,8 +89,9 @@ class RunFolder:
 
     def release(self) -> None:
         if self._locked:
-            (self.path / LOCK).unlink(missing_ok=True)
             self._locked = False
+            with suppress(OSError):  # the process ends: its lock is dead, and taken over, even where it cannot be removed
+                (self.path / LOCK).unlink(missing_ok=True)
 
     def write_manifest(self, facts: dict[str, Any]) -> None:
         """What ran: versions, hardware, commit, and the facts the stage hands over. Identity survives a resume; sessions are counted."""
@@ -149,7 +154,7 @@ def _process_start(pid: int) -> str:
         return ""
 
 
-def _is_stale(path: Path) -> bool:
+def lock_is_stale(path: Path) -> bool:
     """Whether the lock's owner is gone: on this host by pid and start time, elsewhere only when nobody touched the lock for long."""
     try:
         owner = json.loads(path.read_text())

@@ -1,0 +1,63 @@
+"""What the runs below a folder are doing: running, stopped, failed, complete."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from argonne.errors import InputError
+from argonne.train.records import METRICS_FILE, read_metrics
+from argonne.train.run import COMPLETE, LOCK, STOPPED, RunFolder, lock_is_stale
+
+
+def list_runs(folder: Path) -> list[dict[str, Any]]:
+    """One row a run, newest activity first. Raises InputError where there is no such folder."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; give the one that holds the runs")
+    candidates = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
+    rows = [_row(path) for path in candidates if (path / "manifest.json").is_file() and (path / "config.toml").is_file()]
+    return sorted(rows, key=lambda row: -row["last_activity"])
+
+
+def _row(path: Path) -> dict[str, Any]:
+    run = RunFolder(path)
+    metrics = read_metrics(path) if (path / METRICS_FILE).is_file() else None
+    last = (metrics.last("step") if metrics else None) or {}
+    manifest = run.manifest()
+    activity = max(file.stat().st_mtime for file in (path / "manifest.json", path / METRICS_FILE, path / LOCK) if file.exists())
+    return {
+        "name": path.name,
+        "path": str(path),
+        "status": _status(run),
+        "step": last.get("step", 0),
+        "total_steps": manifest.get("total_steps"),
+        "loss": last.get("loss"),
+        "tokens": last.get("tokens", 0),
+        "sessions": manifest.get("sessions"),
+        "last_activity": activity,
+    }
+
+
+def _status(run: RunFolder) -> str:
+    lock = run.path / LOCK
+    if lock.exists() and not lock_is_stale(lock):
+        return "running"
+    if run.marker(COMPLETE):
+        return "complete"
+    if stopped := run.marker(STOPPED):
+        return f"stopped ({stopped['reason']})"
+    return "failed"
+
+
+def runs_table(rows: list[dict[str, Any]]) -> str:
+    """The rows for a person."""
+    if not rows:
+        return "no runs there"
+    lines = [f"{'run':<28} {'status':<24} {'step':>16} {'loss':>8} {'tokens':>12}  last activity"]
+    for row in rows:
+        loss = "-" if row["loss"] is None else f"{row['loss']:.4f}"
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["last_activity"]))
+        steps = f"{row['step']:,}/{row['total_steps'] or 0:,}"
+        lines.append(f"{row['name']:<28} {row['status']:<24} {steps:>16} {loss:>8} {row['tokens']:>12,}  {when}")
+    return "\n".join(lines)
