@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from argonne.plan.build import Plan, make_plan
+from argonne.plan.build import Plan, StepChoice, choose_step, make_plan, plan_of_run
 from argonne.plan.devices import Device, device, device_names, device_peak_flops
 from argonne.plan.shape import ModelShape, flops_per_token, shape_of
 from argonne.plan.text import compare_lines, compare_plan, plan_lines
@@ -11,6 +11,8 @@ __all__ = [
     "Device",
     "ModelShape",
     "Plan",
+    "StepChoice",
+    "choose_step",
     "compare_lines",
     "compare_plan",
     "device",
@@ -19,5 +21,6 @@ __all__ = [
     "flops_per_token",
     "make_plan",
     "plan_lines",
+    "plan_of_run",
     "shape_of",
 ]

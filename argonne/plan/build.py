@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from argonne.config import Recipe
 from argonne.errors import InputError
 from argonne.plan import devices, length
-from argonne.plan.choice import Choice, best_choice, expected_rate, usable_memory, what_would_fit
+from argonne.plan.choice import Choice, best_choice, expected_rate, running_device, usable_memory, what_would_fit
 from argonne.plan.devices import Device
 from argonne.plan.length import SourceUse
 from argonne.plan.published import published
@@ -61,7 +61,9 @@ class Plan:
         return asdict(self)
 
 
-def make_plan(recipe: Recipe, *, gpu: str | None = None, gpus: int = 1, price: float | None = None, name: str | None = None) -> Plan:
+def make_plan(
+    recipe: Recipe, *, gpu: str | Device | None = None, gpus: int = 1, price: float | None = None, name: str | None = None
+) -> Plan:
     """The plan of `recipe` on `gpus` devices called `gpu`, at `price` a device and hour.
 
     gpu: a name of `devices.device_names()`; None: the CPU for models under 50M parameters, one H200 otherwise. name: the recipe's packaged name, so
@@ -71,7 +73,7 @@ def make_plan(recipe: Recipe, *, gpu: str | None = None, gpus: int = 1, price: f
     if gpus < 1:
         raise InputError(f"--gpus: found {gpus}, expected at least 1")
     shape = shape_of(recipe.model, recipe.data.sequence_length)
-    device = devices.device(gpu or ("cpu" if shape.parameters() < SMALL else "h200"))
+    device = gpu if isinstance(gpu, Device) else devices.device(gpu or ("cpu" if shape.parameters() < SMALL else "h200"))
     limit = usable_memory(device)
     choice = best_choice(recipe, shape, device, gpus)
     steps = length.total_steps(recipe, length.tokens_per_epoch(recipe.data))
@@ -115,6 +117,49 @@ def make_plan(recipe: Recipe, *, gpu: str | None = None, gpus: int = 1, price: f
         sources=[asdict(use) for use in uses],
         warnings=_warnings(recipe, name, uses, tokens, choice, device),
     )
+
+
+@dataclass(frozen=True)
+class StepChoice:
+    """What `auto` in a recipe comes to on a device."""
+
+    micro_rows: int
+    activation_checkpointing: str
+    checkpointing_stride: int
+    loss: str
+
+
+def choose_step(recipe: Recipe, *, device_name: str, device_memory: float | None = None, world_size: int = 1) -> StepChoice:
+    """Micro-batch, activation checkpointing and loss for a run that is about to start, the recipe's own where it names them.
+
+    device_name: what the driver says, or "cpu". device_memory: bytes of one device in all; needed for a card that is not in the table.
+    """
+    shape = shape_of(recipe.model, recipe.data.sequence_length)
+    choice = best_choice(_replicated(recipe, world_size), shape, running_device(device_name, device_memory), world_size)
+    setup = choice.setup
+    return StepChoice(setup.rows, setup.activation_checkpointing, setup.checkpointing_stride, setup.loss)
+
+
+def plan_of_run(
+    recipe: Recipe, step: StepChoice, *, device_name: str, device_memory: float | None = None, world_size: int = 1
+) -> dict[str, Any]:
+    """The plan of a run as it really starts, to be stored with it: `inspect` sets it beside what was measured (`compare_plan`)."""
+    train = replace(
+        recipe.train,
+        activation_checkpointing=step.activation_checkpointing,
+        checkpointing_stride=step.checkpointing_stride,
+        loss=step.loss,
+    )
+    settled = _replicated(replace(recipe, batch=replace(recipe.batch, micro=step.micro_rows), train=train), world_size)
+    return make_plan(settled, gpu=running_device(device_name, device_memory), gpus=world_size).to_dict()
+
+
+def _replicated(recipe: Recipe, world_size: int) -> Recipe:
+    """The recipe with every worker a replica where it leaves the layout open, as the trainer starts them."""
+    asked = recipe.parallel
+    if asked.replicate or asked.shard * asked.tensor * asked.context * asked.pipeline > 1:
+        return recipe
+    return replace(recipe, parallel=replace(asked, replicate=world_size))
 
 
 def _warnings(recipe: Recipe, name: str | None, uses: list[SourceUse], tokens: int | None, choice: Choice, device: Device) -> list[str]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from argonne.config import Recipe
 from argonne.errors import InputError
-from argonne.plan.devices import GIB, Device, device, peak_of
+from argonne.plan.devices import Device, device, find_device, peak_of
 from argonne.plan.memory import Memory, Setup, memory_of
 from argonne.plan.shape import ModelShape
 
@@ -124,6 +124,12 @@ def _micro_speed(setup: Setup) -> float:
     return min(1.0, tokens / (tokens + HALF_SPEED_TOKENS) / best)
 
 
+def running_device(name: str, memory: float | None) -> Device:
+    """The device a run is on: as its driver names it ("cpu" for a CPU), with `memory` bytes in all where they are known."""
+    known = find_device(name) or Device(name, memory, None, None, None)
+    return known if memory is None or known.name == "cpu" else replace(known, memory=memory)
+
+
 def _with_micro_rows(recipe: Recipe, shape: ModelShape, setup: Setup, layout: Layout, limit: float) -> Setup:
     """The recipe's micro-batch, or the largest that fits, evened out over the micro-batches of a step."""
     share = math.ceil(recipe.batch.tokens_per_step / recipe.data.sequence_length / layout.data_parallel)
@@ -150,17 +156,17 @@ def resolved_precision(precision: str, known: Device) -> str:
     if known.name == "cpu":
         return "fp32" if precision == "auto" else precision
     if precision == "auto":
-        return "bf16" if known.bf16 else "fp32"
-    if precision.startswith("bf16") and known.bf16 is None:
+        return "bf16" if known.bf16 or not known.fp16 else "fp32"
+    if precision.startswith("bf16") and known.bf16 is None and known.fp16 is not None:
         raise InputError(f"train.precision: found {precision}, but {known.name} has no bf16; use --train.precision fp16 or fp32")
     return precision
 
 
-def expected_rate(choice: Choice, known: Device, gpus: int, flops_per_token: float) -> tuple[float | None, float]:
-    """(assumed MFU, tokens a second over all devices). MFU is None where no peak is known and a sustained rate is assumed instead."""
+def expected_rate(choice: Choice, known: Device, gpus: int, flops_per_token: float) -> tuple[float | None, float | None]:
+    """(assumed MFU, tokens a second over all devices). MFU is None where a sustained rate is assumed instead, both where nothing is known."""
     peak = peak_of(known, choice.setup.precision)
     if peak is None:
-        return None, gpus * (known.sustained or 0.0) * choice.speed / flops_per_token
+        return None, gpus * known.sustained * choice.speed / flops_per_token if known.sustained else None
     mfu = known.expected_use * choice.speed
     return mfu, gpus * mfu * peak / flops_per_token
 
@@ -176,6 +182,10 @@ def what_would_fit(recipe: Recipe, shape: ModelShape, known: Device, gpus: int) 
     bigger = next((name for name in _GPU_NAMES if _larger(name, known) and _fits(recipe, shape, device(name), gpus)), None)
     if bigger is not None:
         found.append(f"{gpus} x {bigger}")
+    if recipe.train.precision != "bf16_full" and known.bf16:
+        narrow = replace(recipe, train=replace(recipe.train, precision="bf16_full"))
+        if _fits(narrow, shape, known, gpus):
+            found.append(f"{gpus} x {known.name} with weights and moments in bf16 (--train.precision bf16_full)")
     return "would fit on " + " or ".join(found) if found else "fits on no layout that this plan knows; use a smaller model or shorter rows"
 
 
@@ -188,6 +198,3 @@ def _fits(recipe: Recipe, shape: ModelShape, known: Device, gpus: int) -> bool:
         return best_choice(recipe, shape, known, gpus).fits
     except InputError:
         return False
-
-
-__all__ = ["GIB", "Choice", "Layout", "best_choice", "expected_rate", "usable_memory", "what_would_fit"]

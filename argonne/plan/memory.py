@@ -1,10 +1,9 @@
 """Memory of a training step, by part: which tensors are alive at the moment when most are. Pure arithmetic, in bytes.
 
 The counts follow the code: `argonne/model/modeling_argonne.py` for what autograd keeps of a layer, `argonne/model/loss.py` for the head and
-the loss, `argonne/train/` for gradients and moments. A step has five moments that can be its highest; the plan takes the largest:
+the loss, `argonne/train/step.py` for gradients and moments. A step has four moments that can be its highest; the plan takes the largest:
 
 - loss: every layer's activations are kept, and the loss holds logits of a chunk and its two gradients;
-- loss backward: the loss scales its two gradients into new tensors (the logits are gone);
 - layer backward: the last layer runs backward, with its largest temporaries, above what all layers keep;
 - embedding: all gradients exist, and the head's and the embedding's share of a tied weight are added;
 - update: weights, gradients and moments.
@@ -21,7 +20,11 @@ from argonne.plan.shape import ModelShape
 
 MIB = 1024**2
 # The loss's own choice of a chunk (argonne/model/loss.py, rows_of_chunk): bytes of fp32 logits held at once.
-CHUNK_BYTES_CPU, CHUNK_BYTES_GPU = 128 * MIB, 1024 * MIB
+CHUNK_BYTES_CPU, CHUNK_BYTES_GPU, CHUNK_LEAST = 32 * MIB, 1024 * MIB, 256
+# A CPU process beside its tensors: code of the libraries that only training touches, their work space, stacks, blocks too small to be returned.
+PROCESS_CPU = 45e6
+# A GPU process: the CUDA context and its libraries' work space, as cards of these years show them.
+PROCESS_GPU = 0.8e9
 
 
 @dataclass(frozen=True)
@@ -85,9 +88,9 @@ def memory_of(shape: ModelShape, setup: Setup) -> Memory:
 
 
 def moments(shape: ModelShape, setup: Setup) -> dict[str, dict[str, float]]:
-    """Bytes by part at each of the five moments."""
+    """Bytes by part at each of the four moments."""
     state = State.of(shape, setup)
-    always = {"weights": state.weights, "moments": state.moments, "overhead": overhead(shape, setup)}
+    always = {"weights": state.weights, "moments": state.moments, "process": PROCESS_CPU if setup.cpu else PROCESS_GPU}
     held = state.gradients if setup.accumulates else 0.0
     kept = sum(kept_of_layer(shape, setup, layer) for layer in range(shape.num_hidden_layers)) / setup.pipeline
     stream = setup.tokens * shape.hidden_size * setup.wide
@@ -99,7 +102,6 @@ def moments(shape: ModelShape, setup: Setup) -> dict[str, dict[str, float]]:
     top = max(head + 2 * stream, work)
     return {
         "loss": {**always, "gradients": held, "activations": kept + tail, "logits and loss": logits + head + 2 * stream},
-        "loss backward": {**always, "gradients": held, "activations": kept + tail, "logits and loss": 2 * head + 2 * stream},
         "layer backward": {**always, "gradients": held + pending, "activations": kept, "temporaries": top},
         "embedding": {
             **always,
@@ -192,7 +194,9 @@ def loss_temporaries(shape: ModelShape, setup: Setup) -> float:
     capped = 1 if shape.final_logit_softcapping else 0
     in_place = setup.cpu and setup.narrow == setup.wide
     a_logit = setup.wide * (1 + capped) if in_place else 4 * (2 + capped)  # a softcap keeps its slope beside
-    cast = setup.narrow * vocabulary * shape.hidden_size if setup.narrow < setup.wide else 0.0
+    cast = (
+        0.0 if in_place else 2 * setup.narrow * vocabulary * shape.hidden_size
+    )  # the head in the products' dtype, and a chunk's share of its gradient
     return rows * vocabulary * a_logit + cast + 3 * rows * shape.hidden_size * setup.wide
 
 
@@ -203,9 +207,4 @@ def chunk_rows(shape: ModelShape, setup: Setup) -> int:
     if setup.loss_chunk:
         return min(setup.loss_chunk, setup.tokens)
     budget = (CHUNK_BYTES_CPU if setup.cpu else CHUNK_BYTES_GPU) // (4 * shape.vocab_size)
-    return max(1, min(setup.tokens, max(64, budget // 64 * 64)))
-
-
-def overhead(shape: ModelShape, setup: Setup) -> float:
-    """Bytes of the process beside tensors."""
-    return 0.0
+    return min(setup.tokens, max(CHUNK_LEAST, budget // 64 * 64))

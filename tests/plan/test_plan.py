@@ -14,7 +14,17 @@ from hypothesis import strategies as st
 
 from argonne.config import BatchChange, BatchSection, ModelSection
 from argonne.errors import InputError
-from argonne.plan import compare_plan, device, device_peak_flops, flops_per_token, make_plan, plan_lines, shape_of
+from argonne.plan import (
+    choose_step,
+    compare_plan,
+    device,
+    device_peak_flops,
+    flops_per_token,
+    make_plan,
+    plan_lines,
+    plan_of_run,
+    shape_of,
+)
 from argonne.plan.length import steps_within, tokens_before
 from argonne.plan.memory import Setup, memory_of
 from argonne.plan.shape import mean_keys
@@ -186,6 +196,27 @@ def test_the_peak_of_a_device_as_its_driver_names_it(reported: str, peak: float 
 def test_half_precision_without_bf16_and_fp32_as_tf32() -> None:
     assert device_peak_flops("Tesla T4", "fp16") == 65e12
     assert device_peak_flops("NVIDIA H200", "fp32") == 494.7e12
+
+
+def test_a_run_on_an_unknown_card_is_planned_from_its_memory() -> None:
+    recipe = load_recipe("argonne-2.5-pretrain")
+    step = choose_step(recipe, device_name="Some Unknown Card", device_memory=80e9, world_size=2)
+    plan = plan_of_run(recipe, step, device_name="Some Unknown Card", device_memory=80e9, world_size=2)
+    assert plan["fits"]
+    assert plan["micro_rows"] == step.micro_rows
+    assert plan["layout"]["replicate"] == 2
+    assert plan["tokens_per_second"] is None
+
+
+def test_what_the_recipe_names_is_not_chosen_again() -> None:
+    asked = {"train.activation_checkpointing": '"full"', "train.loss": '"full"', "batch.micro": "3"}
+    step = choose_step(load_recipe("argonne-2.5-pretrain", asked), device_name="NVIDIA H200")
+    assert (step.micro_rows, step.activation_checkpointing, step.loss) == (3, "full", "full")
+
+
+def test_a_card_without_bf16_is_told_before_launch() -> None:
+    with pytest.raises(InputError, match="t4 has no bf16"):
+        make_plan(load_recipe("argonne-2.5-pretrain"), gpu="t4")
 
 
 def test_an_unknown_device_is_refused_with_the_nearest_name() -> None:
