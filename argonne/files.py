@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from argonne.errors import InputError
 
 HASH_LIST = "sha256.json"
 TEMPORARY = ".tmp-"
+_ASIDE = re.compile(re.escape(TEMPORARY) + r"(.+)-old-\d+")
 _CHUNK = 1 << 22
 
 
@@ -154,11 +156,20 @@ def verify_directory(folder: Path, *, hashes: bool = True) -> list[str]:
 
 
 def collect_temporaries(parent: Path) -> list[Path]:
-    """Remove what killed writers left in `parent`; return what was removed. Only the owner of `parent` may call it."""
-    leftovers = sorted(parent.glob(f"{TEMPORARY}*")) if parent.is_dir() else []
-    for path in leftovers:
-        if path.is_dir():
+    """Remove what killed writers left in `parent`; return what was removed. Only the owner of `parent` may call it.
+
+    A directory that was moved aside for one that never came is put back, not removed.
+    """
+    removed = []
+    for path in sorted(parent.glob(f"{TEMPORARY}*")) if parent.is_dir() else []:
+        aside = _ASIDE.fullmatch(path.name)
+        if aside and not (parent / aside[1]).exists():
+            os.rename(path, parent / aside[1])
+            fsync_path(parent)
+            continue
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink()
-    return leftovers
+        removed.append(path)
+    return removed

@@ -102,6 +102,8 @@ def save_checkpoint(
         seal_directory(temporary)
         if problems := verify_directory(temporary) + unreadable_tensors(temporary, set(tensors)):
             raise OSError(f"{target}: what was written does not read back: {'; '.join(problems[:3])}")
+        if (metrics := run / "metrics.jsonl").exists():
+            fsync_path(metrics)  # the records of the steps that this checkpoint ends are as safe as it is
         publish_directory(temporary, target)
         point_last(run, target)
 
@@ -162,6 +164,12 @@ def point_last(run: Path, target: Path) -> None:
     temporary.symlink_to(target.name)
     os.replace(temporary, run / LAST)
     fsync_path(run)
+
+
+def checkpoint_step(path: Path) -> int | None:
+    """The step in a checkpoint's name, links followed; None for another name or a link that leads nowhere."""
+    match = _NAME.fullmatch(path.resolve().name) if path.exists() else None
+    return int(match[1]) if match else None
 
 
 def list_checkpoints(run: Path) -> list[Saved]:
@@ -240,9 +248,15 @@ def load_tensors(checkpoint: Path, tensors: dict[str, torch.Tensor], mesh: Mesh)
 
 
 def prune(run: Path, keep: CheckpointSection, best_step: int | None, say: Callable[[str], None]) -> list[Path]:
-    """Delete checkpoints that no rule keeps, oldest first, printing each. Called only after a newer one is complete and verified."""
-    saved = list_checkpoints(run)
-    kept = {item.step for item in saved[-max(1, keep.keep_last) :]}
+    """Delete checkpoints that no rule keeps, oldest first, printing each. Called only after a newer one is complete and verified.
+
+    `keep_last` counts complete checkpoints up to the newest save: a damaged one that the run resumed before never takes the place of a good
+    one, wherever its step is. Those beyond the newest save stay until the run gets there.
+    """
+    newest = checkpoint_step(run / LAST)
+    saved = [item for item in list_checkpoints(run) if newest is None or item.step <= newest]
+    whole = [item.step for item in saved if not verify_directory(item.path, hashes=False)]
+    kept = set(whole[-max(1, keep.keep_last) :])
     if keep.keep_every:
         kept |= {item.step for item in saved if item.step % keep.keep_every == 0}
     if keep.keep_best and best_step is not None:
@@ -259,6 +273,9 @@ def prune(run: Path, keep: CheckpointSection, best_step: int | None, say: Callab
 
 
 def clean_leftovers(run: Path, say: Callable[[str], None]) -> None:
-    """Remove temporaries of killed saves. The caller holds the run's lock."""
+    """Remove temporaries of killed saves and finish what a kill after the last rename left undone. The caller holds the run's lock."""
     for path in collect_temporaries(run):
         say(f"removed {path.name}, left by an interrupted write")
+    whole = [saved.path for saved in list_checkpoints(run) if not verify_directory(saved.path, hashes=False)]
+    if whole and (run / LAST).resolve() != whole[-1].resolve():
+        point_last(run, whole[-1])

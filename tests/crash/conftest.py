@@ -35,11 +35,11 @@ class Mother:
         assert line, "the mother process ended"
         return dict(json.loads(line))
 
-    def start(self, recipe: Recipe, run: Path, *, ranks: int = 1, crash: dict[str, Any] | None = None) -> list[int]:
-        """Fork the victims of one session; returns their process ids."""
+    def start(self, recipe: Recipe, run: Path, *, ranks: int = 1, **options: Any) -> list[int]:
+        """Fork the victims of one session; returns their process ids. `options`: `crash` and `stop_after`."""
         file = run.parent / "recipe.toml"
         file.write_text(to_toml(recipe))
-        job = {"recipe": str(file), "run": str(run), "ranks": ranks, "crash": crash, "log": str(run.parent / f"{run.name}.log")}
+        job = {"recipe": str(file), "run": str(run), "ranks": ranks, "log": str(run.parent / f"{run.name}.log"), **options}
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()

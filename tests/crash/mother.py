@@ -1,6 +1,6 @@
 """A process that has torch and the package loaded and forks victims: a victim starts in a fraction of a second.
 
-Run as `python -m tests.crash.mother`. It reads one job a line from stdin (JSON: recipe, run, ranks, crash, log), answers `{"pids": [..]}`
+Run as `python -m tests.crash.mother`. It reads one job a line from stdin (JSON: recipe, run, ranks, stop_after, crash, log), answers `{"pids": [..]}`
 when the victims run and `{"codes": [..]}` when all have ended (negative: the signal). It never trains itself, so that nothing but modules
 is inherited.
 """
@@ -90,7 +90,7 @@ def _train(job: dict[str, Any]) -> int:
 
     if job.get("crash"):
         faults.arm(Path(job["run"]), **job["crash"])
-    result = pretrain.run(load_recipe(job["recipe"], {}), Path(job["run"]))
+    result = pretrain.run(load_recipe(job["recipe"], {}), Path(job["run"]), stop_after_step=job.get("stop_after"))
     return 0 if result.outcome.complete else 3
 
 
