@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from argonne import __version__
 from argonne.errors import InputError, Stopped
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options, rest = parser.parse_known_args(arguments)
         options.started, options.rest = started, rest
         if rest and options.verb not in (*TRAINING_VERBS, "plan"):
-            raise InputError(f"argonne {options.verb}: unknown argument {rest[0]!r}; see argonne {options.verb} --help")
+            raise InputError(f"{options.verb}: unknown argument {rest[0]!r}; see `argonne {options.verb} --help`")
         return int(options.function(options) or 0)
     except (InputError, Stopped) as error:
         print(f"argonne: {error}", file=sys.stderr)
@@ -41,12 +41,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
+class Parser(argparse.ArgumentParser):
+    """Wrong arguments are an InputError like all wrong input: one line that names what was found and where help is."""
+
+    given: Sequence[str] = ()
+
+    def error(self, message: str) -> NoReturn:
+        import difflib
+        import re
+
+        hint, verb = "", self.prog.removeprefix("argonne").strip()
+        if choice := re.fullmatch(r"argument (\S+): invalid choice: '(.*)' \(choose from (.*)\)", message):
+            near = difflib.get_close_matches(choice[2], re.findall(r"[\w.-]+", choice[3]), n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            message = f"{choice[1]}: found {choice[2]!r}, expected one of {choice[3]}"
+        elif "required" in message and verb not in TRAINING_VERBS:
+            flags = [item.partition("=")[0] for item in self.given if item.startswith("--")]
+            if unknown := [flag for flag in flags if flag not in self._option_string_actions]:
+                near = difflib.get_close_matches(unknown[0], self._option_string_actions, n=1)
+                hint = f"{unknown[0]!r} is not known{f', did you mean {near[0]!r}?' if near else ';'} "
+        raise InputError(f"{f'{verb}: ' if verb else ''}{message}; {hint}see `{self.prog} --help`")
+
+
 def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="argonne", description="From raw text to a published chat model: every stage, each resumable exactly.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"argonne {__version__}")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    verbs: Any = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    parser.given = verbs.given = arguments
     _add_first_steps(verbs)
     _add_data(verbs)
     _add_plan(verbs)
@@ -57,11 +80,12 @@ def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     return parser
 
 
-def _verb(verbs: Any, name: str, text: str, function: Any, **more: Any) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = verbs.add_parser(
+def _verb(verbs: Any, name: str, text: str, function: Any, **more: Any) -> Parser:
+    parser: Parser = verbs.add_parser(
         name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False, **more
     )
     parser.set_defaults(function=function)
+    parser.given = verbs.given
     return parser
 
 
@@ -106,7 +130,8 @@ def _models(options: argparse.Namespace) -> None:
 
 def _add_data(verbs: Any) -> None:
     tokenizer = _verb(verbs, "tokenizer", "train a tokenizer", lambda options: None)
-    actions = tokenizer.add_subparsers(dest="action", required=True, metavar="train")
+    actions: Any = tokenizer.add_subparsers(dest="action", required=True, metavar="train")
+    actions.given = verbs.given
     train = _verb(actions, "train", "train a byte-level BPE tokenizer on text", _tokenizer_train)
     train.add_argument("--input", nargs="+", required=True, metavar="GLOB", help="text: parquet, arrow, jsonl(.gz|.zst), txt")
     train.add_argument("--vocab-size", type=int, required=True, help="entries, reserved tokens included")
@@ -212,6 +237,7 @@ def _add_training(verbs: Any, arguments: Sequence[str]) -> None:
         parser.add_argument("--wall-time", metavar="T", help="stop and save after this long: 90m, 12h, 1-12:00:00")
         parser.add_argument("--deadline", metavar="T", help="stop and save before this moment")
         parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
+        parser.add_argument("--profile", action="store_true", help="write a trace of a few steps into the run")
 
 
 def _add_plan(verbs: Any) -> None:
@@ -259,7 +285,7 @@ def _train(options: argparse.Namespace) -> int:
             overrides[path] = json.dumps(str(getattr(options, flag)))
     recipe = load_recipe(options.recipe, overrides)
     if options.verb == "continue" and recipe.model.init_from is None and options.resume_from is None:
-        raise InputError("argonne continue: no weights to start from; give --init-from MODEL or model.init_from in the recipe")
+        raise InputError("continue: no weights to start from; give --init-from MODEL or model.init_from in the recipe")
     if options.dry_run:
         print(to_toml(recipe), end="")
         return 0
@@ -267,7 +293,7 @@ def _train(options: argparse.Namespace) -> int:
     from argonne.stages.session import finish_or_stop
 
     folder = options.run or Path("runs") / Path(options.recipe).stem
-    result = run(recipe, folder, resume_from=options.resume_from, allow=options.allow, started=options.started)
+    result = run(recipe, folder, resume_from=options.resume_from, allow=options.allow, started=options.started, profile=options.profile)
     finish_or_stop(result.outcome, folder)
     return 0
 

@@ -28,10 +28,11 @@ def run(
     allow: Iterable[str] = (),
     stop_after_step: int | None = None,
     started: float | None = None,
+    profile: bool = False,
 ) -> RunResult:
     """Train `recipe` in `run_folder`, resuming by itself where the run exists. Raises InputError for anything wrong with recipe, data or run.
 
-    `started`: monotonic seconds when the command began, for the wall time.
+    `started`: monotonic seconds when the command began, for the wall time. `profile`: write a trace of a few steps.
     """
     from argonne.train.step import next_token, next_token_by_row
 
@@ -44,5 +45,6 @@ def run(
         allow=frozenset(allow),
         stop_after_step=stop_after_step,
         started=time.monotonic() if started is None else started,
+        profile=profile,
     )
     return RunResult(run_folder, run_session(session))

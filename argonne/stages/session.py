@@ -42,6 +42,7 @@ class Session:
     allow: frozenset[str] = frozenset()
     stop_after_step: int | None = None
     started: float | None = None
+    profile: bool = False
 
 
 def run_session(session: Session) -> Outcome:
@@ -174,7 +175,7 @@ def _train(session: Session, run: RunFolder, mesh: Mesh, watch: Any) -> Outcome:
     )
     trainer.telemetry.flops_per_token, trainer.telemetry.peak_flops = service_makers.speed_of(recipe, mesh)
     try:
-        return trainer.fit(session.stop_after_step)
+        return trainer.fit(session.stop_after_step, profile=session.profile)
     finally:
         metrics.close()
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import faulthandler
+import math
 import re
 import signal
+import statistics
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -110,6 +113,28 @@ class NonFinitePolicy:
 
     def exceeded(self) -> bool:
         return self.in_a_row > self.limit
+
+
+class SpikeWatch:
+    """Tells a loss that lies far above the recent ones: over the median by ten typical deviations and by a tenth of itself.
+
+    The typical deviation is the median absolute deviation times 1.4826, which a spike itself does not move.
+    """
+
+    def __init__(self, window: int = 100, least: int = 30) -> None:
+        self._recent: deque[float] = deque(maxlen=window)
+        self._least = least
+
+    def observe(self, loss: float) -> float | None:
+        """Take in the next loss; the usual one where this is a spike, None otherwise."""
+        usual = None
+        if len(self._recent) >= self._least and math.isfinite(loss):
+            middle = statistics.median(self._recent)
+            deviation = 1.4826 * statistics.median(abs(value - middle) for value in self._recent)
+            usual = middle if loss > middle + 10 * deviation and loss > 1.1 * middle else None
+        if math.isfinite(loss) and usual is None:
+            self._recent.append(loss)
+        return usual
 
 
 class Diverged(RuntimeError):

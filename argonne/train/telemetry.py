@@ -12,6 +12,7 @@ import torch
 
 from argonne.config import Recipe
 from argonne.parallel.mesh import Mesh
+from argonne.train.guard import SpikeWatch
 from argonne.train.metrics import MetricsLog, ProgressLine, step_line
 from argonne.train.step import StepResult
 
@@ -49,6 +50,7 @@ class Telemetry:
         self._pending: deque[_Reading] = deque()
         self._last: _Reading | None = None
         self._wait_data = 0.0
+        self._spikes = SpikeWatch()
         self._started: float | None = None
         self.flops_per_token: float | None = None
         self.peak_flops: float | None = None
@@ -79,12 +81,23 @@ class Telemetry:
         self._source_loss.index_add_(0, index, torch.where(kept, rows, 0).to(self._source_loss.dtype))
         self._source_valid.index_add_(0, index, (labels != -100).sum(dim=1).to(self._source_valid.dtype) * kept)
 
-    def readings(self) -> list[bool]:
-        """Skip flags that have arrived since the last call, in step order."""
+    def readings(self) -> list[tuple[int, bool]]:
+        """(step, skipped) of the steps whose readings have arrived since the last call, in order. Tells of a loss spike on the way."""
         found = []
         while self._pending and (self._pending[0].ready() or len(self._pending) > 16):
-            found.append(self._pending.popleft().values()[2] > 0)
+            reading = self._pending.popleft()
+            loss, _, skipped = reading.values()
+            found.append((reading.step, skipped > 0))
+            if usual := self._spikes.observe(loss * self.mesh.world_size / max(1, reading.valid)):
+                self._tell_spike(reading.step, loss * self.mesh.world_size / max(1, reading.valid), usual)
         return found
+
+    def _tell_spike(self, step: int, loss: float, usual: float) -> None:
+        before, after = self.data.tokens_by_source(step - 1), self.data.tokens_by_source(step)
+        read = [name for name in self.data.source_names if after[name] > before[name]]
+        message = f"loss spike: {loss:.4f} at step {step}, lately {usual:.4f}; read from {', '.join(read)}"
+        self.line.say(f"warning: {message}")
+        self.metrics.write("warning", step, message=message, loss=loss, usual=usual, sources=read)
 
     def log(self, step: int, save_seconds: float) -> None:
         """Write the record of `step`: its own loss, norm and rate (so that a resumed run writes the same), and this session's speed."""

@@ -16,6 +16,7 @@ from argonne.train import checkpoint, optim
 from argonne.train.guard import Diverged, HangWatch, NonFinitePolicy, StopWatch, call_with_limit, parse_duration
 from argonne.train.metrics import MetricsLog, ProgressLine
 from argonne.train.precision import Precision
+from argonne.train.profiling import start_profiler
 from argonne.train.run import COMPLETE, STOPPED, RunFolder
 from argonne.train.saving import Saver
 from argonne.train.schedule import learning_rate
@@ -110,13 +111,14 @@ class Trainer:
         timeout = parse_duration(recipe.parallel.timeout, "parallel.timeout")
         self._hang_watch = HangWatch(run.path / f"stacks_rank_{mesh.rank}.txt", timeout if mesh.world_size > 1 else None)
 
-    def fit(self, stop_after: int | None = None) -> Outcome:
+    def fit(self, stop_after: int | None = None, *, profile: bool = False) -> Outcome:
         """Train to the end, or until a request to stop; always leaves a complete checkpoint behind. Raises Diverged past the non-finite limit.
 
-        `stop_after`: end this session after that many completed steps, as a request to stop would.
+        `stop_after`: end this session after that many completed steps, as a request to stop would. `profile`: write a trace of three steps.
         """
         first = self.progress.step
         self._check_first_rate(first)
+        profiler = start_profiler(self.run.path, self.line.say) if profile and self.mesh.is_main else None
         try:
             upcoming = self._fetch(first) if first < self.total_steps else None
             while self.progress.step < self.total_steps and upcoming is not None:
@@ -127,12 +129,16 @@ class Trainer:
                 if save:
                     self._save()
                 upcoming = self._step(batch, valid)
+                if profiler is not None:
+                    profiler.step()
                 self._after_step()
                 if stop_after is not None and self.progress.step >= stop_after < self.total_steps:
                     return self._stop(f"asked to stop after step {stop_after}")
             return self._finish()
         finally:
             self._hang_watch.close()
+            if profiler is not None:
+                profiler.stop()
             self.loader.close()
             self.line.close()
 
@@ -186,11 +192,12 @@ class Trainer:
     def _after_step(self) -> None:
         recipe, step = self.recipe, self.progress.step
         self.saver.poll()
-        for skipped in self.telemetry.readings():
+        for where, skipped in self.telemetry.readings():
             self.policy.observe(skipped)
             if skipped:
                 self.progress.skipped += 1
-                self.metrics.write("skip", step, in_a_row=self.policy.in_a_row)
+                self.metrics.write("skip", where, in_a_row=self.policy.in_a_row)
+                self.line.say(f"warning: step {where} is skipped: its gradient is not finite ({self.policy.in_a_row} in a row)")
         if self.policy.exceeded():
             newest = checkpoint.newest_complete(self.run.path, self.line.say)
             raise Diverged(
