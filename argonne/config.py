@@ -63,7 +63,7 @@ class SourceSection:
 @dataclass(frozen=True)
 class DataSection:
     sources: tuple[SourceSection, ...] = key((), "token sets and their weights: [{ path, weight, max_epochs }]")
-    input: tuple[str, ...] = key((), "globs of text files, instead of sources: tokenised ahead of the trainer")
+    input: tuple[str, ...] = key((), "globs of text files, instead of sources: the first that matches is tokenised ahead of the trainer")
     tokenizer: str | None = key(None, "folder of the tokenizer (with `input`; otherwise the token set's own)")
     text_column: str = key("text", "column or field that holds the text (with `input`)")
     sequence_length: int = key(1024, "tokens of a training row")

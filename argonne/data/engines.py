@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any
@@ -22,12 +24,22 @@ def run(engine: str, job: Job, units: list[int], workers: int) -> Results:
     return _pool(job, units, count) if count > 1 else ((number, job.run(number)) for number in units)
 
 
-def _one_thread() -> None:
+def _begin_worker(parent: int) -> None:
+    """One thread for each worker, and none outlives a main process that was killed."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _pool(job: Job, units: list[int], workers: int) -> Results:
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_one_thread) as pool:
+    with ProcessPoolExecutor(
+        workers, mp_context=multiprocessing.get_context("spawn"), initializer=_begin_worker, initargs=(os.getpid(),)
+    ) as pool:
         waiting = {pool.submit(job.run, number): number for number in units}
         try:
             for future in as_completed(waiting):

@@ -1,40 +1,154 @@
-"""Token sets written by others, opened in place: the family's `train.bin`, llm.c, nanoGPT, Megatron and datatrove."""
+"""Token sets written by others, opened in place.
+
+By path: a folder of ours; a token file with a header (the family's `train.bin`, llm.c) or a glob of them; Megatron's `.bin` with `.idx`;
+datatrove's `.ds`; the family's document manifest (`.json`). By prefix, because nothing in the file tells: `raw-uint16:PATH` (nanoGPT),
+`raw-uint32:PATH`.
+"""
 
 from __future__ import annotations
 
+import glob
+import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from argonne import files
+from argonne.data.documents import natural_key
 from argonne.data.tokens import Shard, TokenSet, TokenStream, open_folder, read_header
 from argonne.errors import InputError
 
+RAW = {"raw-uint16:": "uint16", "raw-uint32:": "uint32"}
+MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
+MEGATRON_DTYPES = {8: "uint16", 4: "int32", 3: "int16", 5: "int64", 1: "uint8"}
+SAMPLES, SAMPLE_BYTES = 64, 4096
+
 
 def open_any(text: str) -> TokenSet:
-    """Open whatever `text` names. Raises InputError when it is no token set."""
+    """Open whatever `text` names. Raises InputError when it is no token set, or a damaged one."""
+    for prefix, dtype in RAW.items():
+        if text.startswith(prefix):
+            return _raw(Path(text[len(prefix) :]), dtype)
     path = Path(text)
     if path.is_dir():
         return open_folder(path)
+    if any(character in text for character in "*?["):
+        return _headed([Path(name) for name in sorted(glob.glob(text), key=natural_key)], text)
     if not path.exists():
         raise InputError(f"token set {text}: no such file or folder; write one with `argonne prepare`")
-    return open_headed(path)
+    if path.suffix == ".ds":
+        return _datatrove(path)
+    if path.suffix == ".json":
+        return _document_manifest(path)
+    if path.suffix == ".idx" or path.with_suffix(".idx").exists():
+        index, tokens = path.with_suffix(".idx"), path.with_suffix(".bin")
+        if index.exists() and tokens.exists() and _begins_with(index, MEGATRON_MAGIC):
+            return _megatron(tokens, index)
+    return _headed([path], text)
 
 
-def open_headed(path: Path) -> TokenSet:
-    """A single token file with a header: the family's `train.bin`, or a shard of llm.c's."""
-    dtype, tokens = read_header(path)
-    return foreign(path, "train.bin", [Shard(path, dtype, tokens)])
+def _begins_with(path: Path, magic: bytes) -> bool:
+    with open(path, "rb") as file:
+        return file.read(len(magic)) == magic
 
 
-def foreign(path: Path, kind: str, shards: list[Shard], documents: int | None = None) -> TokenSet:
-    """A token set without a manifest: its fingerprint is taken from sizes and sampled bytes, its tokenizer from the folder beside it."""
+def _headed(paths: Sequence[Path], text: str) -> TokenSet:
+    """Token files with a header, read as one stream in natural order."""
+    if not paths:
+        raise InputError(f"token set {text}: matches no file; check the pattern")
+    found = [(path, *read_header(path)) for path in paths]
+    if len({dtype for _, dtype, _ in found}) > 1:
+        raise InputError(f"token set {text}: uint16 and uint32 files together; name them as two sources")
+    shards = []
+    for path, dtype, tokens in found:
+        index = path.with_suffix(".idx")
+        ours = index.exists() and index.stat().st_size % 8 == 0 and not _begins_with(index, MEGATRON_MAGIC)
+        shards.append(Shard(path, dtype, tokens, index=index if ours else None))
+    return _foreign(paths[0], "train.bin", shards)
+
+
+def _raw(path: Path, dtype: str) -> TokenSet:
+    if not path.is_file():
+        raise InputError(f"token set {path}: no such file")
+    size = path.stat().st_size
+    width = np.dtype(dtype).itemsize
+    if size % width or not size:
+        raise InputError(f"{path}: {size:,} bytes are no whole number of {dtype} tokens; truncated, or of another width")
+    return _foreign(path, f"raw {dtype}", [Shard(path, dtype, size // width, offset=0)])
+
+
+def _datatrove(path: Path) -> TokenSet:
+    index = path.with_name(path.name + ".index")
+    if not index.is_file():
+        raise InputError(f"{path}: its document index {index.name} is missing beside it")
+    ends = np.fromfile(index, dtype="<u8")
+    size, tokens = path.stat().st_size, int(ends[-1]) if len(ends) else 0
+    dtype = {2 * tokens: "uint16", 4 * tokens: "uint32"}.get(size)
+    if dtype is None or not tokens:
+        raise InputError(f"{path}: {size:,} bytes, but {index.name} counts {tokens:,} tokens; truncated or not of one run")
+    return _foreign(path, "datatrove", [Shard(path, dtype, tokens, offset=0, index=index)], len(ends))
+
+
+def _megatron(path: Path, index: Path) -> TokenSet:
+    """Megatron-LM's indexed dataset, version 1."""
+    head = np.fromfile(index, dtype=np.uint8)
+    if len(head) < 34 or int(head[9:17].view("<u8")[0]) != 1:
+        raise InputError(f"{index}: not an index of Megatron's version 1; truncated or of a later version")
+    dtype = MEGATRON_DTYPES.get(int(head[17]))
+    sequences, bounds = (int(value) for value in head[18:34].view("<u8"))
+    if dtype is None:
+        raise InputError(f"{index}: token type code {int(head[17])}, expected one of {', '.join(map(str, MEGATRON_DTYPES))}")
+    if len(head) != 34 + 12 * sequences + 8 * bounds:
+        raise InputError(f"{index}: {len(head):,} bytes, expected {34 + 12 * sequences + 8 * bounds:,}; truncated, write it again")
+    sizes = head[34 : 34 + 4 * sequences].view("<i4").astype(np.int64)
+    pointers = head[34 + 4 * sequences : 34 + 12 * sequences].view("<i8")
+    documents = head[34 + 12 * sequences :].view("<i8")
+    ends = np.concatenate([[0], np.cumsum(sizes)])
+    width = np.dtype(dtype).itemsize
+    if not np.array_equal(pointers, ends[:-1] * width):
+        raise InputError(f"{index}: its sequences do not lie one after the other in {path.name}; merge it with Megatron's own tool first")
+    if path.stat().st_size != int(ends[-1]) * width:
+        raise InputError(
+            f"{path}: {path.stat().st_size:,} bytes, its index counts {int(ends[-1]):,} {dtype} tokens; truncated, write it again"
+        )
+    document_ends = ends[documents[documents > 0]]
+    return _foreign(path, "megatron", [Shard(path, dtype, int(ends[-1]), offset=0, ends=document_ends)], len(document_ends))
+
+
+def _document_manifest(path: Path) -> TokenSet:
+    """The family's own list of long documents: headerless uint32 files, each with the lengths of its documents as .npy."""
+    tree = files.read_json(path)
+    if not isinstance(tree, dict) or not isinstance(tree.get("files"), list):
+        raise InputError(f"{path}: no document manifest (no list 'files' in it)")
+    shards, documents = [], 0
+    for entry in tree["files"]:
+        tokens, lengths = (path.parent / entry[name] for name in ("bin_path", "lengths_path"))
+        for file in (tokens, lengths):
+            if not file.is_file():
+                raise InputError(f"{path}: names {file}, which is missing")
+        ends = np.cumsum(np.load(lengths), dtype=np.int64)
+        total = int(ends[-1]) if len(ends) else 0
+        if tokens.stat().st_size != 4 * total:
+            raise InputError(
+                f"{tokens}: {tokens.stat().st_size:,} bytes, {lengths.name} counts {total:,} uint32 tokens; truncated, write it again"
+            )
+        shards.append(Shard(tokens, "uint32", total, offset=0, ends=ends))
+        documents += len(ends)
+    return _foreign(path, "document manifest", shards, documents)
+
+
+def _foreign(path: Path, kind: str, shards: list[Shard], documents: int | None = None) -> TokenSet:
+    """A token set without a manifest of ours: its fingerprint is taken from sizes and samples, its tokenizer from the folder beside it."""
     folder = path.parent / "tokenizer"
+    stream = TokenStream(shards, documents)
     return TokenSet(
         path=path,
         format=kind,
         dtype=shards[0].dtype,
         vocab_size=None,
-        fingerprint=files.fingerprint([[shard.path.name, shard.tokens, _sample(shard)] for shard in shards]),
-        train=TokenStream(shards, documents),
+        fingerprint=files.fingerprint([[shard.path.name, shard.tokens, _sample(shard.path)] for shard in shards]),
+        train=stream,
         held_out=TokenStream([]),
         tokenizer_folder=folder if folder.is_dir() else None,
         tokenizer_fingerprint=None,
@@ -43,14 +157,12 @@ def foreign(path: Path, kind: str, shards: list[Shard], documents: int | None = 
     )
 
 
-def _sample(shard: Shard) -> str:
+def _sample(path: Path) -> str:
     """Hash of 64 pieces of 4 KiB spread over the file: cheap for 80 GB, and another tokenisation of another corpus never has it."""
-    import hashlib
-
     digest = hashlib.sha256()
-    size = shard.path.stat().st_size
-    with open(shard.path, "rb") as file:
-        for number in range(64):
-            file.seek(max(0, size - 4096) * number // 63)
-            digest.update(file.read(4096))
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        for number in range(SAMPLES):
+            file.seek(max(0, size - SAMPLE_BYTES) * number // (SAMPLES - 1))
+            digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()

@@ -70,6 +70,7 @@ class Loader:
         self._lock = Lock()
         self._thread: ThreadPoolExecutor | None = None
         self._ahead: dict[int, Future[Arrays]] = {}
+        self.verification = data.verify() if rank == 0 else None
 
     def set_micro_rows(self, rows: int) -> None:
         """Cut the rank's rows into micro-batches of `rows` from the next `batch` on. The rows themselves stay the same."""
@@ -80,6 +81,8 @@ class Loader:
     def batch(self, step: int) -> Batch:
         """This rank's micro-batches of `step`. Raises InputError where a source is used up."""
         began = time.perf_counter()
+        if self.verification is not None:
+            self.verification.raise_problem()
         future = self._ahead.pop(step, None)
         arrays = future.result() if future is not None else self._read(step)
         if self.broadcast is not None:
@@ -135,10 +138,23 @@ class Loader:
     def _rows(self, phase: Phase, first: int, count: int, rows: int) -> Arrays:
         """Samples first .. first+count-1, filled up to `rows`."""
         found = self._located(phase, first, count)
-        return assemble(self._streams, found, phase.sequence_length, phase.document_mask, self.data.eos_id, rows)
+        arrays = assemble(self._streams, found, phase.sequence_length, phase.document_mask, self.data.eos_id, rows)
+        if arrays.inputs.max(initial=0) >= self.data.vocab_size:
+            self._name_foreign_id(arrays)
+        return arrays
+
+    def _name_foreign_id(self, arrays: Arrays) -> None:
+        row = int((arrays.inputs >= self.data.vocab_size).any(axis=1).argmax())
+        source = self.data.sources[int(arrays.sources[row])]
+        raise InputError(
+            f"{source.tokens.path}: holds id {int(arrays.inputs[row].max()):,}, the tokenizer {self.data.tokenizer_folder} has "
+            f"{self.data.vocab_size:,} entries; set data.tokenizer to the one that made these tokens"
+        )
 
     def _located(self, phase: Phase, first: int, count: int) -> GlobalRows:
         """The rows of a run of samples, cut out of blocks that are located once."""
+        if any(stream.growing for stream in self._streams):
+            return self._numbered(phase, self.data.mixture.locate(phase, first, first + count))
         parts: list[GlobalRows] = []
         while count:
             number = (first - phase.first_sample) // BLOCK
@@ -153,10 +169,13 @@ class Loader:
         with self._lock:
             if key not in self._blocks:
                 begin = phase.first_sample + number * BLOCK
-                found = self.data.mixture.locate(phase, begin, begin + BLOCK)
-                found = GlobalRows(self._source_numbers(phase)[found.source], found.rows, found.epoch)
+                found = self._numbered(phase, self.data.mixture.locate(phase, begin, begin + BLOCK))
                 self._blocks = {**dict(list(self._blocks.items())[-2:]), key: found}
             return self._blocks[key]
+
+    def _numbered(self, phase: Phase, found: GlobalRows) -> GlobalRows:
+        """The same rows with the numbers that the sources have in the recipe."""
+        return GlobalRows(self._source_numbers(phase)[found.source], found.rows, found.epoch)
 
     def _source_numbers(self, phase: Phase) -> np.ndarray:
         """Place in `data.sources` of each source of the phase."""
@@ -171,6 +190,9 @@ class Loader:
             self._thread.shutdown(wait=True, cancel_futures=True)
             self._thread = None
         self._ahead.clear()
+        if self.verification is not None:
+            self.verification.close()
+            self.verification.raise_problem()
 
     def __enter__(self) -> Loader:
         return self

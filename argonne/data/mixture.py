@@ -208,6 +208,8 @@ class Mixture:
 
     def check_rows(self, phase: Phase, stop: int) -> None:
         """Raise InputError when the samples of `phase` before global sample `stop` read a source more often than its `max_epochs`."""
+        if all(source.fingerprint not in self.max_epochs for source in phase.sources):
+            return
         last = self._last_samples.get(phase.first_step)
         if last is None:
             low, high = 0, 1

@@ -100,7 +100,7 @@ def prepare(options: PrepareOptions, progress: Progress | None = None) -> Path:
     if (out / tokens.MANIFEST).exists():
         return _already_complete(options, out)
     plan = open_plan(options, out)
-    with _sole_writer(out, shared=options.part is not None):
+    with sole_writer(out, shared=options.part is not None):
         records = encode_units(options, plan, out, progress)
         if options.part is not None and len(records) < len(plan["units"]):
             missing = len(plan["units"]) - len(records)
@@ -127,7 +127,7 @@ def _already_complete(options: PrepareOptions, out: Path) -> Path:
 
 
 @contextmanager
-def _sole_writer(out: Path, *, shared: bool) -> Iterator[None]:
+def sole_writer(out: Path, *, shared: bool) -> Iterator[None]:
     """Hold the folder's lock; several `--part`s hold it together. The kernel frees it when a process dies."""
     with open(out / ".lock", "w") as lock:
         try:
@@ -356,6 +356,7 @@ def build_manifest(plan: dict[str, Any], records: list[dict[str, Any]]) -> dict[
         },
         "shards": [shard for record in records for shard in record["shards"]],
         "recipe": plan["recipe"],
+        "plan": files.fingerprint(plan),
         "sources": sources,
         "bad_files": plan["bad_files"],
     }

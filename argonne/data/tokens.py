@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +28,7 @@ HEADER_BYTES = 1024
 MAGIC = {"uint32": (20240801, 7), "uint16": (20240520, 1)}
 DTYPES = {magic: dtype for dtype, (magic, _) in MAGIC.items()}
 LARGEST_SHARD = 2**31 - 1
+OPEN_MAPS = 300
 
 
 def dtype_for(vocab_size: int) -> str:
@@ -136,13 +137,14 @@ class ShardWriter:
 
 @dataclass(frozen=True)
 class Shard:
-    """One memory-mapped run of tokens. `offset` is the byte where they start; `index` holds document ends, where there are any."""
+    """One memory-mapped run of tokens. `offset` is the byte where they start; `index` (or `ends`) holds document ends, where there are any."""
 
     path: Path
     dtype: str
     tokens: int
     offset: int = HEADER_BYTES
     index: Path | None = None
+    ends: np.ndarray | None = None
     sha256: str | None = None
     index_sha256: str | None = None
 
@@ -160,18 +162,30 @@ class TokenStream:
         self.starts = (
             np.concatenate([[0], np.cumsum([shard.tokens for shard in shards], dtype=np.int64)]) if shards else np.zeros(1, np.int64)
         )
-        self.tokens = int(self.starts[-1])
         self.documents = documents
         self._bounds: list[int] = self.starts.tolist()
         self._maps: dict[int, np.ndarray] = {}
         self._ends: dict[int, np.ndarray] = {}
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of all shards."""
+        return self._bounds[-1]
+
     def shard_tokens(self, number: int) -> np.ndarray:
         """The tokens of shard `number`, memory-mapped once."""
         mapped = self._maps.get(number)
         if mapped is None:
-            mapped = self._maps[number] = np.asarray(self.shards[number].map())
+            mapped = np.asarray(self.shards[number].map())
+            self._remember(self._maps, number, mapped)
         return mapped
+
+    @staticmethod
+    def _remember(maps: dict[int, np.ndarray], number: int, mapped: np.ndarray) -> None:
+        """Each map holds a file open: only so many at once."""
+        maps[number] = mapped
+        if len(maps) > OPEN_MAPS:
+            maps.pop(next(iter(maps)))
 
     def find(self, position: int) -> int:
         """The shard that holds token `position`."""
@@ -219,15 +233,32 @@ class TokenStream:
     def _shard_ends(self, number: int) -> np.ndarray:
         mapped = self._ends.get(number)
         if mapped is None:
-            index = self.shards[number].index
-            assert index is not None
-            empty = index.stat().st_size == 0
-            mapped = self._ends[number] = np.zeros(0, "<u8") if empty else np.asarray(np.memmap(index, dtype="<u8", mode="r"))
+            shard = self.shards[number]
+            if shard.ends is not None:
+                mapped = shard.ends
+            elif shard.index is None or shard.index.stat().st_size == 0:
+                mapped = np.zeros(0, "<u8")
+            else:
+                mapped = np.asarray(np.memmap(shard.index, dtype="<u8", mode="r"))
+            self._remember(self._ends, number, mapped)
         return mapped
+
+    def reaches(self, position: int) -> bool:
+        """Are there `position` tokens?"""
+        return position <= self.tokens
+
+    @property
+    def growing(self) -> bool:
+        """Is the set still being written?"""
+        return False
+
+    @property
+    def estimated_tokens(self) -> int:
+        return self.tokens
 
     @property
     def has_documents(self) -> bool:
-        return all(shard.index is not None for shard in self.shards)
+        return all(shard.index is not None or shard.ends is not None for shard in self.shards)
 
     @cached_property
     def document_ends(self) -> np.ndarray:
@@ -266,7 +297,7 @@ class TokenSet:
 
 
 def open_tokens(path: Path | str) -> TokenSet:
-    """Open a token set after checking headers, sizes and manifest (not hashes: `verify_tokens`).
+    """Open a token set after checking headers, sizes and manifest (not hashes: `inspect_tokens` and `data.verify`).
 
     Raises InputError naming the file that is missing, truncated, of another format or not what the manifest says.
     """
@@ -278,9 +309,18 @@ def open_tokens(path: Path | str) -> TokenSet:
 def open_folder(folder: Path) -> TokenSet:
     """Open a folder written by `argonne prepare`."""
     manifest = read_manifest(folder)
-    train = TokenStream([_shard(folder, entry, manifest["dtype"]) for entry in manifest["shards"]], manifest["documents"])
+    try:
+        return _open(folder, manifest)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise InputError(
+            f"{folder / MANIFEST}: damaged ({type(error).__name__}: {error}); restore it or prepare the tokens again"
+        ) from None
+
+
+def _open(folder: Path, manifest: dict[str, Any]) -> TokenSet:
+    train = TokenStream([shard_of(folder, entry, manifest["dtype"]) for entry in manifest["shards"]], manifest["documents"])
     held = manifest["held_out"]
-    held_out = TokenStream([_shard(folder, entry, manifest["dtype"]) for entry in held["shards"]], held["documents"])
+    held_out = TokenStream([shard_of(folder, entry, manifest["dtype"]) for entry in held["shards"]], held["documents"])
     for name, stream, expected in (("tokens", train, manifest["tokens"]), ("held-out tokens", held_out, held["tokens"])):
         if stream.tokens != expected:
             raise InputError(
@@ -323,7 +363,7 @@ def manifest_fingerprint(manifest: dict[str, Any]) -> str:
     return files.fingerprint([manifest["dtype"], manifest["tokenizer"]["fingerprint"], shards])
 
 
-def _shard(folder: Path, entry: dict[str, Any], dtype: str) -> Shard:
+def shard_of(folder: Path, entry: dict[str, Any], dtype: str) -> Shard:
     path = folder / entry["file"]
     found_dtype, tokens = read_header(path)
     if (found_dtype, tokens) != (dtype, entry["tokens"]):
@@ -336,30 +376,7 @@ def _shard(folder: Path, entry: dict[str, Any], dtype: str) -> Shard:
             f"{index}: {size:,} bytes, expected {8 * entry['documents']:,} for {entry['documents']:,} documents; "
             "restore it or prepare again"
         )
-    return Shard(path, dtype, tokens, HEADER_BYTES, index, entry["sha256"], entry["index_sha256"])
-
-
-def verify_shards(
-    shards: Sequence[Shard], report: Callable[[int], None] | None = None, skip: Callable[[Path], bool] | None = None
-) -> list[str]:
-    """Compare every shard and index with its hash; one line for each that differs or cannot be read."""
-    problems = []
-    for shard in shards:
-        for path, expected in ((shard.path, shard.sha256), (shard.index, shard.index_sha256)):
-            if path is None or expected is None or (skip is not None and skip(path)):
-                continue
-            try:
-                found = files.sha256_of_file(path)
-            except OSError as error:
-                problems.append(f"{path}: cannot be read ({error.strerror})")
-                continue
-            if found != expected:
-                problems.append(
-                    f"{path}: other bytes than were written (sha256 {found[:12]}, expected {expected[:12]}); restore it or prepare again"
-                )
-            if report is not None:
-                report(path.stat().st_size)
-    return problems
+    return Shard(path, dtype, tokens, index=index, sha256=entry["sha256"], index_sha256=entry["index_sha256"])
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,11 +13,13 @@ import numpy as np
 
 from argonne import files
 from argonne.config import BatchSection, DataSection
-from argonne.data import batches, phases
+from argonne.data import batches, from_text, phases
 from argonne.data import mixture as mixtures
+from argonne.data.from_text import TextWork
 from argonne.data.mixture import Mixture
 from argonne.data.tokenizer import TextTokenizer, load_tokenizer
 from argonne.data.tokens import TokenSet, TokenStream, open_tokens
+from argonne.data.verification import Verification
 from argonne.data.windows import SourceWindows
 from argonne.errors import InputError
 
@@ -43,6 +46,9 @@ class TrainingData:
         self.data, self.sources, self.mixture = data, list(sources), plan
         self.tokenizer = tokenizer
         self.tokenizer_folder, self.vocab_size, self.eos_id = tokenizer.folder, tokenizer.vocab_size, tokenizer.eos_id
+        self.run_folder: Path | None = None
+        self.work: TextWork | None = None
+        self._verification: Verification | None = None
         self.streams = {source.tokens.fingerprint: source.tokens.train for source in sources}
 
     @property
@@ -111,12 +117,13 @@ class TrainingData:
         lines = []
         total = sum(mixtures.integer_weights([source.weight for source in self.sources]))
         for source, weight in zip(self.sources, mixtures.integer_weights([source.weight for source in self.sources]), strict=True):
-            documents = "" if source.tokens.documents is None else f", {source.tokens.documents:,} documents"
-            held = f", {source.tokens.held_out.tokens:,} held out" if source.tokens.held_out.tokens else ""
             lines.append(
-                f"{source.name}: {source.tokens.tokens:,} tokens{documents}{held}, {100 * weight / total:.2f} % of "
-                f"the batch, at most {source.max_epochs:g} passes"
+                f"{source.name}: {self._size(source)}, {100 * weight / total:.2f} % of the batch, at most {source.max_epochs:g} passes"
             )
+        if self.work is not None:
+            others = [pattern for pattern in self.data.input if pattern not in self.work.options.input]
+            unused = f"; not used: {', '.join(others)}" if others else ""
+            lines.append(f"  tokenised from {self.work.options.input[0]} into {self.work.out}{unused}")
         for phase in self.mixture.phases:
             lines.append(
                 f"from step {phase.first_step}: {phase.rows} rows of {phase.sequence_length:,} tokens, {phase.order}, "
@@ -130,6 +137,14 @@ class TrainingData:
                         f"  {source.name}: {short:,} of {source.tokens.documents:,} documents are too short for a row and are left out"
                     )
         return lines
+
+    @staticmethod
+    def _size(source: Source) -> str:
+        if source.tokens.train.growing:
+            return "tokens are still being made"
+        documents = "" if source.tokens.documents is None else f", {source.tokens.documents:,} documents"
+        held = f", {source.tokens.held_out.tokens:,} held out" if source.tokens.held_out.tokens else ""
+        return f"{source.tokens.tokens:,} tokens{documents}{held}"
 
     @cached_property
     def _held_out(self) -> list[tuple[TokenStream, int]]:
@@ -176,6 +191,28 @@ class TrainingData:
         table = self.tokenizer.token_bytes
         return int(table[self._held_out_rows(windows)[:, 1:]].sum(dtype=np.int64))
 
+    def verify(self) -> Verification | None:
+        """Begin to check the shards' hashes as `data.verify` says (once; "before" returns when all are right). Raises InputError for a fault."""
+        if self.data.verify != "off" and self._verification is None:
+            shards = [
+                shard for source in self.sources for stream in (source.tokens.train, source.tokens.held_out) for shard in stream.shards
+            ]
+            self._verification = Verification(shards, self.run_folder)
+            if self.data.verify == "background":
+                self._verification.start()
+            else:
+                self._verification.run()
+        if self._verification is not None:
+            self._verification.raise_problem()
+        return self._verification
+
+    def close(self) -> None:
+        """End what goes on in the background for this process: hashing, and tokenising of `data.input`."""
+        if self._verification is not None:
+            self._verification.close()
+        if self.work is not None:
+            self.work.close()
+
     def loader(
         self, rank: int, world_size: int, micro_rows: int, *, prefetch: int = 2, pin_memory: bool = False, broadcast: Any = None
     ) -> Loader:
@@ -198,15 +235,22 @@ def open_training_data(
 
     Raises InputError for a source that cannot be read, that is of another tokenizer, too short for a row, or that contradicts `state`.
     """
-    if not data.sources:
+    if not data.sources and not data.input:
         raise InputError("data.sources: empty; name a token set written by `argonne prepare`, or give data.input and data.tokenizer")
-    sources = _open_sources(data)
+    work = None
+    if data.input:
+        opened_text, work = from_text.open_text(data, run_folder)
+        sources = [Source("text", opened_text, "1", math.inf)]
+    else:
+        sources = _open_sources(data)
     tokenizer = _tokenizer(data, sources)
     windows = {source.tokens.fingerprint: SourceWindows(source.name, source.tokens.fingerprint, source.tokens.train) for source in sources}
     laid = phases.lay_out(data, batch, seed, sources, windows, state, allow)
-    limits = {source.tokens.fingerprint: source.max_epochs for source in sources}
+    limits = {source.tokens.fingerprint: source.max_epochs for source in sources if math.isfinite(source.max_epochs)}
     plan = Mixture(laid, windows, limits, phases.carried_positions(state))
-    return TrainingData(data, sources, plan, tokenizer)
+    opened = TrainingData(data, sources, plan, tokenizer)
+    opened.run_folder, opened.work = run_folder, work
+    return opened
 
 
 def _open_sources(data: DataSection) -> list[Source]:

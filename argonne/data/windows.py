@@ -27,6 +27,11 @@ class Stream(Protocol):
     def tokens(self) -> int: ...
     @property
     def document_ends(self) -> np.ndarray: ...
+    @property
+    def growing(self) -> bool: ...
+    @property
+    def estimated_tokens(self) -> int: ...
+    def reaches(self, position: int) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,10 @@ class SourceWindows:
         """Where the source stands after `rows` more rows."""
         if rows == 0:
             return position
+        if self._inside_epoch(key, position, rows):
+            return Position(
+                position.epoch, position.piece if position.used else key.sequence_length, position.used + rows * key.sequence_length
+            )
         left = self.rows_left(key, position)
         length = key.sequence_length
         piece = position.piece if position.used else length
@@ -123,6 +132,8 @@ class SourceWindows:
     def passes(self, key: RowKey, position: Position, rows: int) -> float:
         """How often the source has been read after `rows` more rows."""
         after = self.advance(key, position, rows)
+        if self.stream.growing:
+            return after.epoch + min(1.0, after.used / max(1, self.stream.estimated_tokens))
         if after.used == 0:
             return float(after.epoch)
         if key.documents != "packed":
@@ -133,6 +144,8 @@ class SourceWindows:
 
     def locate(self, key: RowKey, position: Position, draws: np.ndarray) -> tuple[Rows, np.ndarray]:
         """(where the rows `draws` lie, the epoch of each). `draws` (int64, ascending) counts rows from `position` on."""
+        if len(draws) and self._inside_epoch(key, position, int(draws[-1]) + 1):
+            return Rows(position.used + draws * key.sequence_length, {}), np.full(len(draws), position.epoch, dtype=np.int64)
         left = self.rows_left(key, position)
         fresh = self.epoch_rows(key)
         beyond = draws - left
@@ -147,6 +160,12 @@ class SourceWindows:
                 part = self._whole_epoch(key, int(epoch), inside)
             rows.put(mine, part)
         return rows, epochs
+
+    def _inside_epoch(self, key: RowKey, position: Position, rows: int) -> bool:
+        """Do the next rows lie one after the other in what is left of the epoch? Known without the length of a set that is still growing."""
+        if key.order != "sequential" or key.documents != "packed":
+            return False
+        return self.stream.reaches(position.used + rows * key.sequence_length + 1)
 
     def _whole_epoch(self, key: RowKey, epoch: int, inside: np.ndarray) -> Rows:
         count = self.epoch_rows(key)

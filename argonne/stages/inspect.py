@@ -9,6 +9,8 @@ from argonne.errors import InputError
 from argonne.files import HASH_LIST, read_json, verify_directory
 
 Facts = dict[str, Any]
+TOKEN_FILES = (".bin", ".idx", ".ds", ".json")
+EXPECTED = "expected a token set, a tokenizer, a run, a checkpoint or a model folder"
 
 
 def inspect_path(path: Path) -> Facts:
@@ -18,15 +20,35 @@ def inspect_path(path: Path) -> Facts:
     """
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
-    if path.is_dir() and (path / "state.json").is_file():
+    if path.is_file() and path.suffix not in TOKEN_FILES:
+        raise InputError(f"{path}: a {path.suffix or 'plain'} file; {EXPECTED}")
+    if path.is_dir() and _is_checkpoint(path):
         return _checkpoint(path)
     if path.is_dir() and (path / "config.toml").is_file():
         return _run(path)
     if path.is_dir() and (path / "config.json").is_file():
         return _exported(path)
+    if path.is_dir() and not any((path / name).exists() for name in ("manifest.json", "plan.json")):
+        if (path / "tokenizer.json").is_file():
+            return _tokenizer(path)
+        found = ", ".join(sorted(item.name for item in path.iterdir())[:5]) or "nothing"
+        raise InputError(f"{path}: found {found} in it; {EXPECTED}")
     from argonne.data.inspection import inspect_tokens
 
     return inspect_tokens(path)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """state.json is there, or the hash list says that it was."""
+    return (path / "state.json").is_file() or any("state.json" in problem for problem in _sealed(path))
+
+
+def _tokenizer(path: Path) -> Facts:
+    from argonne.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(path)
+    facts = {"vocab_size": tokenizer.vocab_size, "eos_id": tokenizer.eos_id, "bos_id": tokenizer.bos_id, "pad_id": tokenizer.pad_id}
+    return {"kind": "tokenizer", "path": str(path), **facts, "fingerprint": tokenizer.fingerprint, "problems": _sealed(path)}
 
 
 def _sealed(path: Path) -> list[str]:
@@ -111,6 +133,9 @@ def _planned(path: Path, metrics: Any) -> list[Facts] | None:
 def _exported(path: Path) -> Facts:
     from safetensors import SafetensorError, safe_open
 
+    from argonne.model.load import resolve_model
+
+    resolve_model(path)  # another family is refused by name
     problems, parameters = _sealed(path), 0
     for file in sorted(path.glob("*.safetensors")):
         try:
@@ -118,6 +143,8 @@ def _exported(path: Path) -> Facts:
                 parameters += sum(_size(tuple(tensors.get_slice(name).get_shape())) for name in tensors.keys())  # noqa: SIM118 - not a dict
         except SafetensorError as error:
             problems.append(f"{file}: {error}")
+    if not any(path.glob("*.safetensors")):
+        problems.append(f"{path}: no safetensors file, so it holds no weights")
     return {
         "kind": "exported model",
         "path": str(path),

@@ -12,6 +12,7 @@ import pytest
 from argonne.data import tokens
 from argonne.data.tokenizer import load_tokenizer, train_tokenizer
 
+HELD_OUT_FROM = 3500
 WORDS = (
     "the quick brown fox jumps over a lazy dog while seven wizards mix 42 potions near Zürich, naïve café, 你好 世界, <|im_end|> maybe\n"
 )
@@ -29,23 +30,35 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train_tokenizer((words(200, seed) for seed in range(50)), 400, tmp_path_factory.mktemp("tokenizer") / "small")
 
 
+@pytest.fixture(scope="session")
+def numbers_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer with an entry for each of the first 4,096 numbers."""
+    from tokenizers import Tokenizer, models
+
+    folder = tmp_path_factory.mktemp("tokenizer") / "numbers"
+    folder.mkdir()
+    Tokenizer(models.WordLevel({str(number): number for number in range(4096)}, unk_token="0")).save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "4095"}')
+    return folder
+
+
 TokenSetWriter = Callable[..., Path]
 
 
 @pytest.fixture
-def write_tokens(tmp_path: Path, tokenizer_folder: Path) -> TokenSetWriter:
+def write_tokens(tmp_path: Path, numbers_folder: Path) -> TokenSetWriter:
     """Write a finished token set with given ids; by default token p of the set has the id p, so that a window shows where it lies."""
 
     def write(name: str, lengths: Sequence[int], *, shards: int = 1, held_out: Sequence[int] = (), offset: int = 0) -> Path:
         folder = tmp_path / name
-        tokenizer = load_tokenizer(tokenizer_folder)
+        tokenizer = load_tokenizer(numbers_folder)
         tokenizer.save(folder / "tokenizer")
         parts = [list(part) for part in np.array_split(np.array(lengths, dtype=np.int64), shards)]
         train, position = [], offset
         for number, part in enumerate(parts):
             train.append(_shard(folder, f"tokens-{number:05d}", position, part))
             position += int(sum(part))
-        held = [_shard(folder, "held_out-00000", 1 << 20, list(held_out))] if held_out else []
+        held = [_shard(folder, "held_out-00000", HELD_OUT_FROM, list(held_out))] if held_out else []
         manifest: dict[str, Any] = {
             "format": tokens.FORMAT,
             "format_version": tokens.FORMAT_VERSION,

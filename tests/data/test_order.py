@@ -17,6 +17,7 @@ from argonne.config import BatchChange, BatchSection, DataSection, SourceSection
 from argonne.data.loader import TrainingData, open_training_data
 from argonne.data.windows import DOCUMENT_FACTOR, EPOCH_FACTOR
 from argonne.errors import InputError
+from tests.data.conftest import HELD_OUT_FROM
 
 SLOW = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -302,7 +303,7 @@ def test_held_out_windows_are_fixed_and_apart_from_training(write_tokens: Callab
     data.loader(0, 1, 2).batch(1)
     assert first == [batch["input_ids"].tolist() for batch in data.held_out_batches(5, 2)]
     assert [len(rows) for rows in first] == [2, 2, 1]
-    assert all(token >= 1 << 20 for rows in first for row in rows for token in row)
+    assert all(token >= HELD_OUT_FROM for rows in first for row in rows for token in row)
     assert data.held_out_windows == 18
 
 

@@ -1,0 +1,248 @@
+"""Training from text: the work of `argonne prepare` goes on beside the trainer, which reads each shard once it is finished.
+
+Bytes, order and position are those of `prepare` and then training, because it is the same plan and the same code. A background process
+(this module run with `-m`) does the work; it ends with the trainer that started it, and the next start goes on where it ended.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from argonne import files
+from argonne.config import DataSection
+from argonne.data import documents, encode, prepare, tokens
+from argonne.data.prepare import PrepareOptions
+from argonne.data.tokens import Shard, TokenSet, TokenStream
+from argonne.errors import InputError
+
+FOLDER = "data"
+FAILURE = "failure.json"
+POLL_SECONDS = 0.2
+RESTARTS = 3
+
+
+def options_of(data: DataSection, run_folder: Path | None) -> PrepareOptions:
+    """The `prepare` that `data.input` stands for. Of its globs the first that matches is used. Raises InputError when none does."""
+    if run_folder is None:
+        raise InputError(
+            "data.input: needs a run folder to write the tokens into; prepare them with `argonne prepare` and name them in data.sources"
+        )
+    if data.tokenizer is None:
+        raise InputError("data.tokenizer: not set, and data.input needs one; give the tokenizer's folder")
+    return PrepareOptions(
+        input=(first_match(data.input),),
+        out=run_folder / FOLDER,
+        tokenizer=Path(data.tokenizer),
+        text_column=data.text_column,
+        filter=("quality",) if data.quality_filter else (),
+        hold_out=data.hold_out,
+        bos=data.bos,
+        max_drop_fraction=data.max_drop_fraction,
+    )
+
+
+def first_match(patterns: Sequence[str]) -> str:
+    for pattern in patterns:
+        try:
+            documents.find_files((pattern,))
+        except InputError as error:
+            if "matches no file" not in str(error):
+                raise
+        else:
+            return pattern
+    raise InputError(f"data.input: none of {', '.join(map(repr, patterns))} matches a file; check the folder and the patterns")
+
+
+class GrowingStream(TokenStream):
+    """The training tokens of a set that is still being written. What lies past the finished units is waited for."""
+
+    def __init__(self, work: TextWork) -> None:
+        super().__init__([])
+        self._work = work
+        self._whole = False
+        self._changing = threading.Lock()
+
+    def _grow(self) -> None:
+        """Take in the units that were finished since the last look."""
+        with self._changing:
+            if self._whole:
+                return
+            shards, whole = self._work.finished_shards()
+            if len(shards) > len(self.shards) or whole:
+                kept = self._maps
+                super().__init__(shards)
+                self._maps, self._whole = kept, whole
+
+    def reaches(self, position: int) -> bool:
+        """Are there `position` tokens? Waits until it is known."""
+        while not self._whole and self.known_tokens < position:
+            self._grow()
+            if self._whole or self.known_tokens >= position:
+                break
+            self._work.keep_going()
+            time.sleep(POLL_SECONDS)
+        return self.known_tokens >= position
+
+    @property
+    def known_tokens(self) -> int:
+        return self._bounds[-1]
+
+    @property
+    def growing(self) -> bool:
+        return not self._whole
+
+    @property
+    def tokens(self) -> int:
+        """All tokens; waits until the last unit is finished."""
+        self.reaches(1 << 62)
+        return self.known_tokens
+
+    @property
+    def estimated_tokens(self) -> int:
+        """All tokens if the rest is like what is there."""
+        share = self._work.share_done()
+        return self.known_tokens if self._whole or not share else int(self.known_tokens / share)
+
+    @property
+    def has_documents(self) -> bool:
+        return True
+
+
+class TextWork:
+    """The plan of a text input, its finished units, and the process that works on the rest."""
+
+    def __init__(self, options: PrepareOptions) -> None:
+        self.options, self.out = options, Path(options.out)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._starts = 0
+        self._records: list[dict[str, Any]] = []
+        if (self.out / tokens.MANIFEST).exists():
+            prepare.prepare(options)
+            self.plan: dict[str, Any] = {}
+            return
+        self.plan = self._plan()
+        (self.out / FAILURE).unlink(missing_ok=True)
+        self._weights = prepare.unit_weights(self.plan)
+
+    def _plan(self) -> dict[str, Any]:
+        """Written by one process of all, read by the others."""
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.out.parent / f".{self.out.name}.plan-lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            return prepare.open_plan(self.options, self.out)
+
+    def finished_shards(self) -> tuple[list[Shard], bool]:
+        """(training shards of the units finished so far, in plan order and without a gap; whether these are all)."""
+        if (self.out / tokens.MANIFEST).exists():
+            return tokens.open_folder(self.out).train.shards, True
+        for number in range(len(self._records), len(self.plan["units"])):
+            path = encode.record_path(self.out, number)
+            if not path.exists():
+                break
+            try:
+                self._records.append(files.read_json(path))
+            except InputError:
+                break  # removed this moment: the manifest is there now
+        dtype = tokens.dtype_for(self.plan["tokenizer"]["vocab_size"])
+        return [tokens.shard_of(self.out, entry, dtype) for record in self._records for entry in record["shards"]], False
+
+    def share_done(self) -> float:
+        done = sum(self._weights[: len(self._records)]) if self.plan else 1
+        return done / max(1, sum(self._weights)) if self.plan else 1.0
+
+    def keep_going(self) -> None:
+        """Start the work if nobody does it. Raises InputError with the reason when it failed."""
+        if (self.out / FAILURE).exists():
+            raise InputError(files.read_json(self.out / FAILURE)["message"])
+        if (self.out / tokens.MANIFEST).exists() or (self._process is not None and self._process.poll() is None):
+            return
+        try:
+            with prepare.sole_writer(self.out, shared=False):
+                pass
+        except InputError:
+            return  # another rank's process, or one that outlives its trainer for a moment
+        if self._starts >= RESTARTS:
+            raise InputError(f"{self.out}: the tokenising process died {self._starts} times; `argonne prepare` by itself will show why")
+        self._starts += 1
+        request = json.dumps({**dataclasses.asdict(self.options), "out": str(self.out), "tokenizer": str(self.options.tokenizer)})
+        self._process = subprocess.Popen([sys.executable, "-m", "argonne.data.from_text", request], stdin=subprocess.DEVNULL)
+
+    def wait(self) -> None:
+        """Until everything is tokenised."""
+        while not (self.out / tokens.MANIFEST).exists():
+            self.keep_going()
+            time.sleep(POLL_SECONDS)
+
+    def close(self) -> None:
+        """End this process's own background work; what it has finished stays."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.terminate()
+            self._process.wait()
+
+
+def open_text(data: DataSection, run_folder: Path | None) -> tuple[TokenSet, TextWork]:
+    """The token set of `data.input`, growing where rows can be read before it is complete: packed, sequential, `prefetch = "steps"`."""
+    work = TextWork(options_of(data, run_folder))
+    early = data.order == "sequential" and data.documents == "packed" and data.prefetch == "steps" and not data.hold_out
+    if not early or (work.out / tokens.MANIFEST).exists():
+        work.wait()
+        opened = tokens.open_folder(work.out)
+        return dataclasses.replace(opened, fingerprint=opened.manifest["plan"]) if data.order == "sequential" else opened, work
+    work.keep_going()
+    stream = GrowingStream(work)
+    return (
+        TokenSet(
+            path=work.out,
+            format="text",
+            dtype=tokens.dtype_for(work.plan["tokenizer"]["vocab_size"]),
+            vocab_size=work.plan["tokenizer"]["vocab_size"],
+            fingerprint=files.fingerprint(work.plan),
+            train=stream,
+            held_out=TokenStream([]),
+            tokenizer_folder=work.out / "tokenizer",
+            tokenizer_fingerprint=work.plan["tokenizer"]["fingerprint"],
+            eos_id=work.plan["tokenizer"]["eos_id"],
+            manifest={},
+        ),
+        work,
+    )
+
+
+def work_in_background(request: str, watch: Callable[[], None]) -> None:
+    """What the background process does: `prepare`, with a failure left for the trainer to read."""
+    values: dict[str, Any] = json.loads(request)
+    values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    values |= {name: Path(values[name]) for name in ("out", "tokenizer")}
+    options = PrepareOptions(**values)
+    watch()
+    os.nice(5)
+    try:
+        prepare.prepare(options)
+    except InputError as error:
+        if "another `argonne prepare` is writing" not in str(error):
+            files.write_json(options.out / FAILURE, {"message": str(error)})
+
+
+def end_with(parent: int) -> None:
+    """End this process soon after `parent` has died, however it died."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(POLL_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+if __name__ == "__main__":
+    work_in_background(sys.argv[1], lambda: end_with(os.getppid()))
