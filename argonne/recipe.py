@@ -53,7 +53,8 @@ def _find(name_or_path: str) -> Path:
     path = Path(name_or_path)
     if path.suffix == ".toml" or "/" in name_or_path:
         if not path.is_file():
-            raise InputError(f"recipe {name_or_path}: no such file")
+            what = "is a folder, expected a .toml file" if path.is_dir() else "no such file"
+            raise InputError(f"recipe {name_or_path}: {what}; packaged recipes: {', '.join(recipe_names())}")
         return path
     packaged = RECIPES / f"{name_or_path}.toml"
     if not packaged.is_file():
@@ -91,7 +92,8 @@ def _set(tree: Tree, path: str, value: Any) -> None:
 def build(kind: type, tree: Any, where: str = "") -> Any:
     """An instance of the dataclass `kind` from a TOML tree; unknown keys, wrong types and choices are InputErrors that name the key."""
     if not isinstance(tree, dict):
-        raise InputError(f"{where or 'recipe'}: found {tree!r}, expected a table")
+        names = ", ".join(f"{item.name} = .." for item in dataclasses.fields(kind)[:2])
+        raise InputError(f"{where or 'recipe'}: found {tree!r}, expected a table such as {{ {names} }}")
     hints = typing.get_type_hints(kind)
     known = {item.name: item for item in dataclasses.fields(kind)}
     values = {}
@@ -128,7 +130,11 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return _convert_tuple(arguments, value, path)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if hint is str and path.endswith((".wall_time", ".deadline", ".grace", ".timeout", ".telemetry_limit")) and isinstance(value, int | float):
+    if (
+        hint is str
+        and path.endswith((".wall_time", ".deadline", ".grace", ".timeout", ".telemetry_limit"))
+        and isinstance(value, int | float)
+    ):
         return str(value)
     if type(value) is not hint:
         raise InputError(f"{path}: found {value!r}, expected {_type_name(hint)}")

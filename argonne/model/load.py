@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from argonne.model.modeling_argonne import ArgonneForCausalLM
 
 FAMILY = ("argonne", "argonne2")
+CHECKPOINT_FORMAT = 1
 
 
 @contextmanager
@@ -96,6 +97,10 @@ def _checkpoint(path: Path) -> FoundModel:
     if problems := verify_directory(path):
         raise InputError(f"{path}: the checkpoint is damaged: {problems[0]}; give another one")
     state = _json(path / "state.json")
+    if state.get("format_version") != CHECKPOINT_FORMAT:
+        raise InputError(
+            f"{path / 'state.json'}: format version {state.get('format_version')!r}, this argonne reads {CHECKPOINT_FORMAT}; update argonne"
+        )
     config = _family_config(path)
     return FoundModel(path, config, path / "tokenizer", True, state.get("run_id"), state.get("step"), state.get("data"))
 
@@ -137,7 +142,8 @@ def _family_config(folder: Path) -> dict[str, Any]:
     kind = config.get("model_type")
     if kind not in FAMILY:
         raise InputError(
-            f"{folder}: model_type {kind!r} ({', '.join(config.get('architectures') or ['no class named'])}), expected a model of this family"
+            f"{folder}: a model of another family (model_type {kind!r}, {', '.join(config.get('architectures') or ['no class named'])}); "
+            f"expected one of Argonne's ({' or '.join(FAMILY)})"
         )
     return config
 
@@ -182,11 +188,20 @@ def _from_folder(folder: Path, dtype: torch.dtype | None) -> ArgonneForCausalLM:
 
     if not any(folder.glob("*.safetensors")):
         raise InputError(f"{folder}: no safetensors file; earlier formats come in through `argonne import {folder} --out DIR`")
-    if any("blocks.0." in name for name in _tensor_names(folder)):
+    names = _tensor_names(folder)
+    if any(name.startswith("model.model.") for name in names):
+        raise InputError(f"{folder}: the tensors of a training checkpoint, but its state.json is missing; it is damaged, give another one")
+    if any("blocks.0." in name for name in names):
         raise InputError(f"{folder}: tensors under earlier names; run `argonne import {folder} --out DIR` and use that folder")
     try:
         loaded: Any = ArgonneForCausalLM.from_pretrained(
-            folder, config=_config(folder), dtype=dtype or "auto", local_files_only=True, use_safetensors=True, output_loading_info=True
+            folder,
+            config=_config(folder),
+            dtype=dtype or "auto",
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # found and named by _check_complete, with both shapes
         )
     except (SafetensorError, RuntimeError, OSError) as error:
         raise InputError(f"{folder}: the weights cannot be read: {str(error).strip().splitlines()[0]}") from None
