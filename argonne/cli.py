@@ -81,9 +81,7 @@ def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def _verb(verbs: Any, name: str, text: str, function: Any, **more: Any) -> Parser:
-    parser: Parser = verbs.add_parser(
-        name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False, **more
-    )
+    parser: Parser = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False, **more)
     parser.set_defaults(function=function)
     parser.given = verbs.given
     return parser
