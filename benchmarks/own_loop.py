@@ -120,8 +120,9 @@ def timed_steps(
 ) -> float:
     """Seconds a step: the median of `steps` on the CPU, their mean on CUDA, after `warm_up` steps. `ids` is (rows, length + 1)."""
     from argonne.model.build import build_model, config_from_fields
+    from argonne.parallel.apply import compile_blocks
     from argonne.parallel.mesh import Mesh
-    from argonne.stages.session import _configure
+    from argonne.stages.sizing import configure_model, planned
     from argonne.stages.start import architecture_fields
     from argonne.train.guard import StopWatch
     from argonne.train.metrics import MetricsLog
@@ -132,12 +133,14 @@ def timed_steps(
 
     mesh = Mesh(device=torch.device(device))
     model: Any = build_model(config_from_fields(architecture_fields(recipe.model)), seed=0, device=device).train()
-    _configure(model, recipe, mesh)
+    configure_model(model, recipe, planned(recipe, mesh))
+    compiled = compile_blocks(model, wanted=recipe.train.compile == "on" or (recipe.train.compile == "auto" and device == "cuda"))
     micro = int(recipe.batch.micro)
     trainer = _TimedTrainer(
         recipe=recipe,
         run=RunFolder(folder),
         model=model,
+        compiled=compiled,
         optimizer=build_optimizer(model, recipe.optim),
         data=_Memory(ids, micro),
         mesh=mesh,

@@ -1,0 +1,116 @@
+"""The benchmarks measure what they say: the harness's arithmetic, and that each contestant runs at a tiny size."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import harness, start_up, train_step
+from benchmarks.harness import Benchmark, Column, markdown, measure, write_table
+from benchmarks.own_loop import make_recipe, timed_steps
+
+TINY = {"vocab": 64, "hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2, "mlp": 64, "length": 16, "rows": 2, "steps": 2}
+FACTS = {"cpu": "a CPU", "cores": "2", "python": "3", "torch": "2", "transformers": "5", "date": "today", "commit": "abc"}
+
+
+def make_benchmark(**changes: object) -> Benchmark:
+    values = {
+        "name": "toy",
+        "module": "toy",
+        "contestants": {"ours": lambda point: {}, "theirs": lambda point: {}},
+        "points": {"small": "Small"},
+        "columns": (Column("speed", "tokens/s"), Column("memory", "MB")),
+        "relative_to": "theirs",
+    }
+    return Benchmark(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def record(**rounds: list[float]) -> dict[str, object]:
+    results = {"small": {name: [{"speed": speed, "memory": 10.0} for speed in speeds] for name, speeds in rounds.items()}}
+    return {"command": "python -m toy", "machine": FACTS, "rounds": 3, "results": results}
+
+
+def test_the_table_shows_median_spread_and_ratio() -> None:
+    table = markdown(make_benchmark(), record(ours=[300, 200, 100], theirs=[90, 100, 400]))
+    assert "| ours | 200 (100 to 300) | 10 (10 to 10) | 2.00x |" in table
+    assert "| theirs | 100 (90 to 400) | 10 (10 to 10) | 1.00x |" in table
+    assert "python -m toy" in table
+
+
+def test_where_less_is_better_the_ratio_turns_round() -> None:
+    table = markdown(make_benchmark(higher_is_better=False), record(ours=[2], theirs=[1]))
+    assert "| ours | 2 (2 to 2) | 10 (10 to 10) | 0.50x |" in table
+
+
+def test_a_contestant_that_failed_is_in_the_table() -> None:
+    assert "| ours | failed |" in markdown(make_benchmark(), record(ours=[], theirs=[1]))
+
+
+def test_rounds_are_interleaved_forwards_and_backwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+
+    def child(benchmark: Benchmark, name: str, point: str) -> dict[str, float] | None:
+        order.append(name)
+        return None if name == "theirs" else {"speed": 1.0, "memory": 1.0}
+
+    monkeypatch.setattr(harness, "_run_child", child)
+    results, failures = measure(make_benchmark(), ["ours", "theirs"], ["small"], 3)
+    assert order == ["ours", "theirs", "theirs", "ours", "ours", "theirs"]
+    assert failures == 3
+    assert len(results["small"]["ours"]) == 3
+
+
+def test_a_table_replaces_only_what_stands_between_its_markers(tmp_path: Path) -> None:
+    document = tmp_path / "page.md"
+    document.write_text("before\n<!-- toy begin -->\nold\n<!-- toy end -->\nafter\n")
+    write_table(document, "toy", "new")
+    assert document.read_text() == "before\n<!-- toy begin -->\nnew\n<!-- toy end -->\nafter\n"
+    with pytest.raises(ValueError, match="no markers"):
+        write_table(document, "other", "new")
+
+
+def test_the_documents_have_a_place_for_every_table() -> None:
+    text = harness.DOCUMENT.read_text()
+    for name in ("train_step", "start_up", "mfu"):
+        assert f"<!-- {name} begin -->" in text
+        assert f"<!-- {name} end -->" in text
+
+
+@pytest.mark.parametrize("preset", ["nano-2.5", "nano-3.0"])
+def test_the_own_loop_trains_the_shape_it_is_given(preset: str, tmp_path: Path) -> None:
+    ids = torch.randint(0, 64, (2, 17), generator=torch.Generator().manual_seed(0))
+    after: list[int] = []
+    seconds = timed_steps(make_recipe(preset, TINY), ids, tmp_path, 2, after_first=lambda: after.append(1))
+    assert seconds > 0
+    assert after == [1]
+
+
+@pytest.mark.parametrize("contestant", ["LlamaForCausalLM, plain loop", "LlamaForCausalLM, fused AdamW"])
+def test_the_llama_contestants_run(contestant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(train_step.SHAPES, "tiny", TINY)
+    found = train_step.BENCHMARK.contestants[contestant]("tiny")
+    assert found["tokens_per_second"] > 0
+    assert found["peak_mb"] > 10
+
+
+def test_the_hugging_face_contestant_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("accelerate", reason="the Hugging Face Trainer needs accelerate")
+    monkeypatch.setitem(train_step.SHAPES, "tiny", TINY)
+    assert train_step.hugging_face_trainer("tiny")["tokens_per_second"] > 0
+
+
+def test_llama_and_2x_have_the_same_number_of_parameters() -> None:
+    from argonne.model.build import config_from_fields, count_parameters
+    from argonne.stages.start import architecture_fields
+
+    for shape in (*train_step.SHAPES.values(), TINY):
+        if shape["vocab"] < 10_000:
+            ours = count_parameters(config_from_fields(architecture_fields(make_recipe("nano-2.5", shape).model)))
+            assert ours == sum(parameter.numel() for parameter in train_step.llama(shape).parameters())
+
+
+def test_a_command_is_timed_to_its_end() -> None:
+    assert 0 < start_up.seconds([Path(sys.executable).name, "-c", "pass"])["seconds"] < 60
