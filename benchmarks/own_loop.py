@@ -122,7 +122,7 @@ def timed_steps(
     from argonne.model.build import build_model, config_from_fields
     from argonne.parallel.apply import compile_blocks
     from argonne.parallel.mesh import Mesh
-    from argonne.stages.sizing import configure_model, planned
+    from argonne.stages.sizing import choose, configure_model
     from argonne.stages.start import architecture_fields
     from argonne.train.guard import StopWatch
     from argonne.train.metrics import MetricsLog
@@ -133,7 +133,7 @@ def timed_steps(
 
     mesh = Mesh(device=torch.device(device))
     model: Any = build_model(config_from_fields(architecture_fields(recipe.model)), seed=0, device=device).train()
-    configure_model(model, recipe, planned(recipe, mesh))
+    configure_model(model, recipe, choose(recipe, mesh))
     compiled = compile_blocks(model, wanted=recipe.train.compile == "on" or (recipe.train.compile == "auto" and device == "cuda"))
     micro = int(recipe.batch.micro)
     trainer = _TimedTrainer(
