@@ -1,10 +1,11 @@
 """Memory of a training step, by part: which tensors are alive at the moment when most are. Pure arithmetic, in bytes.
 
 The counts follow the code: `argonne/model/modeling_argonne.py` for what autograd keeps of a layer, `argonne/model/loss.py` for the head and
-the loss, `argonne/train/step.py` for gradients and moments. A step has four moments that can be its highest; the plan takes the largest:
+the loss, `argonne/train/step.py` for gradients and moments. Several moments of a step can be its highest; the plan takes the largest:
 
 - loss: every layer's activations are kept, and the loss holds logits of a chunk and its two gradients;
-- layer backward: the last layer runs backward, with its largest temporaries, above what all layers keep;
+- backward of a layer: its largest temporaries (and its activations again, where it is recomputed) above what the layers below it keep and the
+  gradients of those above it;
 - embedding: all gradients exist, and the head's and the embedding's share of a tied weight are added;
 - update: weights, gradients and moments.
 
@@ -88,28 +89,41 @@ def memory_of(shape: ModelShape, setup: Setup) -> Memory:
 
 
 def moments(shape: ModelShape, setup: Setup) -> dict[str, dict[str, float]]:
-    """Bytes by part at each of the four moments."""
+    """Bytes by part at each moment that can be the highest."""
     state = State.of(shape, setup)
     always = {"weights": state.weights, "moments": state.moments, "process": PROCESS_CPU if setup.cpu else PROCESS_GPU}
     held = state.gradients if setup.accumulates else 0.0
-    kept = sum(kept_of_layer(shape, setup, layer) for layer in range(shape.num_hidden_layers)) / setup.pipeline
+    layers = range(shape.num_hidden_layers)
+    kept = [kept_of_layer(shape, setup, layer) / setup.pipeline for layer in layers]
     stream = setup.tokens * shape.hidden_size * setup.wide
     tail = stream * (2 if shape.norm_type == "rms" else 1)  # the last norm keeps its input, and an RMS norm its normalised value
     head = 4.0 * shape.vocab_size * shape.hidden_size / setup.tensor
-    logits = loss_temporaries(shape, setup)
-    work = max((backward_work(shape, setup, layer) for layer in range(shape.num_hidden_layers)), default=0.0)
-    pending = head if shape.tie_word_embeddings else 0.0  # the head's share waits for the embedding's
-    top = max(head + 2 * stream, work)
-    return {
-        "loss": {**always, "gradients": held, "activations": kept + tail, "logits and loss": logits + head + 2 * stream},
-        "layer backward": {**always, "gradients": held + pending, "activations": kept, "temporaries": top},
+    # The head's gradient: part of the embedding's where they are tied, and then waiting for it; else one of the gradients.
+    waiting = head if shape.tie_word_embeddings or not setup.accumulates else 0.0
+    found = {
+        "loss": {
+            **always,
+            "gradients": held,
+            "activations": sum(kept) + tail,
+            "logits and loss": loss_temporaries(shape, setup) + head + 2 * stream,
+        },
         "embedding": {
             **always,
             "gradients": state.gradients,
-            "temporaries": (pending + head if setup.accumulates else pending) + 2 * stream,
+            "temporaries": (head if setup.accumulates else 0.0) + (head if shape.tie_word_embeddings else 0.0) + 2 * stream,
         },
         "update": {**always, "gradients": state.gradients},
     }
+    # Going down, activations are given up and, where none are held yet, gradients appear: any layer can be the highest moment.
+    for layer in reversed(layers):
+        above = 0.0 if setup.accumulates else state.gradients_of_layer * (shape.num_hidden_layers - 1 - layer)
+        found[f"backward of layer {layer}"] = {
+            **always,
+            "gradients": held + waiting + above,
+            "activations": sum(kept[: layer + 1]),
+            "temporaries": backward_work(shape, setup, layer),
+        }
+    return found
 
 
 @dataclass(frozen=True)
@@ -119,6 +133,7 @@ class State:
     weights: float
     gradients: float
     moments: float
+    gradients_of_layer: float
 
     @staticmethod
     def of(shape: ModelShape, setup: Setup) -> State:
@@ -133,7 +148,8 @@ class State:
             gathered = setup.narrow * (2 * shape.layer_parameters() + shape.vocab_size * shape.hidden_size) / setup.tensor
         elif setup.narrow < size:  # autocast keeps the narrow copies of the weights until their backward pass
             gathered = setup.narrow * local / setup.tensor
-        return State(size * local / split + gathered, size * local / split, 2 * size * local / split)
+        of_layer = size * shape.layer_parameters() / setup.pipeline / split
+        return State(size * local / split + gathered, size * local / split, 2 * size * local / split, of_layer)
 
 
 def kept_of_layer(shape: ModelShape, setup: Setup, layer: int) -> float:
@@ -184,7 +200,10 @@ def backward_work(shape: ModelShape, setup: Setup, layer: int) -> float:
     gradients = setup.tokens * setup.narrow * (2 * middle if shape.mlp_gated else middle)
     stream = setup.tokens * shape.hidden_size * setup.wide
     again = activations_of_layer(shape, setup, layer) - stream if setup.recomputes(layer) else 0.0  # its input is kept anyway
-    return again + gradients + 2 * stream
+    weight = (
+        setup.wide * shape.hidden_size * middle / setup.shard
+    )  # the gradient of the MLP's last product, made where the temporaries are most
+    return again + gradients + weight + 2 * stream
 
 
 def loss_temporaries(shape: ModelShape, setup: Setup) -> float:
