@@ -172,10 +172,16 @@ def open_engine(model_path: str | Path, *, device: str = "auto") -> Engine:
 
 
 def choose_device(device: str) -> str:
-    """ "auto" is CUDA where there is one, else the CPU."""
-    if device != "auto":
-        return device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """ "auto" is CUDA where there is one, else the CPU. Raises InputError for a device that is not known, or not here."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = device.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or (number and not number.isdigit()):
+        raise InputError(f"device: found {device!r}, expected auto, cpu, cuda or mps")
+    here = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[kind]
+    if int(number or 0) >= here:
+        raise InputError(f"device: found {device!r}, but torch sees {here} such devices here; use auto or cpu")
+    return device
 
 
 def generate_text(model_path: str | Path, prompt: str, options: SamplingOptions | None = None, *, device: str = "auto") -> Iterator[str]:

@@ -31,6 +31,7 @@ class Start:
     data_state: dict[str, Any] | None = None
     recipe_tree: dict[str, Any] | None = None
     parent: dict[str, Any] | None = None
+    tokenizer_fingerprint: str | None = None
 
     def stored_model(self, given: ModelSection) -> ModelSection:
         """The recipe's model section with what it leaves unset taken from the checkpoint (resolved values are not changes)."""
@@ -57,7 +58,7 @@ def find_start(run: RunFolder, recipe: Recipe, resume_from: Path | None, say: Ca
     if resume_from is not None:
         return _whole_state(resume_from.resolve(), own=False)
     if recipe.model.init_from is not None:
-        return _from_weights(recipe.model.init_from)
+        return _from_weights(recipe)
     return Start(f"starting from fresh weights (seed {recipe.seed})")
 
 
@@ -77,20 +78,47 @@ def _whole_state(path: Path, *, own: bool) -> Start:
         data_state=state["data"],
         recipe_tree=state["recipe"],
         parent=parent,
+        tokenizer_fingerprint=state["tokenizer_fingerprint"],
     )
 
 
-def _from_weights(name: str) -> Start:
+def _from_weights(recipe: Recipe) -> Start:
+    from argonne.data.tokenizer import load_tokenizer
     from argonne.model.load import resolve_model
 
+    name = str(recipe.model.init_from)
     found = resolve_model(name)
     return Start(
         description=f"starting from the weights of {found.folder}, with a schedule of its own",
         weights=str(found.folder),
         weights_config=found.fields,
         parent={"model": name, "run_id": found.run_id, "step": found.step},
-        data_state=found.data_state,
+        data_state=carried_data(found.data_state, recipe) if found.data_state else None,
+        tokenizer_fingerprint=load_tokenizer(found.tokenizer_folder).fingerprint if found.tokenizer_folder else None,
     )
+
+
+def carried_data(state: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """The data state of a run that starts at step 0 from weights of another: nothing but where each source stood, so that reading goes on there.
+
+    Another order has no common cut with the epoch underway: each source goes on with its next epoch.
+    """
+    last = state["phases"][-1]
+    same = (last["order"], last["documents"], last["seed"]) == (recipe.data.order, recipe.data.documents, recipe.seed)
+    places = state["positions"]
+    if not same:
+        places = {name: {"epoch": place["epoch"] + (place["used"] > 0), "piece": 0, "used": 0} for name, place in places.items()}
+    return {**state, "step": 0, "samples": 0, "tokens": 0, "phases": [], "positions": places}
+
+
+def check_tokenizer(start: Start, found: str, data_tokenizer: Path, allow: frozenset[str]) -> None:
+    """Refuse data of another tokenizer than the weights were trained with: every id would mean something else."""
+    trained = start.tokenizer_fingerprint
+    if trained is not None and trained != found and "data.tokenizer" not in allow:
+        raise InputError(
+            f"data: its tokenizer {data_tokenizer} (fingerprint {found[:12]}) is not the one the weights were trained with ({trained[:12]}); "
+            "prepare the text with the model's own tokenizer, or pass --allow data.tokenizer where the ids mean the same"
+        )
 
 
 def fit_model_section(recipe: Recipe, vocabulary: int, start: Start) -> ModelSection:

@@ -62,7 +62,10 @@ class RunFolder:
 
         The lock appears whole (a link to a flushed file): a process that dies on the way leaves none, or one that names it.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise InputError(f"--run {self.path}: a file is in the way; give a folder") from None
         path = self.path / LOCK
         mine = {"host": socket.gethostname(), "pid": os.getpid(), "started": _process_start(os.getpid()), "time": time.time()}
         prepared = self.path / f"{TEMPORARY}{LOCK}-{os.getpid()}"
@@ -92,6 +95,8 @@ class RunFolder:
             self._locked = False
             with suppress(OSError):  # the process ends: its lock is dead, and taken over, even where it cannot be removed
                 (self.path / LOCK).unlink(missing_ok=True)
+            with suppress(OSError):  # a session that was refused before it wrote anything leaves no empty folder behind
+                self.path.rmdir()
 
     def write_manifest(self, facts: dict[str, Any]) -> None:
         """What ran: versions, hardware, commit, and the facts the stage hands over. Identity survives a resume; sessions are counted."""
