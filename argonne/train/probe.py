@@ -1,0 +1,71 @@
+"""The largest micro-batch, found by trying before the first step: all workers together, upward from the plan's guess."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from argonne.parallel.mesh import Mesh
+from argonne.train.precision import Precision
+from argonne.train.step import Objective, is_out_of_memory
+
+# Allocator fragmentation and the longest row of a real run come on top of what two tries show.
+HEADROOM = 0.95
+
+
+def largest_that_fits(fits: Callable[[int], bool], guess: int, most: int) -> int:
+    """The largest number of rows from 1 to `most` that fits, up to an eighth; 1 is taken as it is. `fits` is asked as rarely as that allows."""
+    low, high = 0, most + 1
+    rows = max(1, min(guess, most))
+    while True:
+        if fits(rows):
+            low = rows
+        else:
+            high = rows
+        if low >= most or high - low <= max(1, low // 8):
+            return max(1, low)
+        rows = min(most, low + max(1, low // 4)) if high > most else (low + high) // 2
+
+
+def probe_micro_rows(
+    model: nn.Module, objective: Objective, precision: Precision, mesh: Mesh, *, length: int, vocabulary: int, guess: int, most: int
+) -> int:
+    """Rows of `length` tokens that every worker holds forward and backward beside weights, gradients and moments. CUDA only.
+
+    Two passes a try, on random tokens, without touching weights, gradients, moments or the generators' state of the run.
+    """
+
+    def fits(rows: int) -> bool:
+        return mesh.largest(int(not _fits_here(model, objective, precision, mesh, rows, length, vocabulary))) == 0
+
+    with torch.random.fork_rng(devices=[mesh.device]):
+        return largest_that_fits(fits, guess, most)
+
+
+def _fits_here(model: nn.Module, objective: Objective, precision: Precision, mesh: Mesh, rows: int, length: int, vocabulary: int) -> bool:
+    total = torch.cuda.get_device_properties(mesh.device).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(mesh.device)
+    failed = False
+    try:
+        for _ in range(2):
+            ids = torch.randint(0, vocabulary, (rows, length), device=mesh.device)
+            with precision.autocast():
+                loss: Any = objective(model, {"input_ids": ids, "shift_labels": ids}).total
+            (loss / ids.numel()).backward()
+            del loss
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        failed = True
+    model.zero_grad(set_to_none=True)
+    gc.collect()
+    used = torch.cuda.max_memory_reserved(mesh.device)
+    with contextlib.suppress(torch.OutOfMemoryError):
+        torch.cuda.empty_cache()
+    return not failed and used <= HEADROOM * total
