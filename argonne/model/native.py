@@ -119,7 +119,7 @@ def to_gpt2(config: ArgonneConfig, state: dict[str, Tensor]) -> Native:
         eos_token_id=config.eos_token_id,
         pad_token_id=config.pad_token_id,
     )
-    twin.n_ctx = config.max_position_embeddings  # type: ignore[attr-defined]  # llama.cpp's converter reads this name
+    twin.n_ctx = config.max_position_embeddings  # llama.cpp's converter reads this name
     return Native(GPT2LMHeadModel, twin, new)
 
 
