@@ -35,14 +35,10 @@ def evaluate(
     `data`: a token set (its held-out part) or text files; unset, the held-out part of what a run trained on. `limit`: tokens at most (a
     million by default). `progress` is called with (requests done, requests in all). Raises InputError for anything that cannot be measured.
     """
-    import torch
-
-    from argonne.model.load import load_model
+    from argonne.model.load import choose_device, load_model
 
     chosen = make_tasks(tasks)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded = load_model(model_path, device=device)
+    loaded = load_model(model_path, device=choose_device(device))
     if loaded.tokenizer_folder is None:
         raise InputError(f"{loaded.folder}: no tokenizer in it; copy the tokenizer's files there")
     tokenizer = load_tokenizer(loaded.tokenizer_folder)

@@ -163,25 +163,12 @@ class Engine:
 
 def open_engine(model_path: str | Path, *, device: str = "auto") -> Engine:
     """Load a run, a checkpoint or an exported folder for generation. Raises InputError where it is none, or its tokenizer is missing."""
-    from argonne.model.load import load_model
+    from argonne.model.load import choose_device, load_model
 
     loaded = load_model(Path(model_path), device=choose_device(device))
     if loaded.tokenizer_folder is None:
         raise InputError(f"{loaded.folder}: no tokenizer in it; copy the tokenizer's files there")
     return Engine(loaded.model, load_tokenizer(loaded.tokenizer_folder), loaded.folder)
-
-
-def choose_device(device: str) -> str:
-    """ "auto" is CUDA where there is one, else the CPU. Raises InputError for a device that is not known, or not here."""
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, number = device.partition(":")
-    if kind not in ("cpu", "cuda", "mps") or (number and not number.isdigit()):
-        raise InputError(f"device: found {device!r}, expected auto, cpu, cuda or mps")
-    here = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[kind]
-    if int(number or 0) >= here:
-        raise InputError(f"device: found {device!r}, but torch sees {here} such devices here; use auto or cpu")
-    return device
 
 
 def generate_text(model_path: str | Path, prompt: str, options: SamplingOptions | None = None, *, device: str = "auto") -> Iterator[str]:

@@ -1,7 +1,7 @@
 """Reading `metrics.jsonl`, the append-only record of a run.
 
-A run that is resumed writes some steps a second time: the last record of an (event, step) is the one that counts. A line that was cut by
-a kill is left out and named in `problems`; nothing else is ever skipped.
+A run that is resumed writes some steps a second time: the last record of an (event, step) is the one that counts; warnings of one step are told
+apart by their message. A line that was cut by a kill is left out and named in `problems`; nothing else is ever skipped.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def read_metrics(path: Path) -> Metrics:
     if not file.is_file():
         raise InputError(f"{path}: no {METRICS_FILE} there; give a run folder that a training verb wrote")
     problems: list[str] = []
-    kept: dict[tuple[str, int], Record] = {}
+    kept: dict[tuple[str, int, str], Record] = {}
     lines = 0
     for number, record in _parse(file, problems):
         lines += 1
@@ -68,8 +68,9 @@ def read_metrics(path: Path) -> Metrics:
             raise InputError(
                 f"{file}, line {number}: found keys {sorted(record)}, expected an object with event and step: another program's file"
             )
-        kept.pop((event, step), None)
-        kept[event, step] = record
+        key = (event, step, str(record.get("message", "")) if event == "warning" else "")
+        kept.pop(key, None)
+        kept[key] = record
     ordered = sorted(kept.values(), key=lambda record: record["step"])
     return Metrics(file, tuple(ordered), lines, tuple(problems))
 

@@ -182,6 +182,12 @@ def test_the_last_record_of_a_step_is_the_one_that_counts(tmp_path: Path) -> Non
     assert metrics.problems == ()
 
 
+def test_two_warnings_of_one_step_are_both_kept(tmp_path: Path) -> None:
+    warnings = [{"event": "warning", "step": 1, "time": 5.0, "message": message} for message in ("loss spike", "disk full", "loss spike")]
+    metrics = read_metrics(write_run(tmp_path / "run", [step_record(1), *warnings]))
+    assert [record["message"] for record in metrics.of("warning")] == ["disk full", "loss spike"]
+
+
 def test_a_line_cut_by_a_kill_is_left_out_and_reported(run: Path) -> None:
     with (run / "metrics.jsonl").open("ab") as file:
         file.write(json.dumps(step_record(31)).encode()[:40])
