@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from argonne import __version__
+from argonne import __version__, actions
 from argonne.errors import InputError, Stopped
 
 TRAINING_VERBS = {
@@ -91,53 +90,25 @@ def _json_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document to stdout; everything for people goes to stderr")
 
 
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
-
-
 def _add_first_steps(verbs: Any) -> None:
-    demo = _verb(verbs, "demo", "every stage at laptop size in minutes, ending with a report and a model to try", _demo)
+    demo = _verb(verbs, "demo", "every stage at laptop size in minutes, ending with a report and a model to try", actions.show_demo)
     demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for everything it makes (default: demo)")
-    models = _verb(verbs, "models", "list the model presets with their exact parameter counts", _models)
+    models = _verb(verbs, "models", "list the model presets with their exact parameter counts", actions.list_models)
     _json_flag(models)
-
-
-def _demo(options: argparse.Namespace) -> None:
-    from argonne.stages.demo import run_demo
-
-    run_demo(options.out)
-
-
-def _models(options: argparse.Namespace) -> None:
-    from argonne.model.describe import describe_presets
-
-    rows = describe_presets()
-    if options.json:
-        _print_json(rows)
-        return
-    columns = ("name", "parameters", "layers", "hidden", "heads", "kv_heads", "head_dim", "context", "vocabulary")
-    table = [columns, *([f"{row[name]:,}" if isinstance(row[name], int) else str(row[name]) for name in columns] for row in rows)]
-    widths = [max(len(line[index]) for line in table) for index in range(len(columns))]
-    for line in table:
-        print(
-            "  ".join(
-                cell.ljust(width) if index == 0 else cell.rjust(width) for index, (cell, width) in enumerate(zip(line, widths, strict=True))
-            )
-        )
 
 
 def _add_data(verbs: Any) -> None:
     tokenizer = _verb(verbs, "tokenizer", "train a tokenizer", lambda options: None)
-    actions: Any = tokenizer.add_subparsers(dest="action", required=True, metavar="train")
+    parts = tokenizer.add_subparsers(dest="action", required=True, metavar="train")
     actions.given = verbs.given
-    train = _verb(actions, "train", "train a byte-level BPE tokenizer on text", _tokenizer_train)
+    train = _verb(parts, "train", "train a byte-level BPE tokenizer on text", actions.train_tokenizer)
     train.add_argument("--input", nargs="+", required=True, metavar="GLOB", help="text: parquet, arrow, jsonl(.gz|.zst), txt")
     train.add_argument("--vocab-size", type=int, required=True, help="entries, reserved tokens included")
     train.add_argument("--out", type=Path, required=True, help="folder to write")
     train.add_argument("--bare", action="store_true", help="only the five special tokens of the 1.x tokenizer")
     train.add_argument("--text-column", default="text", help="column or field that holds the text (default: text)")
     train.add_argument("--split", default="file", metavar="HOW", help="txt: file (one document), blank-lines, lines, or a separator")
-    prepare = _verb(verbs, "prepare", "turn text into token shards with a manifest", _prepare)
+    prepare = _verb(verbs, "prepare", "turn text into token shards with a manifest", actions.prepare_tokens)
     prepare.add_argument("--input", nargs="+", required=True, metavar="GLOB", help="text: parquet, arrow, jsonl(.gz|.zst), txt")
     which = prepare.add_mutually_exclusive_group()
     which.add_argument("--tokenizer", type=Path, metavar="DIR", help="folder of the tokenizer")
@@ -147,7 +118,7 @@ def _add_data(verbs: Any) -> None:
     prepare.add_argument("--hold-out", type=float, default=0.0, metavar="F", help="share of the documents that is never trained on")
     prepare.add_argument("--workers", type=int, default=0, metavar="N", help="processes; 0 = one a core")
     _add_prepare_depth(prepare)
-    inspect = _verb(verbs, "inspect", "say what an artifact is, verify its hashes, show its lineage", _inspect)
+    inspect = _verb(verbs, "inspect", "say what an artifact is, verify its hashes, show its lineage", actions.inspect_artifact)
     inspect.add_argument("path", type=Path, metavar="PATH", help="token set, run, checkpoint or exported model")
     _json_flag(inspect)
 
@@ -184,47 +155,11 @@ def _part(text: str) -> tuple[int, int]:
     return int(number), int(count)
 
 
-def _tokenizer_train(options: argparse.Namespace) -> None:
-    from argonne.data.prepare import train_tokenizer_on_files
-
-    patterns = tuple(options.input)
-    print(
-        train_tokenizer_on_files(
-            patterns, options.vocab_size, options.out, bare=options.bare, text_column=options.text_column, split=options.split
-        )
-    )
-
-
-def _prepare(options: argparse.Namespace) -> None:
-    import dataclasses
-
-    from argonne.data.prepare import PrepareOptions, prepare
-
-    known = {item.name for item in dataclasses.fields(PrepareOptions)}
-    values: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in vars(options).items() if name in known
-    }
-    print(prepare(PrepareOptions(**values)))
-
-
-def _inspect(options: argparse.Namespace) -> int:
-    from argonne.stages.inspect import inspect_path, render
-
-    facts = inspect_path(options.path)
-    if options.json:
-        _print_json(facts)
-    else:
-        print(render(facts))
-    if facts["problems"]:
-        raise InputError(f"{options.path}: damaged: {facts['problems'][0]} ({len(facts['problems'])} problems)")
-    return 0
-
-
 def _add_training(verbs: Any, arguments: Sequence[str]) -> None:
     wants_keys = bool(arguments) and arguments[0] in TRAINING_VERBS and bool({"-h", "--help"} & set(arguments))
     for name, text in TRAINING_VERBS.items():
         epilog = _keys_help() if wants_keys else None
-        parser = _verb(verbs, name, text, _train, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser = _verb(verbs, name, text, actions.train_model, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("recipe", metavar="RECIPE", help="packaged name or TOML file")
         parser.add_argument("--run", type=Path, metavar="DIR", help="run folder (default: runs/NAME); an existing run is resumed")
         parser.add_argument("--init-from", metavar="MODEL", help="weights to start from: run, checkpoint, model folder or Hub id")
@@ -239,7 +174,7 @@ def _add_training(verbs: Any, arguments: Sequence[str]) -> None:
 
 
 def _add_plan(verbs: Any) -> None:
-    plan = _verb(verbs, "plan", "what a run will take, before it starts: memory, hours, cost", _plan)
+    plan = _verb(verbs, "plan", "what a run will take, before it starts: memory, hours, cost", actions.plan_run)
     plan.add_argument("recipe", metavar="RECIPE", help="packaged name or TOML file; recipe keys as --section.key VALUE")
     plan.add_argument("--gpu", metavar="NAME", help="device, as h200 (default: cpu for small models, h200 otherwise)")
     plan.add_argument("--gpus", type=int, default=1, metavar="N", help="devices (default: 1)")
@@ -257,47 +192,8 @@ def _keys_help() -> str:
     return "\n".join([*lines, "", "packaged recipes: " + ", ".join(recipe_names())])
 
 
-def parse_overrides(rest: Sequence[str]) -> dict[str, str]:
-    """`--section.key VALUE` and `--section.key=VALUE` as a dict. Raises InputError for anything else."""
-    found: dict[str, str] = {}
-    items = list(rest)
-    while items:
-        item = items.pop(0)
-        if not item.startswith("--") or item == "--":
-            raise InputError(f"unexpected argument {item!r}; recipe keys are given as --section.key VALUE")
-        name, equals, value = item[2:].partition("=")
-        if not equals:
-            if not items:
-                raise InputError(f"--{name}: a value is missing")
-            value = items.pop(0)
-        found[name] = value
-    return found
-
-
-def _train(options: argparse.Namespace) -> int:
-    from argonne.recipe import load_recipe, to_toml
-
-    overrides = parse_overrides(options.rest)
-    for flag, path in (("init_from", "model.init_from"), ("wall_time", "stop.wall_time"), ("deadline", "stop.deadline")):
-        if getattr(options, flag) is not None:
-            overrides[path] = json.dumps(str(getattr(options, flag)))
-    recipe = load_recipe(options.recipe, overrides)
-    if options.verb == "continue" and recipe.model.init_from is None and options.resume_from is None:
-        raise InputError("continue: no weights to start from; give --init-from MODEL or model.init_from in the recipe")
-    if options.dry_run:
-        print(to_toml(recipe), end="")
-        return 0
-    from argonne.stages.pretrain import run
-    from argonne.stages.session import finish_or_stop
-
-    folder = options.run or Path("runs") / Path(options.recipe).stem
-    result = run(recipe, folder, resume_from=options.resume_from, allow=options.allow, started=options.started, profile=options.profile)
-    finish_or_stop(result.outcome, folder)
-    return 0
-
-
 def _add_use(verbs: Any) -> None:
-    generate = _verb(verbs, "generate", "continue a prompt", _generate)
+    generate = _verb(verbs, "generate", "continue a prompt", actions.generate_text)
     generate.add_argument("model", metavar="MODEL", help="run, checkpoint, model folder or Hub id")
     generate.add_argument("--prompt", required=True, metavar="TEXT")
     generate.add_argument("--max-new-tokens", type=int, default=200, help="tokens at most (default: 200)")
@@ -306,7 +202,7 @@ def _add_use(verbs: Any) -> None:
     generate.add_argument("--top-p", type=float, default=0.95, help="sample from the likeliest that make up p (default: 0.95)")
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
-    evaluate = _verb(verbs, "eval", "measure a model, with counts and standard errors", _eval)
+    evaluate = _verb(verbs, "eval", "measure a model, with counts and standard errors", actions.evaluate_model)
     evaluate.add_argument("model", metavar="MODEL", help="run, checkpoint, model folder or Hub id")
     evaluate.add_argument("--tasks", default="bpb", help="comma-separated: bpb")
     evaluate.add_argument(
@@ -316,104 +212,30 @@ def _add_use(verbs: Any) -> None:
     _json_flag(evaluate)
 
 
-def _generate(options: argparse.Namespace) -> None:
-    from argonne.serve.engine import generate_text
-    from argonne.serve.sampling import SamplingOptions
-
-    sampling = SamplingOptions(options.max_new_tokens, options.temperature, options.top_k, options.top_p, options.seed)
-    pieces = generate_text(options.model, options.prompt, sampling, device=options.device)
-    first = next(pieces, "")  # loads the model: a message about it comes before the text
-    print(options.prompt + first, end="", flush=True)
-    for piece in pieces:
-        print(piece, end="", flush=True)
-    print()
-
-
-def _eval(options: argparse.Namespace) -> None:
-    from argonne.evaluate.run import evaluate, render
-
-    found = evaluate(options.model, options.tasks.split(","), options.data, shots=options.shots)
-    if options.json:
-        _print_json(found)
-    else:
-        print(render(found))
-
-
 def _add_runs(verbs: Any) -> None:
-    runs = _verb(verbs, "runs", "what is running, stopped, failed and complete", _runs)
+    runs = _verb(verbs, "runs", "what is running, stopped, failed and complete", actions.list_all)
     runs.add_argument("folder", nargs="?", type=Path, default=Path("runs"), metavar="DIR", help="folder of the runs (default: runs)")
     _json_flag(runs)
-    report = _verb(verbs, "report", "one self-contained HTML page with plots, of one run or several compared", _report)
+    report = _verb(verbs, "report", "one self-contained HTML page with plots, of one run or several compared", actions.write_page)
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     report.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the first run")
 
 
-def _runs(options: argparse.Namespace) -> None:
-    from argonne.train.runs import list_runs, runs_table
-
-    rows = list_runs(options.folder)
-    if options.json:
-        _print_json(rows)
-    else:
-        print(runs_table(rows))
-
-
 def _add_moving(verbs: Any) -> None:
-    imports = _verb(verbs, "import", "turn an earlier checkpoint of the family into a complete model folder", _import)
+    imports = _verb(verbs, "import", "turn an earlier checkpoint of the family into a complete model folder", actions.import_earlier)
     imports.add_argument("path", type=Path, metavar="PATH", help="model folder or .pt training checkpoint in an earlier format")
     imports.add_argument("--out", type=Path, required=True, metavar="DIR")
     imports.add_argument(
         "--attention", default="full", choices=("full", "as-config"), help="full: as the released weights were trained (default)"
     )
     _json_flag(imports)
-    export = _verb(verbs, "export", "write a model for other people's tools, proven by its logits before it is put in place", _export)
+    export = _verb(
+        verbs, "export", "write a model for other people's tools, proven by its logits before it is put in place", actions.export_model
+    )
     export.add_argument("model", metavar="MODEL", help="run, checkpoint, model folder or Hub id")
     export.add_argument("--as", dest="kind", required=True, choices=("hf", "native", "pt"), help="custom class, a stock class, or .pt")
     export.add_argument("--out", type=Path, required=True, metavar="DIR")
     _json_flag(export)
-
-
-def _tell(facts: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        _print_json(facts)
-    else:
-        print("\n".join(f"{name}: {value}" for name, value in facts.items()))
-
-
-def _import(options: argparse.Namespace) -> None:
-    from argonne.model.convert import import_checkpoint
-
-    _tell(import_checkpoint(options.path, options.out, attention=options.attention), options.json)
-
-
-def _export(options: argparse.Namespace) -> None:
-    if options.kind == "pt":
-        from argonne.train.earlier import export_pt
-
-        _tell(export_pt(Path(options.model), options.out), options.json)
-        return
-    from argonne.publish.export import export_model
-
-    _tell(export_model(Path(options.model), options.out, kind=options.kind), options.json)
-
-
-def _plan(options: argparse.Namespace) -> None:
-    from argonne.plan import make_plan, plan_lines
-    from argonne.recipe import load_recipe, recipe_names
-
-    recipe = load_recipe(options.recipe, parse_overrides(options.rest))
-    name = options.recipe if options.recipe in recipe_names() else None
-    plan = make_plan(recipe, gpu=options.gpu, gpus=options.gpus, price=options.price, name=name)
-    if options.json:
-        _print_json(plan.to_dict())
-    else:
-        print("\n".join(plan_lines(plan)))
-
-
-def _report(options: argparse.Namespace) -> None:
-    from argonne.train.report import write_report
-
-    print(write_report(options.runs, options.out))
 
 
 if __name__ == "__main__":
