@@ -99,8 +99,8 @@ def _add_first_steps(verbs: Any) -> None:
 
 def _add_data(verbs: Any) -> None:
     tokenizer = _verb(verbs, "tokenizer", "train a tokenizer", lambda options: None)
-    parts = tokenizer.add_subparsers(dest="action", required=True, metavar="train")
-    actions.given = verbs.given
+    parts: Any = tokenizer.add_subparsers(dest="action", required=True, metavar="train")
+    parts.given = verbs.given
     train = _verb(parts, "train", "train a byte-level BPE tokenizer on text", actions.train_tokenizer)
     train.add_argument("--input", nargs="+", required=True, metavar="GLOB", help="text: parquet, arrow, jsonl(.gz|.zst), txt")
     train.add_argument("--vocab-size", type=int, required=True, help="entries, reserved tokens included")
