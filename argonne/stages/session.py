@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 # Keys that cannot change what is trained: they may differ on resume, and are listed.
 FREE_KEYS = (
     "log.", "stop.", "parallel.", "checkpoint.", "eval.", "batch.micro", "train.threads", "train.compile", "train.activation_checkpointing",
-    "train.checkpointing_stride", "train.loss", "train.loss_chunk", "data.reader", "data.verify", "data.prefetch",
+    "train.checkpointing_stride", "train.loss", "train.loss_chunk", "train.return_memory", "data.reader", "data.verify", "data.prefetch",
 )  # fmt: skip
 
 
@@ -201,6 +201,7 @@ def _build(session: Session, opened: _Opened, run: RunFolder, mesh: Mesh) -> _Bu
     """Weights, optimizer and restored state; then the switches that only change speed and memory."""
     from argonne.files import write_json
     from argonne.parallel.apply import compile_blocks
+    from argonne.train.allocator import return_freed_memory, returns_memory
     from argonne.train.checkpoint import load_tensors, run_tensors
     from argonne.train.optim import build_optimizer
     from argonne.train.trainer import Progress
@@ -216,8 +217,11 @@ def _build(session: Session, opened: _Opened, run: RunFolder, mesh: Mesh) -> _Bu
     choice = choose(recipe, mesh)
     configure_model(model, recipe, choice)
     micro_rows = choose_micro_rows(model, session.objective, recipe, data, progress.step, mesh, choice, run.path)
+    plan = plan_of(recipe, choice, micro_rows, mesh)
     if mesh.is_main:
-        write_json(run.path / "plan.json", plan_of(recipe, choice, micro_rows, mesh))
+        write_json(run.path / "plan.json", plan)
+    if returns_memory(recipe.train, mesh.device.type, plan["memory_total"]):
+        return_freed_memory()
     on_cuda = mesh.device.type == "cuda"
     compiled = compile_blocks(model, wanted=recipe.train.compile == "on" or (recipe.train.compile == "auto" and on_cuda))
     return _Built(model, optimizer, progress, micro_rows, compiled)
