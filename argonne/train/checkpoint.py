@@ -111,11 +111,24 @@ def save_checkpoint(
         _together(mesh, prepare if mesh.is_main else None)
         _together(mesh, lambda: write_tensors(temporary, tensors, mesh))
         _together(mesh, complete if mesh.is_main else None)
-    except BaseException:
+    except BaseException as error:
         if mesh.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise OSError(f"{error}{_shortage(run, tensors)}") from error
         raise
     return Saved(target, step)
+
+
+def _shortage(run: Path, tensors: dict[str, torch.Tensor]) -> str:
+    """What to add to the message of a failed save where the disk is too small: how much it takes, how much is free, how much is missing."""
+    saved = list_checkpoints(run)
+    files = sum(path.stat().st_size for path in saved[-1].path.rglob("*") if path.is_file()) if saved else 0
+    needed = max(files, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
+    free = shutil.disk_usage(run).free
+    if free > needed:
+        return ""
+    return f"; a checkpoint takes {needed / 1e6:,.2f} MB and {free / 1e6:,.2f} MB are free: {(needed - free) / 1e6:,.2f} MB are missing"
 
 
 def _together(mesh: Mesh, action: Callable[[], None] | None) -> None:

@@ -6,25 +6,28 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 from argonne.config import LogSection
 
 
 class MetricsLog:
-    """Append-only records of a run, one JSON object a line, each written whole and flushed.
+    """Append-only records of a run, one JSON object a line, each written whole.
 
-    Telemetry beside the file (TensorBoard, W&B) may fail without harm: the failure is recorded once and that writer is dropped.
+    What the disk does not take (full, gone) is kept in memory and written as soon as it does: training goes on. TensorBoard and W&B may fail
+    without harm: the failure is recorded once and that writer is dropped.
     """
 
     def __init__(self, folder: Path, log: LogSection, *, enabled: bool = True, run_name: str = "") -> None:
-        self._file: TextIO | None = None
+        self._file: BinaryIO | None = None
+        self._waiting = b""
+        self._failing = False
         self._writers: dict[str, Any] = {}
         if not enabled:
             return
         path = folder / "metrics.jsonl"
         _end_half_line(path)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open for the life of the run
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - open for the life of the run
         if log.tensorboard:
             self._open("tensorboard", lambda: _tensorboard(folder / "tensorboard"))
         if log.wandb:
@@ -41,8 +44,8 @@ class MetricsLog:
         if self._file is None:
             return
         record = {"event": event, "step": step, "time": round(time.time(), 3), **values}
-        self._file.write(json.dumps(record, ensure_ascii=False, allow_nan=True) + "\n")
-        self._file.flush()
+        self._waiting += (json.dumps(record, ensure_ascii=False, allow_nan=True) + "\n").encode()
+        self._drain()
         for name, writer in list(self._writers.items()):
             try:
                 writer(event, step, values)
@@ -50,9 +53,26 @@ class MetricsLog:
                 del self._writers[name]
                 self.write("warning", step, message=f"{name} failed and is off from here: {error}")
 
+    def _drain(self) -> None:
+        """Write what waits, as far as the disk takes it."""
+        assert self._file is not None
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+            self._failing = False
+        except OSError as error:
+            if not self._failing:
+                print(f"warning: metrics.jsonl: {error}; records are kept and written when there is room", file=sys.stderr, flush=True)
+            self._failing = True
+
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+        if self._file is None:
+            return
+        self._drain()
+        if self._waiting:
+            lines = self._waiting.count(b"\n")
+            print(f"warning: metrics.jsonl: the last {lines:,} records could not be written and are lost", file=sys.stderr, flush=True)
+        self._file.close()
 
 
 def _end_half_line(path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from argonne.config import Recipe
+from argonne.parallel.apply import eager_blocks
 from argonne.parallel.mesh import Mesh
 from argonne.train import checkpoint, optim
 from argonne.train.guard import Diverged, HangWatch, NonFinitePolicy, StopWatch, call_with_limit, parse_duration
@@ -107,6 +108,7 @@ class Trainer:
             say=self.line.say,
         )
         self.stepper.compiled = compiled
+        self._measured: tuple[int, float] | None = None  # step and loss of the newest held-out evaluation
         self._telemetry_limit = parse_duration(recipe.log.telemetry_limit, "log.telemetry_limit")
         timeout = parse_duration(recipe.parallel.timeout, "parallel.timeout")
         self._hang_watch = HangWatch(run.path / f"stacks_rank_{mesh.rank}.txt", timeout if mesh.world_size > 1 else None)
@@ -227,8 +229,7 @@ class Trainer:
         self.metrics.write("held_out", step, **found)
         bits = f", {found['bits_per_byte']:.4f} bits per byte" if found.get("bits_per_byte") is not None else ""
         self.line.say(f"step {step}: held-out loss {found['loss']:.4f}{bits} ({found['tokens']:,} tokens)")
-        if self.progress.best_held_out is None or found["loss"] < self.progress.best_held_out:
-            self.progress.best_held_out, self.progress.best_step = found["loss"], step
+        self._measured = (step, float(found["loss"]))
 
     def _telemetry_call(self, name: str, function: Callable[[nn.Module], Any]) -> Any:
         """Run evaluation or sampling on the main rank, outside collectives; a failure is recorded and training goes on."""
@@ -243,7 +244,8 @@ class Trainer:
                 return function(model)
 
         # Training draws its own seeds, but a user's code may not: leave the generators as they were.
-        with torch.random.fork_rng(devices=[self.mesh.device] if self.mesh.device.type == "cuda" else []):
+        devices = [self.mesh.device] if self.mesh.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), eager_blocks(model):
             try:
                 return call_with_limit(call, self._telemetry_limit)
             except Exception as error:
@@ -252,15 +254,22 @@ class Trainer:
                 return None
             finally:
                 model.train(was_training)
+                self._hang_watch.alive()
 
     def _save(self, *, final: bool = False) -> None:
         """A checkpoint at the current step, and a sample of what the model writes there."""
-        step = self.progress.step
-        self.progress.scaler = self.precision.state()
+        step, progress = self.progress.step, self.progress
+        progress.scaler = self.precision.state()
+        earlier = progress.best_held_out, progress.best_step
+        # The best is a checkpoint that exists: an evaluation between two saves, or before one that fails, is nobody's.
+        if self._measured and self._measured[0] == step and (earlier[0] is None or self._measured[1] < earlier[0]):
+            progress.best_step, progress.best_held_out = self._measured
         if self.saver.last_step == step and checkpoint.checkpoint_path(self.run.path, step).exists():
             self.saver.wait(final=final)
         elif self.saver.save(step, self._state(step), self.progress.best_step, final=final):
             self._sample()
+        else:
+            progress.best_held_out, progress.best_step = earlier
 
     def _sample(self) -> None:
         prompt = self.recipe.checkpoint.sample_prompt
@@ -268,7 +277,10 @@ class Trainer:
             return
         text = self._telemetry_call("sampling", self.services.sample)
         if text is not None:
-            self.run.add_sample(self.progress.step, prompt, text)
+            try:
+                self.run.add_sample(self.progress.step, prompt, text)
+            except OSError as error:
+                self.line.say(f"warning: samples.md: {error}; the sample is in metrics.jsonl")
             self.metrics.write("sample", self.progress.step, prompt=prompt, text=text)
             self.line.say(f"sample: {prompt}{text}")
 

@@ -104,7 +104,7 @@ class _Wrapped:
         self._file, self._path, self._injector = file, path, injector
 
     def write(self, data: Any) -> Any:
-        if isinstance(data, str) and END in data:
+        if END in (data if isinstance(data, str) else bytes(data[:100]).decode(errors="replace")):
             self._injector.end_of_save()
 
         def half() -> None:
