@@ -185,7 +185,7 @@ class ParallelSection:
     context: int = key(1, "degree of context parallelism")
     pipeline: int = key(1, "degree of pipeline parallelism")
     max_restarts: int = key(3, "restarts of failed workers")
-    timeout: str = key("10m", "a worker that makes no step for this long is taken for hung: stacks are written and all stop")
+    timeout: str = key("20m", "a worker that makes no step for this long is taken for hung: stacks are written and all stop")
     async_tensor: bool = key(False, "overlap tensor-parallel collectives with compute (CUDA)")
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -34,6 +36,20 @@ def undo_compile(model: nn.Module) -> None:
     """Back to eager layers."""
     for layer in _plain(model).model.layers:
         layer._compiled_call_impl = None
+
+
+@contextmanager
+def eager_blocks(model: nn.Module) -> Iterator[None]:
+    """Run layers eagerly while the block runs: the changing shapes of evaluation and generation would recompile what training uses."""
+    layers = list(_plain(model).model.layers)
+    compiled = [layer._compiled_call_impl for layer in layers]
+    try:
+        for layer in layers:
+            layer._compiled_call_impl = None
+        yield
+    finally:
+        for layer, call in zip(layers, compiled, strict=True):
+            layer._compiled_call_impl = call
 
 
 def is_compiler_error(error: BaseException) -> bool:

@@ -190,3 +190,19 @@ def test_a_save_in_the_background_writes_what_a_save_in_place_writes(nano: Nano,
     for step in (8, 12):
         assert stored(tmp_path / "beside" / f"checkpoint_step_{step}") == stored(tmp_path / "place" / f"checkpoint_step_{step}")
     assert {record["step"] for record in read_metrics(tmp_path / "beside").of("checkpoint")} == {4, 8, 9, 12}
+
+
+def test_evaluation_and_sampling_run_eagerly_beside_compiled_training(nano: Nano, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes: set[tuple[int, ...]] = set()
+
+    def compile_and_watch(self: nn.Module, *args: Any, **more: Any) -> None:
+        def call(*values: Any, **named: Any) -> Any:
+            shapes.add(tuple(values[0].shape))
+            return self._call_impl(*values, **named)
+
+        self._compiled_call_impl = call
+
+    monkeypatch.setattr(nn.Module, "compile", compile_and_watch)
+    run(nano(**{"train.compile": "on", "eval.windows": "3"}), tmp_path / "run")
+    assert shapes == {(4, 32, 32)}
+    assert read_metrics(tmp_path / "run").of("sample")
