@@ -27,6 +27,13 @@ class Arrays:
     positions: np.ndarray | None
     sources: np.ndarray
 
+    @property
+    def valid_tokens(self) -> int:
+        """Targets that are trained on."""
+        if self.positions is None:
+            return int(np.count_nonzero(self.sources >= 0)) * self.labels.shape[1]
+        return int(np.count_nonzero(self.labels != IGNORED))
+
     def rows(self, first: int, count: int, rows: int) -> Arrays:
         """Rows first .. first+count-1, filled up to `rows`."""
         length = self.inputs.shape[1]

@@ -1,25 +1,48 @@
-"""Who encodes the units: this process, a pool of processes, SLURM, Ray. Each yields (unit, record) as units finish."""
+"""Who encodes the units: this process, a pool of processes, a SLURM array, Ray. Each yields (unit, record) as units finish.
+
+A unit writes the same bytes wherever it runs, and a finished one is never run again, so that engines may be mixed and interrupted.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import shlex
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
 from typing import Any
 
-from argonne.data.encode import Job
+from argonne import files
+from argonne.data.encode import Job, record_path
 from argonne.errors import InputError
 
 Results = Iterator[tuple[int, dict[str, Any]]]
+ENGINES = ("local", "slurm", "ray")
+POLL_SECONDS = 1.0
+SUBMISSIONS = 3
+SLURM_TASKS = 8
 
 
 def run(engine: str, job: Job, units: list[int], workers: int) -> Results:
-    """Encode `units` with `workers` processes (0 = one a core). Raises what a worker raised."""
-    if engine != "local":
-        raise InputError(f"--engine: found {engine!r}, expected local, slurm or ray")
+    """Encode `units` with `workers` processes, array tasks or Ray tasks (0 = a sensible number). Raises what a worker raised."""
+    if engine not in ENGINES:
+        raise InputError(f"--engine: found {engine!r}, expected {', '.join(ENGINES)}")
+    if not units:
+        return iter(())
+    if engine == "slurm":
+        return _slurm(job, units, workers or SLURM_TASKS)
+    if engine == "ray":
+        return _ray(job, units, workers)
+    return local(job, units, workers)
+
+
+def local(job: Job, units: list[int], workers: int) -> Results:
+    """In this process, or with more workers in a pool of them."""
     count = max(1, min(workers or os.cpu_count() or 1, len(units)))
     return _pool(job, units, count) if count > 1 else ((number, job.run(number)) for number in units)
 
@@ -37,9 +60,8 @@ def _begin_worker(parent: int) -> None:
 
 
 def _pool(job: Job, units: list[int], workers: int) -> Results:
-    with ProcessPoolExecutor(
-        workers, mp_context=multiprocessing.get_context("spawn"), initializer=_begin_worker, initargs=(os.getpid(),)
-    ) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker, initargs=(os.getpid(),)) as pool:
         waiting = {pool.submit(job.run, number): number for number in units}
         try:
             for future in as_completed(waiting):
@@ -47,3 +69,106 @@ def _pool(job: Job, units: list[int], workers: int) -> Results:
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+
+
+def _ray(job: Job, units: list[int], workers: int) -> Results:
+    """One Ray task a unit, on the cluster that RAY_ADDRESS names or on this machine. The folder must be visible to every node."""
+    try:
+        import ray
+    except ImportError:
+        raise InputError("--engine ray: Ray is not installed; pip install 'argonne[ray]', or use --engine local") from None
+    started = not ray.is_initialized()
+    if started:
+        size: dict[str, Any] = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": workers or os.cpu_count(), "include_dashboard": False}
+        ray.init(log_to_driver=False, logging_level="error", **size)
+    try:
+        encode = ray.remote(num_cpus=1, max_retries=SUBMISSIONS)(_run_one)
+        waiting = {encode.remote(job, number): number for number in units}
+        while waiting:
+            done, _ = ray.wait(list(waiting), num_returns=1)
+            for reference in done:
+                number, record, problem = ray.get(reference)
+                if problem is not None:
+                    raise InputError(problem)
+                del waiting[reference]
+                yield number, record
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _run_one(job: Job, number: int) -> tuple[int, dict[str, Any], str | None]:
+    """(unit, record, what is wrong with the input): Ray would wrap an exception in one of its own."""
+    try:
+        return number, job.run(number), None
+    except InputError as error:
+        return number, {}, str(error)
+
+
+def _slurm(job: Job, units: list[int], tasks: int) -> Results:
+    """An array of `tasks`, waited for here; what a killed or failed task left undone is submitted again, three times in all."""
+    out, waiting, tasks = Path(job.out).resolve(), set(units), min(tasks, len(units))
+    folder = out / "slurm"
+    folder.mkdir(exist_ok=True)
+    for _ in range(SUBMISSIONS):
+        identifier = _submit(job, folder, tasks)
+        while True:
+            running = _is_queued(identifier)
+            for number in sorted(waiting):
+                if record_path(out, number).exists():
+                    waiting.remove(number)
+                    yield number, files.read_json(record_path(out, number))
+            if not waiting:
+                return
+            if not running:
+                break
+            time.sleep(POLL_SECONDS)
+        for problem in sorted(folder.glob("problem-*.json")):
+            message = files.read_json(problem)["message"]
+            problem.unlink()
+            raise InputError(message)
+    raise InputError(f"--engine slurm: {len(waiting)} units are not done after {SUBMISSIONS} arrays; see {folder}/*.log, then run again")
+
+
+def _submit(job: Job, folder: Path, tasks: int) -> str:
+    """Write the array's script, submit it, and return its identifier."""
+    script = folder / "array.sh"
+    arguments = [sys.executable, "-m", "argonne.data.engines", job.out, job.encoder, str(job.shard_tokens)]
+    lines = [
+        "#!/bin/sh",
+        f"#SBATCH --job-name=argonne-prepare --array=0-{tasks - 1} --ntasks=1",
+        f"#SBATCH --output={folder}/%A-%a.log",
+        f"exec {shlex.join(arguments)} $SLURM_ARRAY_TASK_ID {tasks}",
+    ]
+    files.write_text(script, "\n".join(lines) + "\n")
+    try:
+        found = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, check=True, cwd=Path.cwd())
+    except FileNotFoundError:
+        raise InputError(
+            "--engine slurm: there is no sbatch here; start it where SLURM is, or use --part K/N in jobs of your own"
+        ) from None
+    except subprocess.CalledProcessError as error:
+        raise InputError(f"--engine slurm: sbatch refused {script}: {error.stderr.strip()}") from None
+    return found.stdout.strip().split(";")[0]
+
+
+def _is_queued(identifier: str) -> bool:
+    """Is any task of the array waiting or running?"""
+    found = subprocess.run(["squeue", "-h", "-j", identifier, "-o", "%T"], capture_output=True, text=True, check=False)
+    return found.returncode == 0 and bool(found.stdout.strip())
+
+
+def array_task(out: str, encoder: str, shard_tokens: int, task: int, tasks: int) -> None:
+    """One task of the array: every `tasks`-th unit from `task` on that is not finished."""
+    units = len(files.read_json(Path(out) / "plan.json")["units"])
+    mine = [number for number in range(task, units, tasks) if not record_path(Path(out), number).exists()]
+    try:
+        for _ in local(Job(out, encoder, shard_tokens), mine, int(os.environ.get("SLURM_CPUS_PER_TASK", "1"))):
+            pass
+    except InputError as error:
+        files.write_json(Path(out) / "slurm" / f"problem-{task}.json", {"message": str(error)})
+        raise
+
+
+if __name__ == "__main__":
+    array_task(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:6]))

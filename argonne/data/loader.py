@@ -212,7 +212,7 @@ class Loader:
         return Batch(
             step,
             [{name: tensor[start : start + size] for name, tensor in tensors.items()} for start in starts],
-            int(np.count_nonzero(arrays.labels != IGNORED)),
+            arrays.valid_tokens,
             self.data.rows(step) * self.data.sequence_length(step),
             [sources[start : start + size] for start in starts],
             waited,

@@ -8,9 +8,12 @@ finishes the work.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import fcntl
 import itertools
 import os
+import shutil
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -97,8 +100,21 @@ def prepare(options: PrepareOptions, progress: Progress | None = None) -> Path:
     """
     check_options(options)
     out = Path(options.out)
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out}: is a file; give a folder")
     if (out / tokens.MANIFEST).exists():
         return _already_complete(options, out)
+    try:
+        return _prepare(options, out, progress)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise InputError(
+            f"{out}: no space left on the disk; the units that are finished are kept: free some and run the same command again"
+        ) from None
+
+
+def _prepare(options: PrepareOptions, out: Path, progress: Progress | None) -> Path:
     plan = open_plan(options, out)
     with sole_writer(out, shared=options.part is not None):
         records = encode_units(options, plan, out, progress)
@@ -150,7 +166,9 @@ def open_plan(options: PrepareOptions, out: Path) -> dict[str, Any]:
         raise InputError(f"{out}: exists and holds no plan of `argonne prepare`; choose another --out or remove it")
     found = documents.find_files(options.input)
     cuts, bad = _cut_all(options, found)
-    out.mkdir(parents=True, exist_ok=True)
+    next(
+        sample_texts(found, cuts, options.text_column, options.split), None
+    )  # a column that no row has is refused before anything is written
     tokenizer = (
         load_tokenizer(options.tokenizer, options.added_tokens) if options.tokenizer is not None else _train(options, found, cuts, out)
     )
@@ -165,6 +183,7 @@ def open_plan(options: PrepareOptions, out: Path) -> dict[str, Any]:
         )
     if options.tokenizer is not None:
         tokenizer.save(out / "tokenizer")
+    out.mkdir(parents=True, exist_ok=True)
     plan = {
         "format_version": PLAN_VERSION,
         "recipe": options.recipe(),
@@ -214,13 +233,19 @@ def _train(options: PrepareOptions, found: list[InputFile], units: list[Unit], o
 def sample_texts(found: list[InputFile], units: list[Unit], text_column: str, split: str) -> Iterator[str]:
     """Documents to train a tokenizer on: the same share of every unit, at most 500 million characters together."""
     share = TOKENIZER_CHARACTERS // len(units)
+    rows, dropped = 0, Counter[str]()
     for unit in units:
         characters = 0
         for batch in documents.read_unit(found[unit.file], unit, text_column, split):
             yield from (text if isinstance(text, str) else next(text.blocks()) for text in batch.texts)
             characters += batch.characters
+            rows += len(batch.texts)
+            dropped.update(batch.drops)
             if characters >= share:
                 break
+    if not rows and dropped:
+        reasons = ", ".join(f"{name} {count:,}" for name, count in dropped.items())
+        raise InputError(f"input: no row has text in {text_column!r} ({reasons}); name the column or field with --text-column")
 
 
 def train_tokenizer_on_files(
@@ -316,6 +341,7 @@ def _clean(out: Path) -> None:
 
     encode.remove_records(out)
     assemble.remove_parts(out)
+    shutil.rmtree(out / "slurm", ignore_errors=True)
     (out / PLAN).unlink(missing_ok=True)
     files.fsync_path(out)
 

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -131,7 +132,9 @@ class ShardWriter:
         return entry
 
     def abort(self) -> None:
-        self._file.close()
+        """Leave nothing behind; also on a full disk, where closing fails once more."""
+        with contextlib.suppress(OSError):
+            self._file.close()
         self._temporary.unlink(missing_ok=True)
 
 

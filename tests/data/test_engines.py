@@ -1,0 +1,235 @@
+"""SLURM, Ray, pools and killed processes: whoever does the work and however often it dies, the bytes are the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet as parquet
+import pytest
+
+from argonne.data import encode, engines
+from argonne.data.inspection import inspect_tokens
+from argonne.data.prepare import PrepareOptions, prepare
+from argonne.errors import InputError
+from tests.data.conftest import words
+from tests.data.test_prepare import QUIET, content, documents_of
+
+UNITS = 12
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> str:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for number in range(UNITS):
+        rows = [{"text": words(60, 100 * number + row)} for row in range(40)]
+        (folder / f"part_{number}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder / "*.jsonl")
+
+
+@pytest.fixture
+def expected(corpus: str, tokenizer_folder: Path, tmp_path: Path) -> dict[str, str]:
+    return content(prepare(PrepareOptions((corpus,), tmp_path / "expected", tokenizer_folder, workers=1, hold_out=0.1), QUIET))
+
+
+def test_an_unknown_engine_and_a_missing_sbatch_are_named(
+    corpus: str, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(InputError, match="there is no sbatch here"):
+        prepare(PrepareOptions((corpus,), tmp_path / "out", tokenizer_folder, engine="slurm"), QUIET)
+
+
+def test_slurm_is_asked_again_for_what_a_killed_task_left_undone(
+    corpus: str, tokenizer_folder: Path, tmp_path: Path, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submitted: list[int] = []
+
+    def submit(job: encode.Job, folder: Path, tasks: int) -> str:
+        submitted.append(tasks)
+        engines.array_task(job.out, job.encoder, job.shard_tokens, 0, tasks)
+        if len(submitted) > 1:
+            engines.array_task(job.out, job.encoder, job.shard_tokens, 1, tasks)
+        return "1"
+
+    monkeypatch.setattr(engines, "_submit", submit)
+    monkeypatch.setattr(engines, "_is_queued", lambda identifier: False)
+    options = PrepareOptions((corpus,), tmp_path / "out", tokenizer_folder, engine="slurm", workers=2, hold_out=0.1)
+    assert content(prepare(options, QUIET)) == expected
+    assert submitted == [2, 2]
+
+
+COMMAND = """
+import sys
+from pathlib import Path
+from argonne.data.prepare import PrepareOptions, prepare
+if __name__ == "__main__":
+    prepare(PrepareOptions((sys.argv[1],), Path(sys.argv[2]), Path(sys.argv[3]), workers=int(sys.argv[4]), hold_out=0.1))
+"""
+
+
+def killed_until_done(tmp_path: Path, corpus: str, tokenizer_folder: Path, workers: int, kills: int, seed: int) -> None:
+    """Start `prepare` again and again, and kill its process group after a random time, until it has been killed `kills` times; then let it finish."""
+    script = tmp_path / "run.py"
+    script.write_text(COMMAND)
+    generator = random.Random(seed)
+    command = [sys.executable, str(script), corpus, str(tmp_path / "out"), str(tokenizer_folder), str(workers)]
+    environment = {**os.environ, "PYTHONPATH": str(Path.cwd())}
+    for _ in range(kills):
+        process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL, env=environment)
+        try:
+            process.wait(timeout=generator.uniform(0.4, 4.0))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL, env=environment)
+
+
+def test_killed_at_random_moments_it_ends_in_the_same_bytes(
+    corpus: str, tokenizer_folder: Path, tmp_path: Path, expected: dict[str, str]
+) -> None:
+    killed_until_done(tmp_path, corpus, tokenizer_folder, workers=1, kills=3, seed=1)
+    assert content(tmp_path / "out") == expected
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("seed", range(5))
+def test_two_workers_killed_at_many_moments_end_in_the_same_bytes(
+    corpus: str, tokenizer_folder: Path, tmp_path: Path, expected: dict[str, str], seed: int
+) -> None:
+    killed_until_done(tmp_path, corpus, tokenizer_folder, workers=2, kills=6, seed=seed)
+    assert content(tmp_path / "out") == expected
+
+
+@pytest.fixture
+def ray_for_workers() -> Iterator[None]:
+    pytest.importorskip("ray", reason="Ray is an extra: pip install 'argonne[ray]'")
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = str(Path.cwd())
+    yield
+    os.environ.pop("PYTHONPATH")
+    if before is not None:
+        os.environ["PYTHONPATH"] = before
+
+
+@pytest.mark.campaign
+@pytest.mark.usefixtures("ray_for_workers")
+def test_two_ray_workers_write_the_same_bytes(corpus: str, tokenizer_folder: Path, tmp_path: Path, expected: dict[str, str]) -> None:
+    options = PrepareOptions((corpus,), tmp_path / "out", tokenizer_folder, engine="ray", workers=2, hold_out=0.1)
+    assert content(prepare(options, QUIET)) == expected
+
+
+@pytest.fixture
+def slurm(shared: Path, tmp_path: Path) -> Iterator[None]:
+    """A SLURM of one node: the one that runs here, or one started for this test."""
+    if shutil.which("sinfo") and "idle" in subprocess.run(["sinfo", "-h", "-o", "%T"], capture_output=True, text=True, check=False).stdout:
+        yield
+        return
+    if os.geteuid() != 0:
+        pytest.skip("needs a running SLURM, or root to start one")
+    start = subprocess.run([str(shared / "slurm/start_slurm.sh"), str(tmp_path / "slurm")], capture_output=True, text=True, check=False)
+    if "ready" not in start.stdout:
+        pytest.skip(f"SLURM could not be started: {start.stderr.strip()[-200:]}")
+    yield
+    subprocess.run([str(shared / "slurm/stop_slurm.sh"), str(tmp_path / "slurm")], check=False)
+
+
+@pytest.mark.campaign
+@pytest.mark.usefixtures("slurm")
+def test_a_slurm_array_of_two_with_one_task_killed_writes_the_same_bytes(
+    tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(UNITS):
+        rows = [{"text": words(2000, 100 * number + row)} for row in range(100)]
+        (tmp_path / f"part_{number}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    corpus = str(tmp_path / "part_*.jsonl")
+    expected = content(prepare(PrepareOptions((corpus,), tmp_path / "expected", tokenizer_folder, workers=1, hold_out=0.1), QUIET))
+    submit = engines._submit
+    submitted: list[str] = []
+
+    def submit_and_kill(job: encode.Job, folder: Path, tasks: int) -> str:
+        identifier = submit(job, folder, tasks)
+        submitted.append(identifier)
+        if len(submitted) == 1:
+            deadline = time.monotonic() + 120
+            while len(list((Path(job.out) / "units").glob("*.json"))) < 2 and time.monotonic() < deadline:
+                time.sleep(0.05)
+            subprocess.run(["scancel", "--signal=KILL", "--full", f"{identifier}_1"], check=True)
+        return identifier
+
+    monkeypatch.setattr(engines, "_submit", submit_and_kill)
+    monkeypatch.setenv("PYTHONPATH", str(Path.cwd()))
+    out = tmp_path / "out"
+    options = PrepareOptions((corpus,), out, tokenizer_folder, engine="slurm", workers=2, hold_out=0.1)
+    assert content(prepare(options, QUIET)) == expected
+    assert len(submitted) == 2
+
+
+def small_disk(tmp_path: Path, megabytes: int) -> Path:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)], capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    return folder
+
+
+def test_a_full_disk_leaves_nothing_corrupt_and_a_rerun_with_space_finishes(
+    corpus: str, tokenizer_folder: Path, tmp_path: Path, expected: dict[str, str]
+) -> None:
+    disk = small_disk(tmp_path, 1)
+    try:
+        options = PrepareOptions((corpus,), disk / "out", tokenizer_folder, workers=1, hold_out=0.1)
+        filler = disk / "filler"
+        filler.write_bytes(b"x" * 760_000)
+        with pytest.raises(InputError, match=r"no space left .* free some and run the same command again"):
+            prepare(options, QUIET)
+        assert not (disk / "out" / "manifest.json").exists()
+        filler.unlink()
+        out = prepare(options, QUIET)
+        assert content(out) == expected
+        assert inspect_tokens(out)["problems"] == []
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("encoder", ["tokenizers", "gigatoken"])
+def test_the_whole_shared_corpus_has_the_ids_of_tokenizers_document_by_document(shared: Path, tmp_path: Path, encoder: str) -> None:
+    from tokenizers import Tokenizer
+
+    if encoder == "gigatoken":
+        pytest.importorskip("gigatoken", reason="gigatoken is an extra: pip install 'argonne[fast]'")
+    folder = shared / "data/pretrain"
+    texts: list[str] = []
+    for name in (
+        "books.parquet",
+        "c4_demo.jsonl",
+        "fineweb_schema_0.parquet",
+        "fineweb_schema_1.parquet",
+        "tinyshakespeare.txt",
+        "wiki_demo.txt",
+    ):
+        if name.endswith("parquet"):
+            texts += parquet.read_table(folder / name, columns=["text"])["text"].to_pylist()
+        elif name.endswith("jsonl"):
+            texts += [json.loads(line)["text"] for line in (folder / name).read_text().splitlines()]
+        else:
+            texts.append((folder / name).read_text())
+    patterns = tuple(str(folder / name) for name in ("*.parquet", "*.jsonl", "tiny*e.txt", "wiki_demo.txt"))
+    options = PrepareOptions(patterns, tmp_path / "out", shared / "tokenizers/qwen3", encoder=encoder, workers=2)
+    found = documents_of(prepare(options, QUIET))
+    reference = Tokenizer.from_file(str(shared / "tokenizers/qwen3/tokenizer.json"))
+    reference.encode_special_tokens = True
+    assert len(found) == len(texts)
+    for text, ids in zip(texts, found, strict=True):
+        assert ids == [*reference.encode(text, add_special_tokens=False).ids, 151645]
