@@ -69,11 +69,15 @@ class NonFiniteWeights(RuntimeError):
     """A weight is not finite: the save is refused and the last good checkpoint stays."""
 
 
-def check_finite(model: nn.Module) -> None:
-    """Raise NonFiniteWeights naming the first parameters that hold NaN or infinity."""
-    names = [name for name, parameter in model.named_parameters() if not bool(torch.isfinite(parameter.detach()).all())]
-    if names:
-        raise NonFiniteWeights(f"{len(names)} tensors hold non-finite values ({', '.join(names[:3])}): the checkpoint is refused")
+def check_finite(model: nn.Module, mesh: Mesh) -> None:
+    """Raise NonFiniteWeights naming the first parameters that hold NaN or infinity: on every rank, when it is so on any of them."""
+    mine = [name for name, parameter in model.named_parameters() if not bool(torch.isfinite(parameter.detach()).all())]
+    for rank, names in enumerate(mesh.gather(mine)):
+        if names:
+            where = f" on rank {rank}" if mesh.world_size > 1 else ""
+            raise NonFiniteWeights(
+                f"{len(names)} tensors hold non-finite values{where} ({', '.join(names[:3])}): the checkpoint is refused"
+            )
 
 
 def save_checkpoint(

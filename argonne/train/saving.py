@@ -55,7 +55,7 @@ class Saver:
             return True
         self.last_time = time.monotonic()
         try:
-            checkpoint.check_finite(self.model)
+            checkpoint.check_finite(self.model, self.mesh)
         except checkpoint.NonFiniteWeights as error:
             self._refuse(step, error, final)
             return False

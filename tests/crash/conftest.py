@@ -36,7 +36,7 @@ class Mother:
         return dict(json.loads(line))
 
     def start(self, recipe: Recipe, run: Path, *, ranks: int = 1, **options: Any) -> list[int]:
-        """Fork the victims of one session; returns their process ids. `options`: `crash` and `stop_after`."""
+        """Fork the victims of one session; returns their process ids. `options`: `crash`, `plant` and `stop_after`."""
         file = run.parent / "recipe.toml"
         file.write_text(to_toml(recipe))
         job = {"recipe": str(file), "run": str(run), "ranks": ranks, "log": str(run.parent / f"{run.name}.log"), **options}

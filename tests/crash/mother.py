@@ -1,8 +1,8 @@
 """A process that has torch and the package loaded and forks victims: a victim starts in a fraction of a second.
 
-Run as `python -m tests.crash.mother`. It reads one job a line from stdin (JSON: recipe, run, ranks, stop_after, crash, log), answers `{"pids": [..]}`
-when the victims run and `{"codes": [..]}` when all have ended (negative: the signal). It never trains itself, so that nothing but modules
-is inherited.
+Run as `python -m tests.crash.mother`. It reads one job a line from stdin (JSON: recipe, run, log, ranks, stop_after, crash, plant), answers
+`{"pids": [..]}` when the victims run and `{"codes": [..]}` when all have ended (negative: the signal). It never trains itself, so that
+nothing but modules is inherited.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ MODULES = (
     "argonne.serve.engine",
     "argonne.plan",
     "tests.crash.faults",
+    "tests.crash.plants",
 )
 
 
@@ -86,10 +87,12 @@ def _victim(job: dict[str, Any], rank: int, ranks: int, port: int) -> None:
 def _train(job: dict[str, Any]) -> int:
     from argonne.recipe import load_recipe
     from argonne.stages import pretrain
-    from tests.crash import faults
+    from tests.crash import faults, plants
 
     if job.get("crash"):
         faults.arm(Path(job["run"]), **job["crash"])
+    if job.get("plant"):
+        getattr(plants, job["plant"])()
     result = pretrain.run(load_recipe(job["recipe"], {}), Path(job["run"]), stop_after_step=job.get("stop_after"))
     return 0 if result.outcome.complete else 3
 
