@@ -11,7 +11,7 @@ from pathlib import Path
 from argonne.data.corpus import MODULES, Corpus, write_corpus
 from argonne.errors import InputError
 
-RECIPE = "nano-3.0"
+RECIPE = "nano-3.0-demo"
 VOCABULARY = 2048
 HOLD_OUT = 0.05
 PROMPTS = ("Return a list of", "The following example")
@@ -44,12 +44,7 @@ class _Demo:
         self.out, self.modules, self.say, self.started = out, modules, say, time.monotonic()
         self.tokens, self.run = out / "tokens", out / "run"
         source = f"[{{ path = {json.dumps(str(self.tokens))}, max_epochs = 20.0 }}]"
-        self.overrides = {
-            "data.sources": source,
-            "data.order": '"shuffled"',
-            "checkpoint.sample_prompt": json.dumps(PROMPTS[0]),
-            **overrides,
-        }
+        self.overrides = {"data.sources": source, **overrides}
 
     def heading(self, number: int, text: str, command: str = "") -> None:
         self.say(f"\n[{number}/6] {text}   ({time.monotonic() - self.started:.0f} s so far)")
