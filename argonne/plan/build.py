@@ -12,7 +12,7 @@ from argonne.plan import devices, length
 from argonne.plan.choice import Choice, best_choice, expected_rate, running_device, usable_memory, what_would_fit
 from argonne.plan.devices import Device
 from argonne.plan.length import SourceUse
-from argonne.plan.published import published
+from argonne.plan.published import published, released_source_tokens
 from argonne.plan.shape import shape_of
 
 CONVENTION = "6 FLOPs a weight of a matrix product and token (head counted, embedding look-up not) + 12 x query width x keys seen a layer"
@@ -37,6 +37,7 @@ class Plan:
     tokens_per_step: int
     micro_rows: int
     micro_batches: int
+    micro_is_given: bool
     activation_checkpointing: str
     checkpointing_stride: int
     loss: str
@@ -81,7 +82,7 @@ def make_plan(
     flops = shape.flops_per_token(recipe.data.sequence_length)
     mfu, rate = expected_rate(choice, device, gpus, flops) if choice.fits else (None, None)
     hours = tokens / rate / 3600 if tokens is not None and rate else None
-    uses = length.source_uses(recipe.data, tokens)
+    uses = length.source_uses(recipe.data, tokens, released_source_tokens(name))
     rows = recipe.batch.tokens_per_step // recipe.data.sequence_length
     return Plan(
         recipe=name,
@@ -98,6 +99,7 @@ def make_plan(
         tokens_per_step=recipe.batch.tokens_per_step,
         micro_rows=choice.setup.rows,
         micro_batches=math.ceil(math.ceil(rows / choice.layout.data_parallel) / choice.setup.rows),
+        micro_is_given=isinstance(recipe.batch.micro, int),
         activation_checkpointing=choice.setup.activation_checkpointing,
         checkpointing_stride=choice.setup.checkpointing_stride,
         loss=choice.setup.loss,
@@ -171,7 +173,7 @@ def _warnings(recipe: Recipe, name: str | None, uses: list[SourceUse], tokens: i
     for use in uses:
         if use.tokens is None:
             found.append(f"source {use.path} is not on this disk: passes over it are not known")
-        elif use.passes is not None and use.passes > use.max_epochs:
+        elif use.here and use.passes is not None and use.passes > use.max_epochs:
             found.append(
                 f"source {use.path} would be read {use.passes:.2f} times, more than its max_epochs {use.max_epochs:g}: the run will be refused"
             )

@@ -103,6 +103,8 @@ def _choices(recipe: Recipe, shape: ModelShape, known: Device, layout: Layout, l
                 checkpointing_stride=stride,
                 loss=loss,
                 loss_chunk=train.loss_chunk,
+                optimizer=recipe.optim.name,
+                muon_width=2 if recipe.optim.muon_dtype == "bfloat16" else 4,
                 cpu=cpu,
                 shard=layout.shard,
                 tensor=layout.tensor,

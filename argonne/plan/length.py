@@ -11,13 +11,17 @@ from argonne.config import BatchSection, DataSection, Recipe
 
 @dataclass(frozen=True)
 class SourceUse:
-    """What a run takes from one source. `tokens`: how many it holds, `passes`: how often it is read; None where it is not on this disk."""
+    """What a run takes from one source. `tokens`: how many it holds, `passes`: how often it is read; None where that is not known.
+
+    `here`: read from the token set on this disk, not from the release's figures.
+    """
 
     path: str
     share: float
     tokens: int | None
     passes: float | None
     max_epochs: float
+    here: bool
 
 
 def tokens_before(batch: BatchSection, step: int) -> int:
@@ -71,12 +75,13 @@ def tokens_per_epoch(data: DataSection) -> int | None:
     return min(int(tokens * total / weight) for tokens, weight in known if tokens is not None and weight > 0)
 
 
-def source_uses(data: DataSection, tokens: int | None) -> list[SourceUse]:
-    """What a run of `tokens` tokens takes from each source of the mixture."""
+def source_uses(data: DataSection, tokens: int | None, released: int | None = None) -> list[SourceUse]:
+    """What a run of `tokens` tokens takes from each source of the mixture. released: tokens of a sole source that is not on this disk."""
     total = sum(source.weight for source in data.sources) or 1.0
     uses = []
     for source in data.sources:
-        share, held = source.weight / total, source_tokens(source.path)
+        share, found = source.weight / total, source_tokens(source.path)
+        held = found if found is not None or len(data.sources) > 1 else released
         passes = share * tokens / held if held and tokens is not None else None
-        uses.append(SourceUse(source.path, share, held, passes, source.max_epochs))
+        uses.append(SourceUse(source.path, share, held, passes, source.max_epochs, found is not None))
     return uses

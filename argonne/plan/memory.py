@@ -26,6 +26,7 @@ CHUNK_BYTES_CPU, CHUNK_BYTES_GPU, CHUNK_LEAST = 32 * MIB, 1024 * MIB, 256
 PROCESS_CPU = 45e6
 # A GPU process: the CUDA context and its libraries' work space, as cards of these years show them.
 PROCESS_GPU = 0.8e9
+PARTS = ("weights", "moments", "gradients", "activations", "logits and loss", "temporaries", "process")
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Setup:
     checkpointing_stride: int = 2
     loss: str = "full"
     loss_chunk: int = 0
+    optimizer: str = "adamw"
+    muon_width: int = 4
     cpu: bool = False
     accumulates: bool = False
     shard: int = 1
@@ -85,7 +88,7 @@ def memory_of(shape: ModelShape, setup: Setup) -> Memory:
     """The highest moment of a training step."""
     found = moments(shape, setup)
     moment = max(found, key=lambda name: sum(found[name].values()))
-    return Memory({part: size for part, size in found[moment].items() if size}, moment)
+    return Memory({part: found[moment][part] for part in PARTS if found[moment].get(part)}, moment)
 
 
 def moments(shape: ModelShape, setup: Setup) -> dict[str, dict[str, float]]:
@@ -112,7 +115,7 @@ def moments(shape: ModelShape, setup: Setup) -> dict[str, dict[str, float]]:
             "gradients": state.gradients,
             "temporaries": (head if setup.accumulates else 0.0) + (head if shape.tie_word_embeddings else 0.0) + 2 * stream,
         },
-        "update": {**always, "gradients": state.gradients},
+        "update": {**always, "gradients": state.gradients, "temporaries": state.update_temporaries},
     }
     # Going down, activations are given up and, where none are held yet, gradients appear: any layer can be the highest moment.
     for layer in reversed(layers):
@@ -134,10 +137,14 @@ class State:
     gradients: float
     moments: float
     gradients_of_layer: float
+    update_temporaries: float
 
     @staticmethod
     def of(shape: ModelShape, setup: Setup) -> State:
-        """AdamW: fp32 weights, gradients and two moments, 16 bytes a parameter (8 with bf16 throughout), over the degrees that split them."""
+        """fp32 weights, gradients and AdamW's two moments, 16 bytes a parameter (8 with bf16 throughout), over the degrees that split them.
+
+        Muon keeps one moment of the layers' matrices, and its update holds the direction and the orthogonal matrix of all of them.
+        """
         ends = 2 if setup.pipeline > 1 and shape.tie_word_embeddings else 1  # both ends of a pipeline hold a tied weight
         layers = shape.num_hidden_layers * shape.layer_parameters()
         local = (shape.parameters() - layers) * ends + layers / setup.pipeline
@@ -149,7 +156,16 @@ class State:
         elif setup.narrow < size:  # autocast keeps the narrow copies of the weights until their backward pass
             gathered = setup.narrow * local / setup.tensor
         of_layer = size * shape.layer_parameters() / setup.pipeline / split
-        return State(size * local / split + gathered, size * local / split, 2 * size * local / split, of_layer)
+        matrices = 0.0
+        if setup.optimizer == "muon":
+            matrices = shape.num_hidden_layers * (shape.attention_weights + shape.mlp_weights) / setup.pipeline / split
+        return State(
+            weights=size * local / split + gathered,
+            gradients=size * local / split,
+            moments=2 * size * local / split - size * matrices,
+            gradients_of_layer=of_layer,
+            update_temporaries=matrices * (size + setup.muon_width),
+        )
 
 
 def kept_of_layer(shape: ModelShape, setup: Setup, layer: int) -> float:

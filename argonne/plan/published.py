@@ -50,3 +50,18 @@ _BY_RECIPE = {
 def published(recipe_name: str | None) -> Published | None:
     """The published figures behind a packaged recipe; None for any other."""
     return _BY_RECIPE.get(recipe_name or "")
+
+
+# Tokens of the one source of a released run, for plans made where its token set is not.
+_SOURCE_TOKENS = {
+    "argonne-2.5-pretrain": 20_839_021_454,
+    "argonne-2.5-continue": 55_211_688_156,
+    "argonne-2.5-midtrain": 105_200_000_000,
+    "argonne-3.0-pretrain": 20_839_021_454,
+    "argonne-3.0-continue": 55_211_688_156,
+}
+
+
+def released_source_tokens(recipe_name: str | None) -> int | None:
+    """Tokens that the source of a packaged recipe held at its release; None where that was not published."""
+    return _SOURCE_TOKENS.get(recipe_name or "")

@@ -19,7 +19,7 @@ def plan_lines(plan: Plan) -> list[str]:
         ("step", f"{plan.tokens_per_step:,} tokens, rows of {plan.sequence_length:,}"),
         (
             "micro-batch",
-            f"{plan.micro_rows} rows x {plan.micro_batches} a device ({'largest that fits' if plan.fits else 'smallest'}), {_way(plan)}",
+            f"{plan.micro_rows} rows x {plan.micro_batches} a device ({_why(plan)}), {_way(plan)}",
         ),
         *_memory_rows(plan),
         *_length_rows(plan),
@@ -35,17 +35,29 @@ def _layout(layout: dict[str, int]) -> str:
     return ", ".join(used) or "one process"
 
 
+def _why(plan: Plan) -> str:
+    if plan.micro_is_given:
+        return "as the recipe says"
+    if not plan.fits:
+        return "the smallest"
+    return "what a CPU works on at once" if plan.device == "cpu" else "the largest that fits, evened out"
+
+
 def _way(plan: Plan) -> str:
     every = f" {plan.checkpointing_stride}" if plan.activation_checkpointing == "every_nth" else ""
     return f"activation checkpointing {plan.activation_checkpointing}{every}, loss {plan.loss}"
 
 
 def _memory_rows(plan: Plan) -> list[tuple[str, str]]:
-    rows = [("memory", f"{plan.memory_total / GB:.2f} GB a device at its highest moment ({plan.memory_peak}){_of_limit(plan)}")]
-    rows += [("", f"{size / GB:9.2f} GB  {part}") for part, size in plan.memory.items()]
+    rows = [("memory", f"{_bytes(plan.memory_total)} a device at its highest moment ({plan.memory_peak}){_of_limit(plan)}")]
+    rows += [("", f"{_bytes(size):>12}  {part}") for part, size in plan.memory.items()]
     if not plan.fits:
         rows.append(("DOES NOT FIT", plan.advice or ""))
     return rows
+
+
+def _bytes(size: float) -> str:
+    return f"{size / GB:.2f} GB" if size >= GB / 10 else f"{size / 1e6:.1f} MB"
 
 
 def _of_limit(plan: Plan) -> str:
@@ -74,9 +86,9 @@ def _time(hours: float) -> str:
 
 
 def _source(use: dict[str, Any]) -> str:
-    known = "tokens not known" if use["tokens"] is None else f"{use['tokens']:,} tokens"
+    known = "tokens not known" if use["tokens"] is None else f"{use['tokens']:,} tokens{'' if use['here'] else ' as released'}"
     passes = "" if use["passes"] is None else f", read {use['passes']:.3g} times"
-    return f"{use['path']}: {100 * use['share']:.0f} % of the batch, {known}{passes}"
+    return f"{use['path']}: {100 * use['share']:.0f} % of the tokens, {known}{passes}"
 
 
 def compare_plan(plan: dict[str, Any], metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:

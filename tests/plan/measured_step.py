@@ -41,7 +41,7 @@ def recipe_of(case: dict[str, Any]) -> Recipe:
         model=ModelSection(**case["model"]),
         data=DataSection(sequence_length=case["sequence_length"]),
         batch=BatchSection(tokens_per_step=case["rows"] * case["sequence_length"], micro=case["micro"]),
-        optim=OptimSection(),
+        optim=OptimSection(name=case.get("optimizer", "adamw")),
         schedule=ScheduleSection(kind="constant"),
         train=TrainSection(
             steps=STEPS,

@@ -55,11 +55,13 @@ SHAPES = {
     "7.0 GB, large, two micro-batches": case(sized(SECOND, 16_384, 2048, 8, (16, 8), 128, 5632), 128, 2, 1),
 }
 SMALL = case(sized(THIRD, 4096, 512, 3, (8, 2), 64, 1536), 256, 4, 2, "chunked")
+MUON = {**case(sized(SECOND, 4096, 768, 6, (12, 4), 64, 2048), 128, 2, 2), "optimizer": "muon"}
 DROPOUT = case(sized(FIRST, 4096, 384, 6, (6, 6), 64, 1536), 256, 8, 8)
 
 
 def planned(shape: dict[str, Any]) -> Memory:
     setup = Setup(
+        optimizer=shape.get("optimizer", "adamw"),
         rows=shape["micro"],
         sequence_length=shape["sequence_length"],
         activation_checkpointing=shape["checkpointing"],
@@ -82,6 +84,13 @@ def measured(shape: dict[str, Any]) -> float:
 def test_a_process_holds_what_was_planned_for_it(name: str) -> None:
     plan, found = planned(SHAPES[name]), measured(SHAPES[name])
     assert plan.total == pytest.approx(1e9 * float(name.split()[0]), rel=0.04)
+    assert found == pytest.approx(plan.total, rel=0.1), plan.parts
+
+
+@pytest.mark.campaign
+def test_muon_is_planned_with_one_moment_and_the_directions_of_its_update() -> None:
+    plan, found = planned(MUON), measured(MUON)
+    assert plan.moment == "update"
     assert found == pytest.approx(plan.total, rel=0.1), plan.parts
 
 

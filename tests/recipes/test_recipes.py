@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from argonne.plan import make_plan
+from argonne.plan import device_names, make_plan
 from argonne.plan.length import total_steps
 from argonne.plan.published import published
 from argonne.presets import presets
@@ -152,3 +152,48 @@ def test_a_recipe_trains_a_few_steps_at_nano_width(name: str, tokens: Path, tmp_
     assert result.outcome.complete
     assert result.outcome.step == 3
     assert (result.run / "final_model" / "model.safetensors").is_file()
+
+
+def test_the_documents_name_every_recipe_and_every_device() -> None:
+    docs = Path(__file__).resolve().parent.parent.parent / "docs"
+    recipes, plan = (docs / "recipes.md").read_text(), (docs / "plan.md").read_text()
+    assert [name for name in recipe_names() if f"`{name}`" not in recipes] == []
+    assert [name for name in device_names() if f"`{name}`" not in plan] == []
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_the_dry_run_of_a_recipe_prints_what_would_run(name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    from argonne.cli import main
+
+    verb = "continue" if load_recipe(name).model.init_from else "pretrain"
+    assert main([verb, name, "--run", str(tmp_path / "run"), "--dry-run"]) == 0
+    printed = tomllib.loads(capsys.readouterr().out)
+    assert printed["train"]["steps" if load_recipe(name).train.steps else "tokens"] > 0
+    assert not (tmp_path / "run").exists()
+
+
+EARLIER_OPTIONS = {
+    "--data-glob": ("data.input", '["text/*.parquet"]'), "--no-streaming": ("data.prefetch", '"all"'),
+    "--tokenizer-path": ("data.tokenizer", '"tok"'),
+    "--learning-rate": ("optim.lr", "2e-4"), "--min-learning-rate": ("schedule.min_lr", "1e-6"), "--warmup-steps": ("schedule.warmup", "50"),
+    "--max-steps": ("train.steps", "300"), "--batch-size": ("batch.micro", "4"), "--block_size": ("data.sequence_length", "2048"),
+    "--bf16": ("train.precision", '"bf16"'), "--cooldown": ("schedule.decay", "40"), "--wall_time": ("stop.wall_time", '"3600"'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("earlier", EARLIER_OPTIONS)
+def test_every_option_of_the_earlier_scripts_has_a_key_that_is_accepted(earlier: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from argonne.cli import main
+
+    key, value = EARLIER_OPTIONS[earlier]
+    section, field = key.split(".")
+    extra = {"data.input": ["--data.sources", "[]", "--data.tokenizer", "tok"], "schedule.min_lr": ["--schedule.min_ratio", "none"]}.get(
+        key, []
+    )
+    extra += ["--train.tokens", "none"] if key == "train.steps" else []
+    extra += ["--batch.tokens_per_step", "245760"] if key == "data.sequence_length" else []
+    assert main(["pretrain", "argonne-3.0-pretrain", f"--{key}", value, *extra, "--dry-run"]) == 0
+    assert tomllib.loads(capsys.readouterr().out)[section][field] == tomllib.loads(f"x = {value}")["x"]
+    docs = (Path(__file__).resolve().parent.parent.parent / "docs" / "recipes.md").read_text()
+    assert f"`{earlier}" in docs
+    assert f"`{key}" in docs or key == "stop.wall_time"
