@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,10 @@ def test_a_truncated_and_a_missing_file_are_told_apart(tmp_path: Path) -> None:
     target = fill(tmp_path / "made")
     (target / "a.txt").write_text("alp")
     (target / "deep" / "b.bin").unlink()
-    assert [("3 bytes, expected 5" in text, "is missing" in text) for text in files.verify_directory(target)] == [(True, False), (False, True)]
+    assert [("3 bytes, expected 5" in text, "is missing" in text) for text in files.verify_directory(target)] == [
+        (True, False),
+        (False, True),
+    ]
 
 
 def test_a_directory_without_its_hash_list_was_never_completed(tmp_path: Path) -> None:
@@ -86,3 +90,36 @@ def test_a_file_that_is_not_json_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(InputError, match=r"x\.json: not a JSON file"):
         files.read_json(tmp_path / "x.json")
+
+
+def test_a_link_left_by_a_killed_writer_is_removed_and_not_what_it_points_to(tmp_path: Path) -> None:
+    target = fill(tmp_path / "made")
+    (tmp_path / f"{files.TEMPORARY}last").symlink_to("made")
+    files.collect_temporaries(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+    assert files.verify_directory(target) == []
+
+
+@pytest.mark.parametrize("fatal", [1, 2], ids=["before the old one is moved", "between the two renames"])
+def test_a_replacement_that_dies_at_a_rename_leaves_the_old_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fatal: int) -> None:
+    target = fill(tmp_path / "made")
+    plain, calls = os.rename, []
+
+    def rename(source: Path, destination: Path) -> None:
+        calls.append(source)
+        if len(calls) == fatal:
+            raise KeyboardInterrupt  # as good as a kill: nothing after it runs
+        plain(source, destination)
+
+    def replace_it() -> None:
+        with files.atomic_directory(target, replace=True) as folder:
+            (folder / "new").write_text("new")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", rename)
+        with pytest.raises(KeyboardInterrupt):
+            replace_it()
+    files.collect_temporaries(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+    assert files.verify_directory(target) == []
+    assert (target / "a.txt").read_text() == "alpha"

@@ -8,12 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from argonne import files
 from argonne.config import CheckpointSection, Recipe
 from argonne.errors import InputError
+from argonne.model.load import load_model
+from argonne.recipe import load_recipe
 from argonne.stages.pretrain import run
 from argonne.train.checkpoint import LAST, STATE, clean_leftovers, list_checkpoints, newest_complete, point_last, prune, read_state
 from tests.train.helpers import curve, stored
@@ -181,3 +184,27 @@ def test_a_checkpoint_of_another_format_version_is_refused_by_version(tmp_path: 
 def test_a_folder_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not an argonne checkpoint"):
         read_state(tmp_path)
+
+
+STORED = Path(__file__).parent / "stored_version_1"
+
+
+def test_a_stored_checkpoint_of_format_version_1_resumes_to_the_curve_stored_beside_it(tmp_path: Path) -> None:
+    """Written once and never again: every later version of the package has to read it."""
+    assert files.verify_directory(STORED / "checkpoint_step_3") == []
+    state = read_state(STORED / "checkpoint_step_3")
+    assert (state["format_version"], state["step"], state["tokens"], state["samples"]) == (1, 3, 192, 12)
+    source = f"[{{ path = {json.dumps(str(STORED / 'tokens'))}, max_epochs = 9 }}]"
+    recipe = load_recipe(str(STORED / "checkpoint_step_3" / "recipe.toml"), {"data.sources": source})
+    assert run(recipe, tmp_path / "run", resume_from=STORED / "checkpoint_step_3").outcome.complete
+    expected = json.loads((STORED / "steps_after.json").read_text())
+    assert [record["step"] for record in expected] == [4, 5, 6]
+    for found, wanted in zip(curve(tmp_path / "run"), expected, strict=True):
+        assert found == pytest.approx(wanted, rel=1e-4)
+
+
+def test_a_stored_checkpoint_of_format_version_1_is_a_model(tmp_path: Path) -> None:
+    loaded = load_model(STORED / "checkpoint_step_3")
+    logits = loaded.model(torch.arange(8)[None]).logits
+    assert logits.shape == (1, 8, 300)
+    assert bool(torch.isfinite(logits).all())
