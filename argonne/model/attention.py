@@ -66,11 +66,12 @@ def segments_of(position_ids: Tensor | None, attention_mask: Tensor | None, shap
     if position_ids is not None and position_ids.dim() == 2 and length > 1:
         starts = (position_ids.diff(dim=-1) != 1).expand(rows, -1)
     if attention_mask is not None:
-        edges = attention_mask[:, 1:] != attention_mask[:, :-1]
-        ups = edges & attention_mask[:, 1:]
-        if bool((ups.sum(-1) + attention_mask[:, 0].to(torch.int64) > 1).any()):
+        before, after = attention_mask[:, :-1], attention_mask[:, 1:]
+        edges = before != after
+        if bool(((edges & after).sum(-1) + attention_mask[:, 0].to(torch.int64) > 1).any()):
             return "dense"
-        starts = edges if starts is None else starts | edges
+        # Positions of padding mean nothing: generation gives them all the same, which would make each a document.
+        starts = edges if starts is None else edges | (starts & before & after)
     if starts is None:
         return None
     found = starts.nonzero()

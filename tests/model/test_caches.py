@@ -10,6 +10,8 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from argonne.model import ArgonneForCausalLM
+from argonne.model.attention import segments_of
+from argonne.model.fused import Segments
 
 Make = Callable[..., ArgonneForCausalLM]
 CACHES: dict[str, Callable[[ArgonneForCausalLM], Any]] = {
@@ -66,6 +68,19 @@ def test_a_left_padded_batch_equals_its_rows_alone(generation: str, implementati
             alone = model(input_ids=ids[row : row + 1, :length]).logits[0]
         torch.testing.assert_close(together[row, -length:], alone, rtol=0, atol=1e-10)
         torch.testing.assert_close(cached[row, -length:], alone, rtol=0, atol=1e-10)
+
+
+def test_the_padding_of_a_row_is_one_segment_whatever_its_positions() -> None:
+    mask = torch.ones(2, 12, dtype=torch.bool)
+    mask[0, :7] = False
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    segments = segments_of(positions, mask, (2, 12))
+    assert isinstance(segments, Segments)
+    assert segments.lengths == (7, 5, 12)
+    mask[1, 9:] = False
+    segments = segments_of(torch.tensor([[0] * 8 + [0, 1, 0, 1], [0, 1, 2, 0, 1, 2, 3, 4, 5, 1, 1, 1]]), mask, (2, 12))
+    assert isinstance(segments, Segments)
+    assert segments.lengths == (7, 1, 2, 2, 3, 6, 3)  # documents within the text of a padded row are kept apart too
 
 
 def test_a_mask_with_holes_hides_exactly_its_tokens(make_model: Make, ids: torch.Tensor) -> None:

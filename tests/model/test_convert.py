@@ -6,6 +6,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DynamicCache
 
+import argonne.publish.fresh_load
 from argonne.errors import InputError
 from argonne.model.convert import import_checkpoint, load_earlier, modern_name
 from argonne.model.earlier import read_earlier
+from argonne.model.native import native_twin
+from argonne.publish.export import expectations, save_native
 
 FIXTURES = ["a10_odd108", "a15_sdpa_odd81", "a20_floor_headdim", "a25_base", "a30_full", "a30fa2_full", "a40_shape"]
 
@@ -156,6 +161,46 @@ def test_an_import_is_a_complete_folder(golden: Path, tmp_path: Path) -> None:
     tensors = load_file(golden / "tensors.safetensors")
     with torch.no_grad():
         assert_close(again(input_ids=tensors["input_ids"]).logits, tensors["logits"])
+
+
+def test_every_import_loads_in_a_fresh_process_where_argonne_is_not_installed(shared: Path, tmp_path: Path) -> None:
+    lines = []
+    for name in FIXTURES:
+        golden = shared / "golden" / name
+        import_checkpoint(golden, tmp_path / name, attention=attention_of(golden))
+        tensors = load_file(golden / "tensors.safetensors")
+        model, _ = load_earlier(golden, attention_of(golden))
+        expected = {**expectations(model), "input_ids": tensors["input_ids"], "logits": tensors["logits"]}
+        save_file(expected, tmp_path / f"{name}.safetensors")
+        lines.append(f"print('@@' + json.dumps(compare({str(tmp_path / name)!r}, {str(tmp_path / name)!r} + '.safetensors')))")
+    script = "import json, sys\nsys.modules['argonne'] = None\nfrom fresh_load import compare\n" + "\n".join(lines)
+    folder = Path(argonne.publish.fresh_load.__file__).parent
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": str(folder)}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = [json.loads(line[2:]) for line in done.stdout.splitlines() if line.startswith("@@")]
+    assert len(found) == len(FIXTURES)
+    for answer in found:
+        assert answer["relative_difference"] < 1e-4
+        assert answer["greedy_equal"] or answer["greedy_gap"] < 1e-4
+
+
+NATIVE_CLASS = {"a10": "GPT2LMHeadModel", "a15": "GPT2LMHeadModel", "a20": "MistralForCausalLM", "a25": "LlamaForCausalLM"}
+
+
+def test_the_native_twin_of_an_import_has_the_earlier_logits(golden: Path, tmp_path: Path) -> None:
+    model, _ = load_earlier(golden, attention_of(golden))
+    if golden.name == "a30fa2_full":
+        with pytest.raises(InputError, match="last layer must be full attention, here it is sliding_attention"):
+            native_twin(model)
+        return
+    twin = native_twin(model)
+    assert twin.model_class.__name__ == NATIVE_CLASS.get(golden.name[:3], "Gemma4ForCausalLM")
+    save_native(twin, tmp_path, {"eos_id": None, "bos_id": None, "pad_id": None}, torch.float32)
+    tensors = load_file(golden / "tensors.safetensors")
+    other = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert_close(other(input_ids=tensors["input_ids"]).logits, tensors["logits"])
 
 
 def test_a_window_of_the_config_is_kept_only_when_asked_for(shared: Path, tmp_path: Path) -> None:
