@@ -112,7 +112,10 @@ def _unknown(path: str, name: str, known: dict[str, Any], where: str) -> str:
     near = difflib.get_close_matches(name, known, n=1)
     if near:
         return f"unknown recipe key {path!r}; did you mean {f'{where}.{near[0]}' if where else near[0]!r}?"
-    elsewhere = [other for other in all_keys() if other.split(".")[-1] == name]
+    keys = all_keys()
+    elsewhere = [other for other in keys if other.split(".")[-1] == name]
+    words = name.replace("_", " ")  # another library's name for it: learning_rate for lr
+    elsewhere += [other for other in keys if words in keys[other].metadata["meaning"] and other.startswith(where)]
     if elsewhere:
         return f"unknown recipe key {path!r}; did you mean {elsewhere[0]!r}?"
     return f"unknown recipe key {path!r}; known here: {', '.join(known)}"

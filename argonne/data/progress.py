@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TextIO
+from typing import Literal, TextIO
 
 LINE_SECONDS = 10.0
 
@@ -12,8 +12,9 @@ LINE_SECONDS = 10.0
 class Progress:
     """Documents, tokens, MB/s and time left. `stream=None` is silent."""
 
-    def __init__(self, label: str, total_bytes: int, stream: TextIO | None = sys.stderr) -> None:
-        self.label, self.total, self.stream = label, total_bytes, stream
+    def __init__(self, label: str, total_bytes: int, stream: TextIO | Literal["stderr"] | None = "stderr") -> None:
+        self.label, self.total = label, total_bytes
+        self.stream = stream = sys.stderr if stream == "stderr" else stream  # looked up now, not when this module was imported
         self.done = self.fresh = self.documents = self.tokens = self.text_bytes = 0
         self._began = self._printed = time.monotonic()
         self._bar = None
