@@ -109,7 +109,15 @@ def train_model(options: argparse.Namespace) -> int:
     from argonne.stages.session import finish_or_stop
 
     folder = options.run or Path("runs") / Path(options.recipe).stem
-    result = run(recipe, folder, resume_from=options.resume_from, allow=options.allow, started=options.started, profile=options.profile)
+    result = run(
+        recipe,
+        folder,
+        resume_from=options.resume_from,
+        allow=options.allow,
+        started=options.started,
+        profile=options.profile,
+        data_from_start=options.data_from_start,
+    )
     finish_or_stop(result.outcome, folder)
     return 0
 

@@ -163,7 +163,14 @@ def _add_training(verbs: Any, arguments: Sequence[str]) -> None:
         parser.add_argument("recipe", metavar="RECIPE", help="packaged name or TOML file")
         parser.add_argument("--run", type=Path, metavar="DIR", help="run folder (default: runs/NAME); an existing run is resumed")
         parser.add_argument("--init-from", metavar="MODEL", help="weights to start from: run, checkpoint, model folder or Hub id")
-        parser.add_argument("--resume-from", type=Path, metavar="CHECKPOINT", help="start a new run from the whole state of a checkpoint")
+        parser.add_argument(
+            "--resume-from", type=Path, metavar="CHECKPOINT", help="start a new run from the whole state of a checkpoint, or of a .pt"
+        )
+        parser.add_argument(
+            "--data-from-start",
+            action="store_true",
+            help="with a .pt: begin the data at its start, where its position cannot be carried over",
+        )
         parser.add_argument(
             "--allow", nargs="+", action="extend", default=[], metavar="KEY", help="keys that may differ from the run's on resume"
         )

@@ -38,8 +38,24 @@ def read_earlier(path: Path) -> Earlier:
         config, tensors = read_config(path / "config.json"), _read_folder(path)
         folder = path
     else:
-        tensors = _weights_in(path, _unpickle(path), messages)
+        content = unpickle(path)
+        tensors = _weights_in(path, content)
+        if isinstance(content, dict) and "model_state_dict" in content:
+            step, tokens = content.get("global_step"), content.get("tokens_processed")
+            messages.append(f"{path.name}: training checkpoint of step {step}, {tokens} tokens; optimizer and schedule are left behind")
         folder = path.parent
+    tensors = _plain(path, tensors, messages)
+    if not path.is_dir():
+        config = config_of_file(path, tensors, messages)
+    return Earlier(folder, config, tensors, messages)
+
+
+def weights_of_file(path: Path, content: Any, messages: list[str]) -> dict[str, Tensor]:
+    """The weights in what `unpickle` gave, under the names and in the order of the earlier class. Raises InputError."""
+    return _plain(path, _weights_in(path, content), messages)
+
+
+def _plain(path: Path, tensors: dict[str, Tensor], messages: list[str]) -> dict[str, Tensor]:
     tensors = _without_wrappers(tensors)
     _unfold_pipeline(path, tensors, messages)
     if any(name.startswith("model.layers.") for name in tensors):
@@ -47,9 +63,7 @@ def read_earlier(path: Path) -> Earlier:
     if not any(name.startswith("blocks.") for name in tensors):
         found = ", ".join(list(tensors)[:3]) or "none"
         raise InputError(f"{path}: not an Argonne checkpoint: expected tensors named blocks.0..., found {found}")
-    if not path.is_dir():
-        config = _config_of_file(path, tensors, messages)
-    return Earlier(folder, config, tensors, messages)
+    return tensors
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -69,7 +83,7 @@ def read_config(path: Path) -> dict[str, Any]:
 def _read_folder(folder: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for path in _weight_files(folder):
-        part = _read_safetensors(path) if path.suffix == ".safetensors" else _weights_in(path, _unpickle(path), [])
+        part = _read_safetensors(path) if path.suffix == ".safetensors" else _weights_in(path, unpickle(path))
         for name in part.keys() & tensors.keys():
             raise InputError(f"{path}: {name} is in an earlier file of this folder too; keep one set of weights")
         tensors.update(part)
@@ -115,20 +129,35 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path}: cannot be read as safetensors ({error}); it is truncated or damaged, copy it again") from None
 
 
-def _unpickle(path: Path) -> Any:
+def unpickle(path: Path) -> Any:
+    """What a PyTorch file holds, mapped into memory where its format allows; nothing in it is executed. Raises InputError naming the cause.
+
+    Beside tensors and plain values numpy numbers are let in: earlier trainers stored their mean loss and cosine rates as such.
+    """
     import pickle
 
+    import numpy
+
+    scalar = numpy.float64(0).__reduce__()[0]
+    numbers: list[Any] = [
+        numpy.dtype,
+        numpy.dtypes.Float64DType,
+        *((scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    ]
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:
+            is_zip = file.read(4) == b"PK\x03\x04"
+        with torch.serialization.safe_globals(numbers):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
+        reason = next((line for line in str(error).splitlines() if "Unsupported" in line), str(error).splitlines()[0]).strip()
         raise InputError(f"{path}: holds more than tensors and was not loaded, because loading it would run its code ({reason})") from None
     except (RuntimeError, OSError, EOFError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"{path}: cannot be read as a PyTorch file ({reason}); it is truncated or damaged, copy it again") from None
 
 
-def _weights_in(path: Path, content: Any, messages: list[str]) -> dict[str, Tensor]:
+def _weights_in(path: Path, content: Any) -> dict[str, Tensor]:
     """The state dict in a loaded pickle: itself, or under model_state_dict."""
     state = content
     if isinstance(content, dict) and "model_state_dict" in content:
@@ -137,8 +166,6 @@ def _weights_in(path: Path, content: Any, messages: list[str]) -> dict[str, Tens
             raise InputError(
                 f"{path}: holds one of {content['world_size']} tensor-parallel shards (rank {content.get('rank', 0)}); the others were never saved"
             )
-        step, tokens = content.get("global_step"), content.get("tokens_processed")
-        messages.append(f"{path.name}: training checkpoint of step {step}, {tokens} tokens; optimizer and schedule are left behind")
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"{path}: no state dict in it; expected tensors by name, perhaps under model_state_dict")
     return dict(state)
@@ -179,7 +206,7 @@ def _unfold_pipeline(path: Path, tensors: dict[str, Tensor], messages: list[str]
     messages.append(f"pipelined checkpoint: {len(matches)} stage tensors, {per_stage} blocks a stage, {repeated} of them repeats")
 
 
-def _config_of_file(path: Path, tensors: dict[str, Tensor], messages: list[str]) -> dict[str, Any]:
+def config_of_file(path: Path, tensors: dict[str, Tensor], messages: list[str]) -> dict[str, Any]:
     """The config that lies beside a `.pt`, or that of the released model whose shapes these are."""
     for folder in (path.parent, path.parent.parent):
         if (folder / "config.json").is_file():

@@ -246,7 +246,15 @@ def _check_complete(folder: Path, info: dict[str, Any]) -> None:
 
 
 def read_checkpoint_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The `model.*` tensors of a training checkpoint, whole, however many ranks wrote it."""
+    """The weights of a training checkpoint by parameter name."""
+    state = read_checkpoint_tensors(checkpoint, "model.")
+    if not state:
+        raise InputError(f"{checkpoint}: no weights in it")
+    return {name.removeprefix("model."): tensor for name, tensor in state.items()}
+
+
+def read_checkpoint_tensors(checkpoint: Path, prefix: str = "") -> dict[str, torch.Tensor]:
+    """The tensors of a training checkpoint whose flat names begin with `prefix`, whole, however many ranks wrote it."""
     import warnings
 
     import torch.distributed.checkpoint as dcp
@@ -260,12 +268,11 @@ def read_checkpoint_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
         state = {
             name: torch.empty(entry.size, dtype=entry.properties.dtype)
             for name, entry in entries.items()
-            if name.startswith("model.") and isinstance(entry, TensorStorageMetadata)
+            if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
         }
-        if not state:
-            raise InputError(f"{checkpoint}: no weights in it")
-        dcp.load(state, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
-    return {name.removeprefix("model."): tensor for name, tensor in state.items()}
+        if state:
+            dcp.load(state, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
+    return state
 
 
 def load_weights_into(model: ArgonneForCausalLM, folder: Path) -> None:

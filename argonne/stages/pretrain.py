@@ -29,10 +29,12 @@ def run(
     stop_after_step: int | None = None,
     started: float | None = None,
     profile: bool = False,
+    data_from_start: bool = False,
 ) -> RunResult:
     """Train `recipe` in `run_folder`, resuming by itself where the run exists. Raises InputError for anything wrong with recipe, data or run.
 
     `started`: monotonic seconds when the command began, for the wall time. `profile`: write a trace of a few steps.
+    `data_from_start`: with a `.pt` of the family as `resume_from`, begin the data at its start whatever the file says.
     """
     from argonne.train.step import next_token, next_token_by_row
 
@@ -46,5 +48,6 @@ def run(
         stop_after_step=stop_after_step,
         started=time.monotonic() if started is None else started,
         profile=profile,
+        data_from_start=data_from_start,
     )
     return RunResult(run_folder, run_session(session))

@@ -46,6 +46,7 @@ class Session:
     stop_after_step: int | None = None
     started: float | None = None
     profile: bool = False
+    data_from_start: bool = False
 
 
 def run_session(session: Session) -> Outcome:
@@ -187,7 +188,7 @@ def _open(session: Session, run: RunFolder, mesh: Mesh, say: Callable[[str], Non
         clean_leftovers(run.path, say)
     mesh.barrier()
     given = session.recipe
-    start = find_start(run, given, session.resume_from, say)
+    start = find_start(run, given, session.resume_from, say, data_from_start=session.data_from_start)
     _compare_config(start, session, say)
     data = open_training_data(given.data, given.batch, given.seed, state=start.data_state, run_folder=run.path, allow=session.allow)
     check_tokenizer(start, data.tokenizer.fingerprint, data.tokenizer_folder, session.allow)
@@ -203,6 +204,7 @@ def _build(session: Session, opened: _Opened, run: RunFolder, mesh: Mesh) -> _Bu
     from argonne.parallel.apply import compile_blocks
     from argonne.train.allocator import return_freed_memory, returns_memory
     from argonne.train.checkpoint import load_tensors, run_tensors
+    from argonne.train.earlier import restore
     from argonne.train.optim import build_optimizer
     from argonne.train.trainer import Progress
 
@@ -213,6 +215,9 @@ def _build(session: Session, opened: _Opened, run: RunFolder, mesh: Mesh) -> _Bu
     progress = Progress()
     if start.checkpoint is not None:
         load_tensors(start.checkpoint, run_tensors(model, optimizer), mesh)
+        progress = Progress(**start.progress)
+    elif start.family_file is not None:
+        restore(start.family_file, model, optimizer, _say(mesh))
         progress = Progress(**start.progress)
     choice = choose(recipe, mesh)
     configure_model(model, recipe, choice)

@@ -13,8 +13,10 @@ from argonne.errors import InputError
 
 if TYPE_CHECKING:
     from argonne.model.modeling_argonne import ArgonneForCausalLM
+    from argonne.train.earlier import TrainingFile
     from argonne.train.run import RunFolder
 
+FAMILY_SUFFIXES = (".pt", ".pth")
 NOT_ARCHITECTURE = ("preset", "init_from", "initializer")
 
 
@@ -32,6 +34,7 @@ class Start:
     recipe_tree: dict[str, Any] | None = None
     parent: dict[str, Any] | None = None
     tokenizer_fingerprint: str | None = None
+    family_file: TrainingFile | None = None
 
     def stored_model(self, given: ModelSection) -> ModelSection:
         """The recipe's model section with what it leaves unset taken from the checkpoint (resolved values are not changes)."""
@@ -46,8 +49,13 @@ def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def find_start(run: RunFolder, recipe: Recipe, resume_from: Path | None, say: Callable[[str], None]) -> Start:
-    """Decide where the run starts. Damaged checkpoints are passed over by name; a run with none that is whole is an error, not a fresh start."""
+def find_start(
+    run: RunFolder, recipe: Recipe, resume_from: Path | None, say: Callable[[str], None], *, data_from_start: bool = False
+) -> Start:
+    """Decide where the run starts. Damaged checkpoints are passed over by name; a run with none that is whole is an error, not a fresh start.
+
+    `data_from_start`: what a `.pt` of the family says of its place in the data is left aside.
+    """
     from argonne.train.checkpoint import list_checkpoints, newest_complete
 
     if list_checkpoints(run.path):
@@ -55,6 +63,12 @@ def find_start(run: RunFolder, recipe: Recipe, resume_from: Path | None, say: Ca
         if newest is None:
             raise InputError(f"{run.path}: none of its checkpoints is complete; restore one, or remove the run to start again")
         return _whole_state(newest.path, own=True)
+    if resume_from is not None and resume_from.suffix in FAMILY_SUFFIXES:
+        return _family_file(resume_from.resolve(), recipe, from_start=data_from_start)
+    if data_from_start:
+        raise InputError(
+            "--data-from-start: is for --resume-from checkpoint_step_<N>.pt; without such a file there is no place in the data to leave aside"
+        )
     if resume_from is not None:
         return _whole_state(resume_from.resolve(), own=False)
     if recipe.model.init_from is not None:
@@ -79,6 +93,25 @@ def _whole_state(path: Path, *, own: bool) -> Start:
         recipe_tree=state["recipe"],
         parent=parent,
         tokenizer_fingerprint=state["tokenizer_fingerprint"],
+    )
+
+
+def _family_file(path: Path, recipe: Recipe, *, from_start: bool) -> Start:
+    """The whole state of a `checkpoint_step_<N>.pt` of the family's earlier trainer."""
+    from argonne.data.tokenizer import load_tokenizer
+    from argonne.train.earlier import read_training_file
+    from argonne.train.earlier_position import carried_position
+
+    file = read_training_file(path, architecture_fields(recipe.model))
+    carried = carried_position(file, recipe, from_start=from_start)
+    return Start(
+        description=f"going on from {path} at step {file.step:,} ({file.tokens:,} tokens); {carried.description}",
+        weights_config=file.fields,
+        progress={"step": file.step},
+        data_state=carried.state,
+        parent={"run_id": None, "checkpoint": path.name, "step": file.step},
+        tokenizer_fingerprint=load_tokenizer(file.tokenizer_folder).fingerprint if file.tokenizer_folder else None,
+        family_file=file,
     )
 
 
