@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -71,3 +72,17 @@ def nano(tokens: Path) -> Callable[..., Recipe]:
         return load_recipe("nano-3.0", {**base, **overrides})
 
     return make
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """End with every skip and its reason: nothing is left out in silence."""
+    reasons: dict[str, list[str]] = {}
+    for report in terminalreporter.stats.get("skipped", []):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        reasons.setdefault(reason.removeprefix("Skipped: "), []).append(report.nodeid)
+    terminalreporter.section("skipped tests and why")
+    if not reasons:
+        terminalreporter.write_line("none")
+    for reason, tests in sorted(reasons.items()):
+        more = f" and {len(tests) - 1} more" if len(tests) > 1 else ""
+        terminalreporter.write_line(f"{len(tests):4d}  {reason}: {tests[0]}{more}")
