@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from argonne.config import Recipe
 from argonne.errors import InputError
 from argonne.plan.devices import Device, device, find_device, peak_of
-from argonne.plan.memory import Memory, Setup, memory_of
+from argonne.plan.memory import LIBRARIES_CPU, Memory, Setup, memory_of
 from argonne.plan.shape import ModelShape
 
 # A GPU process cannot have all of its card: what the allocator cannot use for fragmentation.
@@ -112,10 +112,15 @@ def _choices(recipe: Recipe, shape: ModelShape, known: Device, layout: Layout, l
                 pipeline=layout.pipeline,
             )
             setup = _with_micro_rows(recipe, shape, setup, layout, limit)
-            memory = memory_of(shape, setup)
+            memory = _with_libraries(memory_of(shape, setup), cpu)
             recomputed = setup.share_recomputed(shape.num_hidden_layers)
             speed = _micro_speed(setup) * 3 / (3 + recomputed) * layout.speed
             yield Choice(setup, layout, memory, speed, memory.total <= limit)
+
+
+def _with_libraries(memory: Memory, cpu: bool) -> Memory:
+    """On a CPU the libraries share the memory with the tensors, and a run's peak memory counts both."""
+    return Memory({**memory.parts, "libraries": LIBRARIES_CPU}, memory.moment) if cpu else memory
 
 
 def _micro_speed(setup: Setup) -> float:

@@ -26,6 +26,8 @@ CHUNK_BYTES_CPU, CHUNK_BYTES_GPU, CHUNK_LEAST = 32 * MIB, 1024 * MIB, 256
 PROCESS_CPU = 45e6
 # A GPU process: the CUDA context and its libraries' work space, as cards of these years show them.
 PROCESS_GPU = 0.8e9
+# What Python, torch, transformers, pyarrow and tokenizers take before anything is built; a GPU plan counts the card alone.
+LIBRARIES_CPU = 0.4e9
 PARTS = ("weights", "moments", "gradients", "activations", "logits and loss", "temporaries", "process")
 
 
