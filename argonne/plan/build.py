@@ -177,6 +177,8 @@ def _warnings(recipe: Recipe, name: str | None, uses: list[SourceUse], tokens: i
             found.append(
                 f"source {use.path} would be read {use.passes:.2f} times, more than its max_epochs {use.max_epochs:g}: the run will be refused"
             )
+    if recipe.data.input:
+        found.append(f"data.input ({', '.join(recipe.data.input)}) is tokenised as the run goes: passes over it are not known")
     if tokens is None:
         found.append("the run's length is in epochs of data that is not on this disk: steps, hours and cost are not known")
     if choice.layout.shard > 1 and recipe.parallel.shard == 1 and choice.fits:
