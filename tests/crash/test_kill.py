@@ -10,7 +10,7 @@ import pytest
 from argonne.config import Recipe
 from argonne.train.checkpoint import LAST
 from tests.crash.conftest import Mother
-from tests.crash.killing import Kills, kill_until_complete
+from tests.crash.killing import kill_until_complete
 from tests.train.helpers import curve, stored
 
 Nano = Callable[..., Recipe]
@@ -43,16 +43,25 @@ def test_five_kills_two_of_them_inside_a_save_leave_no_trace(mother: Mother, fin
 
 
 @pytest.mark.campaign
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("background", [False, True], ids=["in place", "in the background"])
+@pytest.mark.parametrize("ranks", [1, 2], ids=["1 rank", "2 ranks"])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_campaign_of_fifty_kills_leaves_no_trace(
-    mother: Mother, finish: Finish, nano: Nano, tmp_path: Path, ranks: int, optimizer: str
+    mother: Mother, finish: Finish, nano: Nano, tmp_path: Path, ranks: int, optimizer: str, background: bool
 ) -> None:
-    recipe = recipe_of(nano, **{"optim.name": optimizer, "model.hidden_dropout": "0.1", "data.order": "shuffled"})
+    recipe = recipe_of(
+        nano,
+        **{
+            "optim.name": optimizer,
+            "model.hidden_dropout": "0.1",
+            "data.order": "shuffled",
+            "checkpoint.asynchronous": str(background).lower(),
+        },
+    )
     finish(recipe, tmp_path / "whole", ranks=ranks)
-    kills: Kills = kill_until_complete(mother, recipe, tmp_path / "killed", kills=50, inside_saves=15, seed=ranks, ranks=ranks)
+    kills = kill_until_complete(mother, recipe, tmp_path / "killed", kills=50, inside_saves=15, seed=ranks, ranks=ranks)
     finish(recipe, tmp_path / "killed", ranks=ranks)
-    print(f"{kills.total} kills, {kills.inside_saves} inside a save, {kills.sessions} sessions, {ranks} ranks, {optimizer}")
+    print(f"{kills.total} kills, {kills.inside_saves} inside a save, {kills.sessions} sessions")
     assert kills.total >= 50
     assert kills.inside_saves >= 15
     assert_untouched(tmp_path / "killed", tmp_path / "whole")
