@@ -205,8 +205,16 @@ def _loss_panel(records: list[RunRecord], marks: list[Mark]) -> Panel:
     for number, record in enumerate(records):
         steps, values = record.metrics.series("step", "loss")
         prefix = "" if alone else f"{record.name}: "
-        curves.append(Curve(f"curve-{number}-step-loss", steps, values, number, label=f"{prefix}training", faint=True))
-        curves.append(Curve(f"curve-{number}-smoothed-loss", steps, smoothed(values), number, label=f"{prefix}training, smoothed"))
+        curves.append(Curve(f"curve-{number}-step-loss", steps, values, number, label="training" if alone else "", faint=True))
+        curves.append(
+            Curve(
+                f"curve-{number}-smoothed-loss",
+                steps,
+                smoothed(values),
+                number,
+                label="training, smoothed" if alone else f"{prefix}training",
+            )
+        )
         curves += _curve(record, number, "held_out", ("loss",), f"{prefix}held-out", colour=1 if alone else number, dash=0 if alone else 1)
     return Panel("Loss", "nats per token", curves, marks=marks)
 
