@@ -15,10 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .fused import (
+    HALF,
     Plan,
     Segments,
     flash_attention,
     flex_attention,
+    pad_heads,
     shape_of,
     varlen_attention,
     why_not_flash,
@@ -124,15 +126,40 @@ def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale:
 
 @dataclass(frozen=True)
 class _Sdpa:
+    """One call of torch's scaled_dot_product_attention, in a form that its fused kernels take."""
+
     scale: float
     dropout: float
     grouped: bool
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-        extra: dict[str, Any] = {"enable_gqa": True} if self.grouped else {}
+        if q.device.type == "cuda":
+            return self.on_cuda(q, k, v, mask, causal)
+        return self.plain(q, k, v, mask, causal, grouped=self.grouped)
+
+    def plain(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, *, grouped: bool) -> Tensor:
+        extra: dict[str, Any] = {"enable_gqa": True} if grouped else {}
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=self.dropout, is_causal=causal and q.shape[2] > 1, scale=self.scale, **extra
         )
+
+    def on_cuda(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        """CUDA's fused kernels want head sizes in eights, and only its flash kernel (fp16, bf16, no mask) knows grouped queries.
+
+        With a mask the queries of a group are laid one after the other, so that no key is repeated; without one, in fp32, keys are.
+        """
+        size = q.shape[-1]
+        q, k, v = (pad_heads(x, -(-size // 8) * 8) for x in (q, k, v))
+        if not self.grouped or (mask is None and q.dtype in HALF):
+            return self.plain(q, k, v, mask, causal, grouped=self.grouped)[..., :size]
+        groups = q.shape[1] // k.shape[1]
+        if mask is not None and (mask.dim() == 2 or mask.shape[1] == 1):
+            folded = q.unflatten(1, (-1, groups)).flatten(2, 3)
+            tall = mask.expand(*mask.shape[:-2], q.shape[2], k.shape[2]).repeat(*[1] * (mask.dim() - 2), groups, 1)
+            out = self.plain(folded, k, v, tall, False, grouped=False)
+            return out.unflatten(2, (groups, -1)).flatten(1, 2)[..., :size]
+        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+        return self.plain(q, k, v, mask, causal, grouped=False)[..., :size]
 
 
 def _decode(run: _Sdpa, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:

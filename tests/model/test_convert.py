@@ -153,7 +153,7 @@ def test_an_import_is_a_complete_folder(golden: Path, tmp_path: Path) -> None:
     report = import_checkpoint(golden, out, attention=attention_of(golden))
     names = {path.name for path in out.iterdir()}
     assert {"config.json", "generation_config.json", "model.safetensors", "modeling_argonne.py", "configuration_argonne.py"} <= names
-    assert {"attention.py", "kernels.py", "loss.py"} <= names
+    assert {"attention.py", "fused.py", "kernels.py", "layers.py", "loss.py"} <= names
     config = json.loads((out / "config.json").read_text())
     assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
     assert config["layer_types"] == report["layer_types"]

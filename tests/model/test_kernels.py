@@ -13,7 +13,7 @@ from argonne.model import ArgonneForCausalLM
 from argonne.model.attention import MaskPlan, segments_of
 from argonne.model.build import check_attention
 from argonne.model.fused import Segments, call_flash, call_varlen, flex_attention, why_not_varlen
-from argonne.model.kernels import ORDER, choose_kernel, math_attention, run_kernel
+from argonne.model.kernels import ORDER, _Sdpa, choose_kernel, math_attention, run_kernel
 from tests.model.test_attention import positions_of, tensors
 
 Make = Callable[..., ArgonneForCausalLM]
@@ -156,6 +156,22 @@ def test_one_query_over_cached_keys_repeats_none_of_them() -> None:
         found, path = run_kernel("sdpa", q, k, v, plan, 0.3, 0.0)
         assert path == "sdpa-decode"
         torch.testing.assert_close(found, math_attention(q, k, v, plan, 0.3, 0.0), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("mask", ["none", "band", "batched", "by head"])
+@pytest.mark.parametrize("shared", [2, 6])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_what_cuda_is_called_with_means_the_same(mask: str, shared: int, dtype: torch.dtype) -> None:
+    """The rewriting for CUDA's kernels (padded heads, folded groups) run on the CPU."""
+    q, k, v = (x.detach().to(dtype) for x in tensors(2, 12, heads=6, shared=shared, width=9))
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"none": None, "band": (12, 12), "batched": (2, 1, 12, 12), "by head": (2, 6, 12, 12)}
+    shape = shapes[mask]
+    dense = None if shape is None else (torch.rand(shape, generator=generator) < 0.6) | torch.eye(12, dtype=torch.bool)
+    run = _Sdpa(0.3, 0.0, grouped=shared != 6)
+    found = run.on_cuda(q, k, v, dense, causal=dense is None)
+    expected = run(q, k, v, dense, causal=dense is None)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12 if dtype == torch.float64 else 2e-2)
 
 
 def test_varlen_names_what_this_torch_lacks(monkeypatch: pytest.MonkeyPatch) -> None:

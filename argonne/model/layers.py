@@ -1,0 +1,212 @@
+"""The parts of an Argonne model: norms, rotary positions, attention, MLP, decoder layer. Ships with each checkpoint.
+
+Plain modules: no transformers decorators, hooks or checkpointing classes inside, so that compiling a layer, recomputing it, sharding it or
+cutting a pipeline between two of them needs no patch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .attention import IMPLEMENTATION, LayerInputs
+from .configuration_argonne import ArgonneConfig
+
+
+class ArgonneRMSNorm(nn.Module):
+    """weight * x / sqrt(mean(x^2) + eps) over the last dimension, at least in fp32 (Zhang and Sennrich 2019)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        dtype = hidden_states.dtype
+        hidden_states = hidden_states.to(torch.promote_types(dtype, torch.float32))
+        variance = hidden_states.pow(2).mean(-1, keepdim=True)
+        hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+        return self.weight * hidden_states.to(dtype)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
+def make_norm(config: ArgonneConfig, size: int) -> nn.Module:
+    return ArgonneRMSNorm(size, config.rms_norm_eps) if config.norm_type == "rms" else nn.LayerNorm(size, eps=config.rms_norm_eps)
+
+
+class ArgonneRotaryEmbedding(nn.Module):
+    """Rotary position tables (Su et al. 2021). Made anew from the config in each forward pass, in float64.
+
+    It keeps no buffer on purpose: transformers 5 builds models on the meta device, where a non-persistent buffer comes back as garbage,
+    and a buffer would follow `model.to(bfloat16)`.
+    """
+
+    def __init__(self, config: ArgonneConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.theta = float((config.rope_parameters or {})["rope_theta"])
+
+    @property
+    def inv_freq(self) -> Tensor:
+        """theta^(-2i / head_dim), (head_dim / 2,) float64 on the CPU."""
+        return self._frequencies(torch.device("cpu"))
+
+    def _frequencies(self, device: torch.device) -> Tensor:
+        steps = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=device)
+        return self.theta ** (-steps / self.head_dim)
+
+    def forward(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin, (B or 1, T, head_dim / 2), at least fp32. position_ids (B or 1, T)."""
+        angles = position_ids[..., None].to(torch.float64) * self._frequencies(position_ids.device)
+        wide = torch.promote_types(dtype, torch.float32)
+        return angles.cos().to(wide), angles.sin().to(wide)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate (B, T, heads, D) by its positions, half-split layout: pairs are (i, i + D/2)."""
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    low, high = x.chunk(2, dim=-1)
+    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """transformers' `eager`: additive masks, whole attention weights. The reference that engines and tools expect to find."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = torch.softmax(weights, dim=-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class ArgonneAttention(nn.Module):
+    """Grouped-query causal self-attention; q, k and v each perhaps RMS-normalised over the head before the rotation (v is not rotated)."""
+
+    def __init__(self, config: ArgonneConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        assert config.layer_types is not None
+        self.layer_type = config.layer_types[layer_idx]
+        self.sliding_window = config.sliding_window if self.layer_type == "sliding_attention" else None
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = config.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        self.attention_kernel = "auto"
+        self.attention_path = "not run yet"
+        queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.attention_bias)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.attention_bias)
+        if config.q_norm:
+            self.q_norm = ArgonneRMSNorm(config.head_dim, config.rms_norm_eps)
+        if config.k_norm:
+            self.k_norm = ArgonneRMSNorm(config.head_dim, config.rms_norm_eps)
+        if config.v_norm:
+            self.v_norm = ArgonneRMSNorm(config.head_dim, config.rms_norm_eps)
+
+    def forward(self, hidden_states: Tensor, inputs: LayerInputs) -> Tensor:
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(shape)
+        key = self.k_proj(hidden_states).view(shape)
+        value = self.v_proj(hidden_states).view(shape)
+        dtype = query.dtype
+        if self.config.q_norm:
+            query = self.q_norm(query)
+        if self.config.k_norm:
+            key = self.k_norm(key)
+        if self.config.v_norm:
+            value = self.v_norm(value)
+        if inputs.cos is not None and inputs.sin is not None:
+            query, key = rotate(query, inputs.cos, inputs.sin), rotate(key, inputs.cos, inputs.sin)
+        # fp32 gains and tables promote; without these casts no fused kernel runs under bf16 autocast.
+        query, key, value = (x.to(dtype).transpose(1, 2) for x in (query, key, value))
+        mask = inputs.masks[self.layer_type]
+        if inputs.cache is not None:
+            cached = inputs.cache.update(key, value, self.layer_idx)
+            if not getattr(mask, "own_keys", False):
+                key, value = cached
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        output, _ = attend(
+            self,
+            query,
+            key,
+            value,
+            mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **inputs.extra,
+        )
+        if self.config._attn_implementation != IMPLEMENTATION and self.attention_path != self.config._attn_implementation:
+            self.attention_path = str(self.config._attn_implementation)
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1))
+
+
+class ArgonneMLP(nn.Module):
+    """down(act(gate x) * up x), or down(act(up x)) without a gate."""
+
+    def __init__(self, config: ArgonneConfig) -> None:
+        super().__init__()
+        self.gated = config.mlp_gated
+        if config.mlp_gated:
+            self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.act_fn: nn.Module = nn.SiLU() if config.hidden_act == "silu" else nn.GELU()
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if self.gated:
+            return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+
+
+class ArgonneDecoderLayer(nn.Module):
+    """Pre-norm block; with `sandwich_norm` the outputs of attention and MLP are normalised too. Plain tensors in and out."""
+
+    def __init__(self, config: ArgonneConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.sandwich = config.sandwich_norm
+        self.dropout = config.hidden_dropout
+        self.input_layernorm = make_norm(config, config.hidden_size)
+        self.self_attn = ArgonneAttention(config, layer_idx)
+        self.post_attention_layernorm = make_norm(config, config.hidden_size)
+        if config.sandwich_norm:
+            self.pre_feedforward_layernorm = make_norm(config, config.hidden_size)
+            self.post_feedforward_layernorm = make_norm(config, config.hidden_size)
+        self.mlp = ArgonneMLP(config)
+
+    def forward(self, hidden_states: Tensor, inputs: LayerInputs) -> Tensor:
+        attended = self.self_attn(self.input_layernorm(hidden_states), inputs)
+        if self.sandwich:
+            hidden_states = hidden_states + self._drop(self.post_attention_layernorm(attended))
+            fed = self.mlp(self.pre_feedforward_layernorm(hidden_states))
+            return hidden_states + self._drop(self.post_feedforward_layernorm(fed))
+        hidden_states = hidden_states + self._drop(attended)
+        return hidden_states + self._drop(self.mlp(self.post_attention_layernorm(hidden_states)))
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout) if self.training and self.dropout else x
+
+
+__all__ = ["ArgonneAttention", "ArgonneDecoderLayer", "ArgonneMLP", "ArgonneRMSNorm", "ArgonneRotaryEmbedding", "make_norm"]
