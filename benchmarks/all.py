@@ -1,15 +1,18 @@
-"""Every benchmark, one after the other: `make bench`. Measure on an otherwise idle machine; compare within one table only."""
+"""Every benchmark of the CPU, one after the other: `make bench`. Measure on an otherwise idle machine; compare within one table only."""
 
 from __future__ import annotations
 
+import importlib
 import sys
 
-from benchmarks import harness, start_up, train_step
+from benchmarks import harness
+
+MODULES = ("start_up", "train_step", "overhead", "saves", "encode_text", "prepare_tokens", "read_windows")
 
 
 def main() -> int:
-    benchmarks = (start_up.BENCHMARK, train_step.BENCHMARK)
-    return max(harness.main(benchmark, ["--write"]) for benchmark in benchmarks)
+    """All tables of docs/benchmarks.md; 1 if any contestant failed."""
+    return max(harness.main(importlib.import_module(f"benchmarks.{name}").BENCHMARK, ["--write"]) for name in MODULES)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import harness, start_up, train_step
+from benchmarks.all import MODULES
 from benchmarks.harness import Benchmark, Column, markdown, measure, write_table
 from benchmarks.own_loop import make_recipe, timed_steps
 
@@ -74,7 +75,7 @@ def test_a_table_replaces_only_what_stands_between_its_markers(tmp_path: Path) -
 
 def test_the_documents_have_a_place_for_every_table() -> None:
     text = harness.DOCUMENT.read_text()
-    for name in ("train_step", "start_up", "mfu"):
+    for name in (*MODULES, "mfu"):
         assert f"<!-- {name} begin -->" in text
         assert f"<!-- {name} end -->" in text
 
