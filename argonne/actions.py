@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -138,11 +140,42 @@ def generate_text(options: argparse.Namespace) -> None:
 def evaluate_model(options: argparse.Namespace) -> None:
     from argonne.evaluate.run import evaluate, render
 
-    found = evaluate(options.model, options.tasks.split(","), options.data, shots=options.shots)
+    with progress_bar("requests") as progress:
+        found = evaluate(options.model, options.tasks.split(","), options.data, shots=options.shots, progress=progress)
+    others = _baselines(found) if options.baselines else None
     if options.json:
-        print_json(found)
-    else:
-        print(render(found))
+        print_json({**found, "baselines": others} if others else found)
+        return
+    print(render(found))
+    if others:
+        names = ("uniform", "unigram", "bigram", "xz")
+        print("    beside it: " + ", ".join(f"{name} {others[name]:.4f}" for name in names) + " bits per byte on the same text")
+
+
+def _baselines(found: dict[str, Any]) -> dict[str, Any]:
+    from argonne.data.tokenizer import load_tokenizer
+    from argonne.evaluate.run import baseline_results
+
+    data = Path(found["tasks"]["bpb"]["data"]) if "bpb" in found["tasks"] else None
+    if data is None or not (data / "tokenizer").is_dir():
+        raise InputError(
+            "--baselines: they are fitted on a token set's training part; use --tasks bpb and --data a folder of `argonne prepare`"
+        )
+    return baseline_results(data, load_tokenizer(data / "tokenizer"))
+
+
+@contextmanager
+def progress_bar(unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar with rate and time left on a terminal, nothing elsewhere; called with (done, total)."""
+    from tqdm import tqdm
+
+    with tqdm(unit=unit, file=sys.stderr, disable=not sys.stderr.isatty(), leave=False, dynamic_ncols=True) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield show
 
 
 def list_all(options: argparse.Namespace) -> None:
