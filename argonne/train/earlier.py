@@ -221,7 +221,10 @@ def _moment(file: TrainingFile, entry: dict[str, Any], moment: str, number: int,
 
 
 def restore(file: TrainingFile, model: nn.Module, optimizer: torch.optim.Optimizer, say: Callable[[str], None]) -> None:
-    """Fill the model and AdamW of a run from the file, all or nothing; say what was trimmed and what of the optimizer's settings differs."""
+    """Fill the model and AdamW of a run from the file, all or nothing; say what was trimmed and what of the optimizer's settings differs.
+
+    What was read is let go: a file of the old, unmapped format lies in memory whole.
+    """
     wanted = run_tensors(model, optimizer)
     if any(name.startswith("optim.momentum.") for name in wanted):
         raise InputError(
@@ -235,9 +238,20 @@ def restore(file: TrainingFile, model: nn.Module, optimizer: torch.optim.Optimiz
             raise InputError(f"{file.path}: found {found} for {name}, expected shape {tuple(target.shape)}")
     with torch.no_grad():
         for name, target in wanted.items():
-            target.copy_(values[name])
+            _fill(target, values[name])
     for message in [*file.messages, *_differences(file, optimizer)]:
         say(message)
+    file.tensors.clear()
+    file.content.clear()
+
+
+def _fill(target: Tensor, value: Tensor) -> None:
+    """Copy a whole tensor into a plain one, or this rank's part of it into a sharded one."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if isinstance(target, DTensor):
+        value = distribute_tensor(value.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
+    target.copy_(value)
 
 
 def _differences(file: TrainingFile, optimizer: torch.optim.Optimizer) -> list[str]:
