@@ -55,17 +55,21 @@ class LayerInputs:
     extra: Mapping[str, Any]
 
 
-def segments_of(position_ids: Tensor | None, attention_mask: Tensor | None, shape: tuple[int, int]) -> Segments | str | None:
+def segments_of(
+    position_ids: Tensor | None, attention_mask: Tensor | None, shape: tuple[int, int], device: torch.device
+) -> Segments | str | None:
     """Segments of a batch from restarting positions and a 2-D mask; None for whole rows; "dense" for a mask with holes.
 
     position_ids (1 or B, T): a segment starts where the position is not the previous one plus one. attention_mask (B, T): padding and text
-    are segments of their own, so that text never sees padding; this needs the text of a row to be contiguous.
+    are segments of their own, so that text never sees padding; this needs the text of a row to be contiguous. Positions of tokens on a GPU
+    may stay on the CPU: then counting the segments does not wait for the GPU.
     """
     rows, length = shape
     starts: Tensor | None = None
     if position_ids is not None and position_ids.dim() == 2 and length > 1:
         starts = (position_ids.diff(dim=-1) != 1).expand(rows, -1)
     if attention_mask is not None:
+        starts = None if starts is None else starts.to(attention_mask.device)
         before, after = attention_mask[:, :-1], attention_mask[:, 1:]
         edges = before != after
         if bool(((edges & after).sum(-1) + attention_mask[:, 0].to(torch.int64) > 1).any()):
@@ -79,7 +83,7 @@ def segments_of(position_ids: Tensor | None, attention_mask: Tensor | None, shap
         return None
     inner = found[:, 0] * length + found[:, 1] + 1
     whole = torch.arange(rows + 1, device=inner.device) * length
-    return Segments.of(torch.cat([whole, inner]).sort().values, length)
+    return Segments.of(torch.cat([whole, inner]).sort().values, length, device)
 
 
 def plan_masks(
@@ -102,7 +106,8 @@ def plan_masks(
     if mask is not None and bool(mask.all()):
         mask = None
     if past == 0 and (mask is None or mask.shape[1] == hidden.shape[1]):
-        segments = segments_of(position_ids if explicit_positions else None, mask, (hidden.shape[0], hidden.shape[1]))
+        shape = (hidden.shape[0], hidden.shape[1])
+        segments = segments_of(position_ids if explicit_positions else None, mask, shape, hidden.device)
         if not isinstance(segments, str):
             return {kind: MaskPlan(config.sliding_window if kind == SLIDING else None, segments) for kind in kinds}
     return _from_prepared(_stock_masks(config, kinds, hidden, attention_mask, position_ids, cache), hidden, cache)
@@ -119,7 +124,11 @@ def _stock_masks(
     makers = {FULL: create_causal_mask, SLIDING: create_sliding_window_causal_mask}
     return {
         kind: makers[kind](
-            config=config, inputs_embeds=hidden, attention_mask=attention_mask, past_key_values=cache, position_ids=position_ids
+            config=config,
+            inputs_embeds=hidden,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            position_ids=position_ids.to(hidden.device),
         )
         for kind in kinds
     }

@@ -95,7 +95,7 @@ def check_attention(model: ArgonneForCausalLM, kernel: str, dtype: torch.dtype, 
     config, device = model.config, model.device
     sizes = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
     query, key, value = (torch.empty(1, heads, 4, config.head_dim, device=device, dtype=dtype, requires_grad=True) for heads in sizes)
-    segments = Segments.of(torch.tensor([0, 2, 4], device=device), 4) if documents else None
+    segments = Segments.of(torch.tensor([0, 2, 4]), 4, device) if documents else None
     for window in {None, config.sliding_window}:
         try:
             choose_kernel(kernel, query, key, value, MaskPlan(window, segments), config.attention_dropout)

@@ -24,8 +24,8 @@ HALF = (torch.float16, torch.bfloat16)
 class Segments:
     """Cuts of a flattened batch (B * T tokens): a token sees none but its own segment. Row ends are always cuts.
 
-    cumulative: (S + 1,) int32 on the device of the tokens, from 0 to B * T. lengths: the same as Python numbers, on the CPU only.
-    longest: an upper bound of a segment's length.
+    cumulative: (S + 1,) int32 on the device of the tokens, from 0 to B * T. lengths: the same as Python numbers, where the cuts were known
+    on the CPU. longest: an upper bound of a segment's length; off the CPU the row's, so that compiled code sees one number in all batches.
     """
 
     cumulative: Tensor
@@ -33,12 +33,11 @@ class Segments:
     longest: int
 
     @staticmethod
-    def of(cuts: Tensor, length: int) -> Segments:
-        """From sorted cuts 0 .. B * T of rows of `length` tokens."""
-        if cuts.device.type != "cpu":
-            return Segments(cuts.to(torch.int32), None, length)
-        lengths = tuple(cuts.diff().tolist())
-        return Segments(cuts.to(torch.int32), lengths, max(lengths))
+    def of(cuts: Tensor, length: int, device: torch.device) -> Segments:
+        """From sorted cuts 0 .. B * T of rows of `length` tokens that lie on `device`."""
+        lengths = tuple(cuts.diff().tolist()) if cuts.device.type == "cpu" else None
+        longest = max(lengths) if lengths is not None and device.type == "cpu" else length
+        return Segments(cuts.to(device=device, dtype=torch.int32, non_blocking=True), lengths, longest)
 
     @staticmethod
     def rows(rows: int, length: int, device: torch.device) -> Segments:

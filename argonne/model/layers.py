@@ -63,9 +63,10 @@ class ArgonneRotaryEmbedding(nn.Module):
 
     def forward(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin, (B or 1, T, head_dim / 2), at least fp32. position_ids (B or 1, T)."""
-        angles = position_ids[..., None].to(torch.float64) * self._frequencies(position_ids.device)
+        device = torch.device("cpu") if position_ids.device.type == "mps" else position_ids.device  # MPS has no float64
+        angles = position_ids[..., None].to(device, torch.float64) * self._frequencies(device)
         wide = torch.promote_types(dtype, torch.float32)
-        return angles.cos().to(wide), angles.sin().to(wide)
+        return angles.cos().to(position_ids.device, wide), angles.sin().to(position_ids.device, wide)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -107,7 +107,7 @@ class ArgonneBaseModel(ArgonnePreTrainedModel):
                 position_ids = torch.arange(hidden.shape[1], device=hidden.device)[None]
             if hidden.shape[1] > self.config.max_position_embeddings:
                 raise ValueError(f"{hidden.shape[1]} tokens, but max_position_embeddings is {self.config.max_position_embeddings}")
-            hidden = hidden + self.embed_positions(position_ids)
+            hidden = hidden + self.embed_positions(position_ids.to(hidden.device, non_blocking=True))
         if self.training and self.config.hidden_dropout:
             hidden = F.dropout(hidden, self.config.hidden_dropout)
         return hidden
@@ -120,11 +120,15 @@ class ArgonneBaseModel(ArgonnePreTrainedModel):
         cache: Cache | None = None,
         extra: dict[str, Any] | None = None,
     ) -> LayerInputs:
-        """Positions and masks for one forward pass. Explicit position_ids that restart mark the documents of a packed row."""
+        """Positions and masks for one forward pass. Explicit position_ids that restart mark the documents of a packed row.
+
+        They may lie on the CPU while the model is on a GPU: then nothing here waits for the GPU.
+        """
         explicit = position_ids is not None
         positions = self._positions(hidden, attention_mask, cache) if position_ids is None else position_ids
         masks = plan_masks(self.config, hidden, attention_mask, positions, cache, explicit)
-        cos, sin = self.rotary_emb(positions, hidden.dtype) if self.config.position_embedding == "rope" else (None, None)
+        there = positions.to(hidden.device, non_blocking=True)
+        cos, sin = self.rotary_emb(there, hidden.dtype) if self.config.position_embedding == "rope" else (None, None)
         return LayerInputs(cos, sin, masks, cache, extra or {})
 
     @staticmethod

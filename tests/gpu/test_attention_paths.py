@@ -24,7 +24,7 @@ def plan_of(name: str, rows: int) -> MaskPlan:
     segments = None
     if "documents" in name:
         row = torch.cat([torch.arange(130), torch.arange(7), torch.arange(LENGTH - 137)])
-        segments = segments_of(row.expand(rows, -1).cuda(), None, (rows, LENGTH))
+        segments = segments_of(row.expand(rows, -1), None, (rows, LENGTH), torch.device("cuda"))
     assert segments is None or isinstance(segments, Segments)
     return MaskPlan(64 if "window" in name else None, segments)
 
@@ -123,3 +123,12 @@ def test_a_window_or_document_mask_is_never_a_dense_tensor(generation: str) -> N
     with torch.no_grad():
         model(input_ids=ids, position_ids=positions, shift_labels=ids, use_cache=False)
     assert torch.cuda.max_memory_allocated() - before < 2**30
+
+
+def test_positions_may_stay_on_the_cpu() -> None:
+    model = build_model(config_from_fields(presets()["nano-3.0"].fields), seed=0, device="cuda", dtype=torch.bfloat16).eval()
+    ids = torch.randint(0, 2048, (2, 256), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    positions = torch.cat([torch.arange(100), torch.arange(156)]).expand(2, -1)
+    with torch.no_grad():
+        there, here = (model(input_ids=ids, position_ids=x, use_cache=False).logits for x in (positions.cuda(), positions))
+    assert torch.equal(there, here)

@@ -56,7 +56,7 @@ def test_sdpa_and_math_see_exactly_what_the_contract_says(
 ) -> None:
     q, k, v = tensors(2, length, seed=seed)
     position_ids = None if documents is None else torch.stack([positions_of(row, length) for row in documents])
-    segments = segments_of(position_ids, None, (2, length))
+    segments = segments_of(position_ids, None, (2, length), torch.device("cpu"))
     plan = MaskPlan(window if window is not None and window < length else None, segments)  # type: ignore[arg-type]
     expected = brute_force(q, k, v, position_ids, window)
     upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

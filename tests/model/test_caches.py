@@ -74,11 +74,11 @@ def test_the_padding_of_a_row_is_one_segment_whatever_its_positions() -> None:
     mask = torch.ones(2, 12, dtype=torch.bool)
     mask[0, :7] = False
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
-    segments = segments_of(positions, mask, (2, 12))
+    segments = segments_of(positions, mask, (2, 12), torch.device("cpu"))
     assert isinstance(segments, Segments)
     assert segments.lengths == (7, 5, 12)
     mask[1, 9:] = False
-    segments = segments_of(torch.tensor([[0] * 8 + [0, 1, 0, 1], [0, 1, 2, 0, 1, 2, 3, 4, 5, 1, 1, 1]]), mask, (2, 12))
+    segments = segments_of(torch.tensor([[0] * 8 + [0, 1, 0, 1], [0, 1, 2, 0, 1, 2, 3, 4, 5, 1, 1, 1]]), mask, (2, 12), torch.device("cpu"))
     assert isinstance(segments, Segments)
     assert segments.lengths == (7, 1, 2, 2, 3, 6, 3)  # documents within the text of a padded row are kept apart too
 

@@ -29,7 +29,7 @@ def plan_of(name: str) -> MaskPlan:
     window, documents = PLANS[name]
     segments = None
     if documents is not None:
-        segments = segments_of(torch.stack([positions_of(row, 40) for row in documents]), None, (2, 40))
+        segments = segments_of(torch.stack([positions_of(row, 40) for row in documents]), None, (2, 40), torch.device("cpu"))
     assert segments is None or isinstance(segments, Segments)
     return MaskPlan(window, segments)
 
