@@ -56,7 +56,7 @@ ORDERS: dict[str, dict[str, Any]] = {
     },
     "2.5": {"data.order": "shuffled", "data.documents": "within"},
     "3.0": {},
-    "4.0": {"data.order": "shuffled", "data.document_mask": True},
+    "4.0": {"data.order": "shuffled", "data.document_mask": True, "batch.micro": 4},  # and each step in two micro-batches
 }
 MIXED = "4.0"
 
@@ -101,7 +101,7 @@ def golden_recipe(generation: str, data: Path, changes: dict[str, Any] | None = 
     tree: dict[str, Any] = {
         "model": dict(GENERATIONS[generation]),
         "data": {"sources": [{"path": str(data / "counting"), "max_epochs": 9.0}], "sequence_length": LENGTH},
-        "batch": {"tokens_per_step": ROWS * LENGTH, "micro": 4},
+        "batch": {"tokens_per_step": ROWS * LENGTH, "micro": ROWS},
         "optim": {"lr": RATE},
         "schedule": {"kind": "wsd", "warmup": 4, "decay": 0.25},
         "train": {"steps": STEPS, "precision": "fp32", "device": "cpu", "threads": 1},
