@@ -5,7 +5,7 @@ Both take a batch of texts and give one flat array of ids with the length of eac
 
 from __future__ import annotations
 
-import json
+import functools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -68,9 +68,7 @@ class FastEncoder:
     name = "gigatoken"
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
-        import gigatoken
-
-        self._tokenizer = gigatoken.Tokenizer.from_json(json.dumps(tokenizer.text_specification, ensure_ascii=False))
+        self._tokenizer = _gigatoken(tokenizer.text_json)
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         import awkward
@@ -79,6 +77,14 @@ class FastEncoder:
             return np.zeros(0, np.uint32), np.zeros(0, np.int64)
         found = self._tokenizer.encode_batch(list(texts))
         return np.asarray(awkward.flatten(found), dtype=np.uint32), np.asarray(awkward.num(found), dtype=np.int64)
+
+
+@functools.lru_cache(maxsize=1)
+def _gigatoken(text_json: str) -> Any:
+    """Its tables take a second to build, and the identity check is followed by the work."""
+    import gigatoken
+
+    return gigatoken.Tokenizer.from_json(text_json)
 
 
 def joined(arrays: Sequence[np.ndarray]) -> np.ndarray:

@@ -80,7 +80,7 @@ def _ray(job: Job, units: list[int], workers: int) -> Results:
     started = not ray.is_initialized()
     if started:
         size: dict[str, Any] = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": workers or os.cpu_count(), "include_dashboard": False}
-        ray.init(log_to_driver=False, logging_level="error", **size)
+        ray.init(log_to_driver=False, logging_level=40, **size)
     try:
         encode = ray.remote(num_cpus=1, max_retries=SUBMISSIONS)(_run_one)
         waiting = {encode.remote(job, number): number for number in units}

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from argonne import files
-from argonne.data import assemble, documents, encoders, engines, tokens
+from argonne.data import assemble, documents, encode, encoders, engines, tokens
 from argonne.data.documents import InputFile, Unit
 from argonne.data.progress import Progress
 from argonne.data.tokenizer import load_tokenizer, train_tokenizer
@@ -30,6 +30,7 @@ from argonne.errors import InputError
 PLAN = "plan.json"
 PLAN_VERSION = 1
 PROBES = 64
+WORKER_BYTES, FAST_WORKER_BYTES = 16 << 20, 256 << 20
 TOKENIZER_CHARACTERS = 500_000_000
 FAULTS = ("missing", "not-text", "empty", "invalid-utf8", "invalid-json")
 FILTERS = ("quality",)
@@ -285,8 +286,6 @@ def unit_weights(plan: dict[str, Any]) -> list[int]:
 
 def encode_units(options: PrepareOptions, plan: dict[str, Any], out: Path, progress: Progress | None) -> dict[int, dict[str, Any]]:
     """Encode what is not yet there of this part; the records of all finished units by unit number."""
-    from argonne.data import encode
-
     weights = unit_weights(plan)
     progress = progress or Progress("prepare", sum(weights))
     records = encode.finished(out, len(plan["units"]))
@@ -298,7 +297,7 @@ def encode_units(options: PrepareOptions, plan: dict[str, Any], out: Path, progr
         wanted = [number for number in wanted if number % parts == part - 1]
     job = encode.Job(str(out), _encoder(options, plan, out, progress) if wanted else "tokenizers")
     try:
-        for number, record in engines.run(options.engine, job, wanted, options.workers):
+        for number, record in engines.run(options.engine, job, wanted, options.workers or _sensible_workers(options, job, weights, wanted)):
             records[number] = record
             for warning in record["warnings"]:
                 progress.say(f"warning: unit {number}: {warning}")
@@ -306,6 +305,14 @@ def encode_units(options: PrepareOptions, plan: dict[str, Any], out: Path, progr
     finally:
         progress.close()
     return encode.finished(out, len(plan["units"]))
+
+
+def _sensible_workers(options: PrepareOptions, job: encode.Job, weights: list[int], wanted: list[int]) -> int:
+    """A process takes seconds to load the tokenizer: each should have a minute's work. 0 leaves it to the engine."""
+    if options.engine != "local":
+        return 0
+    each = FAST_WORKER_BYTES if job.encoder == "gigatoken" else WORKER_BYTES
+    return max(1, min(os.cpu_count() or 1, sum(weights[number] for number in wanted) // each))
 
 
 def _encoder(options: PrepareOptions, plan: dict[str, Any], out: Path, progress: Progress) -> str:
@@ -337,8 +344,6 @@ def finish(options: PrepareOptions, plan: dict[str, Any], records: dict[int, dic
 
 def _clean(out: Path) -> None:
     """Remove what only the work needed; also after a process died between the manifest and here."""
-    from argonne.data import encode
-
     encode.remove_records(out)
     assemble.remove_parts(out)
     shutil.rmtree(out / "slurm", ignore_errors=True)
@@ -396,7 +401,3 @@ def _totals(records: list[dict[str, Any]]) -> dict[str, Any]:
         for reason, count in record["drops"].items():
             drops[reason] = drops.get(reason, 0) + count
     return {**totals, "drops": dict(sorted(drops.items()))}
-
-
-def worker_count(requested: int, units: int) -> int:
-    return max(1, min(requested or os.cpu_count() or 1, units))

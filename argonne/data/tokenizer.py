@@ -6,9 +6,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,26 +38,26 @@ SPLIT_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?
 class TextTokenizer:
     """A loaded tokenizer. `added_tokens = "plain"` makes every added token plain text inside a document, not only the control tokens."""
 
-    def __init__(self, specification: dict[str, Any], config: dict[str, Any], folder: Path, added_tokens: str = "library") -> None:
+    def __init__(self, parsed: _Parsed, config: dict[str, Any], folder: Path, added_tokens: str = "library") -> None:
         if added_tokens not in ADDED_TOKENS:
             raise InputError(f"added_tokens: found {added_tokens!r}, expected {' or '.join(map(repr, ADDED_TOKENS))}")
-        self.specification = {**specification, "truncation": None, "padding": None}
-        self.config = config
+        self._parsed, self.config = parsed, config
+        self.specification = parsed.specification
         self.folder = folder
         self.added_tokens = added_tokens
-        self._whole = _build(self.specification, folder)
-        self._encoder = self._whole if added_tokens == "library" else _build(self.text_specification, folder)
+        self._whole = parsed.tokenizer
+        self._encoder = self._whole if added_tokens == "library" else parse_tokenizer(self.text_json, folder).tokenizer
         self._encoder.encode_special_tokens = True
         self.vocab_size: int = self._whole.get_vocab_size(with_added_tokens=True)
         self.bos_id = self._named("bos_token", ())
         self.eos_id = self._named("eos_token", END_OF_TEXT)
         self.pad_id = self._named("pad_token", ())
 
-    @property
-    def text_specification(self) -> dict[str, Any]:
+    @cached_property
+    def text_json(self) -> str:
         """The tokenizer.json that sees no control token in a text: what an encoder without `encode_special_tokens` must be built from."""
         kept = [token for token in self.specification.get("added_tokens", []) if self.added_tokens == "library" and not token["special"]]
-        return {**self.specification, "added_tokens": kept, "post_processor": None}
+        return json.dumps({**self.specification, "added_tokens": kept, "post_processor": None}, ensure_ascii=False)
 
     @property
     def has_pre_tokens(self) -> bool:
@@ -74,10 +76,10 @@ class TextTokenizer:
                 )
         return None
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """sha256 of the canonical tokenizer.json: equal ids for equal text, wherever the folder lies."""
-        return files.fingerprint(self.specification)
+        return self._parsed.fingerprint
 
     def encode(self, text: str) -> list[int]:
         """Ids of one text, without BOS or EOS."""
@@ -126,13 +128,34 @@ class TextTokenizer:
             files.write_json(folder / CONFIG_FILE, self.config)
 
 
-def _build(specification: dict[str, Any], folder: Path) -> Tokenizer:
-    from tokenizers import Tokenizer
+@dataclass
+class _Parsed:
+    """A tokenizer.json once read: 150,000 entries take seconds, and several parts of one command ask for the same."""
 
+    specification: dict[str, Any]
+    tokenizer: Tokenizer
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return files.fingerprint(self.specification)
+
+
+def parse_tokenizer(text: str, folder: Path) -> _Parsed:
+    """What a tokenizer.json says, without truncation and padding. Raises InputError when the library cannot read it."""
     try:
-        return Tokenizer.from_str(json.dumps(specification, ensure_ascii=False))
+        return _parse(text)
     except Exception as error:  # the library raises a plain Exception for any fault in the file
         raise InputError(f"{folder / TOKENIZER_FILE}: not a tokenizer the tokenizers library can read ({error})") from None
+
+
+@functools.lru_cache(maxsize=2)
+def _parse(text: str) -> _Parsed:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_str(text)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return _Parsed({**json.loads(text), "truncation": None, "padding": None}, tokenizer)
 
 
 def load_tokenizer(folder: Path | str, added_tokens: str = "library") -> TextTokenizer:
@@ -147,18 +170,16 @@ def load_tokenizer(folder: Path | str, added_tokens: str = "library") -> TextTok
         raise InputError(f"tokenizer {folder}: no such folder; give a local folder that holds {TOKENIZER_FILE}")
     config = files.read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
     if (folder / TOKENIZER_FILE).is_file():
-        specification = files.read_json(folder / TOKENIZER_FILE)
+        text = (folder / TOKENIZER_FILE).read_bytes().decode(errors="replace")
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        specification, config = _convert(folder, config)
+        text, config = _convert(folder, config)
     else:
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
         raise InputError(f"tokenizer {folder}: found {found}; expected {TOKENIZER_FILE}, or vocab.json with merges.txt")
-    if not isinstance(specification, dict) or "model" not in specification:
-        raise InputError(f"{folder / TOKENIZER_FILE}: not a tokenizer of the tokenizers library (no 'model' in it)")
-    return TextTokenizer(specification, config, folder, added_tokens)
+    return TextTokenizer(parse_tokenizer(text, folder), config, folder, added_tokens)
 
 
-def _convert(folder: Path, config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _convert(folder: Path, config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     from transformers import AutoTokenizer, GPT2Tokenizer
 
     if config.get("tokenizer_class"):
@@ -168,7 +189,7 @@ def _convert(folder: Path, config: dict[str, Any]) -> tuple[dict[str, Any], dict
     names = {
         role: str(getattr(tokenizer, role)) for role in ("bos_token", "eos_token", "pad_token", "unk_token") if getattr(tokenizer, role)
     }
-    return json.loads(tokenizer.backend_tokenizer.to_str()), {"tokenizer_class": "PreTrainedTokenizerFast", **names, **config}
+    return tokenizer.backend_tokenizer.to_str(), {"tokenizer_class": "PreTrainedTokenizerFast", **names, **config}
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path, *, bare: bool = False) -> Path:
