@@ -52,7 +52,8 @@ def record_start(
     )
     for text in data.description:
         say(text)
-    rows, length = data.rows(0), data.sequence_length(0)
+    step = int(start.progress.get("step", 0))
+    rows, length = data.rows(step), data.sequence_length(step)
     say(
         f"model: {parameters:,} parameters, {recipe.model.num_hidden_layers} layers, {recipe.model.preset or 'from ' + str(recipe.model.init_from)}"
     )
