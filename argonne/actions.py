@@ -102,6 +102,10 @@ def train_model(options: argparse.Namespace) -> int:
         if getattr(options, flag) is not None:
             overrides[path] = json.dumps(str(getattr(options, flag)))
     recipe = load_recipe(options.recipe, overrides)
+    if recipe.stage not in ("pretrain", "midtrain"):
+        raise InputError(
+            f"stage: {options.verb} trains on plain text, the recipe says {recipe.stage!r}; give a recipe of stage pretrain or midtrain"
+        )
     if options.verb == "continue" and recipe.model.init_from is None and options.resume_from is None:
         raise InputError("continue: no weights to start from; give --init-from MODEL or model.init_from in the recipe")
     if options.dry_run:
@@ -141,8 +145,8 @@ def evaluate_model(options: argparse.Namespace) -> None:
     from argonne.evaluate.run import evaluate, render
 
     with progress_bar("requests") as progress:
-        found = evaluate(options.model, options.tasks.split(","), options.data, shots=options.shots, progress=progress)
-    others = _baselines(found) if options.baselines else None
+        found = evaluate(options.model, options.tasks.split(","), options.data, options.shots, limit=options.limit, progress=progress)
+    others = _baselines(found, options.limit) if options.baselines else None
     if options.json:
         print_json({**found, "baselines": others} if others else found)
         return
@@ -152,7 +156,7 @@ def evaluate_model(options: argparse.Namespace) -> None:
         print("    beside it: " + ", ".join(f"{name} {others[name]:.4f}" for name in names) + " bits per byte on the same text")
 
 
-def _baselines(found: dict[str, Any]) -> dict[str, Any]:
+def _baselines(found: dict[str, Any], limit: int | None) -> dict[str, Any]:
     from argonne.data.tokenizer import load_tokenizer
     from argonne.evaluate.run import baseline_results
 
@@ -161,7 +165,7 @@ def _baselines(found: dict[str, Any]) -> dict[str, Any]:
         raise InputError(
             "--baselines: they are fitted on a token set's training part; use --tasks bpb and --data a folder of `argonne prepare`"
         )
-    return baseline_results(data, load_tokenizer(data / "tokenizer"))
+    return baseline_results(data, load_tokenizer(data / "tokenizer"), limit=limit)
 
 
 @contextmanager

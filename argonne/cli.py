@@ -216,6 +216,7 @@ def _add_use(verbs: Any) -> None:
         "--data", type=Path, metavar="DIR", help="token set or text the tasks read (default: the run's own held-out part)"
     )
     evaluate.add_argument("--baselines", action="store_true", help="with bpb: uniform, unigram, bigram and xz on the same text beside it")
+    evaluate.add_argument("--limit", type=int, metavar="TOKENS", help="bpb: whole documents of at most so many tokens (default: 1,000,000)")
     evaluate.add_argument("--shots", type=int, metavar="N", help="examples in the prompt")
     _json_flag(evaluate)
 

@@ -38,6 +38,8 @@ def open_texts(data: str | Path, tokenizer: TextTokenizer, limit: int | None = N
     set belongs to another tokenizer.
     """
     limit = TOKENS_BY_DEFAULT if limit is None else limit
+    if limit < 1:
+        raise InputError(f"limit: found {limit}, expected at least 1 token")
     if (Path(data) / MANIFEST).is_file():
         return _held_out(open_tokens(data), tokenizer, limit)
     return _from_files(str(data), tokenizer, limit)

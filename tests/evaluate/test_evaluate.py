@@ -179,6 +179,8 @@ def test_broken_weights_are_refused_not_averaged_away(model_folder: Path) -> Non
 def test_bad_input_is_named(model_folder: Path, token_set: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no task 'bbp'; did you mean 'bpb'"):
         make_tasks(["bbp"])
+    with pytest.raises(InputError, match="limit: found 0"):
+        evaluate(model_folder, ["bpb"], token_set, limit=0, device="cpu")
     with pytest.raises(InputError, match="no data given"):
         evaluate(model_folder, ["bpb"], device="cpu")
     with pytest.raises(InputError, match="matches no file"):
