@@ -17,6 +17,28 @@ from argonne.errors import InputError
 Tree = dict[str, Any]
 RECIPES = Path(__file__).with_name("recipes")
 
+# What single numbers may be; `section.key` without a value is unset and not checked.
+_AT_LEAST_1 = (
+    *(f"model.{name}" for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")),
+    *(f"model.{name}" for name in ("head_dim", "intermediate_size", "max_position_embeddings")),
+    *("train.steps", "train.tokens", "train.checkpointing_stride", "checkpoint.keep_last", "checkpoint.sample_tokens", "log.every_steps"),
+    *(f"parallel.{name}" for name in ("shard", "tensor", "context", "pipeline")),
+)
+_AT_LEAST_0 = (
+    *("seed", "model.sliding_window", "model.final_logit_softcapping", "optim.weight_decay", "optim.grad_clip", "optim.max_skipped"),
+    *("train.loss_chunk", "train.z_loss", "train.threads", "checkpoint.every_steps", "checkpoint.every_minutes", "checkpoint.keep_every"),
+    *("eval.every_steps", "eval.windows", "parallel.nproc", "parallel.replicate", "parallel.max_restarts"),
+)
+_ABOVE_0 = ("model.rope_theta", "model.rms_norm_eps", "optim.lr", "optim.eps", "optim.muon_lr", "train.epochs")
+_BELOW_1 = ("model.attention_dropout", "model.hidden_dropout", "optim.betas", "optim.muon_momentum", "data.hold_out")
+_RANGES: tuple[tuple[tuple[str, ...], str, typing.Callable[[float], bool]], ...] = (
+    (_AT_LEAST_1, "at least 1", lambda value: value >= 1),
+    (_AT_LEAST_0, "at least 0", lambda value: value >= 0),
+    (_ABOVE_0, "more than 0", lambda value: value > 0),
+    (_BELOW_1, "from 0 to below 1", lambda value: 0 <= value < 1),
+    (("data.max_drop_fraction",), "from 0 to 1", lambda value: 0 <= value <= 1),
+)
+
 
 def recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.toml"))
@@ -198,6 +220,7 @@ def resolve(recipe: Recipe) -> Recipe:
 
 def check(recipe: Recipe) -> None:
     """Raise InputError where single values are out of range or contradict one another."""
+    _check_ranges(recipe)
     _check_model(recipe.model)
     schedule, train, batch, data = recipe.schedule, recipe.train, recipe.batch, recipe.data
     if schedule.kind == "wsd" and schedule.decay is None:
@@ -231,8 +254,17 @@ def check(recipe: Recipe) -> None:
         raise InputError(f'batch.micro: found {batch.micro!r}, expected "auto" or a number of rows')
     if isinstance(batch.micro, int) and batch.micro < 1:
         raise InputError(f"batch.micro: found {batch.micro}, expected at least 1")
-    if recipe.optim.lr <= 0:
-        raise InputError(f"optim.lr: found {recipe.optim.lr}, expected more than 0")
+
+
+def _check_ranges(recipe: Recipe) -> None:
+    for paths, expected, holds in _RANGES:
+        for path in paths:
+            value: Any = recipe
+            for name in path.split("."):
+                value = getattr(value, name)
+            for item in value if isinstance(value, tuple) else (value,):
+                if item is not None and not holds(item):
+                    raise InputError(f"{path}: found {item}, expected {expected}")
 
 
 def _check_model(model: config.ModelSection) -> None:

@@ -90,6 +90,8 @@ def train_session(session: Session) -> Outcome:
     watch = StopWatch(session.recipe.stop, started=session.started)
     run = RunFolder(session.folder)
     timeout = parse_duration(session.recipe.parallel.timeout, "parallel.timeout")
+    for text, where in ((session.recipe.stop.grace, "stop.grace"), (session.recipe.log.telemetry_limit, "log.telemetry_limit")):
+        parse_duration(text, where)  # used later, and wrong now
     with open_mesh(session.recipe.parallel, session.recipe.train.device, timeout_seconds=timeout) as mesh, watch.listening():
         problem: InputError | None = None
         if mesh.is_main:

@@ -94,6 +94,11 @@ RECIPE_FAULTS = {
     "a source that is no table": (["--data.sources", "nowhere"], ["data.sources", "expected a table such as"]),
     "weights that are not there": (["--init-from", "nowhere"], ["nowhere", "no such file"]),
     "a wall time that is none": (["--wall-time", "soon"], ["stop.wall_time", "'soon'", "90m"]),
+    "a number below its range": (["--model.num_hidden_layers", "0"], ["model.num_hidden_layers", "found 0", "at least 1"]),
+    "a share that is none": (["--optim.betas", "[0.9, 1.5]"], ["optim.betas", "found 1.5", "below 1"]),
+    "a parallelism that is not built": (["--parallel.tensor", "2"], ["parallel.tensor", "found 2"]),
+    "a duration that is none": (["--stop.grace", "soon"], ["stop.grace", "'soon'"]),
+    "a stage of another verb": (["--stage", "sft"], ["stage", "'sft'"]),
     "a stray argument": (["stray"], ["stray", "--section.key"]),
 }
 
