@@ -9,10 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from argonne.config import Recipe
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
+
+# A busy machine is no failure: no example of a property test has a time limit.
+settings.register_profile("argonne", deadline=None)
+settings.load_profile("argonne")
 
 
 @pytest.fixture(scope="session")

@@ -75,7 +75,7 @@ def make_plan(
         raise InputError(f"--gpus: found {gpus}, expected at least 1")
     shape = shape_of(recipe.model, recipe.data.sequence_length)
     device = gpu if isinstance(gpu, Device) else devices.device(gpu or ("cpu" if shape.parameters() < SMALL else "h200"))
-    limit = usable_memory(device)
+    limit = usable_memory(device, gpus)
     choice = best_choice(recipe, shape, device, gpus)
     steps = length.total_steps(recipe, length.tokens_per_epoch(recipe.data))
     tokens = None if steps is None else length.tokens_before(recipe.batch, steps)

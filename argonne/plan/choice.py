@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from argonne.config import Recipe
 from argonne.errors import InputError
@@ -55,16 +56,27 @@ class Choice:
     fits: bool
 
 
-def usable_memory(known: Device) -> float:
-    """Bytes a training process may use: of the card, or of this machine's memory for a CPU."""
+def usable_memory(known: Device, gpus: int) -> float:
+    """Bytes a training process may use: of its card, or its share of this machine's memory on a CPU, where all processes are together."""
     if known.memory is not None:
         return USABLE * known.memory
-    return USABLE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return USABLE * machine_memory() / gpus
+
+
+def machine_memory() -> float:
+    """Bytes this machine, or the container this process is in, can use."""
+    limits = [float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))]
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # control groups, version 2 and 1
+        file = Path("/sys/fs/cgroup") / name
+        text = file.read_text().strip() if file.is_file() else ""
+        if text.isdigit():
+            limits.append(float(text))
+    return min(limits)
 
 
 def best_choice(recipe: Recipe, shape: ModelShape, known: Device, gpus: int) -> Choice:
     """The fastest choice that fits; where none does, the one that needs least. Raises InputError for degrees that do not divide the devices."""
-    limit = usable_memory(known)
+    limit = usable_memory(known, gpus)
     choices = [choice for layout in layouts(recipe, gpus) for choice in _choices(recipe, shape, known, layout, limit)]
     fitting = [choice for choice in choices if choice.fits]
     if fitting:
@@ -197,7 +209,7 @@ def what_would_fit(recipe: Recipe, shape: ModelShape, known: Device, gpus: int) 
 
 
 def _larger(name: str, known: Device) -> bool:
-    return (device(name).memory or 0) > (known.memory or usable_memory(known) / USABLE)
+    return (device(name).memory or 0) > (known.memory or machine_memory())
 
 
 def _fits(recipe: Recipe, shape: ModelShape, known: Device, gpus: int) -> bool:
