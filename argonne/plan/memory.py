@@ -158,15 +158,17 @@ class State:
         elif setup.narrow < size:  # autocast keeps the narrow copies of the weights until their backward pass
             gathered = setup.narrow * local / setup.tensor
         of_layer = size * shape.layer_parameters() / setup.pipeline / split
-        matrices = 0.0
+        matrices = turning = 0.0
         if setup.optimizer == "muon":
             matrices = shape.num_hidden_layers * (shape.attention_weights + shape.mlp_weights) / setup.pipeline / split
+            short, long = sorted((shape.hidden_size, shape.intermediate_size))
+            turning = setup.muon_width * (2.0 * short * long + 3.0 * short * short)  # one matrix in its Newton-Schulz iteration
         return State(
             weights=size * local / split + gathered,
             gradients=size * local / split,
             moments=2 * size * local / split - size * matrices,
             gradients_of_layer=of_layer,
-            update_temporaries=matrices * (size + setup.muon_width),
+            update_temporaries=matrices * (size + setup.muon_width) + turning,
         )
 
 
