@@ -1,7 +1,8 @@
 """Crash injection: the n-th operation of a save on the disk is the last thing that a victim does.
 
 Operations are every open for writing, write, fsync, rename, unlink, rmdir, mkdir and symlink below the run folder, from the moment a save
-begins until the next step is logged. They are seen through Python's audit events and wrapped `open` and `os.fsync`.
+(or another folder that is to be complete or absent) begins until the next step is logged. They are seen through Python's audit events and
+wrapped `open` and `os.fsync`.
 
 Modes: `kill` dies before the operation (in the middle of it where it is a write), and the kernel keeps what was written. `power cut` loses
 also what was not flushed: unflushed bytes of each file, and the rename of a folder whose parent was not flushed.
@@ -17,14 +18,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-BEGIN, END = ".tmp-checkpoint_step_", '"event": "step"'
+SAVE, END = ".tmp-checkpoint_step_", '"event": "step"'
 EXIT_CODE = 9
 
 
 class Injector:
     """Counts operations below `run`; `at` is the number of the fatal one, 0 for none: then `report` gets the list of all."""
 
-    def __init__(self, run: Path, *, at: int, mode: str, report: str) -> None:
+    def __init__(self, run: Path, *, at: int, mode: str, report: str, begin: str) -> None:
+        self.begin = begin
         self.run, self.at, self.power_cut, self.report = os.fspath(run), at, mode == "power cut", report
         self.count, self.saving, self.over = 0, False, False
         self.seen: list[str] = []
@@ -36,7 +38,7 @@ class Injector:
 
     def operation(self, kind: str, path: str, half: Callable[[], None] = lambda: None) -> None:
         """One operation is about to happen; `half` does a part of it."""
-        self.saving = not self.over and (self.saving or (kind == "mkdir" and BEGIN in path))
+        self.saving = not self.over and (self.saving or (kind == "mkdir" and self.begin in path))
         if not self.saving or not self.inside(path):
             return
         self.count += 1
@@ -131,9 +133,12 @@ def _absolute(path: Any, folder: int) -> str:
     return os.path.join(os.getcwd() if folder < 0 else os.readlink(f"/proc/self/fd/{folder}"), text)
 
 
-def arm(run: Path, *, at: int, report: str, mode: str = "kill") -> None:
-    """Make operation `at` of this process's first save fatal. There is no way back: the process is a victim."""
-    injector = Injector(run, at=at, mode=mode, report=report)
+def arm(run: Path, *, at: int, report: str, mode: str = "kill", begin: str = SAVE) -> None:
+    """Make operation `at` of this process fatal, counted from the making of folder `begin` on: its first save, if nothing else is said.
+
+    There is no way back: the process is a victim.
+    """
+    injector = Injector(run, at=at, mode=mode, report=report, begin=begin)
     plain_open, plain_fsync = builtins.open, os.fsync
 
     def open_and_watch(file: Any, mode: str = "r", *rest: Any, **named: Any) -> Any:

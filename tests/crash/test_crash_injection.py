@@ -57,3 +57,29 @@ def test_a_crash_at_any_operation_of_a_save_costs_nothing(mother: Mother, finish
     assert curve(tmp_path / "crashed") == curve(tmp_path / "whole")
     assert stored(tmp_path / "crashed" / LAST) == stored(tmp_path / "whole" / LAST)
     assert list((tmp_path / "crashed").glob(f"{TEMPORARY}*")) == []
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("mode", ["kill", "power cut"])
+def test_a_crash_at_any_operation_of_the_end_of_a_run_costs_nothing(
+    mother: Mother, finish: Finish, nano: Nano, tmp_path: Path, mode: str
+) -> None:
+    """The final model is complete or absent, and COMPLETE is never there without it."""
+    recipe, run = nano(**{"checkpoint.sample_prompt": "", "eval.windows": "0"}), tmp_path / "crashed"
+    finish(recipe, tmp_path / "whole")
+    report, visited = tmp_path / "operation", []
+    for number in range(1, 1000):
+        crash = {"at": number, "mode": mode, "report": str(report), "begin": f"{TEMPORARY}final_model"}
+        mother.start(recipe, run, crash=crash)
+        (code,) = mother.wait()
+        if (run / "COMPLETE").exists() or (run / "final_model").exists():
+            assert verify_directory(run / "final_model") == [], f"operation {number}"
+        if code == 0:
+            break
+        assert code == EXIT_CODE, (tmp_path / "crashed.log").read_text()[-4000:]
+        visited.append(report.read_text().strip())
+    print(f"{len(visited)} operations visited")
+    assert any("COMPLETE" in text for text in visited)
+    assert curve(run) == curve(tmp_path / "whole")
+    assert stored(run / "final_model") == stored(tmp_path / "whole" / "final_model")
+    finish(recipe, run)
