@@ -16,16 +16,27 @@ SLOW, FAST = (0.3, 1), (1.0, 4)
 
 
 def measure(encode: Callable[[Sequence[str]], Any], size: tuple[float, int]) -> dict[str, float]:
-    """MB/s of one pass after a short warm-up on other text, and the peak memory. `encode` returns arrays of ids."""
+    """MB/s of one pass after a short warm-up on other text, and the peak memory. `encode` returns arrays of ids, or (one flat array, lengths)."""
     import pyarrow.parquet as parquet
 
     path = parquet_file(*size)
     texts = parquet.read_table(path)["text"].to_pylist()
-    encode(texts[-20:])
+    check_ids(encode(texts[-20:]), texts[-20:])
     reset_peak_memory()
     start = time.perf_counter()
     encode(texts)
     return {"rate": megabytes(path) / (time.perf_counter() - start), "peak": peak_memory_mb()}
+
+
+def check_ids(found: Any, texts: Sequence[str]) -> None:
+    """Raise ValueError where a contestant's ids are not those of `tokenizers`. `found`: arrays of ids, or one flat array."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(tokenizer_folder() / "tokenizer.json"))
+    expected = [token for text in texts for token in tokenizer.encode(text, add_special_tokens=False).ids]
+    flat = found[0] if isinstance(found, tuple) else np.concatenate([np.atleast_1d(part) for part in found])
+    if flat.tolist() != expected:
+        raise ValueError("these ids are not those of tokenizers")
 
 
 def tokenizers_batch(method: str) -> dict[str, float]:

@@ -68,7 +68,7 @@ def assemble(recipe: dict[str, Any], records: Sequence[dict[str, Any]], out: Pat
 
 
 def first_copies(out: Path, records: Sequence[dict[str, Any]]) -> np.ndarray:
-    """(documents,) bool over all shards in order: is this the first document with its text? 24 bytes of memory a document, and a sort."""
+    """(documents,) bool over all shards in order: is this the first document with its text? 24 bytes a document, and a sort."""
     parts = [_documents(out, entry) for record in records for entry in _entries(record)]
     whole = np.concatenate(parts) if parts else np.zeros(0, DOCUMENT)
     order = np.lexsort((whole["high"], whole["low"]))

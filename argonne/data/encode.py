@@ -17,6 +17,7 @@ from argonne import files
 from argonne.data import assemble, encoders, filters, tokens
 from argonne.data.documents import InputFile, LongText, RowBatch, Unit, read_unit
 from argonne.data.tokenizer import TextTokenizer, load_tokenizer
+from argonne.errors import InputError
 
 RECORDS = "units"
 
@@ -176,6 +177,7 @@ class _UnitWork:
         self.choose = held_out_numbers(self.recipe["hold_out"], number)
         self.filters = filters.build(self.recipe)
         self.rows, self.drops, self.warnings = 0, dict[str, int](), list[str]()
+        self.bad: list[dict[str, str]] = []
 
     def take(self, batch: RowBatch) -> None:
         """Filter and encode one batch of rows."""
@@ -252,7 +254,7 @@ class _UnitWork:
 
     def record(self) -> dict[str, Any]:
         found = {"unit": self.unit.index, "rows": self.rows, "drops": self.drops, **self.train.close(), "held_out": self.held.close()}
-        return {**found, "warnings": self.warnings}
+        return {**found, "warnings": self.warnings, "bad": self.bad}
 
     def abort(self) -> None:
         self.train.abort()
@@ -265,9 +267,15 @@ def encode_unit(job: Job, number: int) -> dict[str, Any]:
     (out / RECORDS).mkdir(exist_ok=True)
     work = _UnitWork(job, number)
     recipe = work.recipe
+    file = InputFile(**work.plan["files"][work.unit.file])
     try:
-        for batch in read_unit(InputFile(**work.plan["files"][work.unit.file]), work.unit, recipe["text_column"], recipe["split"]):
-            work.take(batch)
+        try:
+            for batch in read_unit(file, work.unit, recipe["text_column"], recipe["split"]):
+                work.take(batch)
+        except InputError as error:
+            if not recipe["skip_bad_shards"]:
+                raise
+            work.bad.append({"path": file.path, "error": str(error)})
         record = work.record()
     except BaseException:
         work.abort()

@@ -389,7 +389,7 @@ def build_manifest(plan: dict[str, Any], records: list[dict[str, Any]]) -> dict[
         "recipe": plan["recipe"],
         "plan": files.fingerprint(plan),
         "sources": sources,
-        "bad_files": plan["bad_files"],
+        "bad_files": plan["bad_files"] + [bad for record in records for bad in record["bad"]],
     }
 
 

@@ -246,6 +246,10 @@ class TokenStream:
             self._remember(self._ends, number, mapped)
         return mapped
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the maps: a copy in another process knows where everything lies, and maps what it reads itself."""
+        return {**self.__dict__, "_maps": {}, "_ends": {}}
+
     def reaches(self, position: int) -> bool:
         """Are there `position` tokens?"""
         return position <= self.tokens

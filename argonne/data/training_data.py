@@ -51,6 +51,10 @@ class TrainingData:
         self._verification: Verification | None = None
         self.streams = {source.tokens.fingerprint: source.tokens.train for source in sources}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For other ranks under `reader = "rank-0"`: everything but the background work. They need none of the files."""
+        return {**self.__dict__, "work": None, "_verification": None}
+
     @property
     def source_names(self) -> list[str]:
         """Names in the order of `data.sources`; `Batch.sources` holds indices into this list."""

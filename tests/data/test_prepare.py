@@ -273,6 +273,20 @@ def test_a_damaged_parquet_is_an_error_or_is_skipped_and_listed(tokenizer_folder
     assert [Path(bad["path"]).name for bad in manifest["bad_files"]] == ["b.parquet"]
 
 
+def test_a_file_that_ends_in_the_middle_is_an_error_or_is_listed_with_what_could_be_read(tokenizer_folder: Path, tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    rows = "".join(json.dumps({"text": f"{words(30, n)} {generator.integers(10**15)}"}) + "\n" for n in range(3000)).encode()
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(rows)[:-20000])
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": "whole"}) + "\n")
+    pattern = (str(tmp_path / "*.jsonl*"),)
+    with pytest.raises(InputError, match=r"a\.jsonl\.gz: after line \d+ of the unit: cannot be read"):
+        prepare(PrepareOptions(pattern, tmp_path / "out", tokenizer_folder, workers=1), QUIET)
+    out = prepare(PrepareOptions(pattern, tmp_path / "kept", tokenizer_folder, workers=1, skip_bad_shards=True), QUIET)
+    manifest = open_tokens(out).manifest
+    assert 100 < manifest["documents"] < 3001
+    assert [Path(bad["path"]).name for bad in manifest["bad_files"]] == ["a.jsonl.gz"]
+
+
 def test_two_writers_of_one_folder_are_not_let_in_together(tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     jsonl(tmp_path / "in.jsonl", [{"text": "some text"}])
     options = PrepareOptions((str(tmp_path / "in.jsonl"),), tmp_path / "out", tokenizer_folder)
