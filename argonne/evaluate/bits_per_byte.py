@@ -29,6 +29,8 @@ class BitsPerByte:
     def requests(self, context: TaskContext) -> list[ScoreRequest]:
         if context.data is None:
             raise InputError("task bpb: no data given; name a token set with held-out documents, or text files, with --data")
+        if context.shots is not None:
+            raise InputError(f"--shots: found {context.shots}, but bpb reads plain text and takes no examples; leave it out")
         self._text = open_texts(context.data, context.tokenizer, context.limit)
         self._context = context.context_length
         requests = []

@@ -15,7 +15,10 @@ from argonne.train.step import Loss, MicroBatch, next_token
 
 @dataclass
 class Fault:
-    """`kind`: a signal's name (sent to this worker), "parent SIGTERM", "raise", "exit" or "nan". `mark`: written before it fires, so that it fires once."""
+    """`kind`: a signal's name (sent to this worker), "parent SIGTERM", "raise", "exit" or "nan".
+
+    `mark`: written before it fires, so that it fires once.
+    """
 
     kind: str
     rank: int
