@@ -46,8 +46,9 @@ def test_the_readme_has_commands_to_check() -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_links_lead_somewhere(document: Path) -> None:
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", document.read_text()):
+def test_links_and_pictures_lead_somewhere(document: Path) -> None:
+    text = document.read_text()
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", text) + re.findall(r'src(?:set)?="([^"]+)"', text):
         assert (document.parent / target).exists(), target
 
 
