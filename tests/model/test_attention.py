@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from argonne.model import ArgonneForCausalLM
 from argonne.model.attention import MaskPlan, segments_of
-from argonne.model.kernels import math_attention, sdpa_attention
+from argonne.model.kernels import math_attention, run_kernel, sdpa_attention
 
 Make = Callable[..., ArgonneForCausalLM]
 
@@ -65,6 +66,15 @@ def test_sdpa_and_math_see_exactly_what_the_contract_says(
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
         for a, b in zip(torch.autograd.grad(found, (q, k, v), upstream), exact, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("window", [1, 2, 30, 31, 32, 33, 34, 63, 64, 65, 69])
+@pytest.mark.parametrize("length", [32, 33, 64, 65, 70])
+def test_windows_around_the_size_of_a_block_are_exact(window: int, length: int) -> None:
+    q, k, v = tensors(1, length, heads=2, shared=1)
+    plan = MaskPlan(window if window < length else None)
+    found = sdpa_attention(q, k, v, plan, 6**-0.5, 0.0)[0]
+    torch.testing.assert_close(found, math_attention(q, k, v, plan, 6**-0.5, 0.0), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("generation", ["1", "2", "3", "3-window"])
@@ -124,3 +134,21 @@ def test_bf16_autocast_takes_the_fused_kernel_and_never_the_plain_one(generation
     assert "aten::_scaled_dot_product_flash_attention_for_cpu" in ran
     assert "aten::_scaled_dot_product_flash_attention_for_cpu_backward" in ran
     assert "aten::_scaled_dot_product_attention_math" not in ran
+
+
+@pytest.mark.parametrize("generation", ["1", "2", "3-window"])
+def test_autocast_hands_bf16_queries_keys_and_values_to_the_kernel(
+    generation: str, make_model: Make, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fp32 gains and rotary tables promote: without a cast behind them no fused CUDA kernel would run."""
+    handed: list[torch.dtype] = []
+
+    def spy(kernel: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> Any:
+        handed.extend(x.dtype for x in (query, key, value))
+        return run_kernel(kernel, query, key, value, *rest)
+
+    monkeypatch.setattr("argonne.model.attention.run_kernel", spy)
+    model = make_model(generation, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(input_ids=ids, use_cache=False)
+    assert handed == [torch.bfloat16] * 12
