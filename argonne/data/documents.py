@@ -239,7 +239,8 @@ def _parquet(file: InputFile) -> Any:
     import pyarrow.parquet as parquet
 
     try:
-        return parquet.ParquetFile(fsspec.open(file.path, "rb").open())
+        source = fsspec.open(file.path, "rb").open() if "://" in file.path else file.path
+        return parquet.ParquetFile(source, buffer_size=READ_BYTES)
     except (pa.ArrowException, OSError) as error:
         raise InputError(
             f"{file.path}: not a readable parquet file ({_first_line(error)}); restore it, or pass --skip-bad-shards"
@@ -341,8 +342,20 @@ def _column_values(column: Any) -> Iterator[Any]:
             return
         except UnicodeDecodeError:
             pass
-    for value in column.cast(pa.large_binary()):
-        yield memoryview(value.as_buffer()) if value.is_valid else None
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        column = column.cast(pa.large_string())
+    yield from _views(column, pa.types.is_large_string(column.type))
+
+
+def _views(column: Any, large: bool) -> Iterator[memoryview | None]:
+    """The bytes of each value, not copied: one value may be a good part of the memory there is."""
+    import numpy as np
+
+    _, ends, data = column.buffers()
+    edges = np.frombuffer(ends, dtype=np.int64 if large else np.int32)[column.offset : column.offset + len(column) + 1].tolist()
+    whole = memoryview(b"" if data is None else data)
+    for number, valid in enumerate(column.is_valid().to_pylist()):
+        yield whole[edges[number] : edges[number + 1]] if valid else None
 
 
 def _parquet_rows(file: InputFile, unit: Unit, text_column: str) -> Iterator[Any]:
@@ -359,6 +372,8 @@ def _parquet_rows(file: InputFile, unit: Unit, text_column: str) -> Iterator[Any
             for batch in source.iter_batches(rows, row_groups=groups, columns=[text_column], use_threads=False):
                 yield from _column_values(batch.column(0))
                 row += batch.num_rows
+            batch = None
+            pa.default_memory_pool().release_unused()
         except (pa.ArrowException, OSError) as error:
             where = f"row groups {unit.start} to {unit.stop - 1}, after row {row}"
             raise InputError(f"{file.path}: {where}: cannot be read ({_first_line(error)}); restore it") from None

@@ -167,9 +167,8 @@ def open_plan(options: PrepareOptions, out: Path) -> dict[str, Any]:
         raise InputError(f"{out}: exists and holds no plan of `argonne prepare`; choose another --out or remove it")
     found = documents.find_files(options.input)
     cuts, bad = _cut_all(options, found)
-    next(
-        sample_texts(found, cuts, options.text_column, options.split), None
-    )  # a column that no row has is refused before anything is written
+    # A column that no row has is refused before anything is written.
+    next(sample_texts(found, cuts, options.text_column, options.split, options.skip_bad_shards), None)
     tokenizer = (
         load_tokenizer(options.tokenizer, options.added_tokens) if options.tokenizer is not None else _train(options, found, cuts, out)
     )
@@ -226,24 +225,28 @@ def _cut_all(options: PrepareOptions, found: list[InputFile]) -> tuple[list[Unit
 def _train(options: PrepareOptions, found: list[InputFile], units: list[Unit], out: Path) -> Any:
     assert options.train_tokenizer is not None
     if not (out / "tokenizer" / "tokenizer.json").exists():
-        texts = sample_texts(found, units, options.text_column, options.split)
+        texts = sample_texts(found, units, options.text_column, options.split, options.skip_bad_shards)
         train_tokenizer(texts, options.train_tokenizer, out / "tokenizer", bare=options.bare)
     return load_tokenizer(out / "tokenizer", options.added_tokens)
 
 
-def sample_texts(found: list[InputFile], units: list[Unit], text_column: str, split: str) -> Iterator[str]:
+def sample_texts(found: list[InputFile], units: list[Unit], text_column: str, split: str, skip_bad: bool = False) -> Iterator[str]:
     """Documents to train a tokenizer on: the same share of every unit, at most 500 million characters together."""
     share = TOKENIZER_CHARACTERS // len(units)
     rows, dropped = 0, Counter[str]()
     for unit in units:
         characters = 0
-        for batch in documents.read_unit(found[unit.file], unit, text_column, split):
-            yield from (text if isinstance(text, str) else next(text.blocks()) for text in batch.texts)
-            characters += batch.characters
-            rows += len(batch.texts)
-            dropped.update(batch.drops)
-            if characters >= share:
-                break
+        try:
+            for batch in documents.read_unit(found[unit.file], unit, text_column, split):
+                yield from (text if isinstance(text, str) else next(text.blocks()) for text in batch.texts)
+                characters += batch.characters
+                rows += len(batch.texts)
+                dropped.update(batch.drops)
+                if characters >= share:
+                    break
+        except InputError:
+            if not skip_bad:
+                raise
     if not rows and dropped:
         reasons = ", ".join(f"{name} {count:,}" for name, count in dropped.items())
         raise InputError(f"input: no row has text in {text_column!r} ({reasons}); name the column or field with --text-column")
@@ -323,7 +326,9 @@ def _encoder(options: PrepareOptions, plan: dict[str, Any], out: Path, progress:
     probes: list[str] = []
     if options.encoder != "tokenizers":
         recipe = plan["recipe"]
-        probes = list(itertools.islice(sample_texts(found, units[:1], recipe["text_column"], recipe["split"]), PROBES))
+        probes = list(
+            itertools.islice(sample_texts(found, units[:1], recipe["text_column"], recipe["split"], recipe["skip_bad_shards"]), PROBES)
+        )
     choice = encoders.choose(tokenizer, options.encoder, probes)
     progress.say(choice.reason)
     return choice.encoder.name

@@ -47,7 +47,10 @@ TokenSetWriter = Callable[..., Path]
 
 @pytest.fixture
 def write_tokens(tmp_path: Path, numbers_folder: Path) -> TokenSetWriter:
-    """Write a finished token set with given ids; token p of the set has the id p, so that a window shows where it lies. A name that is there is returned as it is."""
+    """Write a finished token set: token p of the set has the id p, so that a window shows where it lies.
+
+    A name that is there is returned as it is.
+    """
 
     def write(name: str, lengths: Sequence[int], *, shards: int = 1, held_out: Sequence[int] = (), offset: int = 0) -> Path:
         folder = tmp_path / name

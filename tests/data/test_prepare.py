@@ -139,6 +139,17 @@ def test_work_that_was_interrupted_goes_on_and_ends_in_the_same_bytes(
     assert (tmp_path / "out" / "manifest.json").stat().st_mtime_ns == before
 
 
+def test_parquet_values_that_are_not_utf8_null_or_empty_are_counted(tokenizer_folder: Path, tmp_path: Path) -> None:
+    texts = pa.array([b"good", b"bad \xff", None, b"", "größe".encode()], pa.binary())
+    for name, kind in (("a", pa.string()), ("b", pa.large_string())):
+        column = pa.Array.from_buffers(kind, 5, (texts if name == "a" else texts.cast(pa.large_binary())).buffers())
+        parquet.write_table(pa.table({"text": column}), tmp_path / f"{name}.parquet")
+    options = PrepareOptions((str(tmp_path / "*.parquet"),), tmp_path / "out", tokenizer_folder, max_drop_fraction=1)
+    manifest = open_tokens(prepare(options, QUIET)).manifest
+    assert manifest["drops"] == {"empty": 2, "invalid-utf8": 2, "missing": 2}
+    assert manifest["rows"] == 10
+
+
 def test_every_row_is_a_document_or_a_counted_drop(tokenizer_folder: Path, tmp_path: Path) -> None:
     lines = [
         json.dumps({"text": "good"}).encode(),
