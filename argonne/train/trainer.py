@@ -297,8 +297,8 @@ class Trainer:
         self._save(final=True)
         if self.mesh.is_main:
             self.services.export(getattr(self.model, "module", self.model), self.run.path / "final_model")
+            self.metrics.write("complete", self.progress.step)  # before the marker, after which no session writes anything
             self._mark(COMPLETE, "complete")
-            self.metrics.write("complete", self.progress.step)
         self.mesh.barrier()
         return Outcome(self.progress.step, "complete")
 
