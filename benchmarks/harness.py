@@ -76,25 +76,39 @@ def main(benchmark: Benchmark, arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--point", choices=list(benchmark.points), action="append", help="only this point (may be repeated)")
     parser.add_argument("--only", nargs="+", choices=list(benchmark.contestants), help="only these contestants")
-    parser.add_argument("--rounds", type=int, default=LEAST_ROUNDS, help=f"rounds (default and least for --write: {LEAST_ROUNDS})")
-    parser.add_argument("--write", action="store_true", help="write JSON and the table of docs/benchmarks.md")
+    parser.add_argument("--rounds", type=int, default=LEAST_ROUNDS, help=f"rounds (default, and least for --write: {LEAST_ROUNDS})")
+    parser.add_argument("--write", action="store_true", help="write JSON and the tables of docs/benchmarks.md; other points stay")
     options = parser.parse_args(arguments)
     points = options.point or list(benchmark.points)
     if options.child:
         print(_ANSWER + json.dumps(benchmark.contestants[options.child](points[0])))
         return 0
     names = options.only or list(benchmark.contestants)
-    if options.write and (options.rounds < LEAST_ROUNDS or options.only or options.point):
-        parser.error(f"--write wants every contestant at every point and at least {LEAST_ROUNDS} rounds")
+    if options.write and (options.rounds < LEAST_ROUNDS or options.only):
+        parser.error(f"--write wants every contestant and at least {LEAST_ROUNDS} rounds")
     results, failures = measure(benchmark, names, points, options.rounds)
-    command = f"python -m {benchmark.module} --rounds {options.rounds} --write"
-    record = {"benchmark": benchmark.name, "command": command, "machine": machine(), "rounds": options.rounds, "results": results}
+    facts = {"machine": machine(), "rounds": options.rounds}
+    record = {
+        "benchmark": benchmark.name,
+        "command": f"python -m {benchmark.module} --rounds {options.rounds} --write",
+        "points": {point: {**facts, "results": results[point]} for point in points},
+    }
     print(markdown(benchmark, record))
     if options.write and not failures:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{benchmark.name}.json").write_text(json.dumps(record, indent=1) + "\n")
+        record = save(benchmark, record, RESULTS)
         write_table(DOCUMENT, benchmark.name, markdown(benchmark, record))
     return 1 if failures else 0
+
+
+def save(benchmark: Benchmark, record: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Write the record beside what the file holds of other points, each with the machine and commit it was measured on; the joined record."""
+    path = folder / f"{benchmark.name}.json"
+    earlier = json.loads(path.read_text())["points"] if path.exists() else {}
+    known = {**earlier, **record["points"]}
+    joined = {**record, "points": {point: known[point] for point in benchmark.points if point in known}}
+    folder.mkdir(exist_ok=True)
+    path.write_text(json.dumps(joined, indent=1) + "\n")
+    return joined
 
 
 def measure(
@@ -134,21 +148,13 @@ def _run_child(benchmark: Benchmark, name: str, point: str) -> dict[str, float] 
 
 def markdown(benchmark: Benchmark, record: dict[str, Any]) -> str:
     """A table a point: median (smallest to largest) of each figure, and the ratio of the first to the reference contestant."""
-    computer = record["machine"]
-    lines = [
-        f"`{record['command']}`",
-        "",
-        f"{record['rounds']} rounds, {computer['date']}, commit {computer['commit']}. {describe(computer)}",
-    ]
-    for point, rows in record["results"].items():
+    lines = [f"`{record['command']}`"]
+    for point, measured in record["points"].items():
+        computer, rows = measured["machine"], measured["results"]
+        lines += ["", f"**{benchmark.points[point]}**", ""]
+        lines.append(f"{measured['rounds']} rounds, {computer['date']}, commit {computer['commit']}. {describe(computer)}")
         head = [column.head for column in benchmark.columns]
-        lines += [
-            "",
-            f"**{benchmark.points[point]}**",
-            "",
-            "| | " + " | ".join([*head, "ratio"]) + " |",
-            "| --- |" + " ---: |" * (len(head) + 1),
-        ]
+        lines += ["", "| | " + " | ".join([*head, "ratio"]) + " |", "| --- |" + " ---: |" * (len(head) + 1)]
         reference = _median(rows.get(benchmark.relative_to, []), benchmark.columns[0].key)
         for name, rounds in rows.items():
             if not rounds:

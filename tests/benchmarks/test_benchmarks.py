@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 
 from benchmarks import harness, start_up, train_step
 from benchmarks.all import MODULES
-from benchmarks.harness import Benchmark, Column, markdown, measure, write_table
+from benchmarks.harness import Benchmark, Column, markdown, measure, save, write_table
 from benchmarks.own_loop import make_recipe, timed_steps
 
 TINY = {"vocab": 64, "hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2, "mlp": 64, "length": 16, "rows": 2, "steps": 2}
@@ -29,9 +30,9 @@ def make_benchmark(**changes: object) -> Benchmark:
     return Benchmark(**{**values, **changes})  # type: ignore[arg-type]
 
 
-def record(**rounds: list[float]) -> dict[str, object]:
-    results = {"small": {name: [{"speed": speed, "memory": 10.0} for speed in speeds] for name, speeds in rounds.items()}}
-    return {"command": "python -m toy", "machine": FACTS, "rounds": 3, "results": results}
+def record(point: str = "small", commit: str = "abc", **rounds: list[float]) -> dict[str, object]:
+    results = {name: [{"speed": speed, "memory": 10.0} for speed in speeds] for name, speeds in rounds.items()}
+    return {"command": "python -m toy", "points": {point: {"machine": {**FACTS, "commit": commit}, "rounds": 3, "results": results}}}
 
 
 def test_the_table_shows_median_spread_and_ratio() -> None:
@@ -44,6 +45,17 @@ def test_the_table_shows_median_spread_and_ratio() -> None:
 def test_where_less_is_better_the_ratio_turns_round() -> None:
     table = markdown(make_benchmark(higher_is_better=False), record(ours=[2], theirs=[1]))
     assert "| ours | 2 (2 to 2) | 10 (10 to 10) | 0.50x |" in table
+
+
+def test_points_measured_one_by_one_end_in_one_table_each_with_its_commit(tmp_path: Path) -> None:
+    benchmark = make_benchmark(points={"small": "Small", "large": "Large"})
+    save(benchmark, record("large", commit="first", ours=[1], theirs=[2]), tmp_path)
+    save(benchmark, record("small", commit="second", ours=[3], theirs=[4]), tmp_path)
+    joined = save(benchmark, record("large", commit="third", ours=[5], theirs=[6]), tmp_path)
+    assert joined == json.loads((tmp_path / "toy.json").read_text())
+    assert [(point, found["machine"]["commit"]) for point, found in joined["points"].items()] == [("small", "second"), ("large", "third")]
+    table = markdown(benchmark, joined)
+    assert table.index("**Small**") < table.index("commit second") < table.index("**Large**") < table.index("commit third")
 
 
 def test_a_contestant_that_failed_is_in_the_table() -> None:
