@@ -6,7 +6,6 @@ bytes; the cut depends on the files alone, never on who reads them. Every row th
 
 from __future__ import annotations
 
-import codecs
 import io
 import itertools
 import json
@@ -14,9 +13,10 @@ import mmap
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import IO, Any
 
+from argonne.data.texts import LONG_CHARACTERS, READ_BYTES, LongText, Refused, RowBatch, checked
 from argonne.errors import InputError
 
 SUFFIXES = {
@@ -33,10 +33,6 @@ SUFFIXES = {
     ".md": "txt",
 }
 WHOLE_FILE = -1
-ROWS_A_BATCH = 512
-CHARACTERS_A_BATCH = 1 << 22
-READ_BYTES = 1 << 20
-LONG_CHARACTERS = 1 << 20
 LONG_SEPARATOR = 1 << 12
 ARROW_BYTES = 8 << 20
 
@@ -58,85 +54,6 @@ class Unit:
     file: int
     start: int
     stop: int
-
-
-class LongText:
-    """A document over a megabyte, as UTF-8 bytes that were checked but not decoded: it may be a map of a file larger than memory."""
-
-    def __init__(self, data: bytes | memoryview) -> None:
-        self.data = memoryview(data)
-
-    @property
-    def bytes(self) -> int:
-        return len(self.data)
-
-    def blocks(self) -> Iterator[str]:
-        """The text decoded block by block. Raises UnicodeDecodeError."""
-        decoder = codecs.getincrementaldecoder("utf-8")()
-        for start in range(0, len(self.data), READ_BYTES):
-            yield decoder.decode(self.data[start : start + READ_BYTES])
-        yield decoder.decode(b"", final=True)
-
-
-Text = str | LongText
-
-
-@dataclass(frozen=True)
-class Refused:
-    """Stands for a row that is no document, with the reason."""
-
-    reason: str
-
-
-@dataclass
-class RowBatch:
-    """Documents in file order, and how many rows were no documents, by reason. A long document is a batch of its own."""
-
-    texts: list[Text] = field(default_factory=list)
-    drops: dict[str, int] = field(default_factory=dict)
-    characters: int = 0
-
-    def add(self, text: Text) -> None:
-        self.texts.append(text)
-        self.characters += text.bytes if isinstance(text, LongText) else len(text)
-
-    def drop(self, reason: str) -> None:
-        self.drops[reason] = self.drops.get(reason, 0) + 1
-
-    @property
-    def full(self) -> bool:
-        long = bool(self.texts) and isinstance(self.texts[-1], LongText)
-        return long or len(self.texts) >= ROWS_A_BATCH or self.characters >= CHARACTERS_A_BATCH
-
-
-def checked(value: Any) -> Text | Refused:
-    """A row's value as a document, or why it is none. Bytes stand for text that was not yet decoded."""
-    if isinstance(value, str):
-        if not value:
-            return Refused("empty")
-        if len(value) <= LONG_CHARACTERS:
-            return value
-        try:
-            return LongText(value.encode())
-        except UnicodeEncodeError:
-            return Refused("invalid-utf8")
-    if isinstance(value, bytes | memoryview):
-        return _decoded(value)
-    if isinstance(value, Refused):
-        return value
-    return Refused("missing" if value is None else "not-text")
-
-
-def _decoded(data: bytes | memoryview) -> Text | Refused:
-    try:
-        if len(data) <= LONG_CHARACTERS:
-            return bytes(data).decode() or Refused("empty")
-        text = LongText(data)
-        for _ in text.blocks():
-            pass
-    except UnicodeDecodeError:
-        return Refused("invalid-utf8")
-    return text
 
 
 def natural_key(path: str) -> list[tuple[int, int, str]]:

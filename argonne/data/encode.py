@@ -15,7 +15,8 @@ import numpy as np
 
 from argonne import files
 from argonne.data import assemble, encoders, filters, tokens
-from argonne.data.documents import InputFile, LongText, RowBatch, Unit, read_unit
+from argonne.data.documents import InputFile, Unit, read_unit
+from argonne.data.texts import LongText, RowBatch
 from argonne.data.tokenizer import TextTokenizer, load_tokenizer
 from argonne.errors import InputError
 

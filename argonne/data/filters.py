@@ -12,7 +12,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from argonne.data.documents import InputFile, LongText, Text, find_files, open_file
+from argonne.data.documents import InputFile, find_files, open_file
+from argonne.data.texts import LongText, Text
 from argonne.errors import InputError
 
 QUALITY_FROM_CHARACTERS = 50
