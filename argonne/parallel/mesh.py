@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from argonne.config import ParallelSection
 
 
+# Collectives wait this many times longer than a step may take.
+PATIENCE = 6
+
+
 @dataclass(frozen=True)
 class Mesh:
     """This process's place among the workers.
@@ -121,7 +125,8 @@ def open_mesh(parallel: ParallelSection, device_name: str, *, timeout_seconds: f
         yield Mesh(device)
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
-    timeout = timedelta(seconds=timeout_seconds)
+    # A hung step is found by its own watch; the groups also wait while rank 0 saves, evaluates or exports, which may take far longer.
+    timeout = timedelta(seconds=PATIENCE * timeout_seconds)
     # Restarted workers meet in a store that still holds the addresses of the dead ones: each attempt gets keys of its own.
     store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
     store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,9 +104,27 @@ def train_session(session: Session) -> Outcome:
         if (problem := mesh.broadcast(problem)) is not None:
             raise problem
         try:
-            return _train(session, run, mesh, watch)
+            with _determinism(session.recipe.train.deterministic):
+                return _train(session, run, mesh, watch)
         finally:
             run.release()
+
+
+@contextmanager
+def _determinism(wanted: bool) -> Iterator[None]:
+    """Ask torch for algorithms that give the same bits each time, while the block runs; an operation that has none is an error."""
+    import torch
+
+    if not wanted:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS reads for it, before its first call
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def _say(mesh: Mesh) -> Callable[[str], None]:
@@ -235,8 +255,6 @@ def _build(session: Session, opened: _Opened, run: RunFolder, mesh: Mesh) -> _Bu
 
 
 def _set_threads(recipe: Recipe, mesh: Mesh) -> None:
-    import os
-
     import torch
 
     if recipe.train.threads:

@@ -132,7 +132,7 @@ class SpikeWatch:
             middle = statistics.median(self._recent)
             deviation = 1.4826 * statistics.median(abs(value - middle) for value in self._recent)
             usual = middle if loss > middle + 10 * deviation and loss > 1.1 * middle else None
-        if math.isfinite(loss) and usual is None:
+        if math.isfinite(loss):
             self._recent.append(loss)
         return usual
 
@@ -160,6 +160,11 @@ class HangWatch:
             self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - faulthandler needs it open
         faulthandler.dump_traceback_later(self._seconds * (3 if self._first else 1), exit=True, file=self._file)
         self._first = False
+
+    def pause(self) -> None:
+        """Watch nothing until the next `alive`: a save or an evaluation has limits of its own."""
+        if self._file is not None:
+            faulthandler.cancel_dump_traceback_later()
 
     def close(self) -> None:
         if self._file is not None:

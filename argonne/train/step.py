@@ -128,7 +128,7 @@ class Stepper:
         rows = []
         last = len(batch.micro_batches) - 1
         for index, cpu_batch in enumerate(batch.micro_batches):
-            micro = {name: tensor.to(self.mesh.device, non_blocking=True) for name, tensor in cpu_batch.items()}
+            micro = {name: self._placed(name, tensor) for name, tensor in cpu_batch.items()}
             with self._gradient_sync(index == last):
                 with self.precision.autocast():
                     loss = self.objective(self.model, micro)
@@ -136,6 +136,10 @@ class Stepper:
             total += loss.total.detach()
             rows.append((loss.rows, batch.sources[index], micro["shift_labels"]))
         return total, rows
+
+    def _placed(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A batch tensor where the model wants it: positions stay on the host, whose documents the model reads without waiting for a device."""
+        return tensor if name == "position_ids" else tensor.to(self.mesh.device, non_blocking=True)
 
     def _gradient_sync(self, wanted: bool) -> contextlib.AbstractContextManager[Any]:
         no_sync = getattr(self.model, "no_sync", None)

@@ -235,6 +235,7 @@ class Trainer:
         """Run evaluation or sampling on the main rank, outside collectives; a failure is recorded and training goes on."""
         if not self.mesh.is_main:
             return None
+        self._hang_watch.pause()
         model = getattr(self.model, "module", self.model)
         was_training = model.training
         model.eval()
@@ -258,6 +259,7 @@ class Trainer:
 
     def _save(self, *, final: bool = False) -> None:
         """A checkpoint at the current step, and a sample of what the model writes there."""
+        self._hang_watch.pause()
         step, progress = self.progress.step, self.progress
         progress.scaler = self.precision.state()
         earlier = progress.best_held_out, progress.best_step

@@ -98,3 +98,15 @@ def test_weights_in_bf16_throughout_are_what_was_asked_for(nano: Nano, tmp_path:
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert (manifest["precision"], manifest["parameter_dtypes"]) == ("bf16_full", ["bfloat16"])
     assert curve(tmp_path / "run")[-1]["loss"] < curve(tmp_path / "run")[0]["loss"]
+
+
+def test_deterministic_asks_torch_for_it_during_the_run_and_only_then(nano: Nano, tmp_path: Path) -> None:
+    asked = []
+
+    def watching(model: nn.Module, micro: MicroBatch) -> Loss:
+        asked.append(torch.are_deterministic_algorithms_enabled())
+        return next_token(model, micro)
+
+    run_session(Session(nano(**{"train.deterministic": "true"}), tmp_path / "run", watching))
+    assert set(asked) == {True}
+    assert not torch.are_deterministic_algorithms_enabled()
