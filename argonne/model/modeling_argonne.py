@@ -105,8 +105,13 @@ class ArgonneBaseModel(ArgonnePreTrainedModel):
         if self.config.position_embedding == "learned":
             if position_ids is None:
                 position_ids = torch.arange(hidden.shape[1], device=hidden.device)[None]
-            if hidden.shape[1] > self.config.max_position_embeddings:
-                raise ValueError(f"{hidden.shape[1]} tokens, but max_position_embeddings is {self.config.max_position_embeddings}")
+            # Where the positions lie on a GPU their largest would cost a wait: there the length is all that is looked at.
+            last = int(position_ids.max()) if position_ids.device.type == "cpu" and position_ids.numel() else hidden.shape[1] - 1
+            if max(last, hidden.shape[1] - 1) >= self.config.max_position_embeddings:
+                raise ValueError(
+                    f"position {max(last, hidden.shape[1] - 1)} is beyond the table of learned positions: max_position_embeddings is "
+                    f"{self.config.max_position_embeddings}; shorten the text"
+                )
             hidden = hidden + self.embed_positions(position_ids.to(hidden.device, non_blocking=True))
         if self.training and self.config.hidden_dropout:
             hidden = F.dropout(hidden, self.config.hidden_dropout)

@@ -140,3 +140,14 @@ def test_packed_rows_are_separate_under_every_implementation(
         for part in (slice(0, 13), slice(13, 40)):
             alone = model(input_ids=ids[:, part], use_cache=False).logits
             torch.testing.assert_close(packed[:, part], alone, rtol=0, atol=1e-10)
+
+
+def test_learned_positions_end_with_their_table_cached_or_not(make_model: Make) -> None:
+    model = make_model("1", max_position_embeddings=20)
+    ids = torch.ones(1, 21, dtype=torch.int64)
+    model(input_ids=ids[:, :20])
+    with pytest.raises(ValueError, match="position 20 is beyond the table of learned positions: max_position_embeddings is 20"):
+        model(input_ids=ids)
+    with pytest.raises(ValueError, match="position 20 is beyond"):
+        model.generate(ids[:, :18], max_new_tokens=6, do_sample=False, pad_token_id=0)
+    assert model.generate(ids[:, :18], max_new_tokens=3, do_sample=False, pad_token_id=0).shape[1] == 21  # the last one is never fed
