@@ -31,7 +31,7 @@ class Arrays:
     def valid_tokens(self) -> int:
         """Targets that are trained on."""
         if self.positions is None:
-            return int(np.count_nonzero(self.sources >= 0)) * self.labels.shape[1]
+            return sum(source >= 0 for source in self.sources.tolist()) * self.labels.shape[1]
         return int(np.count_nonzero(self.labels != IGNORED))
 
     def rows(self, first: int, count: int, rows: int) -> Arrays:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from argonne.data.batches import IGNORED, Arrays, assemble, to_tensors
+from argonne.data.batches import FILLER_SOURCE, IGNORED, Arrays, assemble, to_tensors
 from argonne.data.mixture import GlobalRows, Phase
 from argonne.data.training_data import TrainingData, open_training_data
 from argonne.errors import InputError
@@ -203,20 +203,16 @@ class Loader:
     def _cut(self, step: int, arrays: Arrays, waited: float) -> Batch:
         tensors = to_tensors(arrays)
         sources = torch.from_numpy(arrays.sources)
-        rows, size = len(sources), self.micro_rows
-        missing = -rows % size
-        if missing:
+        rows, size = arrays.sources.size, self.micro_rows
+        tokens = self.data.rows(step) * self.data.sequence_length(step)
+        if rows == size:
+            return Batch(step, [tensors], arrays.valid_tokens, tokens, [sources], waited)
+        if missing := -rows % size:
             tensors = {name: torch.cat([tensor, _filler(name, tensor, missing)]) for name, tensor in tensors.items()}
-            sources = torch.cat([sources, sources.new_full((missing,), -1)])
-        starts = range(0, len(sources), size)
-        return Batch(
-            step,
-            [{name: tensor[start : start + size] for name, tensor in tensors.items()} for start in starts],
-            arrays.valid_tokens,
-            self.data.rows(step) * self.data.sequence_length(step),
-            [sources[start : start + size] for start in starts],
-            waited,
-        )
+            sources = torch.cat([sources, sources.new_full((missing,), FILLER_SOURCE)])
+        starts = range(0, rows, size)
+        micro_batches = [{name: tensor[start : start + size] for name, tensor in tensors.items()} for start in starts]
+        return Batch(step, micro_batches, arrays.valid_tokens, tokens, [sources[start : start + size] for start in starts], waited)
 
 
 def _filler(name: str, tensor: torch.Tensor, rows: int) -> torch.Tensor:

@@ -160,6 +160,8 @@ class Mixture:
         self._last_samples: dict[int, int] = {}
 
     def phase_at(self, step: int) -> Phase:
+        if len(self.phases) == 1:
+            return self.phases[0]
         return next(phase for phase in reversed(self.phases) if phase.first_step <= step)
 
     def samples_before(self, step: int) -> int:

@@ -18,7 +18,7 @@ from argonne.data import mixture as mixtures
 from argonne.data.from_text import TextWork
 from argonne.data.mixture import Mixture
 from argonne.data.tokenizer import TextTokenizer, load_tokenizer
-from argonne.data.tokens import TokenSet, TokenStream, open_tokens
+from argonne.data.tokens import TokenSet, open_tokens
 from argonne.data.verification import Verification
 from argonne.data.windows import SourceWindows
 from argonne.errors import InputError
@@ -151,9 +151,9 @@ class TrainingData:
         return f"{source.tokens.tokens:,} tokens{documents}{held}"
 
     @cached_property
-    def _held_out(self) -> list[tuple[TokenStream, int]]:
+    def _held_out(self) -> list[tuple[Source, int]]:
         return [
-            (source.tokens.held_out, (source.tokens.held_out.tokens - 1) // self.data.sequence_length)
+            (source, (source.tokens.held_out.tokens - 1) // self.data.sequence_length)
             for source in self.sources
             if source.tokens.held_out.tokens > self.data.sequence_length
         ]
@@ -167,14 +167,23 @@ class TrainingData:
         """(windows, T + 1) int64: evenly spread over the held-out tokens of all sources, the same at each call."""
         count = min(windows, self.held_out_windows)
         rows = np.zeros((count, self.data.sequence_length + 1), dtype=np.int64)
+        for index, (source, number) in enumerate(self._held_out_places(count)):
+            source.tokens.held_out.copy(number * self.data.sequence_length, rows[index])
+        return rows
+
+    def _held_out_places(self, count: int) -> Iterator[tuple[Source, int]]:
+        """(source, window within it) of `count` held-out windows."""
         for index in range(count):
             number = index * self.held_out_windows // count
-            for stream, here in self._held_out:
+            for source, here in self._held_out:
                 if number < here:
-                    stream.copy(number * self.data.sequence_length, rows[index])
+                    yield source, number
                     break
                 number -= here
-        return rows
+
+    def held_out_sources(self, windows: int) -> list[str]:
+        """Name of the source of each row of `held_out_batches(windows, ...)`, in order."""
+        return [source.name for source, _ in self._held_out_places(min(windows, self.held_out_windows))]
 
     def held_out_batches(self, windows: int, rows: int) -> Iterator[dict[str, Any]]:
         """At most `windows` held-out windows in batches of at most `rows`, as the model takes them; the same ones at each call."""
