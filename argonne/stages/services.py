@@ -62,17 +62,30 @@ def held_out_loss(
     if windows < 1:
         return None
 
+    names = data.held_out_sources(windows)
+    several = len(set(names)) > 1
+
     def measure(model: nn.Module) -> dict[str, Any]:
         total, tokens, size = 0.0, 0, 0
+        by_source = {name: [0.0, 0] for name in names} if several else {}
+        row_names = iter(names)
         for batch in data.held_out_batches(windows, micro_rows):
             labels = batch["shift_labels"]
             trained = labels[labels != -100]
             inputs = {name: tensor.to(mesh.device) for name, tensor in batch.items()}
-            total += float(model(**inputs, use_cache=False, loss_reduction="sum").loss)
+            output = model(**inputs, use_cache=False, loss_reduction="sum", return_token_log_probs=several)
+            total += float(output.loss)
             tokens += len(trained)
             size += int(token_bytes[trained.numpy()].sum())
+            if several:
+                for row, valid in zip(output.token_log_probs.sum(dim=1).tolist(), (labels != -100).sum(dim=1).tolist(), strict=True):
+                    part = by_source[next(row_names)]
+                    part[0] -= row
+                    part[1] += valid
         bits = total / math.log(2) / size if size else None
-        return {"loss": total / max(1, tokens), "bits_per_byte": bits, "tokens": tokens, "bytes": size}
+        found = {"loss": total / max(1, tokens), "bits_per_byte": bits, "tokens": tokens, "bytes": size}
+        parts = {name: {"loss": loss / max(1, valid), "tokens": valid} for name, (loss, valid) in by_source.items()}
+        return {**found, "sources": parts} if several else found
 
     return measure
 

@@ -181,12 +181,13 @@ def _panels(records: list[RunRecord]) -> list[Panel]:
             panels.append(Panel(title, unit, curves, **options))
     if stalls := _stalls(records):
         panels.append(Panel("Waiting", "seconds since the session began", stalls, marks=marks, from_zero=True))
-    for title, unit, name, options in (
-        ("Tokens per source", "tokens", "tokens", {"from_zero": True}),
-        ("Loss per source", "nats per token", "loss", {}),
-        ("Passes per source", "epochs", "passes", {"from_zero": True}),
+    for title, unit, event, name, options in (
+        ("Tokens per source", "tokens", "step", "tokens", {"from_zero": True}),
+        ("Loss per source", "nats per token", "step", "loss", {}),
+        ("Held-out loss per source", "nats per token", "held_out", "loss", {}),
+        ("Passes per source", "epochs", "step", "passes", {"from_zero": True}),
     ):
-        if curves := _source_curves(records, name):
+        if curves := _source_curves(records, event, name):
             panels.append(Panel(title, unit, curves, **options))  # type: ignore[arg-type]
     return panels
 
@@ -229,7 +230,7 @@ def _stalls(records: list[RunRecord]) -> list[Curve]:
     return curves
 
 
-def _source_curves(records: list[RunRecord], name: str) -> list[Curve]:
+def _source_curves(records: list[RunRecord], event: str, name: str) -> list[Curve]:
     """One run: a colour a source. Several: a colour a run, a dash a source."""
     alone = len(records) == 1
     sources = list(dict.fromkeys(source for record in records for source in record.metrics.sources()))
@@ -237,7 +238,7 @@ def _source_curves(records: list[RunRecord], name: str) -> list[Curve]:
     for number, record in enumerate(records):
         for index, source in enumerate(sources):
             looks = {"colour": index} if alone else {"dash": index}
-            curves += _curve(record, number, "step", ("sources", source, name), source if alone else f"{record.name}: {source}", **looks)
+            curves += _curve(record, number, event, ("sources", source, name), source if alone else f"{record.name}: {source}", **looks)
     return curves
 
 

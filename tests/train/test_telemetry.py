@@ -72,14 +72,20 @@ def test_a_source_of_a_mixture_has_its_own_tokens_passes_and_loss(nano: Nano, tm
     from argonne.data.prepare import PrepareOptions, prepare
 
     text = tmp_path / "other.txt"
-    text.write_text("the same few words again and again. " * 2000)
-    other = prepare(PrepareOptions(input=(str(text),), out=tmp_path / "other", tokenizer=tokens / "tokenizer", workers=1))
+    text.write_text("".join(f"the same few words again and again, number {number}.\n" for number in range(1000)))
+    other = prepare(
+        PrepareOptions(input=(str(text),), out=tmp_path / "other", tokenizer=tokens / "tokenizer", workers=1, split="lines", hold_out=0.2)
+    )
     sources = f"[{{ path = {json.dumps(str(tokens))}, weight = 3.0 }}, {{ path = {json.dumps(str(other))}, weight = 1.0, max_epochs = 9 }}]"
-    run(nano(**{"data.sources": sources}), tmp_path / "run")
+    run(nano(**{"data.sources": sources, "eval.windows": "64"}), tmp_path / "run")
     last = read_metrics(tmp_path / "run").of("step")[-1]["sources"]
     assert {name: row["tokens"] for name, row in last.items()} == {"set": 12 * 192, "other": 12 * 64}
     assert last["other"]["loss"] < last["set"]["loss"]
     assert last["other"]["passes"] > last["set"]["passes"] > 0
+    held_out = read_metrics(tmp_path / "run").of("held_out")[-1]
+    assert held_out["sources"]["other"]["loss"] < held_out["sources"]["set"]["loss"]
+    whole = sum(part["loss"] * part["tokens"] for part in held_out["sources"].values())
+    assert whole == pytest.approx(held_out["loss"] * held_out["tokens"], rel=1e-5)
 
 
 def test_fp16_keeps_its_loss_scale_in_the_checkpoint(nano: Nano, tmp_path: Path) -> None:
