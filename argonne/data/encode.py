@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -50,10 +51,8 @@ def finished(out: Path, units: int) -> dict[int, dict[str, Any]]:
 
 
 def remove_records(out: Path) -> None:
-    for path in (out / RECORDS).glob("*.json"):
-        path.unlink(missing_ok=True)
-    if (out / RECORDS).is_dir():
-        (out / RECORDS).rmdir()
+    """Remove the records, and what a killed writer left beside them."""
+    shutil.rmtree(out / RECORDS, ignore_errors=True)
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ def test_a_killed_tokenising_process_is_started_again_and_nothing_changes(text: 
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert data.tokens_per_epoch > 0
-    assert data.work._process is not process
+    assert data.work._process is not process, "the work was done before it could be killed"
     data.close()
     assert content(tmp_path / "run" / "data") == content(prepared(text, tmp_path / "tokens"))
 

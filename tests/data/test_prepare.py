@@ -119,6 +119,8 @@ def test_work_that_was_interrupted_goes_on_and_ends_in_the_same_bytes(
         if len(done) % 3 == 2:
             done.append(-1)
             (tmp_path / "out" / f".tmp-tokens-{number:05d}.bin-99").write_bytes(b"half")
+            (tmp_path / "out" / "units").mkdir(exist_ok=True)
+            (tmp_path / "out" / "units" / f".tmp-{number:05d}.json-99").write_bytes(b"{")
             raise KeyboardInterrupt
         done.append(number)
         return run(job, number)
