@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from argonne.config import Recipe
 from argonne.errors import InputError, Stopped
@@ -198,11 +198,11 @@ def _train(session: Session, run: RunFolder, mesh: Mesh, watch: StopWatch) -> Ou
         raise InputError(f"train.attention: {error}") from None
     finally:
         metrics.close()
+        opened.data.close()
 
 
 def _open(session: Session, run: RunFolder, mesh: Mesh, say: Callable[[str], None]) -> _Opened:
     """Find the start, compare configs, open the data; everything that can be wrong with the input is found here or in `_build`."""
-    from argonne.data.loader import open_training_data
     from argonne.train.checkpoint import clean_leftovers
     from argonne.train.schedule import check_schedule
 
@@ -212,7 +212,7 @@ def _open(session: Session, run: RunFolder, mesh: Mesh, say: Callable[[str], Non
     given = session.recipe
     start = find_start(run, given, session.resume_from, say, data_from_start=session.data_from_start)
     _compare_config(start, session, say)
-    data = open_training_data(given.data, given.batch, given.seed, state=start.data_state, run_folder=run.path, allow=session.allow)
+    data = _open_data(session, start, run, mesh)
     check_tokenizer(start, data.tokenizer.fingerprint, data.tokenizer_folder, session.allow)
     recipe = dataclasses.replace(given, model=fit_model_section(given, data.vocab_size, start))
     total_steps = steps_of(recipe, data)
@@ -220,19 +220,46 @@ def _open(session: Session, run: RunFolder, mesh: Mesh, say: Callable[[str], Non
     return _Opened(recipe, start, data, total_steps)
 
 
+def _open_data(session: Session, start: Start, run: RunFolder, mesh: Mesh) -> TrainingData:
+    """The data as every rank reads it; with `data.reader = "rank-0"` opened there alone, so that the other nodes need no shards."""
+    from argonne.data.loader import open_training_data
+
+    given = session.recipe
+    alone = given.data.reader == "rank-0" and mesh.world_size > 1
+    found: TrainingData | InputError | None = None
+    if mesh.is_main or not alone:
+        try:
+            found = open_training_data(
+                given.data, given.batch, given.seed, state=start.data_state, run_folder=run.path, allow=session.allow
+            )
+        except InputError as error:
+            found = error
+    if alone:
+        found = mesh.broadcast(found)
+    if isinstance(found, InputError):
+        raise found
+    return cast("TrainingData", found)
+
+
 def _build(session: Session, opened: _Opened, run: RunFolder, mesh: Mesh) -> _Built:
     """Weights, optimizer and restored state; then the switches that only change speed and memory."""
     from argonne.files import write_json
+    from argonne.model.build import check_attention
     from argonne.parallel.apply import compile_blocks
     from argonne.train.allocator import return_freed_memory, returns_memory
     from argonne.train.checkpoint import load_tensors, run_tensors
     from argonne.train.earlier import restore
     from argonne.train.optim import build_optimizer
+    from argonne.train.precision import compute_dtype
     from argonne.train.trainer import Progress
 
     recipe, start, data = opened.recipe, opened.start, opened.data
     weights: Any = build_weights(recipe, start)
     model = weights.to(mesh.device).train()
+    if recipe.train.attention != "auto":
+        check_attention(
+            model, recipe.train.attention, compute_dtype(recipe.train.precision, mesh.device), documents=recipe.data.document_mask
+        )
     optimizer = build_optimizer(model, recipe.optim)
     progress = Progress()
     if start.checkpoint is not None:

@@ -20,6 +20,12 @@ def resolve_precision(name: str, device: torch.device) -> str:
     return name
 
 
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """What matrix products and attention run in under a precision."""
+    kinds = {"bf16": torch.bfloat16, "bf16_full": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    return kinds[resolve_precision(name, device)]
+
+
 class Precision:
     """The casts of one session and, for fp16, the loss scale (kept in the checkpoint through `state`)."""
 

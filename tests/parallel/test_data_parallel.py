@@ -43,6 +43,12 @@ def test_uneven_rows_and_documents_give_the_same_loss_on_two_ranks(nano: Nano, t
     assert_close(curve(tmp_path / "two"), curve(tmp_path / "one"), 1e-6)
 
 
+def test_rank_0_reading_for_all_gives_the_same_curve(nano: Nano, tmp_path: Path) -> None:
+    run(nano(**TWO, **{"train.steps": "5"}), tmp_path / "each")
+    run(nano(**TWO, **{"train.steps": "5", "data.reader": "rank-0"}), tmp_path / "first")
+    assert curve(tmp_path / "first") == curve(tmp_path / "each")
+
+
 def test_two_ranks_stopped_and_resumed_equal_two_ranks_uninterrupted_bit_for_bit(nano: Nano, tmp_path: Path) -> None:
     recipe = nano(**TWO, **{"model.hidden_dropout": "0.1"})
     run(recipe, tmp_path / "whole")
