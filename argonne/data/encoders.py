@@ -167,11 +167,6 @@ def _context(view: memoryview, start: int, stop: int) -> str:
     return bytes(view[start:stop]).decode(errors="ignore")
 
 
-def is_uncuttable(text: bytes | memoryview, encoder: Encoder) -> bool:
-    """Would a long text be encoded whole for want of a safe cut?"""
-    return len(text) > PIECE_BYTES and _safe_cut(memoryview(text), 0, encoder) is None
-
-
 def load(name: str, tokenizer: TextTokenizer) -> Any:
     """The encoder that `choose` settled on, in a worker."""
     return FastEncoder(tokenizer) if name == "gigatoken" else ReferenceEncoder(tokenizer)

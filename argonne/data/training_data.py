@@ -199,11 +199,6 @@ class TrainingData:
                     batches.mask_documents(np.nonzero(arrays.inputs[row] == self.eos_id)[0] + 1, arrays.labels[row], arrays.positions[row])
             yield batches.to_tensors(arrays)
 
-    def held_out_bytes(self, windows: int) -> int:
-        """Bytes of text that the targets of `held_out_batches(windows, ...)` decode to: the divisor of bits per byte."""
-        table = self.tokenizer.token_bytes
-        return int(table[self._held_out_rows(windows)[:, 1:]].sum(dtype=np.int64))
-
     def verify(self) -> Verification | None:
         """Begin to check the shards' hashes as `data.verify` says (once; "before" returns when all are right). Raises InputError for a fault."""
         if self.data.verify != "off" and self._verification is None:
