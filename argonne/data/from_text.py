@@ -10,11 +10,12 @@ import dataclasses
 import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,12 @@ class GrowingStream(TokenStream):
         self._whole = False
         self._changing = threading.Lock()
 
-    def _grow(self) -> None:
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For ranks that have none of the files (`reader = "rank-0"`): where everything lies, once the last unit is finished."""
+        self.reaches(1 << 62)
+        return TokenStream, (self.shards, self.documents)
+
+    def grow(self) -> None:
         """Take in the units that were finished since the last look."""
         with self._changing:
             if self._whole:
@@ -86,7 +92,7 @@ class GrowingStream(TokenStream):
     def reaches(self, position: int) -> bool:
         """Are there `position` tokens? Waits until it is known."""
         while not self._whole and self.known_tokens < position:
-            self._grow()
+            self.grow()
             if self._whole or self.known_tokens >= position:
                 break
             self._work.keep_going()
@@ -124,69 +130,96 @@ class TextWork:
     def __init__(self, options: PrepareOptions) -> None:
         self.options, self.out = options, Path(options.out)
         self._process: subprocess.Popen[bytes] | None = None
-        self._starts = 0
-        self._records: list[dict[str, Any]] = []
-        if (self.out / tokens.MANIFEST).exists():
-            prepare.prepare(options)
-            self.plan: dict[str, Any] = {}
-            return
+        self._starting = threading.Lock()
+        self._deaths, self._units_at_death = 0, 0
+        self._finished = 0
+        self._shards: list[Shard] = []
         self.plan = self._plan()
-        (self.out / FAILURE).unlink(missing_ok=True)
-        self._weights = prepare.unit_weights(self.plan)
+        self._weights = prepare.unit_weights(self.plan) if self.plan else []
+
+    @property
+    def complete(self) -> bool:
+        return (self.out / tokens.MANIFEST).exists()
 
     def _plan(self) -> dict[str, Any]:
-        """Written by one process of all, read by the others."""
+        """Written by one process of all, read by the others; empty when nothing is left to do."""
         self.out.parent.mkdir(parents=True, exist_ok=True)
         with open(self.out.parent / f".{self.out.name}.plan-lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            return prepare.open_plan(self.options, self.out)
+            if not self.complete:
+                try:
+                    plan = prepare.open_plan(self.options, self.out)
+                except InputError:
+                    if not self.complete:  # else another rank's process has finished this moment, and removed the plan
+                        raise
+                else:
+                    (self.out / FAILURE).unlink(missing_ok=True)
+                    return plan
+        prepare.prepare(self.options)
+        return {}
 
     def finished_shards(self) -> tuple[list[Shard], bool]:
         """(training shards of the units finished so far, in plan order and without a gap; whether these are all)."""
-        if (self.out / tokens.MANIFEST).exists():
+        if self.complete:
             return tokens.open_folder(self.out).train.shards, True
-        for number in range(len(self._records), len(self.plan["units"])):
-            path = encode.record_path(self.out, number)
-            if not path.exists():
-                break
+        dtype = tokens.dtype_for(self.plan["tokenizer"]["vocab_size"])
+        while self._finished < len(self.plan["units"]) and (path := encode.record_path(self.out, self._finished)).exists():
             try:
-                self._records.append(files.read_json(path))
+                record = files.read_json(path)
             except InputError:
                 break  # removed this moment: the manifest is there now
-        dtype = tokens.dtype_for(self.plan["tokenizer"]["vocab_size"])
-        return [tokens.shard_of(self.out, entry, dtype) for record in self._records for entry in record["shards"]], False
+            self._shards += [tokens.shard_of(self.out, entry, dtype) for entry in record["shards"]]
+            self._finished += 1
+        return list(self._shards), False
 
     def share_done(self) -> float:
-        done = sum(self._weights[: len(self._records)]) if self.plan else 1
-        return done / max(1, sum(self._weights)) if self.plan else 1.0
+        return sum(self._weights[: self._finished]) / max(1, sum(self._weights)) if self.plan else 1.0
 
     def keep_going(self) -> None:
         """Start the work if nobody does it. Raises InputError with the reason when it failed."""
-        if (self.out / FAILURE).exists():
-            raise InputError(files.read_json(self.out / FAILURE)["message"])
-        if (self.out / tokens.MANIFEST).exists() or (self._process is not None and self._process.poll() is None):
-            return
-        try:
-            with prepare.sole_writer(self.out, shared=False):
-                pass
-        except InputError:
-            return  # another rank's process, or one that outlives its trainer for a moment
-        if self._starts >= RESTARTS:
-            raise InputError(f"{self.out}: the tokenising process died {self._starts} times; `argonne prepare` by itself will show why")
-        self._starts += 1
-        request = json.dumps({**dataclasses.asdict(self.options), "out": str(self.out), "tokenizer": str(self.options.tokenizer)})
-        self._process = subprocess.Popen([sys.executable, "-m", "argonne.data.from_text", request], stdin=subprocess.DEVNULL)
+        with self._starting:
+            if self.complete or self._works():
+                return
+            if (self.out / FAILURE).exists():
+                raise InputError(files.read_json(self.out / FAILURE)["message"])
+            try:
+                with prepare.sole_writer(self.out, shared=False):
+                    pass
+            except InputError:
+                return  # another rank's process, or one that outlives its trainer for a moment
+            if self._deaths >= RESTARTS:
+                raise InputError(
+                    f"{self.out}: the tokenising process died {self._deaths} times at the same unit; `argonne prepare` by itself will show why"
+                )
+            request = json.dumps({**dataclasses.asdict(self.options), "out": str(self.out), "tokenizer": str(self.options.tokenizer)})
+            command = [sys.executable, "-m", "argonne.data.from_text", request, str(os.getpid())]
+            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+
+    def _works(self) -> bool:
+        """Does this rank's own process work? One that ended since the last look by itself (0) left the work to another rank's; else it died."""
+        if self._process is None:
+            return False
+        code = self._process.poll()
+        if code is None:
+            return True
+        self._process = None
+        if code:
+            units = len(list((self.out / encode.RECORDS).glob("[0-9]*.json")))
+            self._deaths = self._deaths + 1 if units == self._units_at_death else 1
+            self._units_at_death = units
+        return False
 
     def wait(self) -> None:
         """Until everything is tokenised."""
-        while not (self.out / tokens.MANIFEST).exists():
+        while not self.complete:
             self.keep_going()
             time.sleep(POLL_SECONDS)
 
     def close(self) -> None:
         """End this process's own background work; what it has finished stays."""
         if self._process is not None and self._process.poll() is None:
-            self._process.terminate()
+            if not self.complete:  # else it is tidying up
+                self._process.terminate()
             self._process.wait()
 
 
@@ -194,12 +227,13 @@ def open_text(data: DataSection, run_folder: Path | None) -> tuple[TokenSet, Tex
     """The token set of `data.input`, growing where rows can be read before it is complete: packed, sequential, `prefetch = "steps"`."""
     work = TextWork(options_of(data, run_folder))
     early = data.order == "sequential" and data.documents == "packed" and data.prefetch == "steps" and not data.hold_out
-    if not early or (work.out / tokens.MANIFEST).exists():
+    if not early or work.complete:
         work.wait()
         opened = tokens.open_folder(work.out)
         return dataclasses.replace(opened, fingerprint=opened.manifest["plan"]) if data.order == "sequential" else opened, work
     work.keep_going()
     stream = GrowingStream(work)
+    stream.grow()  # what earlier sessions have left is checked like any shard
     return (
         TokenSet(
             path=work.out,
@@ -218,31 +252,38 @@ def open_text(data: DataSection, run_folder: Path | None) -> tuple[TokenSet, Tex
     )
 
 
-def work_in_background(request: str, watch: Callable[[], None]) -> None:
+def work_in_background(request: str) -> None:
     """What the background process does: `prepare`, with a failure left for the trainer to read."""
     values: dict[str, Any] = json.loads(request)
     values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
     values |= {name: Path(values[name]) for name in ("out", "tokenizer")}
     options = PrepareOptions(**values)
-    watch()
-    os.nice(5)
     try:
         prepare.prepare(options)
     except InputError as error:
-        if "another `argonne prepare` is writing" not in str(error):
+        done_by_another = "another `argonne prepare` is writing" in str(error) or (options.out / tokens.MANIFEST).exists()
+        if not done_by_another:
             files.write_json(options.out / FAILURE, {"message": str(error)})
 
 
 def end_with(parent: int) -> None:
-    """End this process soon after `parent` has died, however it died."""
+    """End this process at once if `parent` has died already, and soon after it dies, however it dies."""
+
+    def end_without_parent() -> None:
+        if os.getppid() != parent:
+            os._exit(1)
 
     def watch() -> None:
-        while os.getppid() == parent:
+        while True:
+            end_without_parent()
             time.sleep(POLL_SECONDS)
-        os._exit(1)
 
+    end_without_parent()
     threading.Thread(target=watch, daemon=True).start()
 
 
 if __name__ == "__main__":
-    work_in_background(sys.argv[1], lambda: end_with(os.getppid()))
+    end_with(int(sys.argv[2]))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which may need tokens for its last step
+    os.nice(5)
+    work_in_background(sys.argv[1])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+import pickle
 import signal
-import time
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,10 @@ def text(tmp_path: Path, tokenizer_folder: Path) -> DataSection:
 def prepared(text: DataSection, folder: Path) -> Path:
     assert text.tokenizer is not None
     return prepare(PrepareOptions((text.input[1],), folder, Path(text.tokenizer), workers=1), QUIET)
+
+
+def on(folder: Path) -> DataSection:
+    return DataSection(sources=(SourceSection(path=str(folder), max_epochs=9),), sequence_length=16)
 
 
 def rows_of(data: TrainingData, steps: range) -> list[Any]:
@@ -104,23 +111,114 @@ def test_a_run_resumes_from_text_as_if_it_had_not_stopped(text: DataSection, tmp
     assert after == rows_of(ready, range(3, 9))
 
 
-def test_the_tokenising_process_ends_when_its_trainer_dies(text: DataSection, tmp_path: Path) -> None:
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            data = open_training_data(text, BATCH, 1, run_folder=tmp_path / "run")
-            assert data.work is not None
-            assert data.work._process is not None
-            os.write(writer, str(data.work._process.pid).encode())
-        finally:
-            os._exit(0)
-    os.waitpid(child, 0)
-    worker = int(os.read(reader, 20))
-    deadline = time.monotonic() + 60
-    while Path(f"/proc/{worker}").exists() and Path(f"/proc/{worker}/stat").read_text().split()[2] != "Z":
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+def request_of(text: DataSection, run: Path) -> str:
+    options = from_text.options_of(text, run)
+    return json.dumps({**dataclasses.asdict(options), "out": str(options.out), "tokenizer": str(options.tokenizer)})
+
+
+def test_a_tokenising_process_whose_trainer_died_before_it_began_does_nothing(text: DataSection, tmp_path: Path) -> None:
+    with subprocess.Popen(["true"]) as trainer:
+        trainer.wait()
+    command = [sys.executable, "-m", "argonne.data.from_text", request_of(text, tmp_path / "run"), str(trainer.pid)]
+    assert subprocess.run(command, check=False).returncode == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_finish_between_two_looks_is_no_foreign_folder(text: DataSection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = open_plan = from_text.prepare.open_plan
+
+    def finished_by_another_rank(options: PrepareOptions, out: Path) -> dict[str, Any]:
+        monkeypatch.setattr(from_text.prepare, "open_plan", open_plan)
+        prepare(options, QUIET)
+        return opened(options, out)
+
+    monkeypatch.setattr(from_text.prepare, "open_plan", finished_by_another_rank)
+    data = open_training_data(text, BATCH, 1, run_folder=tmp_path / "run")
+    ready = open_training_data(on(prepared(text, tmp_path / "tokens")), BATCH, 1)
+    assert rows_of(data, range(3)) == rows_of(ready, range(3))
+
+
+def test_the_loser_of_a_race_for_the_work_leaves_no_failure_behind(
+    text: DataSection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = request_of(text, tmp_path / "run")
+    out = prepare(from_text.options_of(text, tmp_path / "run"), QUIET)
+    before = content(out)
+
+    def too_late(options: PrepareOptions) -> Path:
+        raise InputError(f"{options.out}: exists and holds no plan")
+
+    monkeypatch.setattr(from_text.prepare, "prepare", too_late)
+    from_text.work_in_background(request)
+    assert content(out) == before
+
+
+class Ended:
+    """A process that has ended with `code`."""
+
+    pid = 0
+
+    def __init__(self, code: int) -> None:
+        self.code = code
+
+    def poll(self) -> int:
+        return self.code
+
+
+def starts_until_refused(text: DataSection, run: Path, monkeypatch: pytest.MonkeyPatch, code: int, units_between: int) -> int:
+    """How often the tokenising process is started, at most nine times, when each ends with `code` after it has finished `units_between`."""
+    started: list[Ended] = []
+    monkeypatch.setattr(from_text.subprocess, "Popen", lambda *arguments, **named: started.append(Ended(code)) or started[-1])
+    work = from_text.TextWork(from_text.options_of(text, run))
+    with contextlib.suppress(InputError):
+        for _ in range(9):
+            work.keep_going()
+            for _ in range(units_between):
+                number = len(list((work.out / encode.RECORDS).glob("*.json")))
+                encode.Job(str(work.out)).run(number)
+        return len(started)
+    assert all(process.code for process in started)
+    return len(started)
+
+
+@pytest.mark.parametrize(("code", "starts"), [(-9, 3), (0, 9)], ids=["killed", "another rank's has the work"])
+def test_a_process_that_dies_at_the_same_unit_is_started_three_times_and_one_that_steps_aside_at_any_time(
+    text: DataSection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, starts: int
+) -> None:
+    assert starts_until_refused(text, tmp_path / "run", monkeypatch, code, 0) == starts
+
+
+def test_deaths_with_finished_units_between_them_are_no_reason_to_give_up(
+    text: DataSection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(6, 12):
+        path = Path(text.input[1]).parent / f"part_{number}.jsonl"
+        path.write_text(json.dumps({"text": words(40, number)}) + "\n")
+    assert starts_until_refused(text, tmp_path / "run", monkeypatch, -9, 1) == 9
+
+
+def test_a_rank_without_the_files_is_sent_all_of_a_text_that_is_still_being_tokenised(text: DataSection, tmp_path: Path) -> None:
+    data = open_training_data(dataclasses.replace(text, reader="rank-0"), BATCH, 1, run_folder=tmp_path / "run")
+    copy = pickle.loads(pickle.dumps(data))
+    data.close()
+    ready = open_training_data(on(prepared(text, tmp_path / "tokens")), BATCH, 1)
+    assert copy.tokens_per_epoch == ready.tokens_per_epoch
+    steps = range(copy.tokens_per_epoch // 64 + 2)
+    assert [copy.state(step)["samples"] for step in steps] == [ready.state(step)["samples"] for step in steps]
+    assert rows_of(data, steps) == rows_of(copy, steps)
+
+
+def test_units_of_an_earlier_session_are_verified_before_the_text_is_complete(
+    text: DataSection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(from_text.TextWork, "keep_going", lambda self: None)
+    open_training_data(text, BATCH, 1, run_folder=tmp_path / "run")
+    encode.Job(str(tmp_path / "run" / "data")).run(0)
+    shard = tmp_path / "run" / "data" / "tokens-00000.bin"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\x01")
+    again = open_training_data(dataclasses.replace(text, verify="before"), BATCH, 1, run_folder=tmp_path / "run")
+    with pytest.raises(InputError, match="tokens-00000"):
+        again.loader(0, 1, 4)
 
 
 def test_a_failure_while_tokenising_reaches_the_trainer(text: DataSection, tmp_path: Path) -> None:

@@ -1,0 +1,147 @@
+"""`argonne` commands that a test can kill: a process that has torch and the package loaded forks one for each command line.
+
+Run as `python -m tests.data.commands`. It reads one job a line from stdin (JSON: argv, log, ranks), answers `{"pids": [..]}` when the commands
+run and `{"codes": [..]}` when all have ended (negative: the signal).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.crash.mother import MODULES, _free_port
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Commands:
+    """Starts commands in the process of this module; one group at a time."""
+
+    def __init__(self) -> None:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-m", "tests.data.commands"]
+        self._process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._answer("ready")
+        self.pids: list[int] = []
+
+    def _answer(self, name: str) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        assert line, "the process of tests.data.commands ended"
+        return json.loads(line)[name]
+
+    def start(self, argv: Sequence[str], log: Path, *, ranks: int = 1) -> list[int]:
+        """Begin `argonne ARGV` as so many ranks; returns their process ids."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"argv": list(argv), "log": str(log), "ranks": ranks}) + "\n")
+        self._process.stdin.flush()
+        self.pids = list(self._answer("pids"))
+        return self.pids
+
+    def wait(self) -> list[int]:
+        """Exit codes once all ranks have ended; a signal is negative."""
+        self.pids = []
+        return list(self._answer("codes"))
+
+    def kill(self) -> list[int]:
+        """`kill -9` to all ranks that still run."""
+        for pid in self.pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return self.wait()
+
+    def run(self, argv: Sequence[str], log: Path, *, ranks: int = 1) -> None:
+        """From start to end; fails with the command's own words."""
+        self.start(argv, log, ranks=ranks)
+        assert self.wait() == [0] * ranks, log.read_text()[-4000:]
+
+    def close(self) -> None:
+        if self.pids:
+            self.kill()
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
+
+
+def tokenisers(run: Path) -> list[int]:
+    """The tokenising processes that work for `run`, whoever started them."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+            except OSError:  # ended since
+                continue
+            if b"argonne.data.from_text" in words and any(os.fsencode(run / "data") in word for word in words):
+                found.append(int(entry.name))
+    return sorted(found)
+
+
+def wait_for_end(pids: Sequence[int], seconds: float = 60.0) -> None:
+    """Return once none of these processes of others runs any more; fails after `seconds`."""
+    for pid in pids:
+        try:
+            descriptor = os.pidfd_open(pid)
+        except ProcessLookupError:
+            continue
+        try:
+            assert select.select([descriptor], [], [], seconds)[0], f"process {pid} still runs"
+        finally:
+            os.close(descriptor)
+
+
+def main() -> None:
+    for name in (*MODULES, "argonne.cli", "argonne.data.from_text"):
+        importlib.import_module(name)
+    import torch
+
+    torch.set_num_threads(1)
+    print(json.dumps({"ready": True}), flush=True)
+    for line in sys.stdin:
+        job = json.loads(line)
+        ranks = int(job["ranks"])
+        port = _free_port() if ranks > 1 else 0
+        pids = []
+        for rank in range(ranks):
+            if (pid := os.fork()) == 0:
+                _command(job, rank, ranks, port)
+            pids.append(pid)
+        print(json.dumps({"pids": pids}), flush=True)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+        print(json.dumps({"codes": codes}), flush=True)
+
+
+def _command(job: dict[str, Any], rank: int, ranks: int, port: int) -> None:
+    """Be `argonne ARGV`; never returns."""
+    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    code = 1
+    try:
+        if ranks > 1:  # joins as a worker of torchrun does
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+            os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        from argonne import cli
+
+        code = cli.main(job["argv"])
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    main()
