@@ -12,8 +12,9 @@ from typing import IO, Any
 
 import numpy as np
 
-from argonne.data.documents import InputFile, find_files, open_file
-from argonne.data.texts import LongText, Text
+from argonne.data.documents import InputFile, find_files
+from argonne.data.texts import LongText, Text, first_line, read_faults
+from argonne.data.textual import open_file
 from argonne.errors import InputError
 
 QUALITY_FROM_CHARACTERS = 50
@@ -121,28 +122,51 @@ def evaluation_grams(patterns: tuple[str, ...]) -> Grams:
 
 
 def _values(file: InputFile) -> Iterator[Any]:
-    if file.format == "parquet":
-        import pyarrow.parquet as parquet
+    """Every row of an evaluation file. Raises InputError when it cannot be read: what is not read would be trained on."""
+    import pyarrow as pa
 
-        yield from parquet.read_table(file.path).to_pylist()
-    elif file.format == "arrow":
-        import pyarrow as pa
+    try:
+        if file.format == "parquet":
+            yield from _table_rows(_parquet(file.path))
+        elif file.format == "arrow":
+            yield from _table_rows(_arrow(file.path))
+        else:
+            with open_file(file.path) as source:
+                yield from _text_values(file, source)
+    except (pa.ArrowException, csv.Error, RecursionError, *read_faults(file.path)) as error:
+        raise InputError(f"--decontaminate {file.path}: cannot be read ({first_line(error)}); restore it or leave it out") from None
 
-        yield from pa.ipc.open_stream(file.path).read_all().to_pylist()
-    else:
-        with open_file(file.path) as source:
-            yield from _text_values(file, source)
+
+def _table_rows(table: Any) -> Iterator[Any]:
+    for batch in table.to_batches(max_chunksize=1024):
+        yield from batch.to_pylist()
+
+
+def _parquet(path: str) -> Any:
+    import fsspec
+    import pyarrow.parquet as parquet
+
+    with fsspec.open(path, "rb") as source:
+        return parquet.read_table(source)
+
+
+def _arrow(path: str) -> Any:
+    import fsspec
+    import pyarrow as pa
+
+    with fsspec.open(path, "rb") as source:
+        random_access = source.read(6) == b"ARROW1"
+        source.seek(0)
+        return (pa.ipc.open_file if random_access else pa.ipc.open_stream)(source).read_all()
 
 
 def _text_values(file: InputFile, source: IO[bytes]) -> Iterator[Any]:
-    try:
-        if file.format == "jsonl":
-            yield from (json.loads(line) for line in source if line.strip())
-        elif file.format == "json":
-            yield json.load(source)
-        elif file.format == "csv":
-            yield from csv.reader(line.decode() for line in source)
-        else:
-            yield source.read().decode()
-    except (UnicodeDecodeError, ValueError, csv.Error) as error:
-        raise InputError(f"--decontaminate {file.path}: cannot be read ({error})") from None
+    if file.format == "jsonl":
+        yield from (json.loads(line) for line in source if line.strip())
+    elif file.format == "json":
+        yield json.load(source)
+    elif file.format == "csv":
+        separator = "\t" if file.path.lower().endswith(".tsv") else ","
+        yield from csv.reader((line.decode() for line in source), delimiter=separator)
+    else:
+        yield source.read().decode()

@@ -57,25 +57,43 @@ def _damaged(folder: Path, verify: bool) -> list[str]:
     hash_list = folder / files.HASH_LIST
     if not (folder / tokens.MANIFEST).exists() and not hash_list.exists():
         return []
-    problems = files.verify_directory(folder, hashes=verify)
-    for path in (hash_list, folder / tokens.MANIFEST):
-        try:
-            content = path.read_bytes()
-            same = (json.dumps(json.loads(content), indent=2, ensure_ascii=False) + "\n").encode() == content
-        except (OSError, ValueError) as error:
-            problems.append(f"{path}: cannot be read ({error})")
-            continue
-        if not same or (path == hash_list and not _complete(folder, json.loads(content))):
-            problems.append(f"{path}: not as it was written; restore it or prepare again")
+    problems = _unsealed(folder, verify, tokens.MANIFEST)
+    if (folder / "tokenizer" / files.HASH_LIST).exists():  # of a tokenizer that was trained here; the set's own list does not name it
+        problems += _unsealed(folder / "tokenizer", verify)
     return problems
 
 
-def _complete(folder: Path, listed: Any) -> bool:
-    """Does the hash list name every file of the set, and nothing else?"""
-    if not isinstance(listed, dict) or set(listed) != {"format_version", "files"} or listed["format_version"] != 1:
+def _unsealed(folder: Path, verify: bool, *others: str) -> list[str]:
+    """Lines for what differs from the hash list of `folder`, and for the list or one of `others` where it is not as `files.write_json` writes."""
+    problems, listed = [], None
+    for path in (folder / name for name in (files.HASH_LIST, *others)):
+        try:
+            content = path.read_bytes()
+            tree = json.loads(content)
+            same = (json.dumps(tree, indent=2, ensure_ascii=False) + "\n").encode() == content
+        except (OSError, ValueError) as error:
+            problems.append(f"{path}: cannot be read ({error})")
+            continue
+        if path.name == files.HASH_LIST:
+            listed = tree if _is_hash_list(tree) else None
+            same = same and listed is not None and _complete(folder, tree)
+        if not same:
+            problems.append(f"{path}: not as it was written; restore it or prepare again")
+    return problems + (files.verify_directory(folder, hashes=verify) if listed is not None else [])
+
+
+def _is_hash_list(tree: Any) -> bool:
+    """Is every entry one that can be compared? A flipped byte may as well have changed a key."""
+    if not isinstance(tree, dict) or set(tree) != {"format_version", "files"} or tree["format_version"] != 1:
         return False
+    entries = tree["files"].values() if isinstance(tree["files"], dict) else [None]
+    return all(isinstance(entry, dict) and set(entry) == {"bytes", "sha256"} and isinstance(entry["bytes"], int) for entry in entries)
+
+
+def _complete(folder: Path, listed: dict[str, Any]) -> bool:
+    """Does the hash list name every file of the set, and nothing else?"""
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
-    return isinstance(listed["files"], dict) and found - {files.HASH_LIST, f"tokenizer/{files.HASH_LIST}"} == set(listed["files"])
+    return found - {files.HASH_LIST, f"tokenizer/{files.HASH_LIST}"} == set(listed["files"])
 
 
 def ids_outside(opened: TokenSet, vocab_size: int | None = None) -> list[str]:

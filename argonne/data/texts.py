@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,17 @@ ROWS_A_BATCH = 512
 CHARACTERS_A_BATCH = 1 << 22
 LONG_CHARACTERS = 1 << 20
 READ_BYTES = 1 << 20
+
+
+def read_faults(path: str) -> tuple[type[Exception], ...]:
+    """What the readers raise for a truncated or damaged file; behind a URL any error, for each kind of system has its own."""
+    import zstandard
+
+    return (Exception,) if "://" in path else (OSError, EOFError, ValueError, zlib.error, zstandard.ZstdError)
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 class LongText:

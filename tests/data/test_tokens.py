@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -155,15 +156,25 @@ def test_inspect_finds_one_flipped_byte_wherever_it_is(write_tokens: Writer) -> 
     assert find_flips(folder, 60) == 60
 
 
+def test_inspect_finds_a_flipped_byte_in_a_key_of_the_hash_list(write_tokens: Writer) -> None:
+    folder = write_tokens("a", [40])
+    listing = folder / "sha256.json"
+    listing.write_bytes(listing.read_bytes().replace(b'"bytes"', b'"bytms"', 1))
+    assert [problem.partition(": ")[0] for problem in inspect_tokens(folder)["problems"]] == [str(listing)]
+
+
 @pytest.mark.campaign
-def test_inspect_finds_one_flipped_byte_at_each_of_a_thousand_places(write_tokens: Writer) -> None:
-    assert find_flips(write_tokens("a", [400, 80], shards=2, held_out=[90]), 1000) == 1000
+def test_inspect_finds_one_flipped_byte_at_each_of_a_thousand_places(tokens: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    shutil.copytree(tokens, folder)
+    assert inspect_tokens(folder)["problems"] == []
+    assert find_flips(folder, 1000) == 1000
 
 
 def find_flips(folder: Path, places: int) -> int:
     """How many of `places` single changed bytes, spread over all files of a set, `inspect_tokens` reports."""
     generator = np.random.default_rng(0)
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
     found = 0
     for number in range(places):
         path = paths[number % len(paths)]
