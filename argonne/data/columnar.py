@@ -1,0 +1,215 @@
+"""Text columns of parquet and of Arrow IPC (file and stream): where to cut a file, and the values of a run of row groups or record batches.
+
+pyarrow trusts an Arrow file: an offset that a flipped bit has moved would be read as it is. So each record batch is checked before a value is
+taken, and a stream without its end mark is taken for what it is, one that was cut off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from argonne.data.texts import LONG_CHARACTERS, READ_BYTES, first_line, read_faults
+from argonne.errors import InputError
+
+BATCH_ROWS = 2048
+ARROW_BYTES = 8 << 20
+ARROW_BATCHES = 64
+END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
+REMEDY = "restore it, or pass --skip-bad-shards"
+
+
+def cut_parquet(path: str, target: int, text_column: str) -> list[tuple[int, int]]:
+    """Runs of row groups of about `target` bytes. Raises InputError when the file cannot be read or lacks the column."""
+    with _parquet(path) as source:
+        _check_column(path, source.schema_arrow, text_column)
+        units, start, size = [], 0, 0
+        for group in range(source.num_row_groups):
+            size += source.metadata.row_group(group).total_byte_size
+            if size >= target:
+                units.append((start, group + 1))
+                start, size = group + 1, 0
+        if start < source.num_row_groups:
+            units.append((start, source.num_row_groups))
+        return units
+
+
+def cut_arrow(path: str, text_column: str, whole_file: int) -> list[tuple[int, int]]:
+    """Runs of record batches; a stream is one unit. Raises InputError when the file cannot be read or lacks the column."""
+    with _arrow(path) as (reader, random_access, _):
+        _check_column(path, reader.schema, text_column)
+        if not random_access:
+            return [(0, whole_file)]
+        count = reader.num_record_batches
+        return [(start, min(start + ARROW_BATCHES, count)) for start in range(0, count, ARROW_BATCHES)]
+
+
+def _parquet(path: str) -> Any:
+    import fsspec
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    try:
+        source = fsspec.open(path, "rb").open() if "://" in path else path
+        return parquet.ParquetFile(source, buffer_size=READ_BYTES, page_checksum_verification=True)
+    except (pa.ArrowException, *read_faults(path)) as error:
+        raise InputError(f"{path}: not a readable parquet file ({first_line(error)}); {REMEDY}") from None
+
+
+def _check_column(path: str, schema: Any, text_column: str) -> None:
+    import pyarrow as pa
+
+    count = schema.names.count(text_column)
+    if count != 1:
+        problem = f"no column {text_column!r}" if not count else f"{count} columns of the name {text_column!r}"
+        raise InputError(f"{path}: {problem}; it has {', '.join(schema.names) or 'none'}; choose one with --text-column")
+    kind = schema.field(text_column).type
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+        texts = ", ".join(field.name for field in schema if "string" in str(field.type) and "<" not in str(field.type))
+        others = (
+            f"--text-column ({texts} would do)" if texts else "--text-column, or convert it to a string column (none of this file is one)"
+        )
+        raise InputError(f"{path}: column {text_column!r} holds {kind}, expected text; choose another with {others}")
+
+
+def parquet_rows(path: str, start: int, stop: int, text_column: str) -> Iterator[Any]:
+    """Values of the row groups `start <= i < stop`: text, None, or bytes for what is long or not UTF-8."""
+    import pyarrow as pa
+
+    row = 0
+    with _parquet(path) as source:
+        try:
+            groups = [source.metadata.row_group(group) for group in range(start, stop)]
+            before = sum(source.metadata.row_group(group).num_rows for group in range(start))
+            column, expected = source.schema_arrow.names.index(text_column), sum(group.num_rows for group in groups)
+            size = sum(_column_bytes(group, text_column, column) for group in groups) // max(1, expected)
+            rows = max(1, min(BATCH_ROWS, ARROW_BYTES // max(size, 1)))
+            for batch in source.iter_batches(rows, row_groups=list(range(start, stop)), columns=[text_column], use_threads=False):
+                yield from _values(batch.column(0))
+                row += batch.num_rows
+            if row != expected:
+                raise OSError(f"{row:,} rows, the file's footer says {expected:,}")
+            batch = None
+            pa.default_memory_pool().release_unused()
+        except (pa.ArrowException, IndexError, *read_faults(path)) as error:
+            raise InputError(f"{path}: after row {before + row:,}: cannot be read ({first_line(error)}); {REMEDY}") from None
+
+
+def _column_bytes(group: Any, name: str, guess: int) -> int:
+    """Uncompressed bytes of a column in a row group; nested columns before it may have moved its number."""
+    numbers = [guess, *range(group.num_columns)]
+    number = next((number for number in numbers if number < group.num_columns and group.column(number).path_in_schema == name), None)
+    return group.total_byte_size if number is None else group.column(number).total_uncompressed_size
+
+
+@contextmanager
+def _arrow(path: str) -> Iterator[tuple[Any, bool, Any]]:
+    """(reader, whether it is of the random-access file format, the opened file)."""
+    import fsspec
+    import pyarrow as pa
+
+    try:
+        source = pa.PythonFile(fsspec.open(path, "rb").open(), mode="r") if "://" in path else pa.memory_map(path)
+        magic = source.read(6)
+        source.seek(0)
+        random_access = magic == b"ARROW1"
+        reader = pa.ipc.open_file(source) if random_access else pa.ipc.open_stream(source)
+    except (pa.ArrowException, *read_faults(path)) as error:
+        raise InputError(f"{path}: not a readable Arrow file or stream ({first_line(error)}); {REMEDY}") from None
+    with source:
+        yield reader, random_access, source
+
+
+def arrow_rows(path: str, start: int, stop: int, text_column: str) -> Iterator[Any]:
+    """Values of the record batches `start <= i < stop`, of all batches of a stream: text, None, or bytes for what is long or not UTF-8."""
+    import pyarrow as pa
+
+    row = 0
+    with _arrow(path) as (reader, random_access, source):
+        try:
+            for batch in (reader.get_batch(number) for number in range(start, stop)) if random_access else reader:
+                column = batch.column(text_column)
+                _check_offsets(column)
+                step = max(1, min(BATCH_ROWS, ARROW_BYTES * batch.num_rows // max(column.nbytes, 1)))
+                for first in range(0, batch.num_rows, step):
+                    yield from _values(column.slice(first, step))
+                row += batch.num_rows
+            if not random_access and not _has_end(source):
+                raise OSError("the stream ends without its end mark: it was cut off, or its writer was killed")
+        except (pa.ArrowException, *read_faults(path)) as error:
+            where = "" if random_access and start == 0 else f" of the record batches from {start:,} on" if random_access else ""
+            raise InputError(f"{path}: after row {row:,}{where}: cannot be read ({first_line(error)}); {REMEDY}") from None
+
+
+def _has_end(source: Any) -> bool:
+    """Does the stream that was just read end as Arrow since 0.15 ends one? Older ones begin otherwise, and their end cannot be told."""
+    end = source.tell()
+    source.seek(0)
+    if source.read(4) != END_OF_STREAM[:4]:
+        return True
+    source.seek(max(0, end - len(END_OF_STREAM)))
+    return bool(source.read(len(END_OF_STREAM)) == END_OF_STREAM)
+
+
+def _check_offsets(column: Any) -> None:
+    """Raise ArrowInvalid when a value would lie outside its buffer. Whether it is UTF-8 is asked later, value by value."""
+    import pyarrow as pa
+    import pyarrow.compute as compute
+
+    column.validate()
+    if pa.types.is_dictionary(column.type):
+        column.indices.validate(full=True)
+        bounds = compute.min_max(column.indices).as_py()
+        if bounds["min"] is not None and not 0 <= bounds["min"] <= bounds["max"] < len(column.dictionary):
+            raise pa.ArrowInvalid(f"dictionary index {bounds['max']:,} of {len(column.dictionary):,} entries")
+        column = column.dictionary
+    _as_bytes(column).validate(full=True)
+
+
+def _as_bytes(column: Any) -> Any:
+    """The same values in the same buffers, as bytes."""
+    import pyarrow as pa
+
+    kind = column.type
+    binary = pa.binary() if pa.types.is_string(kind) else pa.large_binary() if pa.types.is_large_string(kind) else pa.binary_view()
+    return pa.Array.from_buffers(binary, len(column), column.buffers(), offset=column.offset)
+
+
+def _values(column: Any) -> Iterator[Any]:
+    """Values of an Arrow column: text, None, or bytes for what is long or not UTF-8."""
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(column.type):
+        entries = _as_bytes(column.dictionary)
+        for index in column.indices.to_pylist():
+            yield None if index is None else _bytes_of(entries[index])
+        return
+    if column.nbytes < 4 * LONG_CHARACTERS:
+        try:
+            yield from column.to_pylist()
+            return
+        except UnicodeDecodeError:
+            pass
+    column = _as_bytes(column)
+    if pa.types.is_binary_view(column.type):
+        column = column.cast(pa.large_binary())
+    yield from _views(column, pa.types.is_large_binary(column.type))
+
+
+def _bytes_of(value: Any) -> memoryview | None:
+    buffer = value.as_buffer()
+    return None if buffer is None else memoryview(buffer)
+
+
+def _views(column: Any, large: bool) -> Iterator[memoryview | None]:
+    """The bytes of each value, not copied: one value may be a good part of the memory there is."""
+    import numpy as np
+
+    _, ends, data = column.buffers()
+    edges = np.frombuffer(ends, dtype=np.int64 if large else np.int32)[column.offset : column.offset + len(column) + 1].tolist()
+    whole = memoryview(b"" if data is None else data)
+    for number, valid in enumerate(column.is_valid().to_pylist()):
+        yield whole[edges[number] : edges[number + 1]] if valid else None

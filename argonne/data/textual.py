@@ -1,0 +1,176 @@
+"""Rows of text files: the bytes of a file decompressed, the lines of jsonl, plain text whole or split."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import mmap
+import re
+from collections.abc import Iterator
+from typing import IO, Any
+
+from argonne.data.texts import READ_BYTES, Refused, first_line, read_faults
+from argonne.errors import InputError
+
+LONG_SEPARATOR = 1 << 12
+ZSTD_BYTES = 1 << 13
+ZSTD_WINDOW = 1 << 31
+REMEDY = "restore it, or pass --skip-bad-shards"
+
+
+def is_compressed(path: str) -> bool:
+    return path.lower().endswith((".gz", ".zst"))
+
+
+def open_file(path: str) -> IO[bytes]:
+    """The file's bytes, decompressed. Raises InputError when it cannot be opened; reading may raise `read_faults`."""
+    import fsspec
+
+    try:
+        raw: IO[bytes] = fsspec.open(path, "rb").open()
+    except read_faults(path) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise InputError(f"{path}: cannot be opened ({reason}); {REMEDY}") from None
+    if path.lower().endswith(".gz"):
+        return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
+    if path.lower().endswith(".zst"):
+        return io.BufferedReader(_ZstdFile(raw), READ_BYTES)
+    return raw
+
+
+class _ZstdFile(io.RawIOBase):
+    """zstd frames one after the other, decompressed. A last one that is cut off is an error: the library's own reader ends there in silence.
+
+    8 KiB go in at a time: what comes out of them is bounded, and no slower than larger pieces.
+    """
+
+    def __init__(self, raw: IO[bytes]) -> None:
+        import zstandard
+
+        self._raw, self._decompressor = raw, zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW)
+        self._frame: Any = None
+        self._left, self._ready = b"", memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            compressed = self._left or self._raw.read(ZSTD_BYTES)
+            if not compressed:
+                if self._frame is not None:
+                    raise EOFError("it ends in the middle of a zstd frame")
+                return 0
+            frame = self._frame or self._decompressor.decompressobj()
+            self._ready = memoryview(frame.decompress(compressed))
+            self._frame, self._left = (None, frame.unused_data) if frame.eof else (frame, b"")
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+def jsonl_rows(path: str, start: int, stop: int | None, text_column: str) -> Iterator[Any]:
+    """A line belongs to the unit in which its first byte lies. Blank lines are no rows. `stop` None: to the end of the file."""
+    with open_file(path) as source:
+        position, number = start, 0
+        try:
+            if start > 0:
+                source.seek(start - 1)
+                position += len(source.readline()) - 1
+            while stop is None or position < stop:
+                line = source.readline()
+                if not line:
+                    if stop is not None:
+                        raise EOFError(f"it had {stop:,} bytes or more when the work was planned")
+                    return
+                position += len(line)
+                number += 1
+                if line.strip():
+                    yield _field(line, text_column)
+        except read_faults(path) as error:
+            where = f"after line {number:,}" if start == 0 else f"after byte {position:,}"
+            raise InputError(f"{path}: {where}: cannot be read ({first_line(error)}); {REMEDY}") from None
+
+
+def _field(line: bytes, text_column: str) -> Any:
+    row = _parsed(line)
+    if not isinstance(row, dict):
+        return row if isinstance(row, Refused) else Refused("invalid-json")
+    value = row.get(text_column)
+    if isinstance(value, str) and b"\\ud" in line.lower():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return Refused("invalid-utf8")
+    return value
+
+
+def _parsed(line: bytes) -> Any:
+    """`json.loads` of bytes would let lone surrogates pass and guess at UTF-16."""
+    try:
+        return json.loads(line.decode().removeprefix("\ufeff"))
+    except UnicodeDecodeError:
+        return Refused("invalid-utf8")
+    except (ValueError, RecursionError):
+        return Refused("invalid-json")
+
+
+def field_names(path: str) -> list[str]:
+    """The fields of the first line that is a JSON object, for a message."""
+    with open_file(path) as source:
+        for _ in range(100):
+            row = _parsed(source.readline(READ_BYTES))
+            if isinstance(row, dict):
+                return list(row)
+    return []
+
+
+def text_rows(path: str, size: int, split: str) -> Iterator[Any]:
+    """`split`: "file" (the file is one document), "blank-lines", "lines", or a separator that ends each document."""
+    try:
+        if split == "file":
+            yield _whole_file(path, size)
+            return
+        with open_file(path) as source:
+            yield from _split_stream(source, split)
+    except read_faults(path) as error:
+        raise InputError(f"{path}: cannot be read ({first_line(error)}); {REMEDY}") from None
+
+
+def _whole_file(path: str, size: int) -> bytes | memoryview:
+    """A local file is mapped, so that one larger than memory is a document too."""
+    if is_compressed(path) or "://" in path or size == 0:
+        with open_file(path) as source:
+            return source.read()
+    with open(path, "rb") as local:
+        return memoryview(mmap.mmap(local.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def _split_stream(source: IO[bytes], split: str) -> Iterator[bytes]:
+    """Pieces between separators, the separators left out; runs of blank lines are one separator. Memory: one piece and one read."""
+    expression = {"blank-lines": rb"\r?\n[ \t]*\r?\n\s*", "lines": rb"\r?\n"}.get(split) or re.escape(split.encode())
+    pattern = re.compile(expression)
+    waiting: list[bytes] = []
+    rest = b""
+    while chunk := source.read(READ_BYTES):
+        *whole, rest = pattern.split(rest + chunk)
+        if split == "blank-lines" and whole and not rest:
+            rest = whole.pop() + b"\n\n"
+        if whole:
+            whole[0] = b"".join([*waiting, whole[0]])
+            waiting = []
+            yield from (piece for piece in whole if piece)
+        if len(rest) > LONG_SEPARATOR:
+            waiting.append(rest[:-LONG_SEPARATOR])
+            rest = rest[-LONG_SEPARATOR:]
+    rest = b"".join([*waiting, rest])
+    if split == "blank-lines":
+        rest = rest.rstrip()
+    if rest:
+        yield rest
