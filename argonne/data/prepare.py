@@ -8,7 +8,6 @@ finishes the work.
 from __future__ import annotations
 
 import dataclasses
-import errno
 import fcntl
 import itertools
 import os
@@ -21,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from argonne import files
-from argonne.data import assemble, documents, encode, encoders, engines, tokens
+from argonne.data import assemble, documents, encode, encoders, engines, filters, messages, tokens
 from argonne.data.documents import InputFile, Unit
+from argonne.data.messages import describe_drops
 from argonne.data.progress import Progress
 from argonne.data.tokenizer import load_tokenizer, train_tokenizer
 from argonne.errors import InputError
@@ -108,15 +108,12 @@ def prepare(options: PrepareOptions, progress: Progress | None = None) -> Path:
     try:
         return _prepare(options, out, progress)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise InputError(
-            f"{out}: no space left on the disk; the units that are finished are kept: free some and run the same command again"
-        ) from None
+        raise InputError(messages.not_written(error, out)) from None
 
 
 def _prepare(options: PrepareOptions, out: Path, progress: Progress | None) -> Path:
     plan = open_plan(options, out)
+    (progress or Progress("prepare", 0)).say(messages.input_summary([InputFile(**file) for file in plan["files"]]))
     with sole_writer(out, shared=options.part is not None):
         records = encode_units(options, plan, out, progress)
         if options.part is not None and len(records) < len(plan["units"]):
@@ -125,7 +122,9 @@ def _prepare(options: PrepareOptions, out: Path, progress: Progress | None) -> P
                 f"part {options.part[0]}/{options.part[1]} is done; {missing} units of other parts are not yet"
             )
             return out
-        finish(options, plan, records, out)
+        manifest = finish(options, plan, records, out)
+    if warning := messages.held_out_warning(manifest):
+        (progress or Progress("prepare", 0)).say(warning)
     return out
 
 
@@ -165,10 +164,11 @@ def open_plan(options: PrepareOptions, out: Path) -> dict[str, Any]:
         entry.name not in (".lock", "tokenizer") and not entry.name.startswith(files.TEMPORARY) for entry in out.iterdir()
     ):
         raise InputError(f"{out}: exists and holds no plan of `argonne prepare`; choose another --out or remove it")
-    found = documents.find_files(options.input)
+    found = documents.find_files(options.input, outside=out)
     cuts, bad = _cut_all(options, found)
-    # A column that no row has is refused before anything is written.
-    next(sample_texts(found, cuts, options.text_column, options.split, options.skip_bad_shards), None)
+    # A column that no row has, and evaluation files that cannot be read, are refused before anything is written.
+    _check_text(options, found, cuts)
+    filters.build(options.recipe())
     tokenizer = (
         load_tokenizer(options.tokenizer, options.added_tokens) if options.tokenizer is not None else _train(options, found, cuts, out)
     )
@@ -216,10 +216,15 @@ def _cut_all(options: PrepareOptions, found: list[InputFile]) -> tuple[list[Unit
             continue
         units += [Unit(len(units) + index, number, start, stop) for index, (start, stop) in enumerate(pieces)]
     if not units:
-        raise InputError(
-            f"input {', '.join(options.input)}: no file of it can be read; first: {bad[0]['error'] if bad else 'all are empty'}"
-        )
+        problem = f"no file of it can be read; first: {bad[0]['error']}" if bad else "holds no row"
+        raise InputError(f"input {', '.join(options.input)}: {problem}")
     return units, bad
+
+
+def _check_text(options: PrepareOptions, found: list[InputFile], units: list[Unit]) -> None:
+    dropped = Counter[str]()
+    if next(sample_texts(found, units, options.text_column, options.split, options.skip_bad_shards, dropped), None) is None:
+        raise InputError(messages.no_text(found, options.text_column, dropped))
 
 
 def _train(options: PrepareOptions, found: list[InputFile], units: list[Unit], out: Path) -> Any:
@@ -230,26 +235,24 @@ def _train(options: PrepareOptions, found: list[InputFile], units: list[Unit], o
     return load_tokenizer(out / "tokenizer", options.added_tokens)
 
 
-def sample_texts(found: list[InputFile], units: list[Unit], text_column: str, split: str, skip_bad: bool = False) -> Iterator[str]:
-    """Documents to train a tokenizer on: the same share of every unit, at most 500 million characters together."""
+def sample_texts(
+    found: list[InputFile], units: list[Unit], text_column: str, split: str, skip_bad: bool = False, dropped: Counter[str] | None = None
+) -> Iterator[str]:
+    """Documents to train a tokenizer on: the same share of every unit, at most 500 million characters together. Drops are added to `dropped`."""
     share = TOKENIZER_CHARACTERS // len(units)
-    rows, dropped = 0, Counter[str]()
     for unit in units:
         characters = 0
         try:
             for batch in documents.read_unit(found[unit.file], unit, text_column, split):
                 yield from (text if isinstance(text, str) else next(text.blocks()) for text in batch.texts)
                 characters += batch.characters
-                rows += len(batch.texts)
-                dropped.update(batch.drops)
+                if dropped is not None:
+                    dropped.update(batch.drops)
                 if characters >= share:
                     break
         except InputError:
             if not skip_bad:
                 raise
-    if not rows and dropped:
-        reasons = ", ".join(f"{name} {count:,}" for name, count in dropped.items())
-        raise InputError(f"input: no row has text in {text_column!r} ({reasons}); name the column or field with --text-column")
 
 
 def train_tokenizer_on_files(
@@ -259,6 +262,7 @@ def train_tokenizer_on_files(
     options = PrepareOptions(input=tuple(patterns), out=out, train_tokenizer=vocab_size, text_column=text_column, split=split)
     found = documents.find_files(patterns)
     units, _ = _cut_all(options, found)
+    _check_text(options, found, units)
     return train_tokenizer(sample_texts(found, units, text_column, split), vocab_size, Path(out), bare=bare)
 
 
@@ -275,7 +279,7 @@ def _check_plan(options: PrepareOptions, plan: dict[str, Any], out: Path) -> Non
     if options.tokenizer is not None and load_tokenizer(options.tokenizer).fingerprint != plan["tokenizer"]["fingerprint"]:
         raise InputError(f"{out}: holds unfinished work with another tokenizer; use the same one, choose another --out, or remove it")
     listed = [(file["path"], file["bytes"]) for file in plan["files"]]
-    if listed != [(file.path, file.bytes) for file in documents.find_files(options.input)]:
+    if listed != [(file.path, file.bytes) for file in documents.find_files(options.input, outside=out)]:
         raise InputError(f"{out}: the input files have changed since the work began; restore them, choose another --out, or remove it")
 
 
@@ -334,8 +338,8 @@ def _encoder(options: PrepareOptions, plan: dict[str, Any], out: Path, progress:
     return choice.encoder.name
 
 
-def finish(options: PrepareOptions, plan: dict[str, Any], records: dict[int, dict[str, Any]], out: Path) -> None:
-    """Write the manifest and the hash list, and remove what only the work needed."""
+def finish(options: PrepareOptions, plan: dict[str, Any], records: dict[int, dict[str, Any]], out: Path) -> dict[str, Any]:
+    """Write the manifest and the hash list, and remove what only the work needed; the manifest."""
     ordered = [records[unit["index"]] for unit in plan["units"]]
     _check_drops(options, ordered, out)
     if assemble.is_staged(plan["recipe"]):
@@ -345,6 +349,7 @@ def finish(options: PrepareOptions, plan: dict[str, Any], records: dict[int, dic
         (Progress("prepare", 0)).say(f"removed the unfinished {leftover.name}")
     tokens.write_manifest(out, manifest)
     _clean(out)
+    return manifest
 
 
 def _clean(out: Path) -> None:
@@ -366,10 +371,6 @@ def _check_drops(options: PrepareOptions, records: list[dict[str, Any]], out: Pa
         )
     if manifest["documents"] + manifest["held_out_documents"] == 0:
         raise InputError(f"{out}: no document is left of {manifest['rows']:,} rows ({describe_drops(manifest['drops']) or 'it is empty'})")
-
-
-def describe_drops(drops: dict[str, int]) -> str:
-    return ", ".join(f"{reason} {count:,}" for reason, count in sorted(drops.items()))
 
 
 def build_manifest(plan: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,0 +1,78 @@
+"""What `argonne prepare` says to a person: what it found, why it found nothing, what may surprise."""
+
+from __future__ import annotations
+
+import errno
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from argonne.data.documents import InputFile
+from argonne.data.textual import field_names
+
+LINES = "each line must be one JSON object; an array becomes lines with `jq -c '.[]' FILE.json > FILE.jsonl`"
+ADVICE = {
+    "invalid-json": LINES,
+    "invalid-utf8": "convert the files first: `iconv -f ENCODING -t UTF-8`",
+    "empty": "check how the files were written",
+}
+
+
+def describe_drops(drops: Mapping[str, int]) -> str:
+    return ", ".join(f"{reason} {count:,}" for reason, count in sorted(drops.items()))
+
+
+def input_summary(found: Sequence[InputFile]) -> str:
+    """One line for what the patterns matched: a README beside the parquet files is noticed here."""
+    kinds = Counter(file.format for file in found)
+    listed = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
+    return f"input: {listed} file{'s' if len(found) > 1 else ''}, {size(sum(file.bytes for file in found))}"
+
+
+def size(count: int) -> str:
+    """Bytes as a person says them."""
+    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count} bytes"
+
+
+def no_text(found: Sequence[InputFile], text_column: str, drops: Mapping[str, int]) -> str:
+    """Why input of which no row is a document cannot be used, and what to do."""
+    names = found[0].path + (f" and {len(found) - 1:,} more" if len(found) > 1 else "")
+    if not drops:
+        return f"input {names}: holds no row; check the pattern, and that the files were written to their end"
+    worst = max(drops, key=lambda reason: drops[reason])
+    advice = ADVICE.get(worst) or _columns(found, text_column)
+    return f"input {names}: no row has text in it ({describe_drops(drops)}); {advice}"
+
+
+def _columns(found: Sequence[InputFile], text_column: str) -> str:
+    names = next((names for file in found if file.format == "jsonl" and (names := field_names(file.path))), [])
+    has = f"a row has {', '.join(names[:8])}; " if names else ""
+    return f"{has}{text_column!r} was looked for: name the column or field with --text-column"
+
+
+def held_out_warning(manifest: Mapping[str, Any]) -> str | None:
+    """A hold-out that came out empty, or that left nothing to train on: with few documents the share rounds to that."""
+    share, held, documents = manifest["held_out"]["share"], manifest["held_out"]["documents"], manifest["documents"]
+    if not share or (held and documents):
+        return None
+    total = held + documents
+    if held:
+        return (
+            f"warning: --hold-out {share} held out all {total:,} documents; nothing is left to train on: give a smaller share or more text"
+        )
+    return (
+        f"warning: --hold-out {share} held out none of {total:,} documents, so that no held-out loss can be measured; "
+        f"give --hold-out {min(0.5, 2 / total):.2g} or more, or more documents"
+    )
+
+
+def not_written(error: OSError, out: Path) -> str:
+    """What an error of the operating system means for the user."""
+    if error.errno == errno.ENOSPC:
+        return f"{out}: no space left on the disk; the units that are finished are kept: free some and run the same command again"
+    reason = error.strerror or str(error)
+    return f"{error.filename or out}: {reason}; check the path and that you may read and write there, then run the same command again"
