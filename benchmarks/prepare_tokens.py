@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import resource
 import sys
 import tempfile
 import time
@@ -17,22 +16,22 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness import Benchmark, Column, main, peak_memory_mb, reset_peak_memory
+from benchmarks.harness import Benchmark, Column, main
+from benchmarks.memory import TreeMemory
 from benchmarks.texts import megabytes, parquet_file, tokenizer_folder, use_own_cache
 
-SLOW, FAST = (1.0, 1), (1.0, 4)
+SIZE = (1.0, 4)
 
 
 def measure(work: Callable[[Path, Path], Any], size: tuple[float, int]) -> dict[str, float]:
     """MB/s of text from the parquet file to whatever `work(file, folder)` writes, start-up of its processes included."""
     path = parquet_file(*size)
-    with tempfile.TemporaryDirectory() as folder:
-        reset_peak_memory()
+    text = megabytes(path)
+    with tempfile.TemporaryDirectory() as folder, TreeMemory() as memory:
         start = time.perf_counter()
         work(path, Path(folder))
         seconds = time.perf_counter() - start
-    largest = max(peak_memory_mb(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)
-    return {"rate": megabytes(path) / seconds, "peak": largest}
+    return {"rate": text / seconds, "peak": memory.peak_mb}
 
 
 def raw(_point: str) -> dict[str, float]:
@@ -46,7 +45,7 @@ def raw(_point: str) -> dict[str, float]:
         texts = parquet.read_table(path)["text"].to_pylist()
         _ids = [np.array(found.ids, dtype=np.uint32) for found in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
-    return measure(work, SLOW)
+    return measure(work, SIZE)
 
 
 def ours(encoder: str, size: tuple[float, int]) -> dict[str, float]:
@@ -73,7 +72,7 @@ def datatrove(_point: str) -> dict[str, float]:
         ]
         LocalPipelineExecutor(steps, tasks=1, workers=1, logging_dir=str(folder / "logs")).run()
 
-    return measure(work, SLOW)
+    return measure(work, SIZE)
 
 
 def _litdata_ids(rows: tuple[str, int, int]) -> Any:
@@ -103,13 +102,13 @@ def litdata(_point: str) -> dict[str, float]:
             prepare_tokens._litdata_ids, inputs, str(folder / "out"), num_workers=cores, chunk_bytes="64MB", item_loader=TokensLoader()
         )
 
-    return measure(work, SLOW)
+    return measure(work, SIZE)
 
 
 CONTESTANTS: dict[str, Callable[[str], dict[str, float]]] = {
     "tokenizers encode_batch_fast, in memory": raw,
-    "argonne prepare, reference encoder": lambda _: ours("tokenizers", SLOW),
-    "argonne prepare, fast encoder": lambda _: ours("gigatoken", FAST),
+    "argonne prepare, reference encoder": lambda _: ours("tokenizers", SIZE),
+    "argonne prepare, fast encoder": lambda _: ours("gigatoken", SIZE),
     **({"datatrove": datatrove} if importlib.util.find_spec("datatrove") else {}),
     **({"litdata optimize": litdata} if importlib.util.find_spec("litdata") else {}),
 }
@@ -118,7 +117,7 @@ BENCHMARK = Benchmark(
     name="prepare_tokens",
     module="benchmarks.prepare_tokens",
     contestants=CONTESTANTS,
-    points={"books": "MB/s of text from parquet to token shards, all cores, start-up included (peak: largest process)"},
+    points={"books": "MB/s of text from parquet to token shards, all cores, start-up included (peak: all its processes together)"},
     columns=(Column("rate", "MB/s", ",.1f"), Column("peak", "peak MB")),
     relative_to="tokenizers encode_batch_fast, in memory",
 )

@@ -70,10 +70,13 @@ def _shuffled(text: str, generator: random.Random) -> str:
 
 
 def megabytes(path: Path) -> float:
+    """UTF-8 size of the text, read in small batches: what measures memory must not use it."""
     import pyarrow.compute as compute
     import pyarrow.parquet as parquet
 
-    return float(compute.sum(compute.binary_length(parquet.read_table(path)["text"])).as_py()) / 1e6
+    with parquet.ParquetFile(path) as file:
+        batches = file.iter_batches(256, columns=["text"], use_threads=False)
+        return sum(compute.sum(compute.binary_length(batch.column(0))).as_py() or 0 for batch in batches) / 1e6
 
 
 def use_own_cache() -> None:

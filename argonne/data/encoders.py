@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from argonne.data.tokenizer import TextTokenizer
+from argonne.data.tokenizer import TextTokenizer, forget_parsed
 from argonne.errors import InputError
 
 PIECE_BYTES = 1 << 20
@@ -123,7 +123,7 @@ def _fast_fault(tokenizer: TextTokenizer, texts: Sequence[str]) -> FastEncoder |
     except Exception as error:  # a tokenizer of a kind that gigatoken does not know; its errors share no class
         return f"gigatoken cannot read this tokenizer: {str(error).splitlines()[0]}"
     reference = ReferenceEncoder(tokenizer)
-    probes = [*HARD_PROBES, *(added["content"] for added in tokenizer.specification.get("added_tokens", [])), *texts]
+    probes = [*HARD_PROBES, *(added["content"] for added in tokenizer.head.get("added_tokens", [])), *texts]
     expected, found = reference.encode(probes), fast.encode(probes)
     differing = np.nonzero(expected[1] != found[1])[0]
     if len(differing):
@@ -170,3 +170,9 @@ def _context(view: memoryview, start: int, stop: int) -> str:
 def load(name: str, tokenizer: TextTokenizer) -> Any:
     """The encoder that `choose` settled on, in a worker."""
     return FastEncoder(tokenizer) if name == "gigatoken" else ReferenceEncoder(tokenizer)
+
+
+def forget() -> None:
+    """Free what this process keeps of encoders and tokenizers; it will read them again if it needs them."""
+    _gigatoken.cache_clear()
+    forget_parsed()

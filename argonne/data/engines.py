@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from argonne import files
+from argonne.data import encoders
 from argonne.data.encode import Job, record_path
 from argonne.errors import InputError
 
@@ -60,6 +61,7 @@ def _begin_worker(parent: int) -> None:
 
 
 def _pool(job: Job, units: list[int], workers: int) -> Results:
+    encoders.forget()
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker, initargs=(os.getpid(),)) as pool:
         waiting = {pool.submit(job.run, number): number for number in units}

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 ROWS_A_BATCH = 512
-CHARACTERS_A_BATCH = 1 << 22
+CHARACTERS_A_BATCH = 1 << 20
 LONG_CHARACTERS = 1 << 20
 READ_BYTES = 1 << 20
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import json
 import shutil
@@ -42,7 +43,7 @@ class TextTokenizer:
         if added_tokens not in ADDED_TOKENS:
             raise InputError(f"added_tokens: found {added_tokens!r}, expected {' or '.join(map(repr, ADDED_TOKENS))}")
         self._parsed, self.config = parsed, config
-        self.specification = parsed.specification
+        self.head = parsed.head
         self.folder = folder
         self.added_tokens = added_tokens
         self._whole = parsed.tokenizer
@@ -56,13 +57,13 @@ class TextTokenizer:
     @cached_property
     def text_json(self) -> str:
         """The tokenizer.json that sees no control token in a text: what an encoder without `encode_special_tokens` must be built from."""
-        kept = [token for token in self.specification.get("added_tokens", []) if self.added_tokens == "library" and not token["special"]]
-        return json.dumps({**self.specification, "added_tokens": kept, "post_processor": None}, ensure_ascii=False)
+        kept = [token for token in self.head.get("added_tokens", []) if self.added_tokens == "library" and not token["special"]]
+        return json.dumps({**self._parsed.specification(), "added_tokens": kept, "post_processor": None}, ensure_ascii=False)
 
     @property
     def has_pre_tokens(self) -> bool:
         """Is a text cut into pre-tokens before merging? Where it is not (Llama), ids may depend on the whole text."""
-        return '"ByteLevel"' in json.dumps(self.specification.get("pre_tokenizer"))
+        return '"ByteLevel"' in json.dumps(self.head.get("pre_tokenizer"))
 
     def _named(self, role: str, candidates: Sequence[str]) -> int | None:
         value = self.config.get(role)
@@ -101,7 +102,7 @@ class TextTokenizer:
     def token_bytes(self) -> np.ndarray:
         """(vocab_size,) int32: bytes of text that each id stands for; control tokens stand for none. For bits per byte."""
         sizes = np.zeros(self.vocab_size, dtype=np.int32)
-        byte_level = "ByteLevel" in json.dumps([self.specification.get("pre_tokenizer"), self.specification.get("decoder")])
+        byte_level = "ByteLevel" in json.dumps([self.head.get("pre_tokenizer"), self.head.get("decoder")])
         for token, token_id in self._whole.get_vocab(with_added_tokens=False).items():
             if byte_level:
                 sizes[token_id] = len(token)
@@ -120,7 +121,7 @@ class TextTokenizer:
         if original.is_file():
             shutil.copyfile(original, folder / TOKENIZER_FILE)
         else:
-            (folder / TOKENIZER_FILE).write_text(json.dumps(self.specification, ensure_ascii=False))
+            (folder / TOKENIZER_FILE).write_text(json.dumps(self._parsed.specification(), ensure_ascii=False))
         for name in COMPANION_FILES:
             if (self.folder / name).is_file():
                 shutil.copyfile(self.folder / name, folder / name)
@@ -130,14 +131,22 @@ class TextTokenizer:
 
 @dataclass
 class _Parsed:
-    """A tokenizer.json once read: 150,000 entries take seconds, and several parts of one command ask for the same."""
+    """A tokenizer.json once read, for the several parts of one command that ask for the same.
 
-    specification: dict[str, Any]
+    `head`: all of it but the vocabulary and the merges, which as Python objects take more memory than the tokenizer itself.
+    """
+
+    text: str
+    head: dict[str, Any]
     tokenizer: Tokenizer
+
+    def specification(self) -> dict[str, Any]:
+        """All of tokenizer.json, without truncation and padding; read anew at each call."""
+        return {**json.loads(self.text), "truncation": None, "padding": None}
 
     @cached_property
     def fingerprint(self) -> str:
-        return files.fingerprint(self.specification)
+        return files.fingerprint(self.specification())
 
 
 def parse_tokenizer(text: str, folder: Path) -> _Parsed:
@@ -152,10 +161,25 @@ def parse_tokenizer(text: str, folder: Path) -> _Parsed:
 def _parse(text: str) -> _Parsed:
     from tokenizers import Tokenizer
 
+    head = {name: value for name, value in json.loads(text).items() if name != "model"}
     tokenizer = Tokenizer.from_str(text)
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    return _Parsed({**json.loads(text), "truncation": None, "padding": None}, tokenizer)
+    _give_memory_back()  # reading takes twice what stays
+    return _Parsed(text, head, tokenizer)
+
+
+def forget_parsed() -> None:
+    """Free every tokenizer.json that was read: from here on other processes work."""
+    _parse.cache_clear()
+    _give_memory_back()
+
+
+def _give_memory_back() -> None:
+    """Return freed memory to the system where the C library can (glibc); elsewhere the process keeps it for itself."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def load_tokenizer(folder: Path | str, added_tokens: str = "library") -> TextTokenizer:
