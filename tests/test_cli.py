@@ -190,3 +190,15 @@ def test_sigterm_leaves_a_checkpoint_a_marker_and_exit_code_3(tokens: Path, tmp_
     assert "Traceback" not in said
     assert not (run / "COMPLETE").exists()
     assert not (run / "final_model").exists()
+
+
+def test_a_repeated_input_adds_to_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[list[str]] = []
+    monkeypatch.setattr(actions, "prepare_tokens", lambda arguments: given.append(arguments.input))
+    assert main(["prepare", "--input", "a.txt", "--input", "b.txt", "c.txt", "--train-tokenizer", "300", "--out", str(tmp_path)]) == 0
+    assert given == [["a.txt", "b.txt", "c.txt"]]
+
+
+def test_the_package_runs_as_a_module_so_that_torchrun_can_start_it() -> None:
+    done = subprocess.run([sys.executable, "-m", "argonne", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("argonne ")
