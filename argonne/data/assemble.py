@@ -27,6 +27,20 @@ def is_staged(recipe: dict[str, Any]) -> bool:
     return bool(recipe["dedup"]) or recipe["format"] == "train.bin"
 
 
+def is_whole(recipe: dict[str, Any], record: dict[str, Any], out: Path) -> bool:
+    """Are the shards that a unit's record names there in full? They were when it was written; a folder may have been copied in part."""
+    folder = out / PARTS if is_staged(recipe) else out
+    for entry in _entries(record):
+        wanted = {".bin": entry["bytes"], ".idx": 8 * entry["documents"]}
+        if is_staged(recipe):
+            wanted[".doc"] = DOCUMENT.itemsize * entry["documents"]
+        for suffix, expected in wanted.items():
+            path = (folder / entry["file"]).with_suffix(suffix)
+            if not path.is_file() or path.stat().st_size != expected:
+                return False
+    return True
+
+
 def text_hash(text: bytes | memoryview) -> tuple[int, int]:
     """(low, high) of the first 128 bits of BLAKE2b of the UTF-8 text."""
     value = int.from_bytes(hashlib.blake2b(text, digest_size=16).digest(), "little")

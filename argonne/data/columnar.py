@@ -87,9 +87,10 @@ def parquet_rows(path: str, start: int, stop: int, text_column: str) -> Iterator
             column, expected = source.schema_arrow.names.index(text_column), sum(group.num_rows for group in groups)
             size = sum(_column_bytes(group, text_column, column) for group in groups) // max(1, expected)
             rows = max(1, min(BATCH_ROWS, ARROW_BYTES // max(size, 1)))
-            for batch in source.iter_batches(rows, row_groups=list(range(start, stop)), columns=[text_column], use_threads=False):
-                yield from _values(batch.column(0))
-                row += batch.num_rows
+            for group in range(start, stop):  # one by one, so that a damaged one is named by its first row
+                for batch in source.iter_batches(rows, row_groups=[group], columns=[text_column], use_threads=False):
+                    yield from _values(batch.column(0))
+                    row += batch.num_rows
             if row != expected:
                 raise OSError(f"{row:,} rows, the file's footer says {expected:,}")
             batch = None

@@ -35,6 +35,7 @@ SUFFIXES = {
     ".md.gz": "txt",
     ".md.zst": "txt",
 }
+KINDS = ".parquet, .arrow, .jsonl, .ndjson, .txt or .md, the text kinds also with .gz or .zst"
 JSON_HINT = (
     "; one JSON object a line: rename it to .jsonl; one array: `jq -c '.[]' FILE.json > FILE.jsonl`, or "
     "datasets.load_dataset('json', data_files=...).to_parquet(...)"
@@ -104,15 +105,15 @@ def _matches(pattern: str, also: Mapping[str, str] | None) -> Iterator[InputFile
     except Exception as error:  # every kind of remote system has errors of its own
         raise InputError(f"input {pattern!r}: cannot be listed ({first_line(error)}); check the address and your access to it") from None
     if not matches:
-        where = f"only folders without a {', '.join(SUFFIXES)} file in them" if folders else "no file"
-        raise InputError(f"input {pattern!r}: matches {where}; check the folder, the pattern and that you may read it")
+        where = f", only folders without one ({KINDS}) in them" if folders else ""
+        raise InputError(f"input {pattern!r}: matches no file{where}; check the folder, the pattern and that you may read it")
     local = "file" in (system.protocol if isinstance(system.protocol, tuple | list) else (system.protocol,))
     for name in matches:
         full = name if local else system.unstrip_protocol(name)
         kind = format_of(name, also)
         if kind is None:
             hint = JSON_HINT if name.lower().endswith(".json") else ""
-            raise InputError(f"input {full}: unknown kind of file, expected one of {', '.join(SUFFIXES)}{hint}")
+            raise InputError(f"input {full}: unknown kind of file, expected {KINDS}{hint}")
         if sizes[name] is None:
             raise InputError(f"input {full}: the server does not say how large it is; download it first")
         yield InputFile(full, kind, int(sizes[name]))

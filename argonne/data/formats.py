@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from argonne import files
-from argonne.data.documents import natural_key
+from argonne.data.documents import format_of, natural_key
 from argonne.data.tokens import Shard, TokenSet, TokenStream, open_folder, read_header
 from argonne.errors import InputError
 
@@ -37,6 +37,8 @@ def open_any(text: str) -> TokenSet:
         return _headed([Path(name) for name in sorted(glob.glob(text), key=natural_key)], text)
     if not path.exists():
         raise InputError(f"token set {text}: no such file or folder; write one with `argonne prepare`")
+    if format_of(text):
+        raise InputError(f"{path}: is text, not tokens; make a token set of it with `argonne prepare`, or name it in data.input")
     if path.suffix == ".ds":
         return _datatrove(path)
     if path.suffix == ".json":

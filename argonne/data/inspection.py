@@ -32,23 +32,27 @@ def inspect_tokens(path: Path | str, verify: bool = True) -> dict[str, Any]:
 
 
 def _facts(opened: TokenSet) -> dict[str, Any]:
+    """Counts first, in the order in which they add up, then where it came from."""
     manifest = opened.manifest
-    lineage: dict[str, Any] = {
-        name: manifest[name] for name in ("rows", "drops", "text_bytes", "recipe", "sources", "bad_files", "tokenizer") if name in manifest
-    }
+
+    def recorded(*names: str) -> dict[str, Any]:
+        return {name: manifest[name] for name in names if name in manifest}
+
     return {
         "kind": "tokens",
         "path": str(opened.path),
         "format": opened.format,
         "dtype": opened.dtype,
-        "tokens": opened.tokens,
+        **recorded("rows"),
         "documents": opened.documents,
-        "held_out_tokens": opened.held_out.tokens,
         "held_out_documents": opened.held_out.documents or 0,
+        **recorded("drops", "text_bytes"),
+        "tokens": opened.tokens,
+        "held_out_tokens": opened.held_out.tokens,
         "shards": len(opened.train.shards),
         "bytes": sum(shard.path.stat().st_size for shard in [*opened.train.shards, *opened.held_out.shards]),
         "fingerprint": opened.fingerprint,
-        **lineage,
+        **recorded("tokenizer", "recipe", "sources", "bad_files"),
     }
 
 
@@ -76,10 +80,11 @@ def _unsealed(folder: Path, verify: bool, *others: str) -> list[str]:
             continue
         if path.name == files.HASH_LIST:
             listed = tree if _is_hash_list(tree) else None
-            same = same and listed is not None and _complete(folder, tree)
-        if not same:
+        if not same or (path.name == files.HASH_LIST and listed is None):
             problems.append(f"{path}: not as it was written; restore it or prepare again")
-    return problems + (files.verify_directory(folder, hashes=verify) if listed is not None else [])
+    if listed is None:
+        return problems
+    return files.verify_directory(folder, hashes=verify) + problems + _strangers(folder, listed)
 
 
 def _is_hash_list(tree: Any) -> bool:
@@ -90,10 +95,11 @@ def _is_hash_list(tree: Any) -> bool:
     return all(isinstance(entry, dict) and set(entry) == {"bytes", "sha256"} and isinstance(entry["bytes"], int) for entry in entries)
 
 
-def _complete(folder: Path, listed: dict[str, Any]) -> bool:
-    """Does the hash list name every file of the set, and nothing else?"""
+def _strangers(folder: Path, listed: dict[str, Any]) -> list[str]:
+    """Lines for files that the hash list does not name: a damaged name in it, or somebody else's file."""
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
-    return found - {files.HASH_LIST, f"tokenizer/{files.HASH_LIST}"} == set(listed["files"])
+    unknown = found - {files.HASH_LIST, f"tokenizer/{files.HASH_LIST}"} - set(listed["files"])
+    return [f"{folder / name}: is not named in {files.HASH_LIST}; if it is yours, move it elsewhere" for name in sorted(unknown)]
 
 
 def ids_outside(opened: TokenSet, vocab_size: int | None = None) -> list[str]:

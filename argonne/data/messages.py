@@ -38,6 +38,12 @@ def size(count: int) -> str:
     return f"{count} bytes"
 
 
+def advice(drops: Mapping[str, int]) -> str:
+    """What to do about the most frequent fault, as the end of a clause."""
+    worst = max(drops, key=lambda reason: drops[reason], default="")
+    return f": {ADVICE[worst]}" if worst in ADVICE else ""
+
+
 def no_text(found: Sequence[InputFile], text_column: str, drops: Mapping[str, int]) -> str:
     """Why input of which no row is a document cannot be used, and what to do."""
     names = found[0].path + (f" and {len(found) - 1:,} more" if len(found) > 1 else "")
@@ -52,6 +58,15 @@ def _columns(found: Sequence[InputFile], text_column: str) -> str:
     names = next((names for file in found if file.format == "jsonl" and (names := field_names(file.path))), [])
     has = f"a row has {', '.join(names[:8])}; " if names else ""
     return f"{has}{text_column!r} was looked for: name the column or field with --text-column"
+
+
+def account(manifest: Mapping[str, Any]) -> str:
+    """One line in which every row is somewhere."""
+    dropped = sum(manifest["drops"].values())
+    reasons = f" ({describe_drops(manifest['drops'])})" if dropped else ""
+    held = f" + {manifest['held_out']['documents']:,} held out" if manifest["held_out"]["share"] else ""
+    bad = f"; {len(manifest['bad_files']):,} files could not be read whole, see bad_files in the manifest" if manifest["bad_files"] else ""
+    return f"{manifest['rows']:,} rows = {manifest['documents']:,} documents{held} + {dropped:,} dropped{reasons}{bad}"
 
 
 def held_out_warning(manifest: Mapping[str, Any]) -> str | None:

@@ -123,8 +123,9 @@ def _prepare(options: PrepareOptions, out: Path, progress: Progress | None) -> P
             )
             return out
         manifest = finish(options, plan, records, out)
-    if warning := messages.held_out_warning(manifest):
-        (progress or Progress("prepare", 0)).say(warning)
+    for line in (messages.account(manifest), messages.held_out_warning(manifest)):
+        if line:
+            (progress or Progress("prepare", 0)).say(line)
     return out
 
 
@@ -295,7 +296,12 @@ def encode_units(options: PrepareOptions, plan: dict[str, Any], out: Path, progr
     """Encode what is not yet there of this part; the records of all finished units by unit number."""
     weights = unit_weights(plan)
     progress = progress or Progress("prepare", sum(weights))
+    encode._context.cache_clear()  # one process may write the same folder again, after it was removed
     records = encode.finished(out, len(plan["units"]))
+    for number in [number for number, record in records.items() if not assemble.is_whole(plan["recipe"], record, out)]:
+        progress.say(f"unit {number}: its shard is missing or was cut; it is made again")
+        encode.record_path(out, number).unlink(missing_ok=True)
+        del records[number]
     for number, record in records.items():
         progress.add(weights[number], record["documents"], record["tokens"], record["text_bytes"], fresh=False)
     wanted = [unit["index"] for unit in plan["units"] if unit["index"] not in records]
@@ -367,7 +373,8 @@ def _check_drops(options: PrepareOptions, records: list[dict[str, Any]], out: Pa
     if bad_rows > options.max_drop_fraction * max(manifest["rows"], 1):
         raise InputError(
             f"{out}: {bad_rows:,} of {manifest['rows']:,} rows are no documents ({describe_drops(manifest['drops'])}), more than "
-            f"--max-drop-fraction {options.max_drop_fraction}; mend the input, or raise the limit and run again: the work so far is kept"
+            f"--max-drop-fraction {options.max_drop_fraction}; mend the input{messages.advice(manifest['drops'])}, or raise the limit and "
+            "run again: the work so far is kept"
         )
     if manifest["documents"] + manifest["held_out_documents"] == 0:
         raise InputError(f"{out}: no document is left of {manifest['rows']:,} rows ({describe_drops(manifest['drops']) or 'it is empty'})")

@@ -28,7 +28,7 @@ def inspect_path(path: Path) -> Facts:
         return _run(path)
     if path.is_dir() and (path / "config.json").is_file():
         return _exported(path)
-    if path.is_dir() and not any((path / name).exists() for name in ("manifest.json", "plan.json")):
+    if path.is_dir() and not any((path / name).exists() for name in ("manifest.json", "plan.json", "tokens-00000.bin")):
         if (path / "tokenizer.json").is_file():
             return _tokenizer(path)
         found = ", ".join(sorted(item.name for item in path.iterdir())[:5]) or "nothing"
@@ -167,13 +167,24 @@ def render(facts: Facts) -> str:
 def _lines(values: Facts, indent: str) -> list[str]:
     found = []
     for name, value in values.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             found += [f"{indent}{name}:", *_lines(value, indent + "  ")]
         elif isinstance(value, list) and value and isinstance(value[0], dict):
             found.append(f"{indent}{name}:")
             for item in value:
-                found += [f"{indent}  - " + ", ".join(f"{key} {inner}" for key, inner in item.items())]
+                found += [f"{indent}  - " + ", ".join(f"{key} {_shown(inner)}" for key, inner in item.items())]
         else:
-            shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
-            found.append(f"{indent}{name}: {shown}")
+            found.append(f"{indent}{name}: {_shown(value)}")
     return found
+
+
+def _shown(value: Any) -> str:
+    if value is None or value in ({}, []):
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        return "(" + ", ".join(f"{name} {_shown(inner)}" for name, inner in value.items()) + ")"
+    if isinstance(value, list):
+        return ", ".join(map(_shown, value))
+    return f"{value:,}" if isinstance(value, int) else str(value)

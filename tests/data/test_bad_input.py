@@ -1,0 +1,471 @@
+"""Bad input through the real command line: exit code 2 and one message that names the file, the row and the next step."""
+
+from __future__ import annotations
+
+import errno
+import gzip
+import json
+import os
+import shutil
+import struct
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import pytest
+import zstandard
+
+from argonne.cli import main
+from argonne.data import tokens as token_files
+from tests.data.conftest import words
+from tests.data.test_prepare import content
+
+TEXTS = [words(12, number) for number in range(400)]
+LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
+
+Build = Callable[[Path], Path | str]
+
+
+def arguments(pattern: Path | str, tokenizer: Path, out: Path, *more: str) -> list[str]:
+    return [
+        *("prepare", "--input", str(pattern), "--tokenizer", str(tokenizer), "--out", str(out)),
+        *("--workers", "1", "--encoder", "tokenizers", *more),
+    ]
+
+
+def refusal(command: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The message of a command that is refused: the last line, and the only one that begins with the program's name."""
+    capsys.readouterr()
+    assert main(command) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" or command[0] == "inspect"
+    lines = captured.err.splitlines()
+    assert [line for line in lines if line.startswith("argonne: ")] == lines[-1:]
+    assert "Traceback" not in captured.err
+    return lines[-1]
+
+
+def file(name: str, content: bytes) -> Build:
+    def build(folder: Path) -> Path:
+        (folder / name).write_bytes(content)
+        return folder / name
+
+    return build
+
+
+def table(column: Any, *, name: str = "text", cut: float = 1.0, flip: bool = False) -> Build:
+    def build(folder: Path) -> Path:
+        path = folder / "in.parquet"
+        parquet.write_table(pa.table({name: column}), path, row_group_size=100, compression="snappy")
+        whole = bytearray(path.read_bytes())
+        if flip:
+            start = parquet.ParquetFile(path).metadata.row_group(2).column(0).dictionary_page_offset
+            whole[start : start + 400] = bytes(400)
+        path.write_bytes(whole[: int(len(whole) * cut)])
+        return path
+
+    return build
+
+
+def arrow(random_access: bool, keep: Callable[[bytes], bytes]) -> Build:
+    def build(folder: Path) -> Path:
+        path, schema = folder / "in.arrow", pa.schema([("text", pa.string())])
+        with pa.OSFile(str(path), "wb") as sink, (pa.ipc.new_file if random_access else pa.ipc.new_stream)(sink, schema) as writer:
+            writer.write_table(pa.table({"text": TEXTS}), max_chunksize=100)
+        path.write_bytes(keep(path.read_bytes()))
+        return path
+
+    return build
+
+
+def moved_offset(content: bytes) -> bytes:
+    """The 50th offset of the first record batch points far outside."""
+    offsets = np.cumsum([0, *(len(text.encode()) for text in TEXTS[:100])]).astype("<i4").tobytes()
+    place = content.index(offsets) + 4 * 50
+    return content[:place] + struct.pack("<i", 1 << 30) + content[place + 4 :]
+
+
+def folder_with(name: str, *inside: str) -> Build:
+    def build(folder: Path) -> Path:
+        (folder / name).mkdir()
+        for item in inside:
+            (folder / name / item).write_text("x")
+        return folder / name
+
+    return build
+
+
+FILES: dict[str, tuple[Build, list[str]]] = {
+    "parquet cut in two": (table(TEXTS, cut=0.5), ["in.parquet: not a readable parquet file", "restore it", "--skip-bad-shards"]),
+    "parquet with damaged pages": (table(TEXTS, flip=True), ["in.parquet: after row 200: cannot be read", "restore it"]),
+    "parquet of 0 bytes": (file("in.parquet", b""), ["in.parquet: not a readable parquet file", "restore it"]),
+    "parquet of 0 rows": (table(pa.array([], pa.string())), ["in.parquet", "holds no row", "check"]),
+    "numbers": (table([1, 2]), ["column 'text' holds int64, expected text", "--text-column"]),
+    "bytes": (table(pa.array([b"a"], pa.binary())), ["column 'text' holds binary, expected text", "--text-column"]),
+    "lists": (table([["a"], ["b"]]), ["column 'text' holds list<", "expected text", "--text-column"]),
+    "another column": (table(TEXTS, name="body"), ["no column 'text'; it has body", "--text-column"]),
+    "arrow stream cut": (arrow(False, lambda whole: whole[:-2000]), ["in.arrow: after row 300: cannot be read", "restore it"]),
+    "arrow stream without an end": (arrow(False, lambda whole: whole[:-8]), ["after row 400", "without its end mark", "--skip-bad-shards"]),
+    "arrow file cut": (arrow(True, lambda whole: whole[:-2000]), ["in.arrow: not a readable Arrow file", "restore it"]),
+    "arrow stream with a moved offset": (arrow(False, moved_offset), ["in.arrow: after row 0: cannot be read", "restore it"]),
+    "arrow file with a moved offset": (arrow(True, moved_offset), ["in.arrow: after row 0: cannot be read", "restore it"]),
+    "no arrow": (file("in.arrow", b"once upon a time"), ["in.arrow: not a readable Arrow file or stream", "restore it"]),
+    "gz that is none": (file("in.jsonl.gz", LINES), ["in.jsonl.gz: after line 0: cannot be read (Not a gzipped file", "restore it"]),
+    "gz of 0 bytes": (file("in.jsonl.gz", b""), ["in.jsonl.gz: 0 bytes", "restore it"]),
+    "gz cut": (file("in.jsonl.gz", gzip.compress(LINES)[:-100]), ["in.jsonl.gz: after line ", "cannot be read", "restore it"]),
+    "zst that is none": (file("in.jsonl.zst", LINES), ["in.jsonl.zst: after line 0: cannot be read", "restore it"]),
+    "zst cut": (
+        file("in.jsonl.zst", zstandard.compress(LINES)[:-100]),
+        ["in.jsonl.zst: after line ", "middle of a zstd frame", "restore it"],
+    ),
+    "txt.zst cut": (file("in.txt.zst", zstandard.compress(LINES)[:-100]), ["in.txt.zst: cannot be read", "middle of a zstd frame"]),
+    "jsonl of 0 bytes": (file("in.jsonl", b""), ["in.jsonl", "holds no row", "check"]),
+    "txt of 0 bytes": (file("in.txt", b""), ["in.txt", "empty 1", "check"]),
+    "rows without the field": (file("in.jsonl", b'{"body": "x", "id": 1}\n' * 3), ["missing 3", "a row has body, id", "--text-column"]),
+    "an array over lines": (file("in.jsonl", b'[\n{"text": "a"},\n{"text": "b"}\n]\n'), ["invalid-json", "one JSON object", "jq -c '.[]'"]),
+    "an array in one line": (file("in.jsonl", b'[{"text": "a"}, {"text": "b"}]'), ["invalid-json 1", "one JSON object", "jq -c '.[]'"]),
+    "json": (file("in.json", b'[{"text": "a"}]'), ["in.json: unknown kind of file", ".parquet", "jq -c '.[]'"]),
+    "latin-1": (file("in.txt", "größe".encode("latin-1")), ["in.txt", "invalid-utf8 1", "iconv"]),
+    "utf-16": (file("in.jsonl", '{"text": "a"}\n'.encode("utf-16") * 3), ["in.jsonl", "invalid-utf8", "iconv"]),
+    "most rows are no text": (
+        file("in.jsonl", b'{"text": "a good one"}\n' + b'{"text": 7}\n' * 3),
+        ["3 of 4 rows are no documents (not-text 3)", "--max-drop-fraction 0.1", "raise the limit"],
+    ),
+    "unknown kind": (file("in.pdf", b"%PDF"), ["in.pdf: unknown kind of file", ".parquet"]),
+    "folder as file": (folder_with("in.parquet"), ["in.parquet", "matches no file, only folders", ".parquet", "check"]),
+    "folder of other files": (folder_with("in", "a.pdf"), ["matches no file, only folders", "check"]),
+    "no such file": (lambda folder: folder / "in.jsonl", ["in.jsonl'", "matches no file", "check the folder"]),
+    "glob without a match": (lambda folder: folder / "*.jsonl", ["*.jsonl'", "matches no file", "check the folder"]),
+    "empty pattern": (lambda folder: "", ["an empty pattern", "expected a file"]),
+    "unknown protocol": (
+        lambda folder: "carrier-pigeon://in.jsonl",
+        ["carrier-pigeon://in.jsonl'", "cannot be listed", "check the address"],
+    ),
+    "server that is down": (lambda folder: "http://127.0.0.1:9/in.jsonl", ["http://127.0.0.1:9/in.jsonl'", "cannot be listed", "check"]),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_a_bad_file_is_named_with_the_next_step_and_nothing_is_written_as_finished(
+    case: str, tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build, parts = FILES[case]
+    message = refusal(arguments(build(tmp_path), tokenizer_folder, tmp_path / "out"), capsys)
+    assert [part for part in parts if part not in message] == [], message
+    assert not (tmp_path / "out" / token_files.MANIFEST).exists()
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        *("parquet cut in two", "parquet with damaged pages", "arrow stream cut", "arrow file cut", "arrow file with a moved offset"),
+        *("arrow stream without an end", "gz cut", "zst cut", "gz of 0 bytes"),
+    ],
+)
+def test_a_bad_file_among_good_ones_is_passed_over_when_asked_and_listed(
+    case: str, tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a").mkdir()
+    bad = FILES[case][0](tmp_path / "a")
+    (tmp_path / "a" / "good.jsonl").write_bytes(LINES)
+    assert main(arguments(tmp_path / "a", tokenizer_folder, tmp_path / "out", "--skip-bad-shards")) == 0
+    assert "1 files could not be read whole" in capsys.readouterr().err
+    assert main(["inspect", str(tmp_path / "out"), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert [entry["path"] for entry in facts["bad_files"]] == [str(bad)]
+    assert facts["rows"] == facts["documents"] + sum(facts["drops"].values())
+    good = next(source for source in facts["sources"] if source["path"].endswith("good.jsonl"))
+    assert (good["rows"], good["documents"]) == (400, 400)
+
+
+TOKENIZERS: dict[str, tuple[dict[str, str], list[str]]] = {
+    "empty folder": ({}, ["found nothing; expected tokenizer.json"]),
+    "only a vocabulary": ({"vocab.json": "{}"}, ["found vocab.json; expected tokenizer.json, or vocab.json with merges.txt"]),
+    "half a file": ({"tokenizer.json": '{"version": "1'}, ["tokenizer.json: not a tokenizer the tokenizers library can read"]),
+    "no tokenizer": ({"tokenizer.json": "{}"}, ["tokenizer.json: not a tokenizer the tokenizers library can read"]),
+    "half a config": ({"tokenizer.json": "GOOD", "tokenizer_config.json": "{"}, ["tokenizer_config.json: not a JSON file", "restore it"]),
+    "an EOS that is not there": (
+        {"tokenizer.json": "GOOD", "tokenizer_config.json": '{"eos_token": "<none>"}'},
+        ["names the eos_token '<none>', which is not in tokenizer.json", "mend"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TOKENIZERS)
+def test_a_tokenizer_folder_that_holds_none_is_named(
+    case: str, tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    contents, parts = TOKENIZERS[case]
+    (tmp_path / "in.jsonl").write_bytes(LINES)
+    (tmp_path / "tokenizer").mkdir()
+    for name, text in contents.items():
+        good = (tokenizer_folder / "tokenizer.json").read_text()
+        (tmp_path / "tokenizer" / name).write_text(good if text == "GOOD" else text)
+    message = refusal(arguments(tmp_path / "in.jsonl", tmp_path / "tokenizer", tmp_path / "out"), capsys)
+    assert [part for part in [str(tmp_path / "tokenizer"), *parts] if part not in message] == [], message
+    assert not (tmp_path / "out").exists()
+
+
+EVALUATION: dict[str, tuple[Build, str]] = {
+    "missing": (lambda folder: folder / "eval.jsonl", "matches no file"),
+    "parquet cut": (table(TEXTS, cut=0.5), "in.parquet: cannot be read"),
+    "no arrow": (file("eval.arrow", b"once upon a time"), "eval.arrow: cannot be read"),
+    "no gz": (file("eval.jsonl.gz", LINES), "eval.jsonl.gz: cannot be read"),
+    "zst cut": (file("eval.jsonl.zst", zstandard.compress(LINES)[:-100]), "eval.jsonl.zst: cannot be read"),
+    "no UTF-8": (file("eval.txt", b"\xff"), "eval.txt: cannot be read"),
+    "short texts": (file("eval.txt", b"two words"), "no text of 13 words or more"),
+}
+
+
+@pytest.mark.parametrize("case", EVALUATION)
+def test_evaluation_text_that_cannot_be_read_is_refused_before_the_work(
+    case: str, tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build, part = EVALUATION[case]
+    (tmp_path / "corpus.jsonl").write_bytes(LINES)
+    options = arguments(tmp_path / "corpus.jsonl", tokenizer_folder, tmp_path / "out", "--decontaminate", str(build(tmp_path)))
+    assert part in refusal(options, capsys)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def prepared(tokenizer_folder: Path, tmp_path: Path) -> Path:
+    """A finished token set of 400 documents, 40 of them held out."""
+    (tmp_path / "in.jsonl").write_bytes(LINES)
+    assert main(arguments(tmp_path / "in.jsonl", tokenizer_folder, tmp_path / "set", "--hold-out", "0.1")) == 0
+    return tmp_path / "set"
+
+
+def edited(name: str, edit: Callable[[bytearray], bytes | bytearray]) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_bytes(edit(bytearray((folder / name).read_bytes()))) and None
+
+
+def replaced(place: int, value: bytes) -> Callable[[bytearray], bytearray]:
+    def edit(whole: bytearray) -> bytearray:
+        whole[place : place + len(value)] = value
+        return whole
+
+    return edit
+
+
+SHARD, INDEX = "tokens-00000.bin", "tokens-00000.idx"
+DAMAGE: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
+    "shard cut": (edited(SHARD, lambda whole: whole[:-10]), [SHARD, "the header counts", "write it again"]),
+    "shard of 100 bytes": (edited(SHARD, lambda whole: whole[:100]), [SHARD, "less than a header"]),
+    "shard gone": (lambda folder: (folder / SHARD).unlink(), [SHARD, "cannot be read", "restore it"]),
+    "flipped bit": (edited(SHARD, lambda whole: replaced(1500, bytes([whole[1500] ^ 1]))(whole)), [SHARD, "other bytes", "restore it"]),
+    "header count": (edited(SHARD, replaced(8, struct.pack("<I", 7))), [SHARD, "the header counts 7 tokens", "write it again"]),
+    "magic": (edited(SHARD, replaced(0, struct.pack("<I", 7))), [SHARD, "magic number 7, expected 20240801 or 20240520"]),
+    "index cut": (edited(INDEX, lambda whole: whole[:-3]), [INDEX, "expected 2,880 for 360 documents", "restore it"]),
+    "held-out shard gone": (
+        lambda folder: (folder / "held_out-00000.bin").unlink(),
+        ["held_out-00000.bin", "cannot be read", "restore it"],
+    ),
+    "half a manifest": (edited("manifest.json", lambda whole: whole[:200]), ["manifest.json: not a JSON file", "restore it"]),
+    "no manifest": (lambda folder: (folder / "manifest.json").unlink(), ["manifest.json"]),
+    "no tokenizer": (lambda folder: shutil.rmtree(folder / "tokenizer"), ["tokenizer: no such folder"]),
+}
+SMALL = [
+    *("--model.vocab_size", "512", "--model.hidden_size", "32", "--model.num_hidden_layers", "1", "--model.intermediate_size", "64"),
+    *("--model.num_attention_heads", "2", "--model.num_key_value_heads", "1", "--model.head_dim", "16", "--train.steps", "5"),
+    *("--data.sequence_length", "32", "--batch.tokens_per_step", "128", "--schedule.warmup", "0", "--train.threads", "1"),
+    *("--log.tensorboard", "false", "--checkpoint.sample_tokens", "2", "--eval.windows", "2"),
+]
+
+
+def pretrain(path: Path | str, run: Path, *more: str) -> list[str]:
+    source = f"[{{ path = {json.dumps(str(path))}, max_epochs = 9 }}]"
+    return ["pretrain", "nano-3.0", "--run", str(run), *SMALL, "--data.sources", source, "--data.verify", "before", *more]
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_training_and_inspect_refuse_a_damaged_set_and_name_the_file(
+    case: str, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage, parts = DAMAGE[case]
+    damage(prepared)
+    message = refusal(pretrain(prepared, tmp_path / "run"), capsys)
+    assert [part for part in [str(prepared), *parts] if part not in message] == [], message
+    message = refusal(["inspect", str(prepared)], capsys)
+    assert str(prepared) in message
+    assert parts[0].partition(":")[0] in message
+
+
+def test_an_id_past_the_vocabulary_stops_training_with_the_name_of_the_file(
+    tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ids = np.arange(2000, dtype="<u4") % 300
+    ids[100] = 70_000
+    (tmp_path / "train.bin").write_bytes(token_files.header("uint32", 2000) + ids.tobytes())
+    message = refusal(pretrain(tmp_path / "train.bin", tmp_path / "run", "--data.tokenizer", str(tokenizer_folder)), capsys)
+    assert "train.bin: holds id 70,000, the tokenizer" in message
+    assert "has 386 entries; set data.tokenizer to the one that made these tokens" in message
+    shutil.copytree(tokenizer_folder, tmp_path / "tokenizer")
+    assert "token 100 has id 70,000, the vocabulary has 386" in refusal(["inspect", str(tmp_path / "train.bin")], capsys)
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("in.jsonl", ["in.jsonl: is text, not tokens", "argonne prepare"]),
+        ("nowhere", ["nowhere: no such file or folder", "argonne prepare"]),
+        ("nowhere*.bin", ["nowhere*.bin: matches no file", "check the pattern"]),
+        ("tokens.bin", ["tokens.bin: 4 bytes are less than a header"]),
+        ("half", ["half", "interrupted", "run it again"]),
+    ],
+)
+def test_what_is_no_finished_token_set_is_refused_by_name(
+    name: str, parts: list[str], prepared: Path, tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tokens.bin").write_bytes(b"abcd")
+    (tmp_path / "faulty.jsonl").write_text('{"text": "good"}\n{"text": 1}\n')
+    assert main(arguments(tmp_path / "faulty.jsonl", tokenizer_folder, tmp_path / "half")) == 2
+    message = refusal(pretrain(tmp_path / name, tmp_path / "run"), capsys)
+    assert [part for part in parts if part not in message] == [], message
+
+
+def test_a_shard_that_was_cut_between_two_starts_is_made_again(
+    tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(3):
+        (tmp_path / f"in_{number}.jsonl").write_bytes(LINES)
+    whole, half = arguments(tmp_path / "in_*", tokenizer_folder, tmp_path / "whole"), tmp_path / "half"
+    assert main(whole) == 0
+    assert main(arguments(tmp_path / "in_*", tokenizer_folder, half, "--part", "1/2")) == 0
+    shard = half / "tokens-00002.bin"
+    shard.write_bytes(shard.read_bytes()[:-4])
+    capsys.readouterr()
+    assert main(arguments(tmp_path / "in_*", tokenizer_folder, half)) == 0
+    assert "unit 2: its shard is missing or was cut; it is made again" in capsys.readouterr().err
+    assert content(half) == content(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", ["plan.json", "units/00000.json"])
+def test_half_a_record_of_earlier_work_is_named(
+    name: str, tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(2):
+        (tmp_path / f"in_{number}.jsonl").write_bytes(LINES)
+    assert main(arguments(tmp_path / "in_*", tokenizer_folder, tmp_path / "out", "--part", "1/2")) == 0
+    record = tmp_path / "out" / name
+    record.write_bytes(record.read_bytes()[:20])
+    assert f"{record}: not a JSON file" in refusal(arguments(tmp_path / "in_*", tokenizer_folder, tmp_path / "out"), capsys)
+
+
+def test_an_output_folder_that_is_something_else_is_refused(
+    tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in.jsonl").write_bytes(LINES)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.txt").write_text("precious")
+    message = refusal(arguments(tmp_path / "in.jsonl", tokenizer_folder, tmp_path / "thesis"), capsys)
+    assert "thesis: exists and holds no plan of `argonne prepare`; choose another --out or remove it" in message
+    assert (tmp_path / "thesis" / "thesis.txt").read_text() == "precious"
+    message = refusal(arguments(tmp_path / "in.jsonl", tokenizer_folder, tmp_path / "in.jsonl"), capsys)
+    assert "in.jsonl: is a file; give a folder" in message
+    message = refusal(arguments(tmp_path / "in.jsonl", tokenizer_folder, tmp_path / "in.jsonl" / "out"), capsys)
+    assert "in.jsonl" in message
+    assert "check the path" in message
+
+
+def test_an_output_inside_the_input_folder_is_never_read_as_text(
+    tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tokenizer").mkdir()
+    for path in tokenizer_folder.iterdir():
+        shutil.copyfile(path, tmp_path / "tokenizer" / path.name)
+    (tmp_path / "tokenizer" / "merges.txt").write_text("a file of a known kind")
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for number in range(2):
+        (folder / f"in_{number}.jsonl").write_bytes(LINES)
+    assert main(arguments(folder, tmp_path / "tokenizer", folder / "tokens", "--part", "1/2")) == 0
+    assert (folder / "tokens" / "tokenizer" / "merges.txt").is_file()
+    assert main(arguments(folder, tmp_path / "tokenizer", folder / "tokens")) == 0
+    assert "800 rows = 800 documents + 0 dropped" in capsys.readouterr().err
+
+
+@pytest.fixture
+def as_nobody() -> Iterator[Path]:
+    """A folder for everyone, and this process without the rights of root."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    was = os.geteuid()
+    yield folder
+    os.seteuid(was)
+    shutil.rmtree(folder)
+
+
+def test_a_file_or_folder_without_the_right_to_it_is_named(
+    as_nobody: Path, tokenizer_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tokenizer_folder, as_nobody / "tokenizer")
+    for name in ("open.jsonl", "secret.jsonl", "secret.parquet"):
+        (as_nobody / name).write_bytes(LINES)
+    (as_nobody / "secret.jsonl").chmod(0)
+    (as_nobody / "secret.parquet").chmod(0)
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+    message = refusal(arguments(as_nobody / "secret.jsonl", as_nobody / "tokenizer", as_nobody / "out"), capsys)
+    assert "secret.jsonl: cannot be opened (Permission denied)" in message
+    message = refusal(arguments(as_nobody / "secret.parquet", as_nobody / "tokenizer", as_nobody / "out"), capsys)
+    assert "secret.parquet: not a readable parquet file" in message
+    assert "Permission denied" in message
+    message = refusal(arguments(as_nobody / "open.jsonl", as_nobody / "tokenizer", Path("/proc/out")), capsys)
+    assert "/proc/out" in message
+
+
+def test_a_full_disk_keeps_what_is_finished_and_the_same_command_goes_on(
+    tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(3):
+        (tmp_path / f"in_{number}.jsonl").write_bytes(LINES)
+    command = arguments(tmp_path / "in_*", tokenizer_folder, tmp_path / "out")
+    extend = token_files.ShardWriter.extend
+
+    def full(self: token_files.ShardWriter, ids: np.ndarray) -> None:
+        if self.path.name == "tokens-00001.bin":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        extend(self, ids)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(token_files.ShardWriter, "extend", full)
+        assert "no space left on the disk; the units that are finished are kept" in refusal(command, capsys)
+    assert sorted(path.name for path in (tmp_path / "out").glob("*tokens-*.bin*")) == ["tokens-00000.bin"]
+    assert main(command) == 0
+    assert main(arguments(tmp_path / "in_*", tokenizer_folder, tmp_path / "whole")) == 0
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_a_hold_out_that_came_out_empty_is_said(tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in.jsonl").write_bytes(b"".join(LINES.splitlines(keepends=True)[:5]))
+    assert main(arguments(tmp_path / "in.jsonl", tokenizer_folder, tmp_path / "out", "--hold-out", "0.01")) == 0
+    said = capsys.readouterr().err
+    assert "5 rows = 5 documents + 0 held out + 0 dropped" in said
+    assert "warning: --hold-out 0.01 held out none of 5 documents" in said
+    assert "give --hold-out 0.4 or more" in said
+
+
+def test_a_first_file_without_text_does_not_stop_the_others(
+    tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in_1.txt").write_bytes(b"")
+    (tmp_path / "in_2.jsonl").write_bytes(LINES)
+    command = arguments(tmp_path / "in_*", tokenizer_folder, tmp_path / "out")
+    command[command.index("--encoder") + 1] = "auto"
+    assert main(command) == 0
+    assert "401 rows = 400 documents + 1 dropped (empty 1)" in capsys.readouterr().err
+
+
+def test_the_same_folder_can_be_written_again_by_the_same_process(tokenizer_folder: Path, tmp_path: Path) -> None:
+    found = []
+    for count in (10, 20):
+        (tmp_path / f"in_{count}.jsonl").write_bytes(b"".join(LINES.splitlines(keepends=True)[:count]))
+        assert main(arguments(tmp_path / f"in_{count}.jsonl", tokenizer_folder, tmp_path / "out")) == 0
+        found.append(token_files.open_tokens(tmp_path / "out").documents)
+        shutil.rmtree(tmp_path / "out")
+    assert found == [10, 20]
