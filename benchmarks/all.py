@@ -7,7 +7,7 @@ import sys
 
 from benchmarks import harness
 
-MODULES = ("start_up", "train_step", "overhead", "saves", "encode_text", "prepare_tokens", "read_windows")
+MODULES = ("start_up", "train_step", "overhead", "saves", "encode_text", "prepare_tokens", "read_windows", "open_tokens")
 
 
 def main() -> int:

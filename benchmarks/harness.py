@@ -39,7 +39,10 @@ class Column:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A table: contestants by points, in `rounds` interleaved rounds. `relative_to`: the contestant whose first figure is 1.00x."""
+    """A table: contestants by points, in `rounds` interleaved rounds. `relative_to`: the contestant whose first figure is 1.00x.
+
+    `limit`: the contestant that does the least there is to do; each rate is given as a share of its rate too.
+    """
 
     name: str
     module: str
@@ -48,6 +51,7 @@ class Benchmark:
     columns: Sequence[Column]
     relative_to: str
     higher_is_better: bool = True
+    limit: str | None = None
 
 
 def reset_peak_memory() -> None:
@@ -153,18 +157,23 @@ def markdown(benchmark: Benchmark, record: dict[str, Any]) -> str:
         computer, rows = measured["machine"], measured["results"]
         lines += ["", f"**{benchmark.points[point]}**", ""]
         lines.append(f"{measured['rounds']} rounds, {computer['date']}, commit {computer['commit']}. {describe(computer)}")
-        head = [column.head for column in benchmark.columns]
-        lines += ["", "| | " + " | ".join([*head, "ratio"]) + " |", "| --- |" + " ---: |" * (len(head) + 1)]
-        reference = _median(rows.get(benchmark.relative_to, []), benchmark.columns[0].key)
-        for name, rounds in rows.items():
-            if not rounds:
-                lines.append(f"| {name} | failed |" + " |" * len(head))
-                continue
-            cells = [_cell(rounds, column) for column in benchmark.columns]
-            own = _median(rounds, benchmark.columns[0].key)
-            ratio = f"{(own / reference if benchmark.higher_is_better else reference / own):.2f}x" if own and reference else "n/a"
-            lines.append(f"| {name} | " + " | ".join([*cells, ratio]) + " |")
+        head = [column.head for column in benchmark.columns] + ["ratio"] + ["of the limit"] * (benchmark.limit is not None)
+        lines += ["", "| | " + " | ".join(head) + " |", "| --- |" + " ---: |" * len(head)]
+        lines += [_row(benchmark, name, rows) for name in rows]
     return "\n".join(lines)
+
+
+def _row(benchmark: Benchmark, name: str, rows: Mapping[str, Sequence[dict[str, float]]]) -> str:
+    rounds, key = rows[name], benchmark.columns[0].key
+    if not rounds:
+        return f"| {name} | failed |" + " |" * (len(benchmark.columns) + (benchmark.limit is not None))
+    cells = [_cell(rounds, column) for column in benchmark.columns]
+    own, reference = _median(rounds, key), _median(rows.get(benchmark.relative_to, []), key)
+    cells.append(f"{(own / reference if benchmark.higher_is_better else reference / own):.2f}x" if own and reference else "n/a")
+    if benchmark.limit is not None:
+        limit = _median(rows.get(benchmark.limit, []), key)
+        cells.append(f"{100 * own / limit:.0f} %" if own and limit else "n/a")
+    return f"| {name} | " + " | ".join(cells) + " |"
 
 
 def _median(rounds: Sequence[dict[str, float]], key: str) -> float | None:

@@ -177,6 +177,7 @@ BENCHMARK = Benchmark(
     points={"windows": "Million tokens a second as int64 inputs and targets, 8 x 1,024, one core, 2 GB of shards in the page cache"},
     columns=(Column("rate", "million tokens/s", ",.1f"), Column("peak", "peak MB")),
     relative_to="torch DataLoader, shuffled",
+    limit="memory copy",
 )
 
 if __name__ == "__main__":

@@ -47,6 +47,12 @@ def test_where_less_is_better_the_ratio_turns_round() -> None:
     assert "| ours | 2 (2 to 2) | 10 (10 to 10) | 0.50x |" in table
 
 
+def test_the_share_of_the_limit_stands_beside_the_rate() -> None:
+    table = markdown(make_benchmark(limit="theirs"), record(ours=[25], theirs=[100]))
+    assert "| ours | 25 (25 to 25) | 10 (10 to 10) | 0.25x | 25 % |" in table
+    assert "| of the limit |" in table
+
+
 def test_points_measured_one_by_one_end_in_one_table_each_with_its_commit(tmp_path: Path) -> None:
     benchmark = make_benchmark(points={"small": "Small", "large": "Large"})
     save(benchmark, record("large", commit="first", ours=[1], theirs=[2]), tmp_path)
