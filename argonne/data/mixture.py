@@ -1,8 +1,8 @@
 """Sample i -> (source, window): pure arithmetic over an immutable list of phases.
 
 A phase fixes the mixture, the row length, the order and where each source starts; the last phase holds until the next begins. Sources are
-chosen by exact integer arithmetic, so that after any number of samples each source has had its share to within a row or two, and exactly
-its share after each multiple of the sum of the (integer) weights. Nothing here reads a token.
+chosen by exact integer arithmetic, so that each source has had exactly its share after each multiple of the sum of the (integer) weights,
+and between them is less than ceil(log2(sources)) rows off: one for two sources, two for four, three for eight. Nothing here reads a token.
 """
 
 from __future__ import annotations

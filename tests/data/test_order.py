@@ -73,6 +73,20 @@ def test_each_window_of_each_epoch_is_read_exactly_once(write_tokens: Callable[.
     assert order == "sequential" or read[:12] != read[12:24]
 
 
+def test_each_seed_has_a_shuffled_order_of_its_own(write_tokens: Callable[..., Path]) -> None:
+    chosen = section(write_tokens("a", [401]), order="shuffled")
+    orders = [starts(global_rows(open_training_data(chosen, BatchSection(tokens_per_step=400), seed), [0])) for seed in range(3)]
+    assert len({tuple(order) for order in orders}) == 3
+    assert len({tuple(sorted(order)) for order in orders}) == 1
+
+
+def test_two_sources_of_one_size_are_shuffled_in_orders_of_their_own(write_tokens: Callable[..., Path]) -> None:
+    first, second = write_tokens("a", [401]), write_tokens("b", [401], offset=1000)
+    data = open_training_data(section(first, second, order="shuffled"), BatchSection(tokens_per_step=800), 3)
+    read = starts(global_rows(data, [0]))
+    assert [start for start in read if start < 1000] != [start - 1000 for start in read if start >= 1000]
+
+
 @SLOW
 @given(
     lengths=st.lists(st.integers(1, 60), min_size=1, max_size=8).filter(lambda found: sum(found) > 9),
@@ -240,6 +254,15 @@ def test_a_source_is_never_read_more_often_than_its_max_epochs(write_tokens: Cal
         loader.batch(3)
     loader.close()
     assert data.passes(3) == {"a": 1.5}
+
+
+def test_the_last_row_within_max_epochs_is_read_and_the_next_one_refused_also_in_a_later_phase(write_tokens: Callable[..., Path]) -> None:
+    batch = BatchSection(tokens_per_step=16, steps=(BatchChange(step=3, tokens_per_step=8),))
+    data = open_training_data(section(write_tokens("a", [81]), max_epochs=1.5), batch, 3)
+    with data.loader(0, 1, 2, prefetch=0) as loader:
+        assert loader.batch(11).tokens == 8  # rows 0 to 14 of 10 an epoch
+        with pytest.raises(InputError, match="max_epochs"):
+            loader.batch(12)
 
 
 def test_tokens_per_epoch_ends_where_the_first_source_is_used_up(write_tokens: Callable[..., Path]) -> None:
