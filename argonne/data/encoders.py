@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from argonne.data.newer_characters import any_newer
 from argonne.data.tokenizer import TextTokenizer, forget_parsed
 from argonne.errors import InputError
 
@@ -63,18 +64,24 @@ class ReferenceEncoder:
 
 
 class FastEncoder:
-    """gigatoken, built from the same tokenizer.json without its control tokens, so that these are plain text to it too."""
+    """gigatoken, built from the same tokenizer.json without its control tokens, so that these are plain text to it too.
+
+    A batch with a character on which its Unicode tables and those of `tokenizers` disagree is left to the reference.
+    """
 
     name = "gigatoken"
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
         self._tokenizer = _gigatoken(tokenizer.text_json)
+        self._reference = ReferenceEncoder(tokenizer)
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         import awkward
 
         if not texts:
             return np.zeros(0, np.uint32), np.zeros(0, np.int64)
+        if any_newer(texts):
+            return self._reference.encode(texts)
         found = self._tokenizer.encode_batch(list(texts))
         return np.asarray(awkward.flatten(found), dtype=np.uint32), np.asarray(awkward.num(found), dtype=np.int64)
 

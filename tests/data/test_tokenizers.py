@@ -9,12 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from argonne.data import encoders, texts
+from argonne.data.newer_characters import any_newer
 from argonne.data.prepare import PrepareOptions, prepare
 from argonne.data.progress import Progress
+from argonne.data.tokenizer import load_tokenizer
 from tests.data.conftest import words
 from tests.data.test_prepare import documents_of, jsonl, long_text
 
@@ -137,6 +140,29 @@ def test_ids_of_the_qwen_tokenizers_are_those_of_tokenizers(shared: Path, name: 
     whole = Tokenizer.from_file(str(folder / "tokenizer.json"))
     reference = whole if added == "library" else without_added(whole)
     check(reference, folder, tmp_path, [*TEXTS, long], added_tokens=added)
+
+
+def test_characters_newer_than_the_tables_of_tokenizers_get_its_ids_too(shared: Path, tmp_path: Path) -> None:
+    folder = shared / "tokenizers" / "qwen3"
+    reference = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    beyond_the_probes = [f"plain {number}" for number in range(600)]
+    check(reference, folder, tmp_path, [*beyond_the_probes, "\U00032df0\\n", "\u1ac6\u05b9", "\U00032ede<A", "\u0301\u08d3"])
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("name", ["qwen3", "gpt2"])
+def test_every_character_in_three_surroundings_gets_the_ids_of_tokenizers_or_is_listed(shared: Path, name: str) -> None:
+    pytest.importorskip("gigatoken")
+    tokenizer = load_tokenizer(shared / "tokenizers" / name)
+    fast, slow = encoders.FastEncoder(tokenizer), encoders.ReferenceEncoder(tokenizer)
+    characters = [chr(code) for code in [*range(0xD800), *range(0xE000, 0x33500), *range(0xE0000, 0xE0200)]]
+    characters = [character for character in characters if not any_newer([character])]
+    for start in range(0, len(characters), 20_000):
+        part = characters[start : start + 20_000]
+        batch = [text for c in part for text in (f"{c}<A", f"\u0301{c}\u05b9", f"1{c}2 ")]
+        (expected, lengths), (ids, found) = slow.encode(batch), fast.encode(batch)
+        assert [ascii(batch[int(number)]) for number in np.nonzero(lengths != found)[0][:5]] == []
+        assert np.array_equal(ids, expected)
 
 
 def test_ids_of_gpt_2_from_vocabulary_and_merges_are_those_of_tokenizers(shared: Path, long: str, tmp_path: Path) -> None:
