@@ -42,7 +42,7 @@ def list_models(options: argparse.Namespace) -> None:
 
 
 def train_tokenizer(options: argparse.Namespace) -> None:
-    from argonne.data.prepare import train_tokenizer_on_files
+    from argonne.data.planning import train_tokenizer_on_files
 
     patterns = tuple(options.input)
     print(
@@ -55,7 +55,8 @@ def train_tokenizer(options: argparse.Namespace) -> None:
 def prepare_tokens(options: argparse.Namespace) -> None:
     import dataclasses
 
-    from argonne.data.prepare import PrepareOptions, prepare
+    from argonne.data.options import PrepareOptions
+    from argonne.data.prepare import prepare
 
     known = {item.name for item in dataclasses.fields(PrepareOptions)}
     values: dict[str, Any] = {

@@ -102,14 +102,18 @@ def _add_data(verbs: Any) -> None:
     parts: Any = tokenizer.add_subparsers(dest="action", required=True, metavar="train")
     parts.given = verbs.given
     train = _verb(parts, "train", "train a byte-level BPE tokenizer on text", actions.train_tokenizer)
-    train.add_argument("--input", nargs="+", action="extend", required=True, metavar="GLOB", help="text: parquet, arrow, jsonl(.gz|.zst), txt")
+    train.add_argument(
+        "--input", nargs="+", action="extend", required=True, metavar="GLOB", help="text: parquet, arrow, jsonl(.gz|.zst), txt"
+    )
     train.add_argument("--vocab-size", type=int, required=True, help="entries, reserved tokens included")
     train.add_argument("--out", type=Path, required=True, help="folder to write")
     train.add_argument("--bare", action="store_true", help="only the five special tokens of the 1.x tokenizer")
     train.add_argument("--text-column", default="text", help="column or field that holds the text (default: text)")
     train.add_argument("--split", default="file", metavar="HOW", help="txt: file (one document), blank-lines, lines, or a separator")
     prepare = _verb(verbs, "prepare", "turn text into token shards with a manifest", actions.prepare_tokens)
-    prepare.add_argument("--input", nargs="+", action="extend", required=True, metavar="GLOB", help="text: parquet, arrow, jsonl(.gz|.zst), txt")
+    prepare.add_argument(
+        "--input", nargs="+", action="extend", required=True, metavar="GLOB", help="text: parquet, arrow, jsonl(.gz|.zst), txt"
+    )
     which = prepare.add_mutually_exclusive_group()
     which.add_argument("--tokenizer", type=Path, metavar="DIR", help="folder of the tokenizer")
     which.add_argument("--train-tokenizer", type=int, metavar="N", help="train a tokenizer of N entries on the input first")
@@ -130,7 +134,12 @@ def _add_prepare_depth(prepare: argparse.ArgumentParser) -> None:
     prepare.add_argument("--filter", nargs="+", action="extend", default=[], metavar="NAME", help="quality filters to apply (quality)")
     prepare.add_argument("--dedup", action="store_true", help="drop exact duplicates, counted")
     prepare.add_argument(
-        "--decontaminate", nargs="+", action="extend", default=[], metavar="FILE", help="drop documents that share 13-grams with these files"
+        "--decontaminate",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FILE",
+        help="drop documents that share 13-grams with these files",
     )
     prepare.add_argument("--bos", action="store_true", help="begin each document with the tokenizer's BOS")
     prepare.add_argument(

@@ -49,7 +49,8 @@ def raw(_point: str) -> dict[str, float]:
 
 
 def ours(encoder: str, size: tuple[float, int]) -> dict[str, float]:
-    from argonne.data.prepare import PrepareOptions, prepare
+    from argonne.data.options import PrepareOptions
+    from argonne.data.prepare import prepare
     from argonne.data.progress import Progress
 
     def work(path: Path, folder: Path) -> None:

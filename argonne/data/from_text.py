@@ -7,7 +7,6 @@ Bytes, order and position are those of `prepare` and then training, because it i
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import os
 import signal
@@ -21,8 +20,8 @@ from typing import Any
 
 from argonne import files
 from argonne.config import DataSection
-from argonne.data import documents, encode, prepare, tokens
-from argonne.data.prepare import PrepareOptions
+from argonne.data import documents, encode, planning, prepare, tokens
+from argonne.data.options import PrepareOptions
 from argonne.data.tokens import Shard, TokenSet, TokenStream
 from argonne.errors import InputError
 
@@ -135,28 +134,20 @@ class TextWork:
         self._finished = 0
         self._shards: list[Shard] = []
         self.plan = self._plan()
-        self._weights = prepare.unit_weights(self.plan) if self.plan else []
+        self._weights = planning.unit_weights(self.plan) if self.plan else []
 
     @property
     def complete(self) -> bool:
         return (self.out / tokens.MANIFEST).exists()
 
     def _plan(self) -> dict[str, Any]:
-        """Written by one process of all, read by the others; empty when nothing is left to do."""
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.out.parent / f".{self.out.name}.plan-lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not self.complete:
-                try:
-                    plan = prepare.open_plan(self.options, self.out)
-                except InputError:
-                    if not self.complete:  # else another rank's process has finished this moment, and removed the plan
-                        raise
-                else:
-                    (self.out / FAILURE).unlink(missing_ok=True)
-                    return plan
-        prepare.prepare(self.options)
-        return {}
+        """Empty when nothing is left to do."""
+        plan = planning.open_plan(self.options, self.out)
+        if plan is None:
+            prepare.prepare(self.options)
+            return {}
+        (self.out / FAILURE).unlink(missing_ok=True)
+        return plan
 
     def finished_shards(self) -> tuple[list[Shard], bool]:
         """(training shards of the units finished so far, in plan order and without a gap; whether these are all)."""

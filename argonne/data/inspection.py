@@ -97,7 +97,9 @@ def _is_hash_list(tree: Any) -> bool:
 
 def _strangers(folder: Path, listed: dict[str, Any]) -> list[str]:
     """Lines for files that the hash list does not name: a damaged name in it, or somebody else's file."""
-    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+    found = {
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() and path.name not in (tokens.LOCK, tokens.TURN)
+    }
     unknown = found - {files.HASH_LIST, f"tokenizer/{files.HASH_LIST}"} - set(listed["files"])
     return [f"{folder / name}: is not named in {files.HASH_LIST}; if it is yours, move it elsewhere" for name in sorted(unknown)]
 

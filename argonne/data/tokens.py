@@ -24,6 +24,7 @@ from argonne import files
 from argonne.errors import InputError
 
 MANIFEST = "manifest.json"
+LOCK, TURN = ".lock", ".turn"  # of `argonne prepare`; empty files that stay and belong to no set
 FORMAT, FORMAT_VERSION = "argonne-tokens", 1
 HEADER_BYTES = 1024
 MAGIC = {"uint32": (20240801, 7), "uint16": (20240520, 1)}

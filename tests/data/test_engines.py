@@ -18,7 +18,8 @@ import pytest
 
 from argonne.data import encode, engines
 from argonne.data.inspection import inspect_tokens
-from argonne.data.prepare import PrepareOptions, prepare
+from argonne.data.options import PrepareOptions
+from argonne.data.prepare import prepare
 from argonne.errors import InputError
 from tests.data.conftest import words
 from tests.data.test_prepare import QUIET, content, documents_of
@@ -71,7 +72,8 @@ def test_slurm_is_asked_again_for_what_a_killed_task_left_undone(
 COMMAND = """
 import sys
 from pathlib import Path
-from argonne.data.prepare import PrepareOptions, prepare
+from argonne.data.options import PrepareOptions
+from argonne.data.prepare import prepare
 if __name__ == "__main__":
     prepare(PrepareOptions((sys.argv[1],), Path(sys.argv[2]), Path(sys.argv[3]), workers=int(sys.argv[4]), hold_out=0.1))
 """

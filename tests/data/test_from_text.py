@@ -18,7 +18,8 @@ import pytest
 from argonne.config import BatchSection, DataSection, SourceSection
 from argonne.data import encode, from_text
 from argonne.data.loader import TrainingData, open_training_data
-from argonne.data.prepare import PrepareOptions, prepare
+from argonne.data.options import PrepareOptions
+from argonne.data.prepare import prepare
 from argonne.errors import InputError
 from tests.data.conftest import words
 from tests.data.test_prepare import QUIET, content
@@ -125,14 +126,14 @@ def test_a_tokenising_process_whose_trainer_died_before_it_began_does_nothing(te
 
 
 def test_a_finish_between_two_looks_is_no_foreign_folder(text: DataSection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened = open_plan = from_text.prepare.open_plan
+    opened = open_plan = from_text.planning.open_plan
 
     def finished_by_another_rank(options: PrepareOptions, out: Path) -> dict[str, Any]:
-        monkeypatch.setattr(from_text.prepare, "open_plan", open_plan)
+        monkeypatch.setattr(from_text.planning, "open_plan", open_plan)
         prepare(options, QUIET)
         return opened(options, out)
 
-    monkeypatch.setattr(from_text.prepare, "open_plan", finished_by_another_rank)
+    monkeypatch.setattr(from_text.planning, "open_plan", finished_by_another_rank)
     data = open_training_data(text, BATCH, 1, run_folder=tmp_path / "run")
     ready = open_training_data(on(prepared(text, tmp_path / "tokens")), BATCH, 1)
     assert rows_of(data, range(3)) == rows_of(ready, range(3))

@@ -16,7 +16,8 @@ import zstandard
 
 from argonne.data import encode, engines
 from argonne.data.inspection import inspect_tokens
-from argonne.data.prepare import PrepareOptions, prepare
+from argonne.data.options import PrepareOptions
+from argonne.data.prepare import prepare
 from argonne.data.progress import Progress
 from argonne.data.tokenizer import load_tokenizer
 from argonne.data.tokens import open_tokens
@@ -27,11 +28,11 @@ QUIET = Progress("prepare", 0, None)
 
 
 def content(folder: Path) -> dict[str, str]:
-    """Hash of each file of a folder, without the lock."""
+    """Hash of each file of a folder, without the locks."""
     return {
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != ".lock"
+        if path.is_file() and path.name not in (".lock", ".turn")
     }
 
 

@@ -22,7 +22,8 @@ LARGEST_PEAK = 1.5e9
 COMMAND = """
 import resource, sys
 from pathlib import Path
-from argonne.data.prepare import PrepareOptions, prepare
+from argonne.data.options import PrepareOptions
+from argonne.data.prepare import prepare
 if __name__ == "__main__":
     prepare(PrepareOptions((sys.argv[1],), Path(sys.argv[2]), Path(sys.argv[3]), workers=int(sys.argv[4])))
     own = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))

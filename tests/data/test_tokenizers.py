@@ -15,7 +15,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from argonne.data import encoders, texts
 from argonne.data.newer_characters import any_newer
-from argonne.data.prepare import PrepareOptions, prepare
+from argonne.data.options import PrepareOptions
+from argonne.data.prepare import prepare
 from argonne.data.progress import Progress
 from argonne.data.tokenizer import load_tokenizer
 from tests.data.conftest import words

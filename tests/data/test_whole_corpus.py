@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from argonne.data import encode, engines
-from argonne.data.prepare import PrepareOptions, prepare
+from argonne.data.options import PrepareOptions
+from argonne.data.prepare import prepare
 from tests.data.test_engines import ray_for_workers, slurm
 from tests.data.test_prepare import QUIET, content
 

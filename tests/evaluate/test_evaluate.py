@@ -13,7 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from argonne.data.prepare import PrepareOptions, prepare
+from argonne.data.options import PrepareOptions
+from argonne.data.prepare import prepare
 from argonne.data.tokenizer import TextTokenizer, load_tokenizer
 from argonne.errors import InputError
 from argonne.evaluate.bits_per_byte import ratio, windows

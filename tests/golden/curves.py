@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from argonne.config import Recipe
-from argonne.data.prepare import PrepareOptions, prepare
+from argonne.data.options import PrepareOptions
+from argonne.data.prepare import prepare
 from argonne.recipe import build, resolve
 from argonne.stages.pretrain import run
 from argonne.train.records import read_metrics

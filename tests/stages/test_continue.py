@@ -12,7 +12,8 @@ import torch
 
 from argonne.config import Recipe
 from argonne.data.loader import open_training_data
-from argonne.data.prepare import PrepareOptions, prepare
+from argonne.data.options import PrepareOptions
+from argonne.data.prepare import prepare
 from argonne.stages.pretrain import run
 from argonne.stages.start import carried_data
 from argonne.train.checkpoint import LAST, read_state

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from argonne.config import Recipe
-from argonne.data.prepare import PrepareOptions, prepare
+from argonne.data.options import PrepareOptions
+from argonne.data.prepare import prepare
 from tests.train.family import sources, tokens_of
 
 Nano = Callable[..., Recipe]

@@ -69,7 +69,8 @@ def test_a_run_without_tensorboard_says_so_and_trains(nano: Nano, tmp_path: Path
 
 
 def test_a_source_of_a_mixture_has_its_own_tokens_passes_and_loss(nano: Nano, tmp_path: Path, tokens: Path) -> None:
-    from argonne.data.prepare import PrepareOptions, prepare
+    from argonne.data.options import PrepareOptions
+    from argonne.data.prepare import prepare
 
     text = tmp_path / "other.txt"
     text.write_text("".join(f"the same few words again and again, number {number}.\n" for number in range(1000)))

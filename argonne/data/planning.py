@@ -1,0 +1,196 @@
+"""The plan of `argonne prepare`: which files there are, how they are cut into units of work, with which tokenizer. Written once, by one process."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from argonne import files
+from argonne.data import documents, filters, messages, tokens
+from argonne.data.documents import InputFile, Unit
+from argonne.data.options import PrepareOptions
+from argonne.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
+from argonne.errors import InputError
+
+PLAN = "plan.json"
+PLAN_VERSION = 1
+TOKENIZER_CHARACTERS = 500_000_000
+
+
+@contextmanager
+def turn(out: Path) -> Iterator[None]:
+    """One process at a time plans, and one finishes; others wait. A folder that was made for this and stayed empty is removed again."""
+    made = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(out / tokens.TURN, "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+    finally:
+        if made and {entry.name for entry in out.iterdir()} <= {tokens.TURN}:
+            shutil.rmtree(out, ignore_errors=True)
+
+
+def open_plan(options: PrepareOptions, out: Path) -> dict[str, Any] | None:
+    """The plan of `out`: the one that lies there, if it is of the same input and options, else a new one; None where the set is finished.
+
+    Raises InputError before anything is written where the input, the options or the folder are wrong.
+    """
+    if (out / PLAN).exists():
+        with turn(out):
+            if (plan := _known_plan(options, out)) is not None:
+                return plan
+    if (out / tokens.MANIFEST).exists():
+        return None
+    ours = {tokens.LOCK, tokens.TURN, "tokenizer"}
+    if out.exists() and any(entry.name not in ours and not entry.name.startswith(files.TEMPORARY) for entry in out.iterdir()):
+        raise InputError(f"{out}: exists and holds no plan of `argonne prepare`; choose another --out or remove it")
+    found = documents.find_files(options.input, outside=out)
+    units, bad = _cut_all(options, found)
+    _check_text(options, found, units)
+    filters.build(options.recipe())  # evaluation files that cannot be read are refused here
+    tokenizer = None if options.tokenizer is None else load_tokenizer(options.tokenizer, options.added_tokens)
+    with turn(out):
+        if (plan := _known_plan(options, out)) is not None or (out / tokens.MANIFEST).exists():
+            return plan
+        tokenizer = _checked(options, tokenizer or _train(options, found, units, out))
+        return _write_plan(options, out, found, units, bad, tokenizer)
+
+
+def _known_plan(options: PrepareOptions, out: Path) -> dict[str, Any] | None:
+    if not (out / PLAN).exists() or (out / tokens.MANIFEST).exists():
+        return None
+    plan: dict[str, Any] = files.read_json(out / PLAN)
+    _check_plan(options, plan, out)
+    return plan
+
+
+def _checked(options: PrepareOptions, tokenizer: TextTokenizer) -> TextTokenizer:
+    if tokenizer.eos_id is None:
+        raise InputError(
+            f"tokenizer {tokenizer.folder}: names no end-of-text token, and each document ends with one; set "
+            "eos_token in tokenizer_config.json"
+        )
+    if options.bos and tokenizer.bos_id is None:
+        raise InputError(
+            f"tokenizer {tokenizer.folder}: names no bos_token, which --bos asks for; set it in tokenizer_config.json or leave --bos out"
+        )
+    return tokenizer
+
+
+def _write_plan(
+    options: PrepareOptions, out: Path, found: list[InputFile], units: list[Unit], bad: list[dict[str, str]], tokenizer: TextTokenizer
+) -> dict[str, Any]:
+    if options.tokenizer is not None:
+        tokenizer.save(out / "tokenizer")
+    plan = {
+        "format_version": PLAN_VERSION,
+        "recipe": options.recipe(),
+        "tokenizer": {
+            "fingerprint": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+            "eos_id": tokenizer.eos_id,
+            "bos_id": tokenizer.bos_id if options.bos else None,
+            "added_tokens": options.added_tokens,
+        },
+        "files": [dataclasses.asdict(file) for file in found],
+        "bad_files": bad,
+        "units": [dataclasses.asdict(unit) for unit in units],
+    }
+    files.write_json(out / PLAN, plan)
+    return plan
+
+
+def _cut_all(options: PrepareOptions, found: list[InputFile]) -> tuple[list[Unit], list[dict[str, str]]]:
+    target = documents.unit_bytes(found)
+    units: list[Unit] = []
+    bad: list[dict[str, str]] = []
+    for number, file in enumerate(found):
+        try:
+            pieces = documents.cut(number, file, target, options.text_column, options.split)
+        except InputError as error:
+            if not options.skip_bad_shards:
+                raise
+            bad.append({"path": file.path, "error": str(error)})
+            continue
+        units += [Unit(len(units) + index, number, start, stop) for index, (start, stop) in enumerate(pieces)]
+    if not units:
+        problem = f"no file of it can be read; first: {bad[0]['error']}" if bad else "holds no row"
+        raise InputError(f"input {', '.join(options.input)}: {problem}")
+    return units, bad
+
+
+def _check_text(options: PrepareOptions, found: list[InputFile], units: list[Unit]) -> None:
+    dropped = Counter[str]()
+    if next(sample_texts(found, units, options.text_column, options.split, options.skip_bad_shards, dropped), None) is None:
+        raise InputError(messages.no_text(found, options.text_column, dropped))
+
+
+def _train(options: PrepareOptions, found: list[InputFile], units: list[Unit], out: Path) -> TextTokenizer:
+    assert options.train_tokenizer is not None
+    if not (out / "tokenizer" / "tokenizer.json").exists():
+        texts = sample_texts(found, units, options.text_column, options.split, options.skip_bad_shards)
+        train_tokenizer(texts, options.train_tokenizer, out / "tokenizer", bare=options.bare)
+    return load_tokenizer(out / "tokenizer", options.added_tokens)
+
+
+def sample_texts(
+    found: list[InputFile], units: list[Unit], text_column: str, split: str, skip_bad: bool = False, dropped: Counter[str] | None = None
+) -> Iterator[str]:
+    """Documents to train a tokenizer on: the same share of every unit, at most 500 million characters together. Drops are added to `dropped`."""
+    share = TOKENIZER_CHARACTERS // len(units)
+    for unit in units:
+        characters = 0
+        try:
+            for batch in documents.read_unit(found[unit.file], unit, text_column, split):
+                yield from (text if isinstance(text, str) else next(text.blocks()) for text in batch.texts)
+                characters += batch.characters
+                if dropped is not None:
+                    dropped.update(batch.drops)
+                if characters >= share:
+                    break
+        except InputError:
+            if not skip_bad:
+                raise
+
+
+def train_tokenizer_on_files(
+    patterns: tuple[str, ...], vocab_size: int, out: Path, *, bare: bool = False, text_column: str = "text", split: str = "file"
+) -> Path:
+    """`argonne tokenizer train`: byte-level BPE on the files that the globs match."""
+    options = PrepareOptions(input=tuple(patterns), out=out, train_tokenizer=vocab_size, text_column=text_column, split=split)
+    found = documents.find_files(patterns)
+    units, _ = _cut_all(options, found)
+    _check_text(options, found, units)
+    return train_tokenizer(sample_texts(found, units, text_column, split), vocab_size, Path(out), bare=bare)
+
+
+def _check_plan(options: PrepareOptions, plan: dict[str, Any], out: Path) -> None:
+    if plan.get("format_version") != PLAN_VERSION:
+        raise InputError(
+            f"{out / PLAN}: version {plan.get('format_version')}, this argonne writes {PLAN_VERSION}; remove {out} and start again"
+        )
+    changed = [name for name, value in options.recipe().items() if plan["recipe"].get(name) != value]
+    if changed:
+        raise InputError(
+            f"{out}: holds unfinished work with other options ({', '.join(changed)}); use the same ones, choose another --out, or remove it"
+        )
+    if options.tokenizer is not None and load_tokenizer(options.tokenizer).fingerprint != plan["tokenizer"]["fingerprint"]:
+        raise InputError(f"{out}: holds unfinished work with another tokenizer; use the same one, choose another --out, or remove it")
+    listed = [(file["path"], file["bytes"]) for file in plan["files"]]
+    if listed != [(file.path, file.bytes) for file in documents.find_files(options.input, outside=out)]:
+        raise InputError(f"{out}: the input files have changed since the work began; restore them, choose another --out, or remove it")
+
+
+def unit_weights(plan: dict[str, Any]) -> list[int]:
+    """Input bytes of each unit, for the progress line."""
+    count: dict[int, int] = {}
+    for unit in plan["units"]:
+        count[unit["file"]] = count.get(unit["file"], 0) + 1
+    return [plan["files"][unit["file"]]["bytes"] // count[unit["file"]] for unit in plan["units"]]
