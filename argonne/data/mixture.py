@@ -180,7 +180,12 @@ class Mixture:
                 yield phase, until - phase.first_step
 
     def locate(self, phase: Phase, start: int, stop: int) -> GlobalRows:
-        """Where samples start .. stop-1 of `phase` (global sample numbers) lie, whatever `max_epochs` says (see `last_sample`)."""
+        """Where samples start .. stop-1 of `phase` (global sample numbers) lie, whatever `max_epochs` says (see `check_rows`).
+
+        Raises InputError where an earlier phase read a source that is no longer open.
+        """
+        if missing := [source.name for source in phase.sources if source.fingerprint not in self.windows]:
+            raise InputError(f"data.sources: step {phase.first_step} and on read {', '.join(missing)}, which the recipe no longer names")
         weights = integer_weights([source.weight for source in phase.sources])
         chosen, draw = deal(weights, start - phase.first_sample, stop - phase.first_sample)
         rows = Rows.empty(stop - start)

@@ -202,6 +202,17 @@ def test_a_changed_weight_or_a_new_source_goes_on_where_each_source_stood(write_
     assert len(read) == 60 == data.samples_before(15)
 
 
+def test_steps_of_an_earlier_phase_name_the_sources_as_the_recipe_does_now(write_tokens: Callable[..., Path]) -> None:
+    first, second, batch = write_tokens("a", [400]), write_tokens("b", [400], offset=1000), BatchSection(tokens_per_step=32)
+    data = open_training_data(section(first, second, weights=(3.0, 1.0)), batch, 3)
+    turned = resumed(section(second, first), batch, data, 2)
+    (then,), (now,) = global_rows(data, [1]), global_rows(turned, [1])
+    assert np.array_equal(then[:, :-1], now[:, :-1])
+    assert (then[:, -1] == 1 - now[:, -1]).all()
+    with pytest.raises(InputError, match="read b, which the recipe no longer names"):
+        global_rows(resumed(section(first), batch, data, 2), [1])
+
+
 @pytest.mark.parametrize(
     ("change", "seed", "key"),
     [
@@ -235,12 +246,27 @@ def test_other_tokens_under_the_same_name_are_refused_unless_allowed(write_token
     assert starts(global_rows(allowed, [2]))[0] == 0
 
 
-def test_a_batch_change_in_the_past_is_refused(write_tokens: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("order", [("sequential", "shuffled"), ("shuffled", "sequential")])
+def test_after_an_allowed_change_of_order_the_next_epoch_begins(write_tokens: Callable[..., Path], order: tuple[str, str]) -> None:
+    folder, batch = write_tokens("a", [81]), BatchSection(tokens_per_step=40)
+    before, after = section(folder, order=order[0]), section(folder, order=order[1])
+    state = open_training_data(before, batch, 3).state(1)
+    changed = open_training_data(after, batch, 3, state=state, allow=frozenset({"data.order"}))
+    second_epoch = global_rows(open_training_data(after, batch, 3), range(2, 4))
+    for found, expected in zip(global_rows(changed, range(1, 3)), second_epoch, strict=True):
+        assert np.array_equal(found, expected)
+    assert changed.passes(3) == {"a": 2.0}
+
+
+def test_a_batch_change_in_the_past_is_refused_and_one_from_now_on_is_not(write_tokens: Callable[..., Path]) -> None:
     chosen, batch = section(write_tokens("a", [400])), BatchSection(tokens_per_step=32)
     state = open_training_data(chosen, batch, 3).state(5)
-    rewritten = BatchSection(tokens_per_step=32, steps=(BatchChange(step=2, tokens_per_step=64),))
-    with pytest.raises(InputError, match="history cannot change"):
-        open_training_data(chosen, rewritten, 3, state=state)
+    for step in (2, 4):
+        rewritten = BatchSection(tokens_per_step=32, steps=(BatchChange(step=step, tokens_per_step=64),))
+        with pytest.raises(InputError, match="history cannot change"):
+            open_training_data(chosen, rewritten, 3, state=state)
+    now = BatchSection(tokens_per_step=32, steps=(BatchChange(step=5, tokens_per_step=64),))
+    assert [open_training_data(chosen, now, 3, state=state).rows(step) for step in (4, 5)] == [4, 8]
 
 
 def test_a_source_is_never_read_more_often_than_its_max_epochs(write_tokens: Callable[..., Path]) -> None:
@@ -319,6 +345,17 @@ def test_a_document_mask_restarts_positions_and_masks_the_targets_across_documen
     assert found.valid_tokens == 13
 
 
+def test_where_a_format_keeps_no_document_ends_the_end_of_text_token_is_one(tmp_path: Path, numbers_folder: Path) -> None:
+    end = 4095
+    ids = np.array([1, 2, end, 4, 5, 6, 7, end, 9, 10, 11, 12, 13, 14, 15, 16, 17], dtype="<u2")
+    (tmp_path / "raw.bin").write_bytes(ids.tobytes())
+    sources = (SourceSection(path=f"raw-uint16:{tmp_path / 'raw.bin'}"),)
+    chosen = DataSection(sources=sources, tokenizer=str(numbers_folder), sequence_length=8, document_mask=True)
+    batch = open_training_data(chosen, BatchSection(tokens_per_step=16), 3).loader(0, 1, 2).batch(0).micro_batches[0]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 6, 7]]
+    assert batch["shift_labels"].tolist() == [[2, end, -100, 5, 6, 7, end, -100], [10, 11, 12, 13, 14, 15, 16, 17]]
+
+
 def test_held_out_windows_are_fixed_and_apart_from_training(write_tokens: Callable[..., Path]) -> None:
     data = open_training_data(section(write_tokens("a", [100], held_out=[100, 50])), BatchSection(tokens_per_step=16), 3)
     first = [batch["input_ids"].tolist() for batch in data.held_out_batches(5, 2)]
@@ -335,10 +372,10 @@ def test_a_corpus_shorter_than_a_row_is_named(write_tokens: Callable[..., Path])
 
 
 def test_the_reader_on_rank_0_gives_the_same_batches(write_tokens: Callable[..., Path]) -> None:
-    folder = write_tokens("a", [300, 100])
+    folders = write_tokens("a", [5, 11, 6, 3, 40, 7, 12, 58, 9, 4, 145, 100]), write_tokens("b", [50, 13, 11], offset=1000)
     batch = BatchSection(tokens_per_step=7 * 8)
-    plain = open_training_data(section(folder, order="shuffled", document_mask=True), batch, 3)
-    reading = open_training_data(section(folder, order="shuffled", document_mask=True, reader="rank-0"), batch, 3)
+    plain = open_training_data(section(*folders, order="shuffled", document_mask=True), batch, 3)
+    reading = open_training_data(section(*folders, order="shuffled", document_mask=True, reader="rank-0"), batch, 3)
     sent: list[Any] = []
     for rank in range(3):
         queue = list(sent)
