@@ -18,6 +18,7 @@ RANGES = """
 1e130-1e136 1e2ae 1e2ec-1e2ef 1e4ec-1e4ef 1e5ee-1e5ef 1e6c0-1e6ff 2b73a-2b73f 2cea2-2cead 2ebe0-2ee5d 31350-3347f
 """
 LOWEST = 0x7FD
+PIECE = 1 << 20
 
 
 @functools.cache
@@ -31,8 +32,13 @@ def _table() -> np.ndarray:
 
 
 def any_newer(texts: Sequence[str]) -> bool:
-    """Does any of the texts hold such a character? A few nanoseconds a character of a text that is not ASCII."""
-    whole = "".join(text for text in texts if not text.isascii())
-    codes = np.frombuffer(whole.encode("utf-32-le"), dtype="<u4")
+    """Does any of the texts hold such a character? A few nanoseconds a character of a text that is not ASCII, and a few megabytes."""
+    other = [text for text in texts if not text.isascii()]
+    pieces = (text[start : start + PIECE] for text in other for start in range(0, len(text), PIECE))
+    return any(_has_newer(piece) for piece in pieces)
+
+
+def _has_newer(text: str) -> bool:
+    codes = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
     high = codes[codes >= LOWEST]
     return bool(len(high)) and bool(_table()[high].any())
