@@ -76,6 +76,7 @@ def test_the_permutation_of_a_large_count_stays_inside_and_has_no_repeat(count: 
 
 def test_the_permutation_of_version_1_never_changes() -> None:
     assert permute(np.arange(8), 1000, 444).tolist() == STORED
+    assert [permute(np.arange(count), count, 444).tolist() for count in range(1, 7)] == STORED_SMALL
 
 
 def test_different_keys_give_different_orders_and_neighbours_are_parted() -> None:
@@ -85,3 +86,4 @@ def test_different_keys_give_different_orders_and_neighbours_are_parted() -> Non
 
 
 STORED = [126, 910, 368, 56, 320, 397, 247, 278]
+STORED_SMALL = [[0], [1, 0], [0, 2, 1], [3, 2, 1, 0], [2, 3, 0, 4, 1], [2, 3, 5, 4, 1, 0]]
