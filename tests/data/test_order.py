@@ -184,6 +184,18 @@ def test_a_row_over_a_seam_of_two_shuffled_windows_predicts_the_true_next_tokens
     assert (np.diff(rows[:, :6], axis=1) != 1).any()
 
 
+def test_a_row_length_that_comes_back_off_its_old_grid_reads_what_is_left_of_the_shuffled_epoch(write_tokens: Callable[..., Path]) -> None:
+    folder, read = write_tokens("a", [81]), []
+    data = open_training_data(section(folder, length=4, order="shuffled"), BatchSection(tokens_per_step=8), 3)
+    read += global_rows(data, range(2))
+    data = resumed(section(folder, length=6, order="shuffled"), BatchSection(tokens_per_step=6), data, 2)
+    read += global_rows(data, range(2, 3))
+    data = resumed(section(folder, length=4, order="shuffled"), BatchSection(tokens_per_step=4), data, 3)
+    read += global_rows(data, range(3, 17))
+    places = np.concatenate([rows[:, : rows.shape[1] // 2].ravel() for rows in read]).tolist()
+    assert len(places) == len(set(places)) == 78
+
+
 def test_a_changed_weight_or_a_new_source_goes_on_where_each_source_stood(write_tokens: Callable[..., Path]) -> None:
     first, second, third = write_tokens("a", [400]), write_tokens("b", [400], offset=1000), write_tokens("c", [400], offset=2000)
     batch = BatchSection(tokens_per_step=32)
