@@ -134,17 +134,27 @@ def publish_directory(temporary: Path, target: Path) -> None:
     fsync_path(target.parent)
 
 
+def is_hash_list(tree: Any) -> bool:
+    """Is every entry one that can be compared? A flipped byte may as well have changed a key."""
+    if not isinstance(tree, dict) or set(tree) != {"format_version", "files"} or tree["format_version"] != 1:
+        return False
+    entries = tree["files"].values() if isinstance(tree["files"], dict) else [None]
+    return all(isinstance(entry, dict) and set(entry) == {"bytes", "sha256"} and isinstance(entry["bytes"], int) for entry in entries)
+
+
 def verify_directory(folder: Path, *, hashes: bool = True) -> list[str]:
     """Compare a sealed folder with its hash list; return one line for each file that is missing, has another size or other bytes."""
     hash_list = folder / HASH_LIST
     if not hash_list.exists():
         return [f"{hash_list} is missing: the directory was never completed"]
     try:
-        entries = json.loads(hash_list.read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        tree = json.loads(hash_list.read_text())
+    except (OSError, ValueError) as error:
         return [f"{hash_list} cannot be read: {error}"]
+    if not is_hash_list(tree):
+        return [f"{hash_list} is damaged: not a list of files with sizes and hashes"]
     problems = []
-    for name, entry in entries.items():
+    for name, entry in tree["files"].items():
         path = folder / name
         if not path.is_file():
             problems.append(f"{path} is missing")

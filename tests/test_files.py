@@ -63,6 +63,18 @@ def test_a_directory_without_its_hash_list_was_never_completed(tmp_path: Path) -
     assert "never completed" in files.verify_directory(target)[0]
 
 
+@pytest.mark.parametrize(
+    "damaged", ['{"files": {"a": {"byteS": 1}}, "format_version": 1}', '{"files": [], "format_version": 1}', "[]", "{}"]
+)
+def test_a_damaged_hash_list_is_a_problem_and_no_crash(tmp_path: Path, damaged: str) -> None:
+    with files.atomic_directory(tmp_path / "sealed") as temporary:
+        (temporary / "a").write_text("a")
+    (tmp_path / "sealed" / files.HASH_LIST).write_text(damaged)
+    assert files.verify_directory(tmp_path / "sealed") == [
+        f"{tmp_path / 'sealed' / files.HASH_LIST} is damaged: not a list of files with sizes and hashes"
+    ]
+
+
 def test_an_existing_target_is_kept_unless_replacing_is_asked_for(tmp_path: Path) -> None:
     target = fill(tmp_path / "made")
     with pytest.raises(InputError, match="exists already"), files.atomic_directory(target):

@@ -175,7 +175,7 @@ class _UnitWork:
         self.train = _Output(folder, f"tokens-{number:05d}", dtype, job.shard_tokens, staged)
         self.held = _Output(folder, f"held_out-{number:05d}", dtype, job.shard_tokens, staged)
         self.choose = held_out_numbers(self.recipe["hold_out"], number)
-        self.filters = filters.build(self.recipe)
+        self.filters = filters.build(self.recipe, self.plan["evaluation_files"])
         self.rows, self.drops, self.warnings = 0, dict[str, int](), list[str]()
         self.bad: list[dict[str, str]] = []
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import functools
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +15,7 @@ from typing import IO, Any
 import numpy as np
 
 from argonne.data.documents import InputFile, find_files
-from argonne.data.texts import LongText, Text, first_line, read_faults
+from argonne.data.texts import READ_BYTES, LongText, Text, first_line, read_faults
 from argonne.data.textual import open_file
 from argonne.errors import InputError
 
@@ -28,13 +30,35 @@ WORD = re.compile(r"\w+")
 Filter = Callable[[Text], bool]
 
 
-def build(recipe: dict[str, Any]) -> dict[str, Filter]:
-    """The filters that a recipe asks for, by the reason under which they count."""
+def evaluation_files(patterns: Sequence[str]) -> list[dict[str, Any]]:
+    """The evaluation files that the patterns match, each with the hash of its bytes: part of what decides which documents are left out.
+
+    Raises InputError when a pattern matches nothing or a file cannot be read.
+    """
+    found = find_files(patterns, also=EVALUATION_SUFFIXES) if patterns else []
+    return [{**dataclasses.asdict(file), "sha256": _digest(file.path)} for file in found]
+
+
+def _digest(path: str) -> str:
+    import fsspec
+
+    digest = hashlib.sha256()
+    try:
+        with fsspec.open(path, "rb") as source:
+            while chunk := source.read(READ_BYTES):
+                digest.update(chunk)
+    except OSError as error:
+        raise InputError(f"--decontaminate {path}: cannot be read ({first_line(error)}); restore it or leave it out") from None
+    return digest.hexdigest()
+
+
+def build(recipe: dict[str, Any], evaluation: Sequence[dict[str, Any]]) -> dict[str, Filter]:
+    """The filters that a recipe asks for, by the reason under which they count. `evaluation`: what `evaluation_files` found for it."""
     found: dict[str, Filter] = {}
     if "quality" in recipe["filter"]:
         found["quality"] = is_low_quality
     if recipe["decontaminate"]:
-        grams = evaluation_grams(tuple(recipe["decontaminate"]))
+        grams = evaluation_grams(tuple((file["path"], file["format"], file["bytes"], file["sha256"]) for file in evaluation))
         found["contaminated"] = functools.partial(shares_a_gram, grams)
     return found
 
@@ -106,18 +130,21 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 @functools.lru_cache(maxsize=2)
-def evaluation_grams(patterns: tuple[str, ...]) -> Grams:
-    """All 13-word runs of the evaluation files (jsonl, json, parquet, csv, txt), of every text in every field.
+def evaluation_grams(listed: tuple[tuple[str, str, int, str], ...]) -> Grams:
+    """All 13-word runs of the evaluation files (path, format, bytes, sha256), of every text in every field.
 
-    Raises InputError when a pattern matches nothing or no text has 13 words.
+    Raises InputError when a file is not the one that was listed or no text has 13 words.
     """
     grams: set[tuple[str, ...]] = set()
-    for file in find_files(patterns, also=EVALUATION_SUFFIXES):
-        for value in _values(file):
+    for path, kind, size, digest in listed:
+        if _digest(path) != digest:
+            raise InputError(f"--decontaminate {path}: has changed since the work began; restore it, or remove the output and start again")
+        for value in _values(InputFile(path, kind, size)):
             for text in _strings(value):
                 grams.update(_grams(WORD.findall(text.lower())))
     if not grams:
-        raise InputError(f"--decontaminate {', '.join(patterns)}: no text of {GRAM_WORDS} words or more in it")
+        names = ", ".join(path for path, *_ in listed)
+        raise InputError(f"--decontaminate {names}: no text of {GRAM_WORDS} words or more in it")
     return Grams(frozenset(grams), frozenset(gram[:3] for gram in grams))
 
 

@@ -52,7 +52,7 @@ def _facts(opened: TokenSet) -> dict[str, Any]:
         "shards": len(opened.train.shards),
         "bytes": sum(shard.path.stat().st_size for shard in [*opened.train.shards, *opened.held_out.shards]),
         "fingerprint": opened.fingerprint,
-        **recorded("tokenizer", "recipe", "sources", "bad_files"),
+        **recorded("tokenizer", "recipe", "sources", "evaluation_files", "bad_files"),
     }
 
 
@@ -79,20 +79,12 @@ def _unsealed(folder: Path, verify: bool, *others: str) -> list[str]:
             problems.append(f"{path}: cannot be read ({error})")
             continue
         if path.name == files.HASH_LIST:
-            listed = tree if _is_hash_list(tree) else None
+            listed = tree if files.is_hash_list(tree) else None
         if not same or (path.name == files.HASH_LIST and listed is None):
             problems.append(f"{path}: not as it was written; restore it or prepare again")
     if listed is None:
         return problems
     return files.verify_directory(folder, hashes=verify) + problems + _strangers(folder, listed)
-
-
-def _is_hash_list(tree: Any) -> bool:
-    """Is every entry one that can be compared? A flipped byte may as well have changed a key."""
-    if not isinstance(tree, dict) or set(tree) != {"format_version", "files"} or tree["format_version"] != 1:
-        return False
-    entries = tree["files"].values() if isinstance(tree["files"], dict) else [None]
-    return all(isinstance(entry, dict) and set(entry) == {"bytes", "sha256"} and isinstance(entry["bytes"], int) for entry in entries)
 
 
 def _strangers(folder: Path, listed: dict[str, Any]) -> list[str]:

@@ -49,6 +49,7 @@ def build_manifest(plan: dict[str, Any], records: list[dict[str, Any]]) -> dict[
         "recipe": plan["recipe"],
         "plan": files.fingerprint(plan),
         "sources": sources,
+        "evaluation_files": plan["evaluation_files"],
         "bad_files": plan["bad_files"] + [bad for record in records for bad in record["bad"]],
     }
 

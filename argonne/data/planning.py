@@ -49,18 +49,25 @@ def open_plan(options: PrepareOptions, out: Path) -> dict[str, Any] | None:
     if (out / tokens.MANIFEST).exists():
         return None
     ours = {tokens.LOCK, tokens.TURN, "tokenizer"}
-    if out.exists() and any(entry.name not in ours and not entry.name.startswith(files.TEMPORARY) for entry in out.iterdir()):
+    foreign = out.exists() and any(entry.name not in ours and not entry.name.startswith(files.TEMPORARY) for entry in out.iterdir())
+    # Looked for once more: another process may have planned, or finished, since the first look.
+    if foreign and not (out / PLAN).exists() and not (out / tokens.MANIFEST).exists():
         raise InputError(f"{out}: exists and holds no plan of `argonne prepare`; choose another --out or remove it")
     found = documents.find_files(options.input, outside=out)
     units, bad = _cut_all(options, found)
     _check_text(options, found, units)
-    filters.build(options.recipe())  # evaluation files that cannot be read are refused here
+    evaluation = filters.evaluation_files(options.decontaminate)
+    filters.build(options.recipe(), evaluation)  # those that cannot be read are refused here
     tokenizer = None if options.tokenizer is None else load_tokenizer(options.tokenizer, options.added_tokens)
     with turn(out):
         if (plan := _known_plan(options, out)) is not None or (out / tokens.MANIFEST).exists():
             return plan
         tokenizer = _checked(options, tokenizer or _train(options, found, units, out))
-        return _write_plan(options, out, found, units, bad, tokenizer)
+        plan = _new_plan(options, found, units, bad, evaluation, tokenizer)
+        if options.tokenizer is not None:
+            tokenizer.save(out / "tokenizer")
+        files.write_json(out / PLAN, plan)
+        return plan
 
 
 def _known_plan(options: PrepareOptions, out: Path) -> dict[str, Any] | None:
@@ -84,12 +91,15 @@ def _checked(options: PrepareOptions, tokenizer: TextTokenizer) -> TextTokenizer
     return tokenizer
 
 
-def _write_plan(
-    options: PrepareOptions, out: Path, found: list[InputFile], units: list[Unit], bad: list[dict[str, str]], tokenizer: TextTokenizer
+def _new_plan(
+    options: PrepareOptions,
+    found: list[InputFile],
+    units: list[Unit],
+    bad: list[dict[str, str]],
+    evaluation: list[dict[str, Any]],
+    tokenizer: TextTokenizer,
 ) -> dict[str, Any]:
-    if options.tokenizer is not None:
-        tokenizer.save(out / "tokenizer")
-    plan = {
+    return {
         "format_version": PLAN_VERSION,
         "recipe": options.recipe(),
         "tokenizer": {
@@ -101,10 +111,9 @@ def _write_plan(
         },
         "files": [dataclasses.asdict(file) for file in found],
         "bad_files": bad,
+        "evaluation_files": evaluation,
         "units": [dataclasses.asdict(unit) for unit in units],
     }
-    files.write_json(out / PLAN, plan)
-    return plan
 
 
 def _cut_all(options: PrepareOptions, found: list[InputFile]) -> tuple[list[Unit], list[dict[str, str]]]:
@@ -186,6 +195,10 @@ def _check_plan(options: PrepareOptions, plan: dict[str, Any], out: Path) -> Non
     listed = [(file["path"], file["bytes"]) for file in plan["files"]]
     if listed != [(file.path, file.bytes) for file in documents.find_files(options.input, outside=out)]:
         raise InputError(f"{out}: the input files have changed since the work began; restore them, choose another --out, or remove it")
+    if plan["evaluation_files"] != filters.evaluation_files(options.decontaminate):
+        raise InputError(
+            f"{out}: the --decontaminate files have changed since the work began; restore them, choose another --out, or remove it"
+        )
 
 
 def unit_weights(plan: dict[str, Any]) -> list[int]:

@@ -154,7 +154,9 @@ def parse_tokenizer(text: str, folder: Path) -> _Parsed:
     try:
         return _parse(text)
     except Exception as error:  # the library raises a plain Exception for any fault in the file
-        raise InputError(f"{folder / TOKENIZER_FILE}: not a tokenizer the tokenizers library can read ({error})") from None
+        raise InputError(
+            f"{folder / TOKENIZER_FILE}: not a tokenizer the tokenizers library can read ({error}); restore the file, or name another folder"
+        ) from None
 
 
 @functools.lru_cache(maxsize=2)
@@ -193,6 +195,8 @@ def load_tokenizer(folder: Path | str, added_tokens: str = "library") -> TextTok
     if not folder.is_dir():
         raise InputError(f"tokenizer {folder}: no such folder; give a local folder that holds {TOKENIZER_FILE}")
     config = files.read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
+    if not isinstance(config, dict):
+        raise InputError(f"{folder / CONFIG_FILE}: found a {type(config).__name__}, expected an object of settings; restore the file")
     if (folder / TOKENIZER_FILE).is_file():
         text = (folder / TOKENIZER_FILE).read_bytes().decode(errors="replace")
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
@@ -204,6 +208,16 @@ def load_tokenizer(folder: Path | str, added_tokens: str = "library") -> TextTok
 
 
 def _convert(folder: Path, config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """tokenizer.json for a folder that has only a vocabulary and merges. Raises InputError when transformers cannot read them."""
+    try:
+        return _converted(folder, config)
+    except Exception as error:  # transformers and tokenizers raise what they like for a damaged file
+        raise InputError(
+            f"{folder}: its vocab.json and merges.txt cannot be read ({error}); restore them, or name another folder"
+        ) from None
+
+
+def _converted(folder: Path, config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     from transformers import AutoTokenizer, GPT2Tokenizer
 
     if config.get("tokenizer_class"):

@@ -354,7 +354,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a finished folder; InputError when it is unfinished, foreign or of a later version."""
     if not (folder / MANIFEST).is_file():
         unfinished = "; `argonne prepare` was interrupted here: run it again to finish" if (folder / "plan.json").exists() else ""
-        raise InputError(f"{folder}: no {MANIFEST} in this folder, so it is no finished token set{unfinished}")
+        advice = unfinished or "; name a folder that `argonne prepare` wrote, or a token file in it"
+        raise InputError(f"{folder}: no {MANIFEST} in this folder, so it is no finished token set{advice}")
     manifest = files.read_json(folder / MANIFEST)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise InputError(f"{folder / MANIFEST}: not the manifest of a token set (no format {FORMAT!r})")

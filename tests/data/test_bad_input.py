@@ -185,6 +185,11 @@ def test_a_bad_file_among_good_ones_is_passed_over_when_asked_and_listed(
 TOKENIZERS: dict[str, tuple[dict[str, str], list[str]]] = {
     "empty folder": ({}, ["found nothing; expected tokenizer.json"]),
     "only a vocabulary": ({"vocab.json": "{}"}, ["found vocab.json; expected tokenizer.json, or vocab.json with merges.txt"]),
+    "broken vocabulary and merges": (
+        {"vocab.json": "{}", "merges.txt": "a b"},
+        ["vocab.json and merges.txt cannot be read", "restore them"],
+    ),
+    "a list for a config": ({"tokenizer.json": "GOOD", "tokenizer_config.json": "[1]"}, ["tokenizer_config.json: found a list", "restore"]),
     "half a file": ({"tokenizer.json": '{"version": "1'}, ["tokenizer.json: not a tokenizer the tokenizers library can read"]),
     "no tokenizer": ({"tokenizer.json": "{}"}, ["tokenizer.json: not a tokenizer the tokenizers library can read"]),
     "half a config": ({"tokenizer.json": "GOOD", "tokenizer_config.json": "{"}, ["tokenizer_config.json: not a JSON file", "restore it"]),

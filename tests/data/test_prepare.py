@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import hashlib
 import json
@@ -358,6 +359,23 @@ def test_text_of_evaluation_files_is_kept_out_and_counted(tokenizer_folder: Path
     manifest = open_tokens(prepare(options, QUIET)).manifest
     assert manifest["drops"] == {"contaminated": 2}
     assert manifest["documents"] == 2
+    listed = {Path(file["path"]).name: file["sha256"] for file in manifest["evaluation_files"]}
+    assert listed == {name: hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in ("eval.csv", "eval.jsonl")}
+
+
+def test_evaluation_files_that_changed_since_the_work_began_are_refused(tokenizer_folder: Path, tmp_path: Path) -> None:
+    text = "one two three four five six seven eight nine ten eleven twelve thirteen"
+    for number in range(2):
+        jsonl(tmp_path / f"in_{number}.jsonl", [{"text": words(50, number)}])
+    jsonl(tmp_path / "eval.jsonl", [{"q": text}])
+    evaluation = (str(tmp_path / "eval.jsonl"),)
+    options = PrepareOptions((str(tmp_path / "in_*"),), tmp_path / "out", tokenizer_folder, decontaminate=evaluation)
+    prepare(dataclasses.replace(options, part=(1, 2)), QUIET)
+    jsonl(tmp_path / "eval.jsonl", [{"q": f"{text} fourteen"}])
+    with pytest.raises(InputError, match="the --decontaminate files have changed"):
+        prepare(options, QUIET)
+    jsonl(tmp_path / "eval.jsonl", [{"q": text}])
+    assert prepare(options, QUIET) == tmp_path / "out"
 
 
 def test_a_single_train_bin_holds_the_same_tokens_as_the_shards(
