@@ -14,7 +14,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from argonne.data.newer_characters import any_newer
-from argonne.data.tokenizer import TextTokenizer, forget_parsed
+from argonne.data.tokenizer import TextTokenizer
+from argonne.data.tokenizer_file import forget_parsed
 from argonne.errors import InputError
 
 PIECE_BYTES = 1 << 20

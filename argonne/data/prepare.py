@@ -27,7 +27,7 @@ from argonne.data.tokenizer import load_tokenizer
 from argonne.errors import InputError
 
 PROBES = 64
-WORKER_BYTES, FAST_WORKER_BYTES = 16 << 20, 256 << 20
+WORKER_BYTES, FAST_WORKER_BYTES = 16 << 20, 96 << 20
 
 
 def prepare(options: PrepareOptions, progress: Progress | None = None) -> Path:

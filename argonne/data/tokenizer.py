@@ -6,12 +6,9 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from argonne import files
+from argonne.data.tokenizer_file import TOKENIZER_FILE, ParsedTokenizer, parse_tokenizer
 from argonne.errors import InputError
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    pass
 
 CONFIG_FILE = "tokenizer_config.json"
-TOKENIZER_FILE = "tokenizer.json"
 COMPANION_FILES = (CONFIG_FILE, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt")
 ADDED_TOKENS = ("library", "plain")
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>")
@@ -39,7 +36,7 @@ SPLIT_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?
 class TextTokenizer:
     """A loaded tokenizer. `added_tokens = "plain"` makes every added token plain text inside a document, not only the control tokens."""
 
-    def __init__(self, parsed: _Parsed, config: dict[str, Any], folder: Path, added_tokens: str = "library") -> None:
+    def __init__(self, parsed: ParsedTokenizer, config: dict[str, Any], folder: Path, added_tokens: str = "library") -> None:
         if added_tokens not in ADDED_TOKENS:
             raise InputError(f"added_tokens: found {added_tokens!r}, expected {' or '.join(map(repr, ADDED_TOKENS))}")
         self._parsed, self.config = parsed, config
@@ -47,8 +44,7 @@ class TextTokenizer:
         self.folder = folder
         self.added_tokens = added_tokens
         self._whole = parsed.tokenizer
-        self._encoder = self._whole if added_tokens == "library" else parse_tokenizer(self.text_json, folder).tokenizer
-        self._encoder.encode_special_tokens = True
+        self._encoder = parsed if added_tokens == "library" else parse_tokenizer(self.text_json, folder)
         self.vocab_size: int = self._whole.get_vocab_size(with_added_tokens=True)
         self.bos_id = self._named("bos_token", ())
         self.eos_id = self._named("eos_token", END_OF_TEXT)
@@ -84,12 +80,11 @@ class TextTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of one text, without BOS or EOS."""
-        return list(self._encoder.encode(text, add_special_tokens=False).ids)
+        return self._encoder.encode(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of each text as uint32, on the threads `tokenizers` is allowed."""
-        encodings = self._encoder.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+        return self._encoder.encode_batch(texts)
 
     def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool = False) -> str:
         return str(self._whole.decode([int(token) for token in ids], skip_special_tokens=skip_special_tokens))
@@ -127,61 +122,6 @@ class TextTokenizer:
                 shutil.copyfile(self.folder / name, folder / name)
         if not (folder / CONFIG_FILE).exists():
             files.write_json(folder / CONFIG_FILE, self.config)
-
-
-@dataclass
-class _Parsed:
-    """A tokenizer.json once read, for the several parts of one command that ask for the same.
-
-    `head`: all of it but the vocabulary and the merges, which as Python objects take more memory than the tokenizer itself.
-    """
-
-    text: str
-    head: dict[str, Any]
-    tokenizer: Tokenizer
-
-    def specification(self) -> dict[str, Any]:
-        """All of tokenizer.json, without truncation and padding; read anew at each call."""
-        return {**json.loads(self.text), "truncation": None, "padding": None}
-
-    @cached_property
-    def fingerprint(self) -> str:
-        return files.fingerprint(self.specification())
-
-
-def parse_tokenizer(text: str, folder: Path) -> _Parsed:
-    """What a tokenizer.json says, without truncation and padding. Raises InputError when the library cannot read it."""
-    try:
-        return _parse(text)
-    except Exception as error:  # the library raises a plain Exception for any fault in the file
-        raise InputError(
-            f"{folder / TOKENIZER_FILE}: not a tokenizer the tokenizers library can read ({error}); restore the file, or name another folder"
-        ) from None
-
-
-@functools.lru_cache(maxsize=2)
-def _parse(text: str) -> _Parsed:
-    from tokenizers import Tokenizer
-
-    head = {name: value for name, value in json.loads(text).items() if name != "model"}
-    tokenizer = Tokenizer.from_str(text)
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    _give_memory_back()  # reading takes twice what stays
-    return _Parsed(text, head, tokenizer)
-
-
-def forget_parsed() -> None:
-    """Free every tokenizer.json that was read: from here on other processes work."""
-    _parse.cache_clear()
-    _give_memory_back()
-
-
-def _give_memory_back() -> None:
-    """Return freed memory to the system where the C library can (glibc); elsewhere the process keeps it for itself."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def load_tokenizer(folder: Path | str, added_tokens: str = "library") -> TextTokenizer:
