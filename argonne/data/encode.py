@@ -62,8 +62,14 @@ class _Context:
     encoder: encoders.Encoder
 
 
-@functools.lru_cache(maxsize=2)
 def _context(out: str, encoder: str) -> _Context:
+    """Of the plan that lies there now: a Ray worker outlives a folder that is removed and written again."""
+    state = (Path(out) / "plan.json").stat()
+    return _loaded(out, encoder, (state.st_ino, state.st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=2)
+def _loaded(out: str, encoder: str, _plan: tuple[int, int]) -> _Context:
     plan = files.read_json(Path(out) / "plan.json")
     tokenizer = load_tokenizer(Path(out) / "tokenizer", plan["tokenizer"]["added_tokens"])
     return _Context(plan, tokenizer, encoders.load(encoder, tokenizer))

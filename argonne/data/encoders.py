@@ -15,7 +15,7 @@ import numpy as np
 
 from argonne.data.newer_characters import any_newer
 from argonne.data.tokenizer import TextTokenizer
-from argonne.data.tokenizer_file import forget_parsed
+from argonne.data.tokenizer_file import forget_parsed, give_memory_back
 from argonne.errors import InputError
 
 PIECE_BYTES = 1 << 20
@@ -92,7 +92,9 @@ def _gigatoken(text_json: str) -> Any:
     """Its tables take a second to build, and the identity check is followed by the work."""
     import gigatoken
 
-    return gigatoken.Tokenizer.from_json(text_json)
+    built = gigatoken.Tokenizer.from_json(text_json)
+    give_memory_back()
+    return built
 
 
 def joined(arrays: Sequence[np.ndarray]) -> np.ndarray:

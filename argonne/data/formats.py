@@ -25,8 +25,12 @@ MEGATRON_DTYPES = {8: "uint16", 4: "int32", 3: "int16", 5: "int64", 1: "uint8"}
 SAMPLES, SAMPLE_BYTES = 64, 4096
 
 
-def open_any(text: str) -> TokenSet:
-    """Open whatever `text` names. Raises InputError when it is no token set, or a damaged one."""
+def open_tokens(path: Path | str) -> TokenSet:
+    """Open a token set of any kind after checking headers, sizes and manifest (not hashes: `inspect_tokens` and `data.verify`).
+
+    Raises InputError naming the file that is missing, truncated, of another format or not what the manifest says.
+    """
+    text = str(path)
     for prefix, dtype in RAW.items():
         if text.startswith(prefix):
             return _raw(Path(text[len(prefix) :]), dtype)

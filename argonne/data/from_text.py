@@ -14,7 +14,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,7 @@ class GrowingStream(TokenStream):
         self._work = work
         self._whole = False
         self._changing = threading.Lock()
+        self._impatient = threading.Event()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For ranks that have none of the files (`reader = "rank-0"`): where everything lies, once the last unit is finished."""
@@ -95,8 +97,17 @@ class GrowingStream(TokenStream):
             if self._whole or self.known_tokens >= position:
                 break
             self._work.keep_going()
-            time.sleep(POLL_SECONDS)
+            if self._impatient.wait(POLL_SECONDS):
+                raise InputError(f"{self._work.out}: reading ended before token {position:,} was there; start the run again to go on")
         return self.known_tokens >= position
+
+    @contextmanager
+    def not_waiting(self) -> Iterator[None]:
+        self._impatient.set()
+        try:
+            yield
+        finally:
+            self._impatient.clear()
 
     @property
     def known_tokens(self) -> int:

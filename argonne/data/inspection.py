@@ -8,7 +8,8 @@ from typing import Any
 
 from argonne import files
 from argonne.data import tokens
-from argonne.data.tokens import TokenSet, open_tokens
+from argonne.data.formats import open_tokens
+from argonne.data.tokens import TokenSet
 from argonne.errors import InputError
 
 

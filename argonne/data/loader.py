@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from threading import Lock
 from typing import TYPE_CHECKING
@@ -179,15 +180,15 @@ class Loader:
 
     def _source_numbers(self, phase: Phase) -> np.ndarray:
         """Place in `data.sources` of each source of the phase."""
-        missing = [source.name for source in phase.sources if source.fingerprint not in self._numbers]
-        if missing:
-            raise InputError(f"data.sources: step {phase.first_step} and on read {', '.join(missing)}, which the recipe no longer names")
         return np.array([self._numbers[source.fingerprint] for source in phase.sources])
 
     def close(self) -> None:
-        """End the reading thread."""
+        """End the reading thread, also where it waits for text that is still being tokenised."""
         if self._thread is not None:
-            self._thread.shutdown(wait=True, cancel_futures=True)
+            with ExitStack() as ending:
+                for stream in self._streams:
+                    ending.enter_context(stream.not_waiting())
+                self._thread.shutdown(wait=True, cancel_futures=True)
             self._thread = None
         self._ahead.clear()
         if self.verification is not None:

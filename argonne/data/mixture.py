@@ -18,8 +18,6 @@ import numpy as np
 from argonne.data.windows import Position, RowKey, Rows, SourceWindows
 from argonne.errors import InputError
 
-STATE_VERSION = 1
-
 
 @dataclass(frozen=True)
 class PhaseSource:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from argonne.config import BatchSection, DataSection
 from argonne.data.mixture import Mixture, Phase, PhaseSource, phase_from_json
+from argonne.data.sources import Source
 from argonne.data.windows import Position, SourceWindows
 from argonne.errors import InputError
-
-if TYPE_CHECKING:
-    from argonne.data.training_data import Source
 
 STATE_VERSION = 1
 # Keys whose change would reorder what was already read: refused on resume unless allowed.

@@ -117,7 +117,6 @@ def encode_units(options: PrepareOptions, plan: dict[str, Any], out: Path, progr
     """Encode what is not yet there of this part."""
     weights = unit_weights(plan)
     progress = progress or Progress("prepare", sum(weights))
-    encode._context.cache_clear()  # one process may write the same folder again, after it was removed
     records = encode.finished(out, len(plan["units"]))
     for number in [number for number, record in records.items() if not assemble.is_whole(plan["recipe"], record, out)]:
         progress.say(f"unit {number}: its shard is missing or was cut; it is made again")

@@ -50,7 +50,7 @@ class TextTokenizer:
         self.eos_id = self._named("eos_token", END_OF_TEXT)
         self.pad_id = self._named("pad_token", ())
 
-    @cached_property
+    @property
     def text_json(self) -> str:
         """The tokenizer.json that sees no control token in a text: what an encoder without `encode_special_tokens` must be built from."""
         kept = [token for token in self.head.get("added_tokens", []) if self.added_tokens == "library" and not token["special"]]

@@ -110,17 +110,17 @@ def _parse(text: str) -> ParsedTokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
-    _give_memory_back()  # reading takes twice what stays
+    give_memory_back()  # reading takes twice what stays
     return ParsedTokenizer(text, head, tokenizer)
 
 
 def forget_parsed() -> None:
     """Free every tokenizer.json that was read: from here on other processes work."""
     _parse.cache_clear()
-    _give_memory_back()
+    give_memory_back()
 
 
-def _give_memory_back() -> None:
+def give_memory_back() -> None:
     """Return freed memory to the system where the C library can (glibc); elsewhere the process keeps it for itself."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

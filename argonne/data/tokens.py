@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -255,6 +255,11 @@ class TokenStream:
         """Are there `position` tokens?"""
         return position <= self.tokens
 
+    @contextlib.contextmanager
+    def not_waiting(self) -> Iterator[None]:
+        """Inside, whoever waits for tokens that are not there gets an InputError instead. In a finished set nobody waits."""
+        yield
+
     @property
     def growing(self) -> bool:
         """Is the set still being written?"""
@@ -302,16 +307,6 @@ class TokenSet:
     @property
     def documents(self) -> int | None:
         return self.train.documents
-
-
-def open_tokens(path: Path | str) -> TokenSet:
-    """Open a token set after checking headers, sizes and manifest (not hashes: `inspect_tokens` and `data.verify`).
-
-    Raises InputError naming the file that is missing, truncated, of another format or not what the manifest says.
-    """
-    from argonne.data import formats
-
-    return formats.open_any(str(path))
 
 
 def open_folder(folder: Path) -> TokenSet:

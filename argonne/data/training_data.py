@@ -17,26 +17,14 @@ from argonne.data import batches, from_text, phases
 from argonne.data import mixture as mixtures
 from argonne.data.from_text import TextWork
 from argonne.data.mixture import Mixture
-from argonne.data.tokenizer import TextTokenizer, load_tokenizer
-from argonne.data.tokens import TokenSet, open_tokens
+from argonne.data.sources import Source, open_sources, shared_tokenizer
+from argonne.data.tokenizer import TextTokenizer
 from argonne.data.verification import Verification
 from argonne.data.windows import SourceWindows
 from argonne.errors import InputError
 
 if TYPE_CHECKING:
     from argonne.data.loader import Loader
-
-STATE_VERSION = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """An opened source of the mixture."""
-
-    name: str
-    tokens: TokenSet
-    weight: str
-    max_epochs: float
 
 
 class TrainingData:
@@ -106,7 +94,7 @@ class TrainingData:
         """What a checkpoint stores: counts and phases, never buffers. JSON."""
         used = [phase for phase in self.mixture.phases if phase.first_step < max(step, 1)]
         return {
-            "format_version": STATE_VERSION,
+            "format_version": phases.STATE_VERSION,
             "step": step,
             "samples": self.samples_before(step),
             "tokens": self.tokens_before(step),
@@ -250,8 +238,8 @@ def open_training_data(
         opened_text, work = from_text.open_text(data, run_folder)
         sources = [Source("text", opened_text, "1", math.inf)]
     else:
-        sources = _open_sources(data)
-    tokenizer = _tokenizer(data, sources)
+        sources = open_sources(data)
+    tokenizer = shared_tokenizer(data, sources)
     windows = {source.tokens.fingerprint: SourceWindows(source.name, source.tokens.fingerprint, source.tokens.train) for source in sources}
     laid = phases.lay_out(data, batch, seed, sources, windows, state, allow)
     limits = {source.tokens.fingerprint: source.max_epochs for source in sources if math.isfinite(source.max_epochs)}
@@ -259,40 +247,3 @@ def open_training_data(
     opened = TrainingData(data, sources, plan, tokenizer)
     opened.run_folder, opened.work = run_folder, work
     return opened
-
-
-def _open_sources(data: DataSection) -> list[Source]:
-    sources: list[Source] = []
-    for section in data.sources:
-        opened = open_tokens(section.path)
-        name = _name(section.path, {source.name for source in sources})
-        if twin := next((source for source in sources if source.tokens.fingerprint == opened.fingerprint), None):
-            raise InputError(
-                f"data.sources: {section.path} holds the same tokens as {twin.tokens.path}; name it once, with the sum of the weights"
-            )
-        sources.append(Source(name, opened, mixtures.exact_weight(section.weight), section.max_epochs))
-    return sources
-
-
-def _name(path: str, taken: set[str]) -> str:
-    base = Path(path).stem if Path(path).suffix == ".bin" and Path(path).stem != "train" else Path(path).name
-    base = Path(path).parent.name if base in ("train.bin", "train") else base
-    return base if base not in taken else next(f"{base}-{number}" for number in range(2, 1000) if f"{base}-{number}" not in taken)
-
-
-def _tokenizer(data: DataSection, sources: Sequence[Source]) -> TextTokenizer:
-    """The tokenizer that all sources share."""
-    folders = [source.tokens.tokenizer_folder for source in sources if source.tokens.tokenizer_folder is not None]
-    folder = Path(data.tokenizer) if data.tokenizer else (folders[0] if folders else None)
-    if folder is None:
-        raise InputError(f"{sources[0].tokens.path}: does not say which tokenizer made it; set data.tokenizer to that tokenizer's folder")
-    tokenizer = load_tokenizer(folder)
-    for source in sources:
-        made_with = source.tokens.tokenizer_fingerprint
-        if made_with is not None and made_with != tokenizer.fingerprint:
-            raise InputError(
-                f"{source.tokens.path}: was made with another tokenizer (fingerprint {made_with[:12]}) than {folder} "
-                f"({tokenizer.fingerprint[:12]}); "
-                f"prepare it again with that tokenizer, or remove data.tokenizer"
-            )
-    return tokenizer

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from argonne.data.formats import open_tokens
 from argonne.data.tokenizer import TextTokenizer, load_tokenizer
-from argonne.data.tokens import open_tokens
 from argonne.errors import InputError
 from argonne.evaluate import baselines
 from argonne.evaluate.requests import TaskContext

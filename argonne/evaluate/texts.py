@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from argonne.data.formats import open_tokens
 from argonne.data.tokenizer import TextTokenizer
-from argonne.data.tokens import MANIFEST, TokenSet, open_tokens
+from argonne.data.tokens import MANIFEST, TokenSet
 from argonne.errors import InputError
 
 TOKENS_BY_DEFAULT = 1_000_000

@@ -60,9 +60,9 @@ class _Demo:
         self.say(f"      left out: {found.too_short} very short, {found.repeated} repeated, {len(found.missing)} modules this Python lacks")
 
     def prepare(self) -> None:
+        from argonne.data.formats import open_tokens
         from argonne.data.options import PrepareOptions
         from argonne.data.prepare import prepare
-        from argonne.data.tokens import open_tokens
 
         source, target = str(self.out / "corpus.jsonl"), str(self.tokens)
         flags = f"--train-tokenizer {VOCABULARY} --hold-out {HOLD_OUT}"

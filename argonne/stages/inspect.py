@@ -9,6 +9,7 @@ from argonne.errors import InputError
 from argonne.files import HASH_LIST, read_json, verify_directory
 
 Facts = dict[str, Any]
+RAW_PREFIXES = ("raw-uint16:", "raw-uint32:")  # tokens without a header: nothing in the file tells
 TOKEN_FILES = (".bin", ".idx", ".ds", ".json")
 EXPECTED = "expected a token set, a tokenizer, a run, a checkpoint or a model folder"
 
@@ -18,6 +19,8 @@ def inspect_path(path: Path) -> Facts:
 
     Raises InputError where nothing is there or it is no artifact of ours.
     """
+    if str(path).startswith(RAW_PREFIXES) or any(character in str(path) for character in "*?["):
+        return _tokens(path)
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
     if path.is_file() and path.suffix not in TOKEN_FILES:
@@ -33,6 +36,10 @@ def inspect_path(path: Path) -> Facts:
             return _tokenizer(path)
         found = ", ".join(sorted(item.name for item in path.iterdir())[:5]) or "nothing"
         raise InputError(f"{path}: found {found} in it; {EXPECTED}")
+    return _tokens(path)
+
+
+def _tokens(path: Path) -> Facts:
     from argonne.data.inspection import inspect_tokens
 
     return inspect_tokens(path)

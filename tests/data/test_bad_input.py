@@ -21,6 +21,7 @@ import zstandard
 
 from argonne.cli import main
 from argonne.data import tokens as token_files
+from argonne.data.formats import open_tokens
 from tests.data.conftest import words
 from tests.data.test_prepare import content
 
@@ -375,6 +376,6 @@ def test_the_same_folder_can_be_written_again_by_the_same_process(tokenizer_fold
     for count in (10, 20):
         (tmp_path / f"in_{count}.jsonl").write_bytes(b"".join(LINES.splitlines(keepends=True)[:count]))
         assert main(arguments(tmp_path / f"in_{count}.jsonl", tokenizer_folder, tmp_path / "out")) == 0
-        found.append(token_files.open_tokens(tmp_path / "out").documents)
+        found.append(open_tokens(tmp_path / "out").documents)
         shutil.rmtree(tmp_path / "out")
     assert found == [10, 20]

@@ -23,10 +23,10 @@ from tokenizers import Tokenizer
 
 from argonne.data import documents, textual
 from argonne.data.documents import Unit, cut, find_files, read_unit
+from argonne.data.formats import open_tokens
 from argonne.data.options import PrepareOptions
 from argonne.data.prepare import prepare
 from argonne.data.texts import LongText
-from argonne.data.tokens import open_tokens
 from argonne.errors import InputError
 from tests.data.conftest import words
 from tests.data.test_prepare import QUIET, documents_of

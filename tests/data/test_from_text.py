@@ -231,6 +231,19 @@ def test_a_failure_while_tokenising_reaches_the_trainer(text: DataSection, tmp_p
     data.close()
 
 
+def test_closing_does_not_wait_for_text_that_is_still_to_be_tokenised(
+    text: DataSection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(from_text.TextWork, "keep_going", lambda self: None)
+    data = open_training_data(text, BATCH, 1, run_folder=tmp_path / "run")
+    loader = data.loader(0, 1, 4, prefetch=1)
+    loader._read_ahead(-1)
+    waiting = loader._ahead[0]
+    loader.close()
+    assert waiting.cancelled() or isinstance(waiting.exception(), InputError)
+    data.close()
+
+
 def test_input_that_matches_nothing_names_all_patterns(text: DataSection, tmp_path: Path) -> None:
     section = dataclasses.replace(text, input=("a/*.txt", "b/*.txt"))
     with pytest.raises(InputError, match="none of 'a/"):

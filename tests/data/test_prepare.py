@@ -16,12 +16,12 @@ import pytest
 import zstandard
 
 from argonne.data import encode, engines
+from argonne.data.formats import open_tokens
 from argonne.data.inspection import inspect_tokens
 from argonne.data.options import PrepareOptions
 from argonne.data.prepare import prepare
 from argonne.data.progress import Progress
 from argonne.data.tokenizer import load_tokenizer
-from argonne.data.tokens import open_tokens
 from argonne.errors import InputError
 from tests.data.conftest import words
 

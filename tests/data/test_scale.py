@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
-from argonne.data.tokens import open_tokens
+from argonne.data.formats import open_tokens
 from tests.data.conftest import words
 
 LARGEST_PEAK = 1.5e9

@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from argonne.cli import main
 from argonne.config import BatchSection, DataSection, SourceSection
+from argonne.data.formats import open_tokens
 from argonne.data.inspection import inspect_tokens
 from argonne.data.loader import open_training_data
-from argonne.data.tokens import ShardWriter, header, open_tokens, read_header
+from argonne.data.tokens import ShardWriter, header, read_header
 from argonne.data.verification import Verification
 from argonne.errors import InputError
 
@@ -67,6 +69,17 @@ def test_files_of_others_are_read_as_they_are(tmp_path: Path) -> None:
     (tmp_path / "trove.ds.index").write_bytes(np.array([5, 40], "<u8").tobytes())
     assert read_all(tmp_path / "trove.ds") == ids.tolist()
     assert open_tokens(tmp_path / "trove.ds").train.document_ends.tolist() == [5, 40]
+
+
+def test_inspect_names_files_of_others_by_the_same_words_as_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ids = np.arange(1, 41)
+    (tmp_path / "nano.bin").write_bytes(ids.astype("<u2").tobytes())
+    for number in (2, 10):
+        (tmp_path / f"llmc_{number}.bin").write_bytes(header("uint16", 40) + ids.astype("<u2").tobytes())
+    for name, kind, tokens in ((f"raw-uint16:{tmp_path / 'nano.bin'}", "raw uint16", 40), (str(tmp_path / "llmc_*.bin"), "train.bin", 80)):
+        assert main(["inspect", name, "--json"]) == 0
+        facts = json.loads(capsys.readouterr().out)
+        assert (facts["format"], facts["tokens"], facts["problems"]) == (kind, tokens, [])
 
 
 def megatron(folder: Path, sizes: list[int], documents: list[int]) -> Path:
