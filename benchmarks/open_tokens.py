@@ -61,7 +61,7 @@ def measure(shards: int) -> dict[str, float]:
     from argonne.data.tokenizer import load_tokenizer
 
     folder = shard_set(shards)
-    load_tokenizer(tokenizer_folder())
+    _ = load_tokenizer(tokenizer_folder()).fingerprint
     section = DataSection(sources=(SourceSection(path=str(folder)),), sequence_length=1024, order="shuffled", verify="off")
     reset_peak_memory()
     before = peak_memory_mb()

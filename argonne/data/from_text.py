@@ -41,7 +41,7 @@ def options_of(data: DataSection, run_folder: Path | None) -> PrepareOptions:
     if data.tokenizer is None:
         raise InputError("data.tokenizer: not set, and data.input needs one; give the tokenizer's folder")
     return PrepareOptions(
-        input=(first_match(data.input),),
+        input=(_begun_with(data.input, run_folder / FOLDER) or first_match(data.input),),
         out=run_folder / FOLDER,
         tokenizer=Path(data.tokenizer),
         text_column=data.text_column,
@@ -50,6 +50,15 @@ def options_of(data: DataSection, run_folder: Path | None) -> PrepareOptions:
         bos=data.bos,
         max_drop_fraction=data.max_drop_fraction,
     )
+
+
+def _begun_with(patterns: Sequence[str], folder: Path) -> str | None:
+    """The pattern that the run began with, where it is still asked for: text that is tokenised may be gone, another pattern may match by now."""
+    for name in (tokens.MANIFEST, planning.PLAN):
+        if (folder / name).exists():
+            begun = files.read_json(folder / name)["recipe"]["input"]
+            return next((pattern for pattern in patterns if [pattern] == begun), None)
+    return None
 
 
 def first_match(patterns: Sequence[str]) -> str:

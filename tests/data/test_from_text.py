@@ -231,6 +231,20 @@ def test_a_failure_while_tokenising_reaches_the_trainer(text: DataSection, tmp_p
     data.close()
 
 
+def test_text_that_is_tokenised_may_be_gone_and_a_pattern_that_matches_later_changes_nothing(text: DataSection, tmp_path: Path) -> None:
+    section = dataclasses.replace(text, input=(str(tmp_path / "later/*.jsonl"), text.input[1]))
+    data = open_training_data(section, BATCH, 1, run_folder=tmp_path / "run")
+    steps = range(data.tokens_per_epoch // 64)
+    before = rows_of(data, steps)
+    assert data.work is not None
+    data.work.wait()
+    data.close()
+    Path(text.input[1]).parent.rename(tmp_path / "later")
+    again = open_training_data(section, BATCH, 1, run_folder=tmp_path / "run")
+    assert rows_of(again, steps) == before
+    again.close()
+
+
 def test_closing_does_not_wait_for_text_that_is_still_to_be_tokenised(
     text: DataSection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
