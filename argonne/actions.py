@@ -208,7 +208,7 @@ def import_earlier(options: argparse.Namespace) -> None:
 
 def export_model(options: argparse.Namespace) -> None:
     if options.kind == "pt":
-        from argonne.train.earlier import export_pt
+        from argonne.train.earlier_export import export_pt
 
         tell(export_pt(Path(options.model), options.out), options.json)
         return

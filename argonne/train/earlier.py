@@ -266,10 +266,3 @@ def _differences(file: TrainingFile, optimizer: torch.optim.Optimizer) -> list[s
     if decays != {stored.get("weight_decay")}:
         found.append(f"optim.weight_decay: {stored.get('weight_decay')} on all -> {' and '.join(f'{value:g}' for value in sorted(decays))}")
     return [f"changed since the checkpoint: {text}" for text in found]
-
-
-def export_pt(model_path: Path, out: Path) -> dict[str, Any]:
-    """Write `out/checkpoint_step_<N>.pt` from the newest checkpoint of a run, or from a given one; returns what it is. Raises InputError."""
-    from argonne.train.earlier_export import export_training_file
-
-    return export_training_file(model_path, out)

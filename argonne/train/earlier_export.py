@@ -34,7 +34,7 @@ SAME_NAMES = (
 )
 
 
-def export_training_file(model: Path, out: Path) -> dict[str, Any]:
+def export_pt(model: Path, out: Path) -> dict[str, Any]:
     """Write `out/checkpoint_step_<N>.pt`, with the model's config.json and tokenizer beside it; the checkpoint appears complete or not at all.
 
     `model`: a run (its newest checkpoint) or a checkpoint. Raises InputError for anything without AdamW's state, or that the earlier class

@@ -205,10 +205,11 @@ def test_a_campaign_of_kills_at_random_moments_leaves_no_trace(text: Text, seed:
     while kills < wanted and not (text.folder / "run" / "COMPLETE").exists():
         session = Session(text, "run", ranks=ranks, **keys)
         saved = max((int(path.name.rpartition("_")[2]) for path in session.run.glob("checkpoint_step_*")), default=0)
-        if session.units() < UNITS and draw.random() < 0.85:
+        early = kills < 6  # the first kills fall into the work, whatever the speed of the machine
+        if session.units() < UNITS and (early or draw.random() < 0.85):
             session.wait_for_tokeniser()
-            session.wait_for_units(session.units() + draw.randint(0, 5))
-            if draw.random() < 0.7:
+            session.wait_for_units(session.units() + draw.randint(0, 2))
+            if early or draw.random() < 0.7:
                 session.signal_tokenisers(signal.SIGSTOP)  # else it would be done before many kills
         else:
             session.wait_for_step(min(steps - 1, saved + draw.randint(1, max(1, 2 * (steps - saved) // (wanted - kills)))))
@@ -219,7 +220,7 @@ def test_a_campaign_of_kills_at_random_moments_leaves_no_trace(text: Text, seed:
             wait_for_end(session.signal_tokenisers(signal.SIGKILL))
         if target == "tokeniser":
             session.wait_for_tokeniser()
-            _wait_a_moment(draw, 0.5)
+            _wait_a_moment(draw, 0.05 if early else 0.5)
         left = session.kill()
         session.signal_tokenisers(signal.SIGCONT)
         wait_for_end(left)

@@ -20,7 +20,8 @@ from argonne.recipe import to_toml
 from argonne.stages.pretrain import run
 from argonne.stages.start import architecture_fields
 from argonne.train.checkpoint import LAST, run_tensors
-from argonne.train.earlier import CLASSES, class_order, export_pt, restore
+from argonne.train.earlier import CLASSES, class_order, restore
+from argonne.train.earlier_export import export_pt
 from argonne.train.optim import build_optimizer
 from tests.train.family import ROWS, T, earlier_file, earlier_parameters, opened, sources, spelled_out
 from tests.train.helpers import curve, stored

@@ -18,7 +18,8 @@ from argonne.errors import InputError
 from argonne.recipe import load_recipe
 from argonne.stages.pretrain import run
 from argonne.train.checkpoint import LAST
-from argonne.train.earlier import TrainingFile, export_pt
+from argonne.train.earlier import TrainingFile
+from argonne.train.earlier_export import export_pt
 from argonne.train.earlier_position import carried_position
 from tests.train.family import ROWS, T, earlier_file, opened, sources, tokens_of
 from tests.train.helpers import curve
