@@ -13,6 +13,7 @@ import os
 import socket
 import sys
 import traceback
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,9 @@ MODULES = (
 )
 
 
-def main() -> None:
-    for name in MODULES:
+def serve(modules: Iterable[str], work: Callable[[dict[str, Any]], int]) -> None:
+    """Load `modules`, then fork the ranks of one job after another, each of which ends with the exit code of `work(job)`."""
+    for name in modules:
         importlib.import_module(name)
     import torch
 
@@ -51,7 +53,7 @@ def main() -> None:
         pids = []
         for rank in range(ranks):
             if (pid := os.fork()) == 0:
-                _victim(job, rank, ranks, port)
+                _victim(job, rank, ranks, port, work)
             pids.append(pid)
         print(json.dumps({"pids": pids}), flush=True)
         codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
@@ -64,8 +66,8 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _victim(job: dict[str, Any], rank: int, ranks: int, port: int) -> None:
-    """Train, then end at once with 0 (complete), 3 (stopped) or 1 (raised); never returns."""
+def _victim(job: dict[str, Any], rank: int, ranks: int, port: int, work: Callable[[dict[str, Any]], int]) -> None:
+    """Do the work, then end at once with its code or 1 (raised); never returns."""
     log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
@@ -76,7 +78,7 @@ def _victim(job: dict[str, Any], rank: int, ranks: int, port: int) -> None:
         if ranks > 1:  # joins as a worker of torchrun does
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
             os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-        code = _train(job)
+        code = work(job)
     except BaseException:
         traceback.print_exc()
     finally:
@@ -85,6 +87,7 @@ def _victim(job: dict[str, Any], rank: int, ranks: int, port: int) -> None:
 
 
 def _train(job: dict[str, Any]) -> int:
+    """0 (complete) or 3 (stopped)."""
     from argonne.recipe import load_recipe
     from argonne.stages import pretrain
     from tests.crash import faults, plants
@@ -98,4 +101,4 @@ def _train(job: dict[str, Any]) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    serve(MODULES, _train)

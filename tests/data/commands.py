@@ -7,19 +7,17 @@ run and `{"codes": [..]}` when all have ended (negative: the signal).
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import os
 import select
 import signal
 import subprocess
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.crash.mother import MODULES, _free_port
+from tests.crash.mother import MODULES, serve
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -100,48 +98,11 @@ def wait_for_end(pids: Sequence[int], seconds: float = 60.0) -> None:
             os.close(descriptor)
 
 
-def main() -> None:
-    for name in (*MODULES, "argonne.cli", "argonne.data.from_text"):
-        importlib.import_module(name)
-    import torch
+def _run(job: dict[str, Any]) -> int:
+    from argonne import cli
 
-    torch.set_num_threads(1)
-    print(json.dumps({"ready": True}), flush=True)
-    for line in sys.stdin:
-        job = json.loads(line)
-        ranks = int(job["ranks"])
-        port = _free_port() if ranks > 1 else 0
-        pids = []
-        for rank in range(ranks):
-            if (pid := os.fork()) == 0:
-                _command(job, rank, ranks, port)
-            pids.append(pid)
-        print(json.dumps({"pids": pids}), flush=True)
-        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-        print(json.dumps({"codes": codes}), flush=True)
-
-
-def _command(job: dict[str, Any], rank: int, ranks: int, port: int) -> None:
-    """Be `argonne ARGV`; never returns."""
-    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    null = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(null, 0)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    code = 1
-    try:
-        if ranks > 1:  # joins as a worker of torchrun does
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-            os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-        from argonne import cli
-
-        code = cli.main(job["argv"])
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stderr.flush()
-        os._exit(code)
+    return cli.main(job["argv"])
 
 
 if __name__ == "__main__":
-    main()
+    serve((*MODULES, "argonne.cli", "argonne.data.from_text"), _run)
