@@ -54,10 +54,14 @@ def options_of(data: DataSection, run_folder: Path | None) -> PrepareOptions:
 
 def _begun_with(patterns: Sequence[str], folder: Path) -> str | None:
     """The pattern that the run began with, where it is still asked for: text that is tokenised may be gone, another pattern may match by now."""
-    for name in (tokens.MANIFEST, planning.PLAN):
-        if (folder / name).exists():
+    for name in (planning.PLAN, tokens.MANIFEST):  # the plan goes once the manifest is there, perhaps between two looks
+        if not (folder / name).exists():
+            continue
+        try:
             begun = files.read_json(folder / name)["recipe"]["input"]
-            return next((pattern for pattern in patterns if [pattern] == begun), None)
+        except InputError:
+            continue  # gone this moment; what is damaged is named when it is opened
+        return next((pattern for pattern in patterns if [pattern] == begun), None)
     return None
 
 
