@@ -42,7 +42,7 @@ def list_models(options: argparse.Namespace) -> None:
 
 
 def train_tokenizer(options: argparse.Namespace) -> None:
-    from argonne.data.planning import train_tokenizer_on_files
+    from argonne.prepare.planning import train_tokenizer_on_files
 
     patterns = tuple(options.input)
     print(
@@ -55,8 +55,8 @@ def train_tokenizer(options: argparse.Namespace) -> None:
 def prepare_tokens(options: argparse.Namespace) -> None:
     import dataclasses
 
-    from argonne.data.options import PrepareOptions
-    from argonne.data.prepare import prepare
+    from argonne.prepare.options import PrepareOptions
+    from argonne.prepare.prepare import prepare
 
     known = {item.name for item in dataclasses.fields(PrepareOptions)}
     values: dict[str, Any] = {
@@ -66,7 +66,7 @@ def prepare_tokens(options: argparse.Namespace) -> None:
 
 
 def inspect_artifact(options: argparse.Namespace) -> int:
-    from argonne.stages.inspect import inspect_path, render
+    from argonne.report.inspect import inspect_path, render
 
     facts = inspect_path(options.path)
     if options.json:
@@ -158,8 +158,8 @@ def evaluate_model(options: argparse.Namespace) -> None:
 
 
 def _baselines(found: dict[str, Any], limit: int | None) -> dict[str, Any]:
-    from argonne.data.tokenizer import load_tokenizer
     from argonne.evaluate.run import baseline_results
+    from argonne.tokens.tokenizer import load_tokenizer
 
     data = Path(found["tasks"]["bpb"]["data"]) if "bpb" in found["tasks"] else None
     if data is None or not (data / "tokenizer").is_dir():
@@ -184,7 +184,7 @@ def progress_bar(unit: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def list_all(options: argparse.Namespace) -> None:
-    from argonne.train.runs import list_runs, runs_table
+    from argonne.report.runs import list_runs, runs_table
 
     rows = list_runs(options.folder)
     if options.json:
@@ -201,14 +201,14 @@ def tell(facts: dict[str, Any], as_json: bool) -> None:
 
 
 def import_earlier(options: argparse.Namespace) -> None:
-    from argonne.model.convert import import_checkpoint
+    from argonne.legacy.convert import import_checkpoint
 
     tell(import_checkpoint(options.path, options.out, attention=options.attention), options.json)
 
 
 def export_model(options: argparse.Namespace) -> None:
     if options.kind == "pt":
-        from argonne.train.earlier_export import export_pt
+        from argonne.legacy.export_pt import export_pt
 
         tell(export_pt(Path(options.model), options.out), options.json)
         return
@@ -231,6 +231,6 @@ def plan_run(options: argparse.Namespace) -> None:
 
 
 def write_page(options: argparse.Namespace) -> None:
-    from argonne.train.report import write_report
+    from argonne.report.report import write_report
 
     print(write_report(options.runs, options.out))

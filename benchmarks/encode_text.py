@@ -55,8 +55,8 @@ def gigatoken(_point: str) -> dict[str, float]:
 
 
 def ours(name: str, size: tuple[float, int]) -> dict[str, float]:
-    from argonne.data.encoders import load
-    from argonne.data.tokenizer import load_tokenizer
+    from argonne.prepare.encoders import load
+    from argonne.tokens.tokenizer import load_tokenizer
 
     return measure(load(name, load_tokenizer(tokenizer_folder())).encode, size)
 

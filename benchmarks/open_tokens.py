@@ -17,8 +17,8 @@ SETS = {"1 GB": 8, "10 GB": 80, "304 GB (76 billion tokens)": 2265}
 
 def shard_set(shards: int) -> Path:
     """A token set of `shards` sparse shards of 134 MB, made once."""
-    from argonne.data import tokens
-    from argonne.data.tokenizer import load_tokenizer
+    from argonne.tokens import shards as tokens
+    from argonne.tokens.tokenizer import load_tokenizer
 
     folder = Path(tempfile.gettempdir()) / f"argonne-benchmark-open-{shards}"
     if (folder / tokens.MANIFEST).exists():
@@ -58,7 +58,7 @@ def measure(shards: int) -> dict[str, float]:
     """Open the set as a run does (imports and tokenizer apart), then read a shuffled batch of 8 rows of 1,024 tokens."""
     from argonne.config import BatchSection, DataSection, SourceSection
     from argonne.data.loader import open_training_data
-    from argonne.data.tokenizer import load_tokenizer
+    from argonne.tokens.tokenizer import load_tokenizer
 
     folder = shard_set(shards)
     _ = load_tokenizer(tokenizer_folder()).fingerprint

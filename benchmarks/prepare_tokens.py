@@ -50,9 +50,9 @@ def raw(_point: str) -> dict[str, float]:
 
 
 def ours(encoder: str, size: tuple[float, int]) -> dict[str, float]:
-    from argonne.data.options import PrepareOptions
-    from argonne.data.prepare import prepare
-    from argonne.data.progress import Progress
+    from argonne.prepare.options import PrepareOptions
+    from argonne.prepare.prepare import prepare
+    from argonne.prepare.progress import Progress
 
     def work(path: Path, folder: Path) -> None:
         prepare(PrepareOptions((str(path),), folder / "tokens", tokenizer_folder(), encoder=encoder), Progress("prepare", 0, None))

@@ -25,7 +25,7 @@ HEADER = 1024
 
 def shard() -> Path:
     """One file of random tokens with our header, made once."""
-    from argonne.data.tokens import header
+    from argonne.tokens.shards import header
 
     path = Path(tempfile.gettempdir()) / "argonne-benchmark-windows.bin"
     if not path.exists() or path.stat().st_size != HEADER + 4 * TOKENS:

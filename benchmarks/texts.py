@@ -22,7 +22,7 @@ def tokenizer_folder() -> Path:
         return SHARED / "tokenizers/qwen3"
     folder = Path(tempfile.gettempdir()) / "argonne-benchmark-tokenizer"
     if not folder.exists():
-        from argonne.data.tokenizer import train_tokenizer
+        from argonne.tokens.tokenizer import train_tokenizer
 
         train_tokenizer(_documents(), 16384, folder)
     return folder
@@ -37,7 +37,7 @@ def _documents() -> list[str]:
     else:
         import json
 
-        from argonne.data.corpus import write_corpus
+        from argonne.stages.corpus import write_corpus
 
         path = Path(tempfile.gettempdir()) / "argonne-benchmark-corpus.jsonl"
         if not path.exists():

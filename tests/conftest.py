@@ -36,8 +36,8 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small real token set: Python's own help topics, a tokenizer of 512 entries, a tenth of the documents held out."""
     from pydoc_data.topics import topics
 
-    from argonne.data.options import PrepareOptions
-    from argonne.data.prepare import prepare
+    from argonne.prepare.options import PrepareOptions
+    from argonne.prepare.prepare import prepare
 
     folder = tmp_path_factory.mktemp("tokens")
     text = folder / "topics.jsonl"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from argonne.data.mixture import GlobalRows
-from argonne.data.tokens import TokenStream
+from argonne.tokens.shards import TokenStream
 
 if TYPE_CHECKING:
     import torch

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from argonne.config import DataSection
 from argonne.data import mixture as mixtures
-from argonne.data.formats import open_tokens
-from argonne.data.tokenizer import TextTokenizer, load_tokenizer
-from argonne.data.tokens import TokenSet
 from argonne.errors import InputError
+from argonne.tokens.formats import open_tokens
+from argonne.tokens.shards import TokenSet
+from argonne.tokens.tokenizer import TextTokenizer, load_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)

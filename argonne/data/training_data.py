@@ -13,15 +13,16 @@ import numpy as np
 
 from argonne import files
 from argonne.config import BatchSection, DataSection
-from argonne.data import batches, from_text, phases
+from argonne.data import batches, phases
 from argonne.data import mixture as mixtures
-from argonne.data.from_text import TextWork
 from argonne.data.mixture import Mixture
 from argonne.data.sources import Source, open_sources, shared_tokenizer
-from argonne.data.tokenizer import TextTokenizer
-from argonne.data.verification import Verification
 from argonne.data.windows import SourceWindows
 from argonne.errors import InputError
+from argonne.prepare import from_text
+from argonne.prepare.from_text import TextWork
+from argonne.tokens.tokenizer import TextTokenizer
+from argonne.tokens.verification import Verification
 
 if TYPE_CHECKING:
     from argonne.data.loader import Loader

@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from argonne.data.formats import open_tokens
-from argonne.data.tokenizer import TextTokenizer, load_tokenizer
 from argonne.errors import InputError
 from argonne.evaluate import baselines
 from argonne.evaluate.requests import TaskContext
 from argonne.evaluate.scorer import score
 from argonne.evaluate.tasks import make_tasks
 from argonne.evaluate.texts import byte_count, open_texts, sources_of_run
+from argonne.tokens.formats import open_tokens
+from argonne.tokens.tokenizer import TextTokenizer, load_tokenizer
 
 BASELINE_TOKENS = 50_000_000
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from argonne.data.formats import open_tokens
-from argonne.data.tokenizer import TextTokenizer
-from argonne.data.tokens import MANIFEST, TokenSet
 from argonne.errors import InputError
+from argonne.tokens.formats import open_tokens
+from argonne.tokens.shards import MANIFEST, TokenSet
+from argonne.tokens.tokenizer import TextTokenizer
 
 TOKENS_BY_DEFAULT = 1_000_000
 
@@ -110,7 +110,7 @@ def _from_files(pattern: str, tokenizer: TextTokenizer, limit: int) -> Evaluatio
 
 def read_texts(pattern: str, drops: dict[str, int]) -> Iterator[str]:
     """The documents of text files in the order that `argonne prepare` reads them; rows that are none are counted in `drops` by reason."""
-    from argonne.data.documents import Unit, cut, find_files, read_unit, unit_bytes
+    from argonne.prepare.documents import Unit, cut, find_files, read_unit, unit_bytes
 
     found = find_files([pattern])
     for number, file in enumerate(found):

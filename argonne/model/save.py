@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
 
 
 def save_model_folder(
@@ -60,3 +71,42 @@ def _complete_config(folder: Path, config_class: str, dtype: torch.dtype) -> Non
     }
     config["dtype"] = str(dtype).removeprefix("torch.")
     path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def tokenizer_folder(folder: Path) -> Path | None:
+    """Where the tokenizer of a model folder lies: in it, or in its tokenizer/."""
+    return next((place for place in (folder, folder / "tokenizer") if any((place / name).is_file() for name in TOKENIZER_FILES[:1])), None)
+
+
+def copy_tokenizer(source: Path | None, target: Path) -> list[str]:
+    """Copy the tokenizer files and the chat template; return their names."""
+    if source is None:
+        return []
+    found = [name for name in TOKENIZER_FILES if (source / name).is_file()]
+    for name in found:
+        shutil.copyfile(source / name, target / name)
+    return found
+
+
+def stop_ids(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """eos, bos and pad ids: of generation_config.json, else of the config, else of the tokenizer's own eos token."""
+    import json
+
+    found: dict[str, Any] = {
+        "eos_id": config.get("eos_token_id"),
+        "bos_id": config.get("bos_token_id"),
+        "pad_id": config.get("pad_token_id"),
+    }
+    path = folder / "generation_config.json"
+    if path.is_file():
+        generation = json.loads(path.read_text())
+        for name in ("eos", "bos", "pad"):
+            found[f"{name}_id"] = generation.get(f"{name}_token_id", found[f"{name}_id"])
+    source = tokenizer_folder(folder)
+    if found["eos_id"] is None and source is not None and (source / "tokenizer_config.json").is_file():
+        from tokenizers import Tokenizer
+
+        token = json.loads((source / "tokenizer_config.json").read_text()).get("eos_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        found["eos_id"] = Tokenizer.from_file(str(source / "tokenizer.json")).token_to_id(token) if token else None
+    return found

@@ -15,11 +15,10 @@ from torch import Tensor
 
 from argonne.errors import InputError
 from argonne.files import atomic_directory
-from argonne.model.convert import copy_tokenizer, stop_ids
 from argonne.model.load import LoadedModel, load_model, no_progress_bar
 from argonne.model.modeling_argonne import ArgonneForCausalLM
-from argonne.model.native import Native, native_twin
-from argonne.model.save import save_model_folder
+from argonne.model.save import copy_tokenizer, save_model_folder, stop_ids
+from argonne.publish.native import Native, native_twin
 
 TOLERANCE = 1e-4  # of the largest logit
 GREEDY_TOKENS = 16

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from argonne.data.tokenizer import TextTokenizer, load_tokenizer
 from argonne.errors import InputError
 from argonne.serve.sampling import Sampler, SamplingOptions
 from argonne.serve.text_stream import TextStream
+from argonne.tokens.tokenizer import TextTokenizer, load_tokenizer
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from argonne.data.corpus import MODULES, Corpus, write_corpus
 from argonne.errors import InputError
+from argonne.stages.corpus import MODULES, Corpus, write_corpus
 
 RECIPE = "nano-3.0-demo"
 VOCABULARY = 2048
@@ -60,9 +60,9 @@ class _Demo:
         self.say(f"      left out: {found.too_short} very short, {found.repeated} repeated, {len(found.missing)} modules this Python lacks")
 
     def prepare(self) -> None:
-        from argonne.data.formats import open_tokens
-        from argonne.data.options import PrepareOptions
-        from argonne.data.prepare import prepare
+        from argonne.prepare.options import PrepareOptions
+        from argonne.prepare.prepare import prepare
+        from argonne.tokens.formats import open_tokens
 
         source, target = str(self.out / "corpus.jsonl"), str(self.tokens)
         flags = f"--train-tokenizer {VOCABULARY} --hold-out {HOLD_OUT}"
@@ -92,8 +92,8 @@ class _Demo:
             run(recipe, self.run)
 
     def measure(self) -> None:
-        from argonne.data.tokenizer import load_tokenizer
         from argonne.evaluate.run import baseline_results, evaluate
+        from argonne.tokens.tokenizer import load_tokenizer
 
         command = f"argonne eval {shlex.quote(str(self.run))} --tasks bpb"
         self.heading(4, "How well it predicts text it has never seen, in bits per byte (lower is better)", command)
@@ -124,7 +124,7 @@ class _Demo:
             self.say("")
 
     def report(self) -> None:
-        from argonne.train.report import write_report
+        from argonne.report.report import write_report
 
         self.heading(6, "The report", f"argonne report {shlex.quote(str(self.run))}")
         page = write_report([self.run])

@@ -9,7 +9,17 @@ from pathlib import Path
 
 from argonne.config import Recipe
 from argonne.stages.session import Session, run_session
+from argonne.stages.stage import Data, Stage, token_windows
+from argonne.train.step import Objective, next_token, next_token_by_row
 from argonne.train.trainer import Outcome
+
+
+def objective(recipe: Recipe, data: Data) -> Objective:
+    """Next-token loss, row by row where sources are told apart."""
+    return next_token_by_row if len(data.source_names) > 1 else next_token
+
+
+PRETRAIN = Stage(objective, token_windows)
 
 
 @dataclass(frozen=True)
@@ -36,13 +46,11 @@ def run(
     `started`: monotonic seconds when the command began, for the wall time. `profile`: write a trace of a few steps.
     `data_from_start`: with a `.pt` of the family as `resume_from`, begin the data at its start whatever the file says.
     """
-    from argonne.train.step import next_token, next_token_by_row
 
-    by_row = len(recipe.data.sources) > 1
     session = Session(
         recipe=recipe,
         folder=run_folder,
-        objective=next_token_by_row if by_row else next_token,
+        stage=PRETRAIN,
         resume_from=resume_from,
         allow=frozenset(allow),
         stop_after_step=stop_after_step,

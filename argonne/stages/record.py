@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import nn
 
 from argonne.config import Recipe
+from argonne.parallel.mesh import Mesh
 from argonne.recipe import to_toml, to_tree
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from argonne.data.loader import TrainingData
-    from argonne.parallel.mesh import Mesh
-    from argonne.stages.start import Start
-    from argonne.train.run import RunFolder
-    from argonne.train.trainer import Progress
+from argonne.stages.stage import Data
+from argonne.stages.start import Start
+from argonne.tokens.tokenizer import load_tokenizer
+from argonne.train.run import RunFolder
+from argonne.train.schedule import curve
+from argonne.train.trainer import Progress
 
 
 def record_start(
     run: RunFolder,
     recipe: Recipe,
-    data: TrainingData,
+    data: Data,
     model: nn.Module,
     start: Start,
     mesh: Mesh,
@@ -31,8 +31,6 @@ def record_start(
     say: Callable[[str], None],
 ) -> None:
     """Write config and manifest, print what is about to run."""
-    from argonne.data.tokenizer import load_tokenizer
-    from argonne.train.schedule import curve
 
     parameters = sum(parameter.numel() for parameter in model.parameters())
     run.clear_markers()
@@ -66,11 +64,8 @@ def record_start(
     say(start.description)
 
 
-def run_state(
-    step: int, recipe: Recipe, data: TrainingData, run: RunFolder, progress: Progress, mesh: Mesh, start: Start
-) -> dict[str, Any]:
+def run_state(step: int, recipe: Recipe, data: Data, run: RunFolder, progress: Progress, mesh: Mesh, start: Start) -> dict[str, Any]:
     """state.json: counts and identities, never buffers."""
-    from argonne.data.tokenizer import load_tokenizer
 
     return {
         "run_id": run.run_id,

@@ -5,22 +5,28 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import nn
 
 from argonne.config import Recipe
+from argonne.files import atomic_directory, write_json, write_text
+from argonne.model.build import config_from_fields
+from argonne.model.save import save_model_folder
+from argonne.parallel.mesh import Mesh
+from argonne.plan import device_peak_flops, flops_per_token
+from argonne.recipe import to_toml
+from argonne.serve.engine import sample_text
+from argonne.stages.stage import Data
+from argonne.stages.start import architecture_fields
+from argonne.tokens.tokenizer import load_tokenizer
+from argonne.train.precision import resolve_precision
+from argonne.train.run import RunFolder
+from argonne.train.trainer import Services
 
-if TYPE_CHECKING:
-    from torch import nn
 
-    from argonne.data.loader import TrainingData
-    from argonne.parallel.mesh import Mesh
-    from argonne.train.run import RunFolder
-    from argonne.train.trainer import Services
-
-
-def make_services(recipe: Recipe, data: TrainingData, run: RunFolder, mesh: Mesh, micro_rows: int) -> Services:
-    from argonne.data.tokenizer import load_tokenizer
-    from argonne.train.trainer import Services
+def make_services(recipe: Recipe, data: Data, run: RunFolder, mesh: Mesh, micro_rows: int) -> Services:
 
     tokenizer = load_tokenizer(data.tokenizer_folder)
     return Services(
@@ -34,8 +40,6 @@ def make_services(recipe: Recipe, data: TrainingData, run: RunFolder, mesh: Mesh
 
 def export_final(model: nn.Module, folder: Path, tokenizer: Any) -> None:
     """Write the complete Hugging Face folder, atomically; an older one is replaced."""
-    from argonne.files import atomic_directory
-    from argonne.model.save import save_model_folder
 
     with atomic_directory(folder, replace=True) as temporary:
         tokenizer.save(temporary)
@@ -44,10 +48,6 @@ def export_final(model: nn.Module, folder: Path, tokenizer: Any) -> None:
 
 def _checkpoint_files(folder: Path, recipe: Recipe, tokenizer: Any) -> None:
     """config.json, recipe.toml and the tokenizer: a checkpoint alone is enough to generate, to resume and to import."""
-    from argonne.files import write_json, write_text
-    from argonne.model.build import config_from_fields
-    from argonne.recipe import to_toml
-    from argonne.stages.start import architecture_fields
 
     write_json(folder / "config.json", config_from_fields(architecture_fields(recipe.model)).to_dict())
     write_text(folder / "recipe.toml", to_toml(recipe))
@@ -55,7 +55,7 @@ def _checkpoint_files(folder: Path, recipe: Recipe, tokenizer: Any) -> None:
 
 
 def held_out_loss(
-    recipe: Recipe, data: TrainingData, mesh: Mesh, micro_rows: int, token_bytes: Any
+    recipe: Recipe, data: Data, mesh: Mesh, micro_rows: int, token_bytes: Any
 ) -> Callable[[nn.Module], dict[str, Any]] | None:
     """A function of the model: mean loss on the first held-out windows (the same ones each time), None where nothing is held out."""
     windows = min(recipe.eval.windows, data.held_out_windows)
@@ -92,7 +92,6 @@ def held_out_loss(
 
 def _sampler(recipe: Recipe, tokenizer: Any) -> Callable[[nn.Module], str]:
     def sample(model: nn.Module) -> str:
-        from argonne.serve.engine import sample_text
 
         keep = recipe.checkpoint
         return sample_text(model, tokenizer, keep.sample_prompt, max_new_tokens=keep.sample_tokens, seed=recipe.seed)
@@ -102,7 +101,6 @@ def _sampler(recipe: Recipe, tokenizer: Any) -> Callable[[nn.Module], str]:
 
 def _banner(model: nn.Module, run: RunFolder, recipe: Recipe, mesh: Mesh) -> list[str]:
     """What really ran in the first step, read from the live model."""
-    from argonne.train.precision import resolve_precision
 
     plain: Any = getattr(model, "module", model)
     paths = plain.attention_paths()
@@ -127,10 +125,6 @@ def _ranges(numbers: list[int]) -> str:
 
 def speed_of(recipe: Recipe, mesh: Mesh) -> tuple[float | None, float | None]:
     """(FLOPs a token, peak FLOP/s of one device); None where the device's peak is not known."""
-    import torch
-
-    from argonne.plan import device_peak_flops, flops_per_token
-    from argonne.train.precision import resolve_precision
 
     name = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "cpu"
     peak = device_peak_flops(name, resolve_precision(recipe.train.precision, mesh.device))

@@ -9,25 +9,33 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
+
+import torch
 
 from argonne.config import Recipe
 from argonne.errors import InputError, Stopped
+from argonne.files import write_json
+from argonne.legacy.training import restore
+from argonne.model.build import check_attention
+from argonne.parallel.apply import compile_blocks, replicate
+from argonne.parallel.launch import let_the_cause_speak_first, run_workers, worker_count
+from argonne.parallel.mesh import Mesh, open_mesh
 from argonne.recipe import differences, to_tree
 from argonne.stages import services as service_makers
 from argonne.stages.record import record_start, run_state
 from argonne.stages.sizing import choose, choose_micro_rows, configure_model, plan_of, steps_of
+from argonne.stages.stage import Data, Stage
 from argonne.stages.start import Start, build_weights, check_tokenizer, find_start, fit_model_section
-
-if TYPE_CHECKING:
-    import torch
-
-    from argonne.data.loader import TrainingData
-    from argonne.parallel.mesh import Mesh
-    from argonne.train.guard import StopWatch
-    from argonne.train.run import RunFolder
-    from argonne.train.step import Objective
-    from argonne.train.trainer import Outcome, Progress
+from argonne.train.allocator import return_freed_memory, returns_memory
+from argonne.train.checkpoint import LAST, STATE, clean_leftovers, load_tensors, read_state, run_tensors
+from argonne.train.guard import StopWatch, parse_duration
+from argonne.train.metrics import MetricsLog
+from argonne.train.optim import build_optimizer
+from argonne.train.precision import compute_dtype
+from argonne.train.run import COMPLETE, RunFolder
+from argonne.train.schedule import check_schedule
+from argonne.train.trainer import Outcome, Progress, Trainer
 
 # Keys that cannot change what is trained: they may differ on resume, and are listed.
 FREE_KEYS = (
@@ -42,7 +50,7 @@ class Session:
 
     recipe: Recipe
     folder: Path
-    objective: Objective
+    stage: Stage
     resume_from: Path | None = None
     allow: frozenset[str] = frozenset()
     stop_after_step: int | None = None
@@ -53,8 +61,6 @@ class Session:
 
 def run_session(session: Session) -> Outcome:
     """Run one session to its end, on local workers of its own where the recipe or the GPUs of this machine ask for several."""
-    from argonne.parallel.launch import run_workers, worker_count
-    from argonne.train.guard import parse_duration
 
     parallel = session.recipe.parallel
     count = worker_count(parallel.nproc, session.recipe.train.device)
@@ -72,7 +78,6 @@ def run_session(session: Session) -> Outcome:
 
 def _work(session: Session) -> Outcome | InputError:
     """One worker's part. Wrong input is a result, not a failure: it is the same on every try."""
-    from argonne.parallel.launch import let_the_cause_speak_first
 
     try:
         return train_session(session)
@@ -85,9 +90,6 @@ def _work(session: Session) -> Outcome | InputError:
 
 def train_session(session: Session) -> Outcome:
     """This process's part of a session. Raises InputError for wrong input before any work is done."""
-    from argonne.parallel.mesh import open_mesh
-    from argonne.train.guard import StopWatch, parse_duration
-    from argonne.train.run import RunFolder
 
     watch = StopWatch(session.recipe.stop, started=session.started)
     run = RunFolder(session.folder)
@@ -113,7 +115,6 @@ def train_session(session: Session) -> Outcome:
 @contextmanager
 def _determinism(wanted: bool) -> Iterator[None]:
     """Ask torch for algorithms that give the same bits each time, while the block runs; an operation that has none is an error."""
-    import torch
 
     if not wanted:
         yield
@@ -137,7 +138,7 @@ class _Opened:
 
     recipe: Recipe
     start: Start
-    data: TrainingData
+    data: Data
     total_steps: int
 
 
@@ -153,10 +154,6 @@ class _Built:
 
 
 def _train(session: Session, run: RunFolder, mesh: Mesh, watch: StopWatch) -> Outcome:
-    from argonne.parallel.apply import replicate
-    from argonne.train.metrics import MetricsLog
-    from argonne.train.run import COMPLETE
-    from argonne.train.trainer import Outcome, Trainer
 
     say = _say(mesh)
     if (done := run.marker(COMPLETE)) is not None:
@@ -180,7 +177,7 @@ def _train(session: Session, run: RunFolder, mesh: Mesh, watch: StopWatch) -> Ou
         optimizer=built.optimizer,
         data=opened.data,
         mesh=mesh,
-        objective=session.objective,
+        objective=session.stage.objective(recipe, opened.data),
         services=service_makers.make_services(recipe, opened.data, run, mesh, built.micro_rows),
         metrics=metrics,
         watch=watch,
@@ -203,8 +200,6 @@ def _train(session: Session, run: RunFolder, mesh: Mesh, watch: StopWatch) -> Ou
 
 def _open(session: Session, run: RunFolder, mesh: Mesh, say: Callable[[str], None]) -> _Opened:
     """Find the start, compare configs, open the data; everything that can be wrong with the input is found here or in `_build`."""
-    from argonne.train.checkpoint import clean_leftovers
-    from argonne.train.schedule import check_schedule
 
     if mesh.is_main:
         clean_leftovers(run.path, say)
@@ -220,38 +215,26 @@ def _open(session: Session, run: RunFolder, mesh: Mesh, say: Callable[[str], Non
     return _Opened(recipe, start, data, total_steps)
 
 
-def _open_data(session: Session, start: Start, run: RunFolder, mesh: Mesh) -> TrainingData:
+def _open_data(session: Session, start: Start, run: RunFolder, mesh: Mesh) -> Data:
     """The data as every rank reads it; with `data.reader = "rank-0"` opened there alone, so that the other nodes need no shards."""
-    from argonne.data.loader import open_training_data
 
     given = session.recipe
     alone = given.data.reader == "rank-0" and mesh.world_size > 1
-    found: TrainingData | InputError | None = None
+    found: Data | InputError | None = None
     if mesh.is_main or not alone:
         try:
-            found = open_training_data(
-                given.data, given.batch, given.seed, state=start.data_state, run_folder=run.path, allow=session.allow
-            )
+            found = session.stage.open_data(given, start.data_state, run.path, session.allow)
         except InputError as error:
             found = error
     if alone:
         found = mesh.broadcast(found)
     if isinstance(found, InputError):
         raise found
-    return cast("TrainingData", found)
+    return cast(Data, found)
 
 
 def _build(session: Session, opened: _Opened, run: RunFolder, mesh: Mesh) -> _Built:
     """Weights, optimizer and restored state; then the switches that only change speed and memory."""
-    from argonne.files import write_json
-    from argonne.model.build import check_attention
-    from argonne.parallel.apply import compile_blocks
-    from argonne.train.allocator import return_freed_memory, returns_memory
-    from argonne.train.checkpoint import load_tensors, run_tensors
-    from argonne.train.earlier import restore
-    from argonne.train.optim import build_optimizer
-    from argonne.train.precision import compute_dtype
-    from argonne.train.trainer import Progress
 
     recipe, start, data = opened.recipe, opened.start, opened.data
     weights: Any = build_weights(recipe, start)
@@ -270,7 +253,7 @@ def _build(session: Session, opened: _Opened, run: RunFolder, mesh: Mesh) -> _Bu
         progress = Progress(**start.progress)
     choice = choose(recipe, mesh)
     configure_model(model, recipe, choice)
-    micro_rows = choose_micro_rows(model, session.objective, recipe, data, progress.step, mesh, choice, run.path)
+    micro_rows = choose_micro_rows(model, session.stage.objective(recipe, data), recipe, data, progress.step, mesh, choice, run.path)
     plan = plan_of(recipe, choice, micro_rows, mesh)
     if mesh.is_main:
         write_json(run.path / "plan.json", plan)
@@ -282,7 +265,6 @@ def _build(session: Session, opened: _Opened, run: RunFolder, mesh: Mesh) -> _Bu
 
 
 def _set_threads(recipe: Recipe, mesh: Mesh) -> None:
-    import torch
 
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
@@ -314,7 +296,6 @@ def _changes(start: Start, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
 
 def _check_finished(session: Session, step: int) -> None:
     """A finished run does nothing more; asked to train something else, it says so instead of doing nothing."""
-    from argonne.train.checkpoint import LAST, STATE, read_state
 
     last = session.folder / LAST
     if not (last / STATE).is_file():

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import nn
 
 from argonne.config import Recipe
 from argonne.errors import InputError
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from argonne.data.loader import TrainingData
-    from argonne.parallel.mesh import Mesh
-    from argonne.plan import StepChoice
-    from argonne.train.step import Objective
+from argonne.parallel.mesh import Mesh
+from argonne.plan import StepChoice, choose_step, plan_of_run
+from argonne.stages.stage import Data
+from argonne.train.precision import Precision
+from argonne.train.probe import probe_micro_rows
+from argonne.train.step import Objective, recorded_micro_rows
 
 
-def steps_of(recipe: Recipe, data: TrainingData) -> int:
+def steps_of(recipe: Recipe, data: Data) -> int:
     """Optimizer steps of the run. A length in tokens or epochs is rounded down to whole steps: never more than was asked for."""
     train = recipe.train
     if train.steps is not None:
@@ -37,7 +38,7 @@ def steps_of(recipe: Recipe, data: TrainingData) -> int:
     return total
 
 
-def _steps_within(data: TrainingData, tokens: int) -> int:
+def _steps_within(data: Data, tokens: int) -> int:
     """The most steps that draw at most `tokens` tokens, whatever changes of batch lie between."""
     low, high = 0, 1
     while data.tokens_before(high) <= tokens:
@@ -50,21 +51,18 @@ def _steps_within(data: TrainingData, tokens: int) -> int:
 
 def choose(recipe: Recipe, mesh: Mesh) -> StepChoice:
     """What `auto` comes to here: micro-batch, activation checkpointing and loss, by the memory of one of the run's devices."""
-    from argonne.plan import choose_step
 
     return choose_step(recipe, **_device_facts(mesh), world_size=mesh.world_size)
 
 
 def plan_of(recipe: Recipe, choice: StepChoice, micro_rows: int, mesh: Mesh) -> dict[str, Any]:
     """The plan of the run as it starts: `inspect` sets it beside what was measured."""
-    from argonne.plan import plan_of_run
 
     settled = dataclasses.replace(choice, micro_rows=micro_rows)
     return plan_of_run(recipe, settled, **_device_facts(mesh), world_size=mesh.world_size)
 
 
 def _device_facts(mesh: Mesh) -> dict[str, Any]:
-    import torch
 
     if mesh.device.type == "cuda":
         facts = torch.cuda.get_device_properties(mesh.device)
@@ -73,15 +71,12 @@ def _device_facts(mesh: Mesh) -> dict[str, Any]:
 
 
 def choose_micro_rows(
-    model: nn.Module, objective: Objective, recipe: Recipe, data: TrainingData, step: int, mesh: Mesh, choice: StepChoice, run: Path
+    model: nn.Module, objective: Objective, recipe: Recipe, data: Data, step: int, mesh: Mesh, choice: StepChoice, run: Path
 ) -> int:
     """Rows of one forward pass on one device: the recipe's number; on a GPU found by trying, upward from the plan's; 4,096 tokens on the CPU.
 
     Never more than an earlier session of the run had to back off to.
     """
-    from argonne.train.precision import Precision
-    from argonne.train.probe import probe_micro_rows
-    from argonne.train.step import recorded_micro_rows
 
     rows, length = -(-data.rows(step) // mesh.world_size), data.sequence_length(step)
     recorded = recorded_micro_rows(run)

@@ -6,15 +6,21 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from argonne.config import ModelSection, Recipe
 from argonne.errors import InputError
-
-if TYPE_CHECKING:
-    from argonne.model.modeling_argonne import ArgonneForCausalLM
-    from argonne.train.earlier import TrainingFile
-    from argonne.train.run import RunFolder
+from argonne.files import verify_directory
+from argonne.legacy.position import carried_position
+from argonne.legacy.training import TrainingFile, read_training_file
+from argonne.model.build import build_model, config_from_fields
+from argonne.model.load import load_weights_into, resolve_model
+from argonne.model.modeling_argonne import ArgonneForCausalLM
+from argonne.tokens.tokenizer import load_tokenizer
+from argonne.train.checkpoint import list_checkpoints, newest_complete, read_state
+from argonne.train.run import RunFolder
 
 FAMILY_SUFFIXES = (".pt", ".pth")
 NOT_ARCHITECTURE = ("preset", "init_from", "initializer")
@@ -56,7 +62,6 @@ def find_start(
 
     `data_from_start`: what a `.pt` of the family says of its place in the data is left aside.
     """
-    from argonne.train.checkpoint import list_checkpoints, newest_complete
 
     if list_checkpoints(run.path):
         newest = newest_complete(run.path, say)
@@ -77,8 +82,6 @@ def find_start(
 
 
 def _whole_state(path: Path, *, own: bool) -> Start:
-    from argonne.files import verify_directory
-    from argonne.train.checkpoint import read_state
 
     state = read_state(path)
     if not own and (problems := verify_directory(path)):
@@ -98,9 +101,6 @@ def _whole_state(path: Path, *, own: bool) -> Start:
 
 def _family_file(path: Path, recipe: Recipe, *, from_start: bool) -> Start:
     """The whole state of a `checkpoint_step_<N>.pt` of the family's earlier trainer."""
-    from argonne.data.tokenizer import load_tokenizer
-    from argonne.train.earlier import read_training_file
-    from argonne.train.earlier_position import carried_position
 
     file = read_training_file(path, architecture_fields(recipe.model))
     carried = carried_position(file, recipe, from_start=from_start)
@@ -116,8 +116,6 @@ def _family_file(path: Path, recipe: Recipe, *, from_start: bool) -> Start:
 
 
 def _from_weights(recipe: Recipe) -> Start:
-    from argonne.data.tokenizer import load_tokenizer
-    from argonne.model.load import resolve_model
 
     name = str(recipe.model.init_from)
     found = resolve_model(name)
@@ -182,10 +180,6 @@ def architecture_fields(model: ModelSection) -> dict[str, Any]:
 
 def build_weights(recipe: Recipe, start: Start) -> ArgonneForCausalLM:
     """The model on the CPU in its training dtype: fresh from the seed, or from given weights. A checkpoint is loaded into it afterwards."""
-    import torch
-
-    from argonne.model.build import build_model, config_from_fields
-    from argonne.model.load import load_weights_into
 
     dtype = torch.bfloat16 if recipe.train.precision == "bf16_full" else torch.float32
     try:

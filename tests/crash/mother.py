@@ -30,7 +30,7 @@ MODULES = (
     "argonne.model.save",
     "argonne.model.load",
     "argonne.data.loader",
-    "argonne.data.tokenizer",
+    "argonne.tokens.tokenizer",
     "argonne.serve.engine",
     "argonne.plan",
     "tests.crash.faults",

@@ -9,8 +9,8 @@ import pytest
 
 from argonne.config import Recipe
 from argonne.files import TEMPORARY, verify_directory
+from argonne.report.records import read_metrics
 from argonne.train.checkpoint import LAST, list_checkpoints
-from argonne.train.records import read_metrics
 from tests.crash.conftest import Mother
 from tests.crash.faults import EXIT_CODE
 from tests.train.helpers import curve, stored

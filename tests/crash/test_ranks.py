@@ -12,9 +12,9 @@ import pytest
 from argonne.config import Recipe
 from argonne.errors import InputError
 from argonne.files import verify_directory
+from argonne.report.records import read_metrics
 from argonne.stages.pretrain import run
 from argonne.train.checkpoint import LAST, list_checkpoints
-from argonne.train.records import read_metrics
 from tests.crash.conftest import Mother
 from tests.crash.killing import Watcher
 from tests.train.helpers import curve, stored

@@ -80,7 +80,7 @@ def tokenisers(run: Path) -> list[int]:
                 words = (entry / "cmdline").read_bytes().split(b"\0")
             except OSError:  # ended since
                 continue
-            if b"argonne.data.from_text" in words and any(os.fsencode(run / "data") in word for word in words):
+            if b"argonne.prepare.from_text" in words and any(os.fsencode(run / "data") in word for word in words):
                 found.append(int(entry.name))
     return sorted(found)
 
@@ -105,4 +105,4 @@ def _run(job: dict[str, Any]) -> int:
 
 
 if __name__ == "__main__":
-    serve((*MODULES, "argonne.cli", "argonne.data.from_text"), _run)
+    serve((*MODULES, "argonne.cli", "argonne.prepare.from_text"), _run)

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from argonne.data import tokens
-from argonne.data.tokenizer import load_tokenizer, train_tokenizer
+from argonne.tokens import shards as tokens
+from argonne.tokens.tokenizer import load_tokenizer, train_tokenizer
 
 HELD_OUT_FROM = 3500
 WORDS = (

@@ -20,8 +20,8 @@ import pytest
 import zstandard
 
 from argonne.cli import main
-from argonne.data import tokens as token_files
-from argonne.data.formats import open_tokens
+from argonne.tokens import shards as token_files
+from argonne.tokens.formats import open_tokens
 from tests.data.conftest import words
 from tests.data.test_prepare import content
 

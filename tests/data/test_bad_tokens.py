@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from argonne.cli import main
-from argonne.data import tokens as token_files
+from argonne.tokens import shards as token_files
 from tests.data.test_bad_input import LINES, arguments, refusal
 
 

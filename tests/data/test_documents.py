@@ -21,13 +21,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from argonne.data import documents, textual
-from argonne.data.documents import Unit, cut, find_files, read_unit
-from argonne.data.formats import open_tokens
-from argonne.data.options import PrepareOptions
-from argonne.data.prepare import prepare
-from argonne.data.texts import LongText
 from argonne.errors import InputError
+from argonne.prepare import documents, textual
+from argonne.prepare.documents import Unit, cut, find_files, read_unit
+from argonne.prepare.options import PrepareOptions
+from argonne.prepare.prepare import prepare
+from argonne.prepare.texts import LongText
+from argonne.tokens.formats import open_tokens
 from tests.data.conftest import words
 from tests.data.test_prepare import QUIET, documents_of
 

@@ -16,11 +16,11 @@ from pathlib import Path
 import pyarrow.parquet as parquet
 import pytest
 
-from argonne.data import encode, engines
-from argonne.data.inspection import inspect_tokens
-from argonne.data.options import PrepareOptions
-from argonne.data.prepare import prepare
 from argonne.errors import InputError
+from argonne.prepare import encode, engines
+from argonne.prepare.options import PrepareOptions
+from argonne.prepare.prepare import prepare
+from argonne.tokens.inspection import inspect_tokens
 from tests.data.conftest import words
 from tests.data.test_prepare import QUIET, content, documents_of
 
@@ -72,8 +72,8 @@ def test_slurm_is_asked_again_for_what_a_killed_task_left_undone(
 COMMAND = """
 import sys
 from pathlib import Path
-from argonne.data.options import PrepareOptions
-from argonne.data.prepare import prepare
+from argonne.prepare.options import PrepareOptions
+from argonne.prepare.prepare import prepare
 if __name__ == "__main__":
     prepare(PrepareOptions((sys.argv[1],), Path(sys.argv[2]), Path(sys.argv[3]), workers=int(sys.argv[4]), hold_out=0.1))
 """

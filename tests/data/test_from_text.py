@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 
 from argonne.config import BatchSection, DataSection, SourceSection
-from argonne.data import encode, from_text
 from argonne.data.loader import TrainingData, open_training_data
-from argonne.data.options import PrepareOptions
-from argonne.data.prepare import prepare
 from argonne.errors import InputError
+from argonne.prepare import encode, from_text
+from argonne.prepare.options import PrepareOptions
+from argonne.prepare.prepare import prepare
 from tests.data.conftest import words
 from tests.data.test_prepare import QUIET, content
 
@@ -120,7 +120,7 @@ def request_of(text: DataSection, run: Path) -> str:
 def test_a_tokenising_process_whose_trainer_died_before_it_began_does_nothing(text: DataSection, tmp_path: Path) -> None:
     with subprocess.Popen(["true"]) as trainer:
         trainer.wait()
-    command = [sys.executable, "-m", "argonne.data.from_text", request_of(text, tmp_path / "run"), str(trainer.pid)]
+    command = [sys.executable, "-m", "argonne.prepare.from_text", request_of(text, tmp_path / "run"), str(trainer.pid)]
     assert subprocess.run(command, check=False).returncode == 1
     assert not (tmp_path / "run").exists()
 

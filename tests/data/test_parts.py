@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from argonne.data import planning, tokens
-from argonne.data import prepare as preparing
-from argonne.data.options import PrepareOptions
-from argonne.data.prepare import prepare, sole_writer
+from argonne.prepare import planning
+from argonne.prepare import prepare as preparing
+from argonne.prepare.options import PrepareOptions
+from argonne.prepare.prepare import prepare, sole_writer
+from argonne.tokens import shards as tokens
 from tests.data.conftest import words
 from tests.data.test_prepare import QUIET, content
 

@@ -15,14 +15,14 @@ import pyarrow.parquet as parquet
 import pytest
 import zstandard
 
-from argonne.data import encode, engines
-from argonne.data.formats import open_tokens
-from argonne.data.inspection import inspect_tokens
-from argonne.data.options import PrepareOptions
-from argonne.data.prepare import prepare
-from argonne.data.progress import Progress
-from argonne.data.tokenizer import load_tokenizer
 from argonne.errors import InputError
+from argonne.prepare import encode, engines
+from argonne.prepare.options import PrepareOptions
+from argonne.prepare.prepare import prepare
+from argonne.prepare.progress import Progress
+from argonne.tokens.formats import open_tokens
+from argonne.tokens.inspection import inspect_tokens
+from argonne.tokens.tokenizer import load_tokenizer
 from tests.data.conftest import words
 
 QUIET = Progress("prepare", 0, None)
@@ -444,7 +444,7 @@ def test_plain_text_is_split_as_asked(tokenizer_folder: Path, tmp_path: Path, sp
 def test_jsonl_cut_into_many_units_gives_every_line_once(tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [words(1 + number % 50, number) for number in range(300)]
     jsonl(tmp_path / "in.jsonl", [{"text": text} for text in texts])
-    monkeypatch.setattr("argonne.data.documents.unit_bytes", lambda _: 997)
+    monkeypatch.setattr("argonne.prepare.documents.unit_bytes", lambda _: 997)
     out = prepare(PrepareOptions((str(tmp_path / "in.jsonl"),), tmp_path / "out", tokenizer_folder, workers=1), QUIET)
     tokenizer = load_tokenizer(tokenizer_folder)
     assert len(open_tokens(out).train.shards) > 50

@@ -15,15 +15,15 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
-from argonne.data.formats import open_tokens
+from argonne.tokens.formats import open_tokens
 from tests.data.conftest import words
 
 LARGEST_PEAK = 1.5e9
 COMMAND = """
 import resource, sys
 from pathlib import Path
-from argonne.data.options import PrepareOptions
-from argonne.data.prepare import prepare
+from argonne.prepare.options import PrepareOptions
+from argonne.prepare.prepare import prepare
 if __name__ == "__main__":
     prepare(PrepareOptions((sys.argv[1],), Path(sys.argv[2]), Path(sys.argv[3]), workers=int(sys.argv[4])))
     own = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))

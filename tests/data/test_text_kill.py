@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from argonne.data import tokens
-from argonne.data.encode import RECORDS
+from argonne.prepare.encode import RECORDS
+from argonne.tokens import shards as tokens
 from argonne.train.checkpoint import LAST
 from tests.crash.killing import Watcher, _wait_a_moment
 from tests.data.commands import Commands, tokenisers, wait_for_end

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, normalizers
 
-from argonne.data.tokenizer_file import ParsedTokenizer, is_nfc, parse_tokenizer
+from argonne.tokens.tokenizer_file import ParsedTokenizer, is_nfc, parse_tokenizer
 
 MARKS = [chr(code) for code in range(0x110000) if unicodedata.combining(chr(code))]
 PIECES = [

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from argonne.data import encoders, texts
-from argonne.data.newer_characters import any_newer
-from argonne.data.options import PrepareOptions
-from argonne.data.prepare import prepare
-from argonne.data.progress import Progress
-from argonne.data.tokenizer import load_tokenizer
+from argonne.prepare import encoders, texts
+from argonne.prepare.newer_characters import any_newer
+from argonne.prepare.options import PrepareOptions
+from argonne.prepare.prepare import prepare
+from argonne.prepare.progress import Progress
+from argonne.tokens.tokenizer import load_tokenizer
 from tests.data.conftest import words
 from tests.data.test_prepare import documents_of, jsonl, long_text
 

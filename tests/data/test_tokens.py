@@ -13,12 +13,12 @@ import pytest
 
 from argonne.cli import main
 from argonne.config import BatchSection, DataSection, SourceSection
-from argonne.data.formats import open_tokens
-from argonne.data.inspection import inspect_tokens
 from argonne.data.loader import open_training_data
-from argonne.data.tokens import ShardWriter, header, read_header
-from argonne.data.verification import Verification
 from argonne.errors import InputError
+from argonne.tokens.formats import open_tokens
+from argonne.tokens.inspection import inspect_tokens
+from argonne.tokens.shards import ShardWriter, header, read_header
+from argonne.tokens.verification import Verification
 
 Writer = Callable[..., Path]
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from argonne.data import encode, engines
-from argonne.data.options import PrepareOptions
-from argonne.data.prepare import prepare
+from argonne.prepare import encode, engines
+from argonne.prepare.options import PrepareOptions
+from argonne.prepare.prepare import prepare
 from tests.data.test_engines import ray_for_workers, slurm
 from tests.data.test_prepare import QUIET, content
 

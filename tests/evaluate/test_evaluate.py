@@ -13,9 +13,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from argonne.data.options import PrepareOptions
-from argonne.data.prepare import prepare
-from argonne.data.tokenizer import TextTokenizer, load_tokenizer
 from argonne.errors import InputError
 from argonne.evaluate.bits_per_byte import ratio, windows
 from argonne.evaluate.requests import ScoreRequest
@@ -25,7 +22,10 @@ from argonne.evaluate.tasks import make_tasks
 from argonne.evaluate.texts import open_texts
 from argonne.model.build import build_model, config_from_fields
 from argonne.model.save import save_model_folder
+from argonne.prepare.options import PrepareOptions
+from argonne.prepare.prepare import prepare
 from argonne.presets import preset
+from argonne.tokens.tokenizer import TextTokenizer, load_tokenizer
 
 WORDS = ["time", "ago", "there", "was", "a", "model", "Straße", "naïve", "你好", "and", "then", "text"]
 

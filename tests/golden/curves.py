@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from argonne.config import Recipe
-from argonne.data.options import PrepareOptions
-from argonne.data.prepare import prepare
+from argonne.prepare.options import PrepareOptions
+from argonne.prepare.prepare import prepare
 from argonne.recipe import build, resolve
+from argonne.report.records import read_metrics
 from argonne.stages.pretrain import run
-from argonne.train.records import read_metrics
 
 RECORDED = Path(__file__).with_name("curves.json")
 VALUES = ("loss", "grad_norm")

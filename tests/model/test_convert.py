@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 import argonne.publish.fresh_load
 from argonne.errors import InputError
-from argonne.model.convert import import_checkpoint, load_earlier, modern_name
-from argonne.model.earlier import read_earlier
-from argonne.model.native import native_twin
+from argonne.legacy.convert import import_checkpoint, load_earlier, modern_name
+from argonne.legacy.earlier import read_earlier
 from argonne.publish.export import expectations, save_native
+from argonne.publish.native import native_twin
 
 FIXTURES = ["a10_odd108", "a15_sdpa_odd81", "a20_floor_headdim", "a25_base", "a30_full", "a30fa2_full", "a40_shape"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -9,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from argonne.config import Recipe
+from argonne.report.records import read_metrics
 from argonne.stages.session import Session, run_session
+from argonne.stages.stage import Stage, given_objective, token_windows
 from argonne.train.checkpoint import LAST
-from argonne.train.records import read_metrics
 from argonne.train.run import STOPPED, RunFolder
 from argonne.train.step import next_token
 from argonne.train.trainer import Outcome
@@ -23,7 +25,7 @@ TWO = {"parallel.nproc": "2", "parallel.timeout": "5s"}
 
 
 def run(recipe: Recipe, folder: Path, fault: Fault | None = None) -> Outcome:
-    return run_session(Session(recipe, folder, fault or next_token))
+    return run_session(Session(recipe, folder, Stage(functools.partial(given_objective, fault or next_token), token_windows)))
 
 
 @pytest.mark.parametrize("kind", ["SIGKILL", "exit", "raise", "SIGSTOP"])

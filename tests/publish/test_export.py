@@ -15,10 +15,10 @@ import torch
 from argonne.errors import InputError
 from argonne.model import ArgonneForCausalLM
 from argonne.model.build import build_model, config_from_fields
-from argonne.model.native import native_twin
 from argonne.model.save import save_model_folder
 from argonne.publish.export import expectations, export_model, prove, save_native
 from argonne.publish.fresh_load import compare
+from argonne.publish.native import native_twin
 from tests.model.conftest import GENERATIONS, SIZES, THIRD, WINDOW, roughen
 
 LAST_FULL = {**WINDOW, "layer_types": ["sliding_attention", "full_attention"] * 2}

@@ -10,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from argonne.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 from argonne.errors import InputError
 from argonne.model.build import build_model, config_from_fields
 from argonne.model.load import choose_device
@@ -18,6 +17,7 @@ from argonne.presets import preset
 from argonne.serve.engine import complete_ids, prompt_ids, sample_text, stop_ids, stream_ids, stream_text
 from argonne.serve.sampling import Sampler, SamplingOptions
 from argonne.serve.text_stream import TextStream
+from argonne.tokens.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 
 TEXTS = ["Long long time ago there was a model. ", "Ein Mädchen sah 你好 und 🙂🙃 in der Straße. ", "naïve café — “quoted” … 100 €\n"] * 30
 GREEDY = SamplingOptions(max_new_tokens=12, temperature=0.0)

@@ -12,12 +12,12 @@ import torch
 
 from argonne.config import Recipe
 from argonne.data.loader import open_training_data
-from argonne.data.options import PrepareOptions
-from argonne.data.prepare import prepare
+from argonne.prepare.options import PrepareOptions
+from argonne.prepare.prepare import prepare
+from argonne.report.records import read_metrics
 from argonne.stages.pretrain import run
 from argonne.stages.start import carried_data
 from argonne.train.checkpoint import LAST, read_state
-from argonne.train.records import read_metrics
 from tests.train.helpers import curve, stored
 
 Nano = Callable[..., Recipe]

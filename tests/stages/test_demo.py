@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from argonne.data.corpus import MODULES, write_corpus
 from argonne.errors import InputError
+from argonne.report.records import read_metrics
+from argonne.stages.corpus import MODULES, write_corpus
 from argonne.stages.demo import run_demo
-from argonne.train.records import read_metrics
 
 FEW = ("json", "csv", "argparse", "textwrap", "string", "shutil", "logging", "pathlib", "statistics", "typing")
 SHORT = {"train.steps": "8", "schedule.warmup": "2", "batch.tokens_per_step": "512", "eval.every_steps": "4", "log.every_steps": "1"}

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from argonne.config import Recipe
-from argonne.data.options import PrepareOptions
-from argonne.data.prepare import prepare
+from argonne.prepare.options import PrepareOptions
+from argonne.prepare.prepare import prepare
 from tests.train.family import sources, tokens_of
 
 Nano = Callable[..., Recipe]

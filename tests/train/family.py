@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from argonne.config import Recipe
+from argonne.legacy.training import TrainingFile, read_training_file
 from argonne.model.build import build_model, config_from_fields
 from argonne.stages.start import architecture_fields
-from argonne.train.earlier import TrainingFile, read_training_file
 
 T, ROWS = 32, 8
 # The parameters of one block of 3.0 in the order in which its class registers them, with today's names.

@@ -7,7 +7,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from argonne.train.records import read_metrics
+from argonne.report.records import read_metrics
 
 # What must be bit-identical; the rest of a record is speed and memory.
 EXACT = ("step", "tokens", "loss", "lr", "grad_norm")

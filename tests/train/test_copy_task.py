@@ -21,11 +21,11 @@ from argonne.data import loader
 from argonne.data.batches import IGNORED, to_tensors
 from argonne.model.load import load_model
 from argonne.recipe import build, resolve
+from argonne.report.records import read_metrics
 from argonne.serve.engine import complete_ids
 from argonne.serve.sampling import SamplingOptions
 from argonne.stages import pretrain
 from argonne.stages.pretrain import run
-from argonne.train.records import read_metrics
 
 HALF, VOCABULARY, STEPS, ROWS = 32, 16, 120, 32
 Tensors = dict[str, torch.Tensor]

@@ -15,13 +15,13 @@ from torch import Tensor
 from argonne.cli import main
 from argonne.config import Recipe
 from argonne.errors import InputError
+from argonne.legacy.export_pt import export_pt
+from argonne.legacy.training import CLASSES, class_order, restore
 from argonne.model.build import build_model, config_from_fields
 from argonne.recipe import to_toml
 from argonne.stages.pretrain import run
 from argonne.stages.start import architecture_fields
 from argonne.train.checkpoint import LAST, run_tensors
-from argonne.train.earlier import CLASSES, class_order, restore
-from argonne.train.earlier_export import export_pt
 from argonne.train.optim import build_optimizer
 from tests.train.family import ROWS, T, earlier_file, earlier_parameters, opened, sources, spelled_out
 from tests.train.helpers import curve, stored

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from argonne.config import Recipe
 from argonne.data.loader import open_training_data
 from argonne.errors import InputError
+from argonne.legacy.export_pt import export_pt
+from argonne.legacy.position import carried_position
+from argonne.legacy.training import TrainingFile
 from argonne.recipe import load_recipe
 from argonne.stages.pretrain import run
 from argonne.train.checkpoint import LAST
-from argonne.train.earlier import TrainingFile
-from argonne.train.earlier_export import export_pt
-from argonne.train.earlier_position import carried_position
 from tests.train.family import ROWS, T, earlier_file, opened, sources, tokens_of
 from tests.train.helpers import curve
 

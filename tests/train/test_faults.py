@@ -22,13 +22,13 @@ import torch
 from argonne.config import Recipe
 from argonne.errors import InputError
 from argonne.files import TEMPORARY, verify_directory
+from argonne.report.records import read_metrics
 from argonne.stages import services
 from argonne.stages.pretrain import run
 from argonne.train import checkpoint, step
 from argonne.train.checkpoint import LAST, NonFiniteWeights
 from argonne.train.guard import Diverged
 from argonne.train.metrics import MetricsLog
-from argonne.train.records import read_metrics
 from argonne.train.run import LOCK, RunFolder
 from tests.train.helpers import curve, stored
 

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from argonne.errors import InputError
-from argonne.train.records import read_metrics, smoothed
-from argonne.train.report import write_report
-from argonne.train.report_plots import compact
+from argonne.report.records import read_metrics, smoothed
+from argonne.report.report import write_report
+from argonne.report.report_plots import compact
 
 
 def step_record(step: int, **changes: Any) -> dict[str, Any]:

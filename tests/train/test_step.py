@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +15,12 @@ from torch import nn
 from argonne.config import Recipe
 from argonne.errors import InputError
 from argonne.parallel.mesh import Mesh
+from argonne.report.records import read_metrics
 from argonne.stages.pretrain import run
 from argonne.stages.session import Session, run_session
+from argonne.stages.stage import Stage, given_objective, token_windows
 from argonne.train.checkpoint import LAST
 from argonne.train.precision import Precision
-from argonne.train.records import read_metrics
 from argonne.train.step import MICRO_ROWS_FILE, Loss, MicroBatch, Stepper, next_token
 from tests.train.helpers import curve, stored
 
@@ -100,7 +102,7 @@ def test_out_of_memory_in_a_backward_pass_halves_the_micro_batch_and_repeats_the
 ) -> None:
     recipe = nano()
     run(recipe, tmp_path / "whole")
-    run_session(Session(recipe, tmp_path / "hurt", OutOnce()))
+    run_session(Session(recipe, tmp_path / "hurt", Stage(functools.partial(given_objective, OutOnce()), token_windows)))
     assert json.loads((tmp_path / "hurt" / MICRO_ROWS_FILE).read_text())["rows"] == 2
     assert "micro-batches of 2 rows from here" in capfd.readouterr().err
     for mine, theirs in zip(curve(tmp_path / "hurt"), curve(tmp_path / "whole"), strict=True):
@@ -131,7 +133,7 @@ def test_out_of_memory_with_a_single_row_says_what_would_help(nano: Nano, tmp_pa
         raise torch.OutOfMemoryError("CUDA out of memory. Planted.")
 
     with pytest.raises(InputError, match="activation_checkpointing"):
-        run_session(Session(nano(), tmp_path / "run", always))
+        run_session(Session(nano(), tmp_path / "run", Stage(functools.partial(given_objective, always), token_windows)))
 
 
 def test_a_later_session_starts_with_the_micro_batch_an_earlier_one_backed_off_to(nano: Nano, tmp_path: Path) -> None:

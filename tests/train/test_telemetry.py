@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Callable
@@ -12,11 +13,12 @@ import torch
 from torch import nn
 
 from argonne.config import Recipe
+from argonne.report.records import read_metrics
 from argonne.stages.pretrain import run
 from argonne.stages.session import Session, run_session
+from argonne.stages.stage import Stage, given_objective, token_windows
 from argonne.train.checkpoint import LAST
 from argonne.train.guard import SpikeWatch
-from argonne.train.records import read_metrics
 from argonne.train.step import Loss, MicroBatch, next_token
 from tests.train.helpers import curve, stored
 
@@ -40,7 +42,13 @@ def test_a_loss_spike_in_a_run_names_its_step_and_source(nano: Nano, tmp_path: P
         loss = next_token(model, micro).total
         return Loss(loss * 5 if len(calls) == 36 else loss)
 
-    run_session(Session(nano(**{"train.steps": "40", "batch.micro": "8"}), tmp_path / "run", spiking))
+    run_session(
+        Session(
+            nano(**{"train.steps": "40", "batch.micro": "8"}),
+            tmp_path / "run",
+            Stage(functools.partial(given_objective, spiking), token_windows),
+        )
+    )
     (warning,) = [record for record in read_metrics(tmp_path / "run").of("warning") if "spike" in record["message"]]
     assert (warning["step"], warning["sources"]) == (36, ["set"])
 
@@ -69,8 +77,8 @@ def test_a_run_without_tensorboard_says_so_and_trains(nano: Nano, tmp_path: Path
 
 
 def test_a_source_of_a_mixture_has_its_own_tokens_passes_and_loss(nano: Nano, tmp_path: Path, tokens: Path) -> None:
-    from argonne.data.options import PrepareOptions
-    from argonne.data.prepare import prepare
+    from argonne.prepare.options import PrepareOptions
+    from argonne.prepare.prepare import prepare
 
     text = tmp_path / "other.txt"
     text.write_text("".join(f"the same few words again and again, number {number}.\n" for number in range(1000)))
@@ -114,6 +122,10 @@ def test_deterministic_asks_torch_for_it_during_the_run_and_only_then(nano: Nano
         asked.append(torch.are_deterministic_algorithms_enabled())
         return next_token(model, micro)
 
-    run_session(Session(nano(**{"train.deterministic": "true"}), tmp_path / "run", watching))
+    run_session(
+        Session(
+            nano(**{"train.deterministic": "true"}), tmp_path / "run", Stage(functools.partial(given_objective, watching), token_windows)
+        )
+    )
     assert set(asked) == {True}
     assert not torch.are_deterministic_algorithms_enabled()

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from argonne import files
-from argonne.data.tokenizer_file import TOKENIZER_FILE, ParsedTokenizer, parse_tokenizer
 from argonne.errors import InputError
+from argonne.tokens.tokenizer_file import TOKENIZER_FILE, ParsedTokenizer, parse_tokenizer
 
 if TYPE_CHECKING:
     pass

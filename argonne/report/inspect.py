@@ -40,7 +40,7 @@ def inspect_path(path: Path) -> Facts:
 
 
 def _tokens(path: Path) -> Facts:
-    from argonne.data.inspection import inspect_tokens
+    from argonne.tokens.inspection import inspect_tokens
 
     return inspect_tokens(path)
 
@@ -51,7 +51,7 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def _tokenizer(path: Path) -> Facts:
-    from argonne.data.tokenizer import load_tokenizer
+    from argonne.tokens.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(path)
     facts = {"vocab_size": tokenizer.vocab_size, "eos_id": tokenizer.eos_id, "bos_id": tokenizer.bos_id, "pad_id": tokenizer.pad_id}
@@ -106,8 +106,8 @@ def _size(shape: tuple[int, ...]) -> int:
 
 
 def _run(path: Path) -> Facts:
+    from argonne.report.records import read_metrics
     from argonne.train.checkpoint import list_checkpoints
-    from argonne.train.records import read_metrics
 
     manifest = read_json(path / "manifest.json")
     saved = list_checkpoints(path)

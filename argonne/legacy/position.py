@@ -17,7 +17,7 @@ from argonne.data.phases import STATE_VERSION, batch_at
 from argonne.data.training_data import TrainingData, open_training_data
 from argonne.data.windows import Position, RowKey
 from argonne.errors import InputError
-from argonne.train.earlier import TrainingFile
+from argonne.legacy.training import TrainingFile
 
 WRITTEN_BY = "argonne"
 

@@ -17,14 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from argonne import files
-from argonne.data import assemble, encode, encoders, engines, messages, tokens
-from argonne.data.documents import InputFile, Unit
-from argonne.data.manifest import build_manifest, check_drops
-from argonne.data.options import PrepareOptions, check_options
-from argonne.data.planning import PLAN, open_plan, sample_texts, turn, unit_weights
-from argonne.data.progress import Progress
-from argonne.data.tokenizer import load_tokenizer
 from argonne.errors import InputError
+from argonne.prepare import assemble, encode, encoders, engines, messages
+from argonne.prepare.documents import InputFile, Unit
+from argonne.prepare.manifest import build_manifest, check_drops
+from argonne.prepare.options import PrepareOptions, check_options
+from argonne.prepare.planning import PLAN, open_plan, sample_texts, turn, unit_weights
+from argonne.prepare.progress import Progress
+from argonne.tokens import shards as tokens
+from argonne.tokens.tokenizer import load_tokenizer
 
 PROBES = 64
 WORKER_BYTES, FAST_WORKER_BYTES = 16 << 20, 96 << 20

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from argonne import files
-from argonne.data import encoders
-from argonne.data.encode import Job, record_path
 from argonne.errors import InputError
+from argonne.prepare import encoders
+from argonne.prepare.encode import Job, record_path
 
 Results = Iterator[tuple[int, dict[str, Any]]]
 ENGINES = ("local", "slurm", "ray")
@@ -135,7 +135,7 @@ def _slurm(job: Job, units: list[int], tasks: int) -> Results:
 def _submit(job: Job, folder: Path, tasks: int) -> str:
     """Write the array's script, submit it, and return its identifier."""
     script = folder / "array.sh"
-    arguments = [sys.executable, "-m", "argonne.data.engines", job.out, job.encoder, str(job.shard_tokens)]
+    arguments = [sys.executable, "-m", "argonne.prepare.engines", job.out, job.encoder, str(job.shard_tokens)]
     lines = [
         "#!/bin/sh",
         f"#SBATCH --job-name=argonne-prepare --array=0-{tasks - 1} --ntasks=1",

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from argonne.data.documents import InputFile
-from argonne.data.textual import field_names
+from argonne.prepare.documents import InputFile
+from argonne.prepare.textual import field_names
 
 LINES = "each line must be one JSON object; an array becomes lines with `jq -c '.[]' FILE.json > FILE.jsonl`"
 ADVICE = {

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from argonne.errors import InputError
-from argonne.train.records import METRICS_FILE, read_metrics
+from argonne.report.records import METRICS_FILE, read_metrics
 from argonne.train.run import COMPLETE, LOCK, STOPPED, RunFolder, lock_is_stale
 
 

@@ -14,28 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from argonne.data import columnar, textual
-from argonne.data.texts import LongText, Refused, RowBatch, checked, first_line
 from argonne.errors import InputError
+from argonne.prepare import columnar, textual
+from argonne.prepare.texts import LongText, Refused, RowBatch, checked, first_line
+from argonne.tokens.file_kinds import KINDS, format_of, natural_key
 
-SUFFIXES = {
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".jsonl": "jsonl",
-    ".jsonl.gz": "jsonl",
-    ".jsonl.zst": "jsonl",
-    ".json.gz": "jsonl",
-    ".ndjson": "jsonl",
-    ".ndjson.gz": "jsonl",
-    ".ndjson.zst": "jsonl",
-    ".txt": "txt",
-    ".txt.gz": "txt",
-    ".txt.zst": "txt",
-    ".md": "txt",
-    ".md.gz": "txt",
-    ".md.zst": "txt",
-}
-KINDS = ".parquet, .arrow, .jsonl, .ndjson, .txt or .md, the text kinds also with .gz or .zst"
 JSON_HINT = (
     "; one JSON object a line: rename it to .jsonl; one array: `jq -c '.[]' FILE.json > FILE.jsonl`, or "
     "datasets.load_dataset('json', data_files=...).to_parquet(...)"
@@ -60,12 +43,6 @@ class Unit:
     file: int
     start: int
     stop: int
-
-
-def natural_key(path: str) -> list[tuple[int, int, str]]:
-    """Sort key that puts `shard_2` before `shard_10`; equal numbers written differently keep a fixed order."""
-    pieces = re.split(r"(\d+)", path)
-    return [(0, int(piece), piece) if piece.isdigit() and piece.isascii() else (1, 0, piece) for piece in pieces]
 
 
 def find_files(patterns: Sequence[str], also: Mapping[str, str] | None = None, outside: Path | None = None) -> list[InputFile]:
@@ -117,11 +94,6 @@ def _matches(pattern: str, also: Mapping[str, str] | None) -> Iterator[InputFile
         if sizes[name] is None:
             raise InputError(f"input {full}: the server does not say how large it is; download it first")
         yield InputFile(full, kind, int(sizes[name]))
-
-
-def format_of(path: str, also: Mapping[str, str] | None = None) -> str | None:
-    name = path.rsplit("/", 1)[-1].lower()
-    return next((kind for suffix, kind in {**SUFFIXES, **(also or {})}.items() if name.endswith(suffix)), None)
 
 
 def unit_bytes(files: Sequence[InputFile]) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
-from argonne.train.report_plots import Curve, Panel, colour_variable, draw
+from argonne.report.report_plots import Curve, Panel, colour_variable, draw
 
 STYLE = Path(__file__).with_name("report.css")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,20 +12,11 @@ from torch import Tensor
 
 from argonne.errors import InputError
 from argonne.files import atomic_directory
+from argonne.legacy.earlier import Earlier, read_earlier
 from argonne.model.configuration_argonne import FULL, SLIDING, Argonne1Config, ArgonneConfig
-from argonne.model.earlier import Earlier, read_earlier
 from argonne.model.modeling_argonne import ArgonneForCausalLM
-from argonne.model.save import save_model_folder
+from argonne.model.save import copy_tokenizer, save_model_folder, stop_ids, tokenizer_folder
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 # Fields of 4.5 experiments that no released weights use; a checkpoint that has one on is another architecture.
 EXPERIMENTAL = {"attn_pattern": (None, ""), "nope_global": (False, None), "attn_gate": (False, None), "mlp_type": ("swiglu", None)}
 OUTER = {
@@ -193,45 +183,6 @@ def _tokenizer_size(folder: Path) -> int | None:
     from tokenizers import Tokenizer
 
     return int(Tokenizer.from_file(str(source / "tokenizer.json")).get_vocab_size(with_added_tokens=True))
-
-
-def tokenizer_folder(folder: Path) -> Path | None:
-    """Where the tokenizer of a model folder lies: in it, or in its tokenizer/."""
-    return next((place for place in (folder, folder / "tokenizer") if any((place / name).is_file() for name in TOKENIZER_FILES[:1])), None)
-
-
-def copy_tokenizer(source: Path | None, target: Path) -> list[str]:
-    """Copy the tokenizer files and the chat template; return their names."""
-    if source is None:
-        return []
-    found = [name for name in TOKENIZER_FILES if (source / name).is_file()]
-    for name in found:
-        shutil.copyfile(source / name, target / name)
-    return found
-
-
-def stop_ids(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """eos, bos and pad ids: of generation_config.json, else of the config, else of the tokenizer's own eos token."""
-    import json
-
-    found: dict[str, Any] = {
-        "eos_id": config.get("eos_token_id"),
-        "bos_id": config.get("bos_token_id"),
-        "pad_id": config.get("pad_token_id"),
-    }
-    path = folder / "generation_config.json"
-    if path.is_file():
-        generation = json.loads(path.read_text())
-        for name in ("eos", "bos", "pad"):
-            found[f"{name}_id"] = generation.get(f"{name}_token_id", found[f"{name}_id"])
-    source = tokenizer_folder(folder)
-    if found["eos_id"] is None and source is not None and (source / "tokenizer_config.json").is_file():
-        from tokenizers import Tokenizer
-
-        token = json.loads((source / "tokenizer_config.json").read_text()).get("eos_token")
-        token = token.get("content") if isinstance(token, dict) else token
-        found["eos_id"] = Tokenizer.from_file(str(source / "tokenizer.json")).token_to_id(token) if token else None
-    return found
 
 
 def import_checkpoint(path: Path, out: Path, *, attention: str = "full") -> dict[str, Any]:

@@ -14,10 +14,10 @@ from typing import IO, Any
 
 import numpy as np
 
-from argonne.data.documents import InputFile, find_files
-from argonne.data.texts import READ_BYTES, LongText, Text, first_line, read_faults
-from argonne.data.textual import open_file
 from argonne.errors import InputError
+from argonne.prepare.documents import InputFile, find_files
+from argonne.prepare.texts import READ_BYTES, LongText, Text, first_line, read_faults
+from argonne.prepare.textual import open_file
 
 QUALITY_FROM_CHARACTERS = 50
 LARGEST_DIGIT_SHARE = 0.5

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from argonne import files
-from argonne.data.documents import format_of, natural_key
-from argonne.data.tokens import Shard, TokenSet, TokenStream, open_folder, read_header
 from argonne.errors import InputError
+from argonne.tokens.file_kinds import format_of, natural_key
+from argonne.tokens.shards import Shard, TokenSet, TokenStream, open_folder, read_header
 
 RAW = {"raw-uint16:": "uint16", "raw-uint32:": "uint32"}
 MEGATRON_MAGIC = b"MMIDIDX\x00\x00"

@@ -15,9 +15,9 @@ from typing import Any
 from argonne import files
 from argonne.errors import InputError
 from argonne.recipe import differences
-from argonne.train import report_page as page
-from argonne.train.records import Metrics, read_metrics, smoothed
-from argonne.train.report_plots import Curve, Mark, Panel
+from argonne.report import report_page as page
+from argonne.report.records import Metrics, read_metrics, smoothed
+from argonne.report.report_plots import Curve, Mark, Panel
 
 REPORT_FILE = "report.html"
 _KEY_TO_MARKS = "Horizontal axis: step. Vertical lines: resumed (dashed), stopped (dotted), step skipped (solid), warning (dotted)."

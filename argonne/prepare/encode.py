@@ -15,11 +15,12 @@ from typing import Any, cast
 import numpy as np
 
 from argonne import files
-from argonne.data import assemble, encoders, filters, tokens
-from argonne.data.documents import InputFile, Unit, read_unit
-from argonne.data.texts import LongText, RowBatch
-from argonne.data.tokenizer import TextTokenizer, load_tokenizer
 from argonne.errors import InputError
+from argonne.prepare import assemble, encoders, filters
+from argonne.prepare.documents import InputFile, Unit, read_unit
+from argonne.prepare.texts import LongText, RowBatch
+from argonne.tokens import shards as tokens
+from argonne.tokens.tokenizer import TextTokenizer, load_tokenizer
 
 RECORDS = "units"
 

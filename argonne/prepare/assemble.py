@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from argonne.data.tokens import ShardWriter, read_header
+from argonne.tokens.shards import ShardWriter, read_header
 
 PARTS = "parts"
 # One document: 128-bit hash of its text, bytes of its text.

@@ -15,14 +15,15 @@ from argonne import __version__
 from argonne.config import Recipe
 from argonne.errors import InputError
 from argonne.files import TEMPORARY, fsync_path, read_json, verify_directory, write_json
+from argonne.legacy.convert import modern_name
+from argonne.legacy.position import WRITTEN_BY
+from argonne.legacy.training import CLASSES, HEADS, MOMENTS, class_order
 from argonne.model.configuration_argonne import FULL, SLIDING, ArgonneConfig
-from argonne.model.convert import copy_tokenizer, modern_name
 from argonne.model.load import read_checkpoint_tensors, resolve_model
+from argonne.model.save import copy_tokenizer
 from argonne.recipe import build
+from argonne.report.records import METRICS_FILE, read_metrics
 from argonne.train.checkpoint import read_state
-from argonne.train.earlier import CLASSES, HEADS, MOMENTS, class_order
-from argonne.train.earlier_position import WRITTEN_BY
-from argonne.train.records import METRICS_FILE, read_metrics
 from argonne.train.schedule import learning_rate
 
 # What the earlier class fixes: a model that differs cannot be told to it.

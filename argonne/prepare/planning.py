@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from argonne import files
-from argonne.data import documents, filters, messages, tokens
-from argonne.data.documents import InputFile, Unit
-from argonne.data.options import PrepareOptions
-from argonne.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 from argonne.errors import InputError
+from argonne.prepare import documents, filters, messages
+from argonne.prepare.documents import InputFile, Unit
+from argonne.prepare.options import PrepareOptions
+from argonne.tokens import shards as tokens
+from argonne.tokens.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 
 PLAN = "plan.json"
 PLAN_VERSION = 1

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from argonne import files
-from argonne.data import tokens
-from argonne.data.formats import open_tokens
-from argonne.data.tokens import TokenSet
 from argonne.errors import InputError
+from argonne.tokens import shards as tokens
+from argonne.tokens.formats import open_tokens
+from argonne.tokens.shards import TokenSet
 
 
 def inspect_tokens(path: Path | str, verify: bool = True) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def _strangers(folder: Path, listed: dict[str, Any]) -> list[str]:
 
 def ids_outside(opened: TokenSet, vocab_size: int | None = None) -> list[str]:
     """One line for each shard that holds an id past the vocabulary."""
-    from argonne.data.tokenizer import load_tokenizer
+    from argonne.tokens.tokenizer import load_tokenizer
 
     limit = vocab_size or opened.vocab_size
     if limit is None and opened.tokenizer_folder is not None:

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from argonne import files
-from argonne.data import tokens
-from argonne.data.messages import advice, describe_drops
-from argonne.data.options import PrepareOptions
 from argonne.errors import InputError
+from argonne.prepare.messages import advice, describe_drops
+from argonne.prepare.options import PrepareOptions
+from argonne.tokens import shards as tokens
 
 FAULTS = ("missing", "not-text", "empty", "invalid-utf8", "invalid-json")
 

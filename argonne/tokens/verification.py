@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from argonne import files
-from argonne.data.tokens import Shard
 from argonne.errors import InputError
+from argonne.tokens.shards import Shard
 
 CHUNK = 1 << 22
 RECORD = "verified_data.json"

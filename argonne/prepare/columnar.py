@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from argonne.data.texts import LONG_CHARACTERS, READ_BYTES, first_line, read_faults
 from argonne.errors import InputError
+from argonne.prepare.texts import LONG_CHARACTERS, READ_BYTES, first_line, read_faults
 
 BATCH_ROWS = 2048
 ARROW_BYTES = 8 << 20

@@ -21,10 +21,11 @@ from typing import Any
 
 from argonne import files
 from argonne.config import DataSection
-from argonne.data import documents, encode, planning, prepare, tokens
-from argonne.data.options import PrepareOptions
-from argonne.data.tokens import Shard, TokenSet, TokenStream
 from argonne.errors import InputError
+from argonne.prepare import documents, encode, planning, prepare
+from argonne.prepare.options import PrepareOptions
+from argonne.tokens import shards as tokens
+from argonne.tokens.shards import Shard, TokenSet, TokenStream
 
 FOLDER = "data"
 FAILURE = "failure.json"
@@ -207,7 +208,7 @@ class TextWork:
                     f"{self.out}: the tokenising process died {self._deaths} times at the same unit; `argonne prepare` by itself will show why"
                 )
             request = json.dumps({**dataclasses.asdict(self.options), "out": str(self.out), "tokenizer": str(self.options.tokenizer)})
-            command = [sys.executable, "-m", "argonne.data.from_text", request, str(os.getpid())]
+            command = [sys.executable, "-m", "argonne.prepare.from_text", request, str(os.getpid())]
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
 
     def _works(self) -> bool:

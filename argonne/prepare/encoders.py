@@ -13,10 +13,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from argonne.data.newer_characters import any_newer
-from argonne.data.tokenizer import TextTokenizer
-from argonne.data.tokenizer_file import forget_parsed, give_memory_back
 from argonne.errors import InputError
+from argonne.prepare.newer_characters import any_newer
+from argonne.tokens.tokenizer import TextTokenizer
+from argonne.tokens.tokenizer_file import forget_parsed, give_memory_back
 
 PIECE_BYTES = 1 << 20
 WHOLE_WITHIN_BYTES = 16 << 20

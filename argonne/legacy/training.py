@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from argonne.errors import InputError
+from argonne.legacy.convert import modern_config, modern_name, modern_state
+from argonne.legacy.earlier import Earlier, config_of_file, read_config, unpickle, weights_of_file
 from argonne.model.configuration_argonne import ArgonneConfig
-from argonne.model.convert import modern_config, modern_name, modern_state, tokenizer_folder
-from argonne.model.earlier import Earlier, config_of_file, read_config, unpickle, weights_of_file
+from argonne.model.save import tokenizer_folder
 from argonne.train.checkpoint import run_tensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
