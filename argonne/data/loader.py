@@ -1,28 +1,65 @@
-"""Step -> this rank's tensors. Any step can be asked for; steps in order are read ahead by a thread."""
+"""Step -> this rank's tensors, for windows, conversations and pairs alike. Any step can be asked for; steps in order are read ahead."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from threading import Lock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 
-from argonne.data.batches import FILLER_SOURCE, IGNORED, Arrays, assemble, to_tensors
-from argonne.data.mixture import GlobalRows, Phase
-from argonne.data.training_data import TrainingData, open_training_data
 from argonne.errors import InputError
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-# Rows located at once: the arithmetic is vectorised, and one row at a time would cost as much as reading it.
-BLOCK = 4096
+
+@dataclass(frozen=True)
+class Array:
+    """One array of a batch, rows first. `fill`: what a row that only fills up holds, a number or an array of a row's shape."""
+
+    values: np.ndarray
+    fill: int | float | np.ndarray
+
+    def cut(self, first: int, count: int, rows: int) -> Array:
+        """Rows first .. first + count - 1, filled up to `rows`."""
+        part = np.empty((rows, *self.values.shape[1:]), self.values.dtype)
+        part[:count] = self.values[first : first + count]
+        part[count:] = self.fill
+        return Array(part, self.fill)
+
+
+Arrays = Mapping[str, Array]
+
+
+class Rows(Protocol):
+    """What the loader asks of data. A global batch is rows that lie whole in one place: what must stay together (a pair) is one row.
+
+    read(step, first, count, rows): rows first .. first + count - 1 of the global batch of `step`, filled up to `rows`. One of the arrays is
+    named `unit` and holds what each row adds to the divisor of the loss (0 where it only fills up).
+    check: raise what was found wrong in the background. not_waiting: inside, whoever waits for data that is not there yet gets an error.
+    """
+
+    unit: str
+    reads_model: bool
+
+    def rows(self, step: int) -> int: ...
+    def read(self, step: int, first: int, count: int, rows: int) -> Arrays: ...
+    def check(self) -> None: ...
+    def not_waiting(self) -> AbstractContextManager[Any]: ...
+
+
+class Exchange(Protocol):
+    """How rank 0 hands what it has read to the other ranks."""
+
+    @property
+    def is_main(self) -> bool: ...
+    def broadcast(self, value: Any) -> Any: ...
+    def broadcast_tensor(self, tensor: torch.Tensor) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -30,16 +67,14 @@ class Batch:
     """One rank's part of a global batch. Every rank has the same number of micro-batches; rows that fill up train nothing."""
 
     step: int
-    micro_batches: list[dict[str, torch.Tensor]]
-    valid_tokens: int
-    tokens: int
-    sources: list[torch.Tensor]
+    micro_batches: Sequence[Mapping[str, torch.Tensor]]
+    count: int
     waited_seconds: float
 
 
-def share_of(rows: int, rank: int, world_size: int) -> tuple[int, int]:
+def share_of(rows: int, rank: int, size: int) -> tuple[int, int]:
     """(first row, rows) of a rank: rows are dealt in order, the first ranks have one more where it does not divide."""
-    each, more = divmod(rows, world_size)
+    each, more = divmod(rows, size)
     return rank * each + min(rank, more), each + (rank < more)
 
 
@@ -48,30 +83,23 @@ class Loader:
 
     def __init__(
         self,
-        data: TrainingData,
+        data: Rows,
         rank: int,
-        world_size: int,
+        size: int,
         micro_rows: int,
         *,
         prefetch: int = 2,
         pin_memory: bool = False,
-        broadcast: Callable[[torch.Tensor], None] | None = None,
+        exchange: Exchange | None = None,
     ) -> None:
-        if not 0 <= rank < world_size:
-            raise InputError(f"loader: rank {rank} of {world_size}, expected 0 to {world_size - 1}")
-        if data.data.reader == "rank-0" and world_size > 1 and broadcast is None:
-            raise InputError('data.reader = "rank-0" needs a broadcast between the ranks; use "every-rank" here')
-        self.data, self.rank, self.world_size = data, rank, world_size
-        self.prefetch, self.pin_memory = prefetch, pin_memory
-        self.broadcast = broadcast if data.data.reader == "rank-0" and world_size > 1 else None
+        """rank, size: the place among the parts in which rows are dealt. exchange: rank 0 alone reads, and hands the rows to all."""
+        if not 0 <= rank < size:
+            raise InputError(f"loader: rank {rank} of {size}, expected 0 to {size - 1}")
+        self.data, self.rank, self.size = data, rank, size
+        self.prefetch, self.pin_memory, self.exchange = 0 if data.reads_model else prefetch, pin_memory, exchange
         self.set_micro_rows(micro_rows)
-        self._streams = [data.streams[fingerprint] for fingerprint in (source.tokens.fingerprint for source in data.sources)]
-        self._numbers = {source.tokens.fingerprint: number for number, source in enumerate(data.sources)}
-        self._blocks: dict[tuple[int, int], GlobalRows] = {}
-        self._lock = Lock()
         self._thread: ThreadPoolExecutor | None = None
         self._ahead: dict[int, Future[Arrays]] = {}
-        self.verification = data.verify() if rank == 0 else None
 
     def set_micro_rows(self, rows: int) -> None:
         """Cut the rank's rows into micro-batches of `rows` from the next `batch` on. The rows themselves stay the same."""
@@ -80,17 +108,17 @@ class Loader:
         self.micro_rows = rows
 
     def batch(self, step: int) -> Batch:
-        """This rank's micro-batches of `step`. Raises InputError where a source is used up."""
+        """This rank's micro-batches of `step`. Raises InputError where a source is used up, or was found damaged."""
         began = time.perf_counter()
-        if self.verification is not None:
-            self.verification.raise_problem()
+        self.data.check()
         future = self._ahead.pop(step, None)
         arrays = future.result() if future is not None else self._read(step)
-        if self.broadcast is not None:
-            arrays = self._from_rank_0(arrays)
+        if self.exchange is not None:
+            arrays = self._from_rank_0(arrays, self.exchange)
         waited = time.perf_counter() - began
         self._read_ahead(step)
-        return self._cut(step, arrays, waited)
+        count = int(arrays[self.data.unit].values.sum())
+        return Batch(step, self._micro_batches(arrays), count, waited)
 
     def _read_ahead(self, step: int) -> None:
         wanted = range(step + 1, step + 1 + self.prefetch)
@@ -103,123 +131,47 @@ class Loader:
                 self._ahead[number] = self._thread.submit(self._read, number)
 
     def _read(self, step: int) -> Arrays:
-        phase = self.data.mixture.phase_at(step)
-        first = self.data.mixture.samples_before(step)
-        if self.broadcast is not None:
-            return self._for_broadcast(phase, first)
-        self.data.mixture.check_rows(phase, first + phase.rows)
-        mine, count = share_of(phase.rows, self.rank, self.world_size)
-        return self._pinned(self._rows(phase, first + mine, count, -(-phase.rows // self.world_size)))
+        rows = self.data.rows(step)
+        if self.exchange is not None:
+            return self.data.read(step, 0, rows, rows) if self.exchange.is_main else {}
+        first, count = share_of(rows, self.rank, self.size)
+        return self._pinned(self.data.read(step, first, count, -(-rows // self.size)))
 
-    def _for_broadcast(self, phase: Phase, first: int) -> Arrays:
-        """The whole global batch on rank 0; room for it on the others."""
-        if self.rank == 0:
-            self.data.mixture.check_rows(phase, first + phase.rows)
-            return self._rows(phase, first, phase.rows, phase.rows)
-        shape = (phase.rows, phase.sequence_length)
-        positions = np.empty(shape, np.int64) if phase.document_mask else None
-        return Arrays(np.empty(shape, np.int64), np.empty(shape, np.int64), positions, np.empty(phase.rows, np.int64))
-
-    def _from_rank_0(self, arrays: Arrays) -> Arrays:
-        assert self.broadcast is not None
-        parts = [arrays.inputs, arrays.labels, arrays.sources] + ([] if arrays.positions is None else [arrays.positions])
-        for part in parts:
-            self.broadcast(torch.from_numpy(part))
-        rows = len(arrays.sources)
-        first, count = share_of(rows, self.rank, self.world_size)
-        return self._pinned(arrays.rows(first, count, -(-rows // self.world_size)))
+    def _from_rank_0(self, arrays: Arrays, exchange: Exchange) -> Arrays:
+        """This rank's share of what rank 0 has read: names, shapes, types and fill values first, then the values."""
+        mine = [(name, array.values.shape, array.values.dtype.str, array.fill) for name, array in arrays.items()]
+        whole = {}
+        for name, shape, dtype, fill in exchange.broadcast(mine):
+            values = arrays[name].values if exchange.is_main else np.empty(shape, dtype)
+            exchange.broadcast_tensor(torch.from_numpy(values))
+            whole[name] = Array(values, fill)
+        rows = len(next(iter(whole.values())).values)
+        first, count = share_of(rows, self.rank, self.size)
+        return self._pinned({name: array.cut(first, count, -(-rows // self.size)) for name, array in whole.items()})
 
     def _pinned(self, arrays: Arrays) -> Arrays:
-        if self.pin_memory:
-            for name in ("inputs", "labels", "positions"):
-                if (array := getattr(arrays, name)) is not None:
-                    setattr(arrays, name, torch.from_numpy(array).pin_memory().numpy())
-        return arrays
+        if not self.pin_memory:
+            return arrays
+        return {name: Array(torch.from_numpy(array.values).pin_memory().numpy(), array.fill) for name, array in arrays.items()}
 
-    def _rows(self, phase: Phase, first: int, count: int, rows: int) -> Arrays:
-        """Samples first .. first+count-1, filled up to `rows`."""
-        found = self._located(phase, first, count)
-        arrays = assemble(self._streams, found, phase.sequence_length, phase.document_mask, self.data.eos_id, rows)
-        if arrays.inputs.max(initial=0) >= self.data.vocab_size:
-            self._name_foreign_id(arrays)
-        return arrays
-
-    def _name_foreign_id(self, arrays: Arrays) -> None:
-        row = int((arrays.inputs >= self.data.vocab_size).any(axis=1).argmax())
-        source = self.data.sources[int(arrays.sources[row])]
-        raise InputError(
-            f"{source.tokens.path}: holds id {int(arrays.inputs[row].max()):,}, the tokenizer {self.data.tokenizer_folder} has "
-            f"{self.data.vocab_size:,} entries; set data.tokenizer to the one that made these tokens"
-        )
-
-    def _located(self, phase: Phase, first: int, count: int) -> GlobalRows:
-        """The rows of a run of samples, cut out of blocks that are located once."""
-        if any(stream.growing for stream in self._streams):
-            return self._numbered(phase, self.data.mixture.locate(phase, first, first + count))
-        parts: list[GlobalRows] = []
-        while count:
-            number = (first - phase.first_sample) // BLOCK
-            inside = first - phase.first_sample - number * BLOCK
-            here = min(count, BLOCK - inside)
-            parts.append(self._block(phase, number).part(inside, inside + here))
-            first, count = first + here, count - here
-        return GlobalRows.joined(parts)
-
-    def _block(self, phase: Phase, number: int) -> GlobalRows:
-        key = (phase.first_step, number)
-        with self._lock:
-            if key not in self._blocks:
-                begin = phase.first_sample + number * BLOCK
-                found = self._numbered(phase, self.data.mixture.locate(phase, begin, begin + BLOCK))
-                self._blocks = {**dict(list(self._blocks.items())[-2:]), key: found}
-            return self._blocks[key]
-
-    def _numbered(self, phase: Phase, found: GlobalRows) -> GlobalRows:
-        """The same rows with the numbers that the sources have in the recipe."""
-        return GlobalRows(self._source_numbers(phase)[found.source], found.rows, found.epoch)
-
-    def _source_numbers(self, phase: Phase) -> np.ndarray:
-        """Place in `data.sources` of each source of the phase."""
-        return np.array([self._numbers[source.fingerprint] for source in phase.sources])
+    def _micro_batches(self, arrays: Arrays) -> list[dict[str, torch.Tensor]]:
+        size = self.micro_rows
+        rows = len(arrays[self.data.unit].values)
+        if missing := -rows % size:
+            arrays = {name: array.cut(0, rows, rows + missing) for name, array in arrays.items()}
+        tensors = {name: torch.from_numpy(array.values) for name, array in arrays.items()}
+        return [{name: tensor[start : start + size] for name, tensor in tensors.items()} for start in range(0, rows, size)]
 
     def close(self) -> None:
         """End the reading thread, also where it waits for text that is still being tokenised."""
         if self._thread is not None:
-            with ExitStack() as ending:
-                for stream in self._streams:
-                    ending.enter_context(stream.not_waiting())
+            with self.data.not_waiting():
                 self._thread.shutdown(wait=True, cancel_futures=True)
             self._thread = None
         self._ahead.clear()
-        if self.verification is not None:
-            self.verification.close()
-            self.verification.raise_problem()
 
     def __enter__(self) -> Loader:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
-
-    def _cut(self, step: int, arrays: Arrays, waited: float) -> Batch:
-        tensors = to_tensors(arrays)
-        sources = torch.from_numpy(arrays.sources)
-        rows, size = arrays.sources.size, self.micro_rows
-        tokens = self.data.rows(step) * self.data.sequence_length(step)
-        if rows == size:
-            return Batch(step, [tensors], arrays.valid_tokens, tokens, [sources], waited)
-        if missing := -rows % size:
-            tensors = {name: torch.cat([tensor, _filler(name, tensor, missing)]) for name, tensor in tensors.items()}
-            sources = torch.cat([sources, sources.new_full((missing,), FILLER_SOURCE)])
-        starts = range(0, rows, size)
-        micro_batches = [{name: tensor[start : start + size] for name, tensor in tensors.items()} for start in starts]
-        return Batch(step, micro_batches, arrays.valid_tokens, tokens, [sources[start : start + size] for start in starts], waited)
-
-
-def _filler(name: str, tensor: torch.Tensor, rows: int) -> torch.Tensor:
-    if name == "position_ids":
-        return torch.arange(tensor.shape[1]).expand(rows, -1)
-    return tensor.new_full((rows, tensor.shape[1]), IGNORED if name == "shift_labels" else 0)
-
-
-__all__ = ["Batch", "Loader", "TrainingData", "open_training_data", "share_of"]

@@ -33,6 +33,10 @@ ORDER = ("flash", "varlen", "flex", "sdpa", "math")
 ORDER_ON_CPU = ("sdpa", "math")
 
 
+class KernelUnavailable(ValueError):
+    """A kernel that was asked for cannot run here."""
+
+
 def choose_kernel(wanted: str, query: Tensor, key: Tensor, value: Tensor, plan: Plan, dropout: float) -> str:
     """The kernel that will run. Raises ValueError when `wanted` is no kernel, or is forced and cannot run; the message says why.
 
@@ -45,7 +49,7 @@ def choose_kernel(wanted: str, query: Tensor, key: Tensor, value: Tensor, plan: 
     if wanted != "auto":
         reason = why_not(wanted, query, key, value, plan, dropout)
         if reason:
-            raise ValueError(f"attention kernel {wanted!r} was asked for and cannot run: {reason}; choose another or auto")
+            raise KernelUnavailable(f"attention kernel {wanted!r} was asked for and cannot run: {reason}; choose another or auto")
         return wanted
     order = ORDER_ON_CPU if query.device.type == "cpu" else ORDER
     return next(kernel for kernel in order if why_not(kernel, query, key, value, plan, dropout) is None)

@@ -7,7 +7,7 @@ Per token: loss = logsumexp(y) - y[target] + z_loss * logsumexp(y)^2. Every tota
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -234,10 +234,48 @@ def summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor, options: LossOp
     return loss
 
 
+@dataclass(frozen=True)
+class Head:
+    """What turns final hidden states into logits and losses: all that an objective sees of a model, so that a last pipeline stage can run it.
+
+    weight: (V, H). hidden: (B, T, H) after the final norm; labels: (B, T), -100 = not trained. whole: all logits at once, not in chunks.
+    """
+
+    weight: Tensor
+    options: LossOptions
+    whole: bool = False
+
+    @property
+    def z_loss(self) -> float:
+        return self.options.z_loss
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., V) capped logits of (..., H) hidden states."""
+        logits, cap = F.linear(hidden, self.weight), self.options.softcap
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def summed_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Sum of the token losses over the labels that are not -100."""
+        flat, targets, options = self._flat(hidden, labels)
+        return summed_loss(flat, self.weight, targets, options)
+
+    def token_log_probs(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """log p(label) and log-partition of each token, both (B, T), differentiable, 0 where the label is -100."""
+        flat, targets, options = self._flat(hidden, labels)
+        log_p, log_z = token_log_probs(flat, self.weight, targets, options)
+        return log_p.view(labels.shape), log_z.view(labels.shape)
+
+    def _flat(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, LossOptions]:
+        if labels.shape != hidden.shape[:-1]:
+            raise ValueError(f"shift_labels has shape {tuple(labels.shape)}; expected that of the inputs, {tuple(hidden.shape[:-1])}")
+        options = replace(self.options, chunk=labels.numel()) if self.whole else self.options
+        return hidden.flatten(0, -2), labels.flatten(), options
+
+
 def token_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, options: LossOptions) -> tuple[Tensor, Tensor]:
     """log p(target) and log-partition of each token, both (N,), differentiable, 0 where the target is -100."""
     log_p, log_z = _TokenLogProbs.apply(hidden, weight, targets, options)
     return log_p, log_z
 
 
-__all__ = ["IGNORED", "LossOptions", "summed_loss", "token_log_probs"]
+__all__ = ["IGNORED", "Head", "LossOptions", "summed_loss", "token_log_probs"]

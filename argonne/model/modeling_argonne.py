@@ -5,7 +5,7 @@ Needs torch, transformers and the sibling files, nothing else. Module names are 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from .attention import IMPLEMENTATION, LayerInputs, plan_masks, register_attenti
 from .configuration_argonne import Argonne1Config, ArgonneConfig
 from .kernels import ORDER
 from .layers import ArgonneAttention, ArgonneDecoderLayer, ArgonneRMSNorm, ArgonneRotaryEmbedding, make_norm
-from .loss import IGNORED, LossOptions, summed_loss, token_log_probs
+from .loss import IGNORED, Head, LossOptions
 
 register_attention()
 
@@ -262,21 +262,16 @@ class ArgonneForCausalLM(ArgonnePreTrainedModel, GenerationMixin):
     def run_layers(self, hidden: Tensor, start: int = 0, stop: int | None = None, *, position_ids: Tensor | None = None) -> Tensor:
         return self.model.run_layers(hidden, start, stop, position_ids=position_ids)
 
+    @property
+    def head(self) -> Head:
+        """Weight and loss settings of the head, for an objective."""
+        options = self.model.training_options
+        settings = LossOptions(self.config.final_logit_softcapping, options.z_loss, options.loss_chunk)
+        return Head(self.lm_head.weight, settings, whole=options.loss == "full")
+
     def head_loss(self, hidden: Tensor, shift_labels: Tensor) -> Tensor:
         """Sum of the token losses from what the last layer returned: final norm, head, cross-entropy. What a last pipeline stage runs."""
-        return self._loss_of_normed(self.model.norm(hidden), shift_labels)
-
-    def loss_options(self, rows: int) -> LossOptions:
-        """The loss settings for `rows` tokens: "full" is one chunk."""
-        options = self.model.training_options
-        chunk = rows if options.loss == "full" else options.loss_chunk
-        return LossOptions(self.config.final_logit_softcapping, options.z_loss, chunk)
-
-    def _loss_of_normed(self, normed: Tensor, shift_labels: Tensor) -> Tensor:
-        if shift_labels.shape != normed.shape[:-1]:
-            raise ValueError(f"shift_labels has shape {tuple(shift_labels.shape)}; expected that of the inputs, {tuple(normed.shape[:-1])}")
-        flat = normed.flatten(0, 1)
-        return summed_loss(flat, self.lm_head.weight, shift_labels.flatten(), self.loss_options(flat.shape[0]))
+        return self.head.summed_loss(self.model.norm(hidden), shift_labels)
 
     def logits(self, normed: Tensor) -> Tensor:
         """Head and softcap on normalised hidden states."""
@@ -299,9 +294,13 @@ class ArgonneForCausalLM(ArgonnePreTrainedModel, GenerationMixin):
         num_items_in_batch: int | Tensor | None = None,
         return_token_log_probs: bool = False,
         return_dict: bool | None = None,
+        objective: Callable[[Head, Tensor], Any] | None = None,
         **kwargs: Any,
-    ) -> ArgonneOutput | tuple[Any, ...]:
-        """See the class. `return_token_log_probs` (with shift_labels) adds `token_log_probs` (B, T) fp32, differentiable, 0 where -100."""
+    ) -> Any:
+        """An ArgonneOutput, or a tuple without `return_dict`; see the class. `return_token_log_probs` (with shift_labels) adds `token_log_probs`
+        (B, T) fp32, differentiable, 0 where -100. `objective` gets the head and the final hidden states (B, T, H), and what it returns is
+        returned: so that a wrapper around the model (DDP, FSDP2) sees one forward pass, whatever the loss.
+        """
         if labels is not None and shift_labels is not None:
             raise ValueError("labels and shift_labels were both given: labels are shifted inside, shift_labels are not; give one")
         if loss_reduction not in ("sum", "mean"):
@@ -316,6 +315,8 @@ class ArgonneForCausalLM(ArgonnePreTrainedModel, GenerationMixin):
             return_dict=True,
             **kwargs,
         )
+        if objective is not None:
+            return objective(self.head, base.last_hidden_state)
         output = ArgonneOutput(past_key_values=base.past_key_values, hidden_states=base.hidden_states)
         if shift_labels is not None:
             self._add_loss(output, base.last_hidden_state, shift_labels, loss_reduction, num_items_in_batch, return_token_log_probs)
@@ -336,13 +337,13 @@ class ArgonneForCausalLM(ArgonnePreTrainedModel, GenerationMixin):
         items: int | Tensor | None,
         with_log_probs: bool,
     ) -> None:
+        head = self.head
         if with_log_probs:
-            options = self.loss_options(shift_labels.numel())
-            log_p, log_z = token_log_probs(normed.flatten(0, 1), self.lm_head.weight, shift_labels.flatten(), options)
-            output.token_log_probs = log_p.view(shift_labels.shape)
-            loss = options.z_loss * log_z.square().sum() - log_p.sum()
+            log_p, log_z = head.token_log_probs(normed, shift_labels)
+            output.token_log_probs = log_p
+            loss = head.z_loss * log_z.square().sum() - log_p.sum()
         else:
-            loss = self._loss_of_normed(normed, shift_labels)
+            loss = head.summed_loss(normed, shift_labels)
         if items is not None:
             loss = loss / items
         elif reduction == "mean":

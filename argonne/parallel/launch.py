@@ -16,7 +16,7 @@ from typing import Any
 from argonne.errors import InputError
 
 # Loaded once in the server that workers are forked from: a worker, and a restarted one, starts in a fraction of a second.
-PRELOADED = ["torch.distributed", "transformers", "argonne.model.modeling_argonne", "argonne.data.loader", "argonne.train.trainer"]
+PRELOADED = ["torch.distributed", "transformers", "argonne.model.modeling_argonne", "argonne.data.dataset", "argonne.stages.setup"]
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 

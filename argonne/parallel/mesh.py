@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +26,11 @@ PATIENCE = 6
 class Mesh:
     """This process's place among the workers.
 
-    `agreement` is a gloo group for decisions (stop, save, counts), `saving` one for saves in the background; gradients travel on the default
-    group of the device's own backend.
+    The ranks of a pipeline, of tensor and of context parallelism read the same rows: `data_rank` of `data_size` is the place in the data, and
+    the first rank of each place speaks for it where counts are added. Pipeline is the outermost dimension, tensor and context the innermost.
+
+    Groups: `agreement` (gloo) for decisions such as stop, save and counts, `saving` (gloo) for saves in the background, `data` for the ranks
+    that hold the same part of the model and differ in their data; None is torch's default group, on which gradients travel.
     """
 
     device: torch.device
@@ -36,6 +39,23 @@ class Mesh:
     local_rank: int = 0
     agreement: Any = None
     saving: Any = None
+    data: Any = None
+    pipeline: int = 1
+    inner: int = 1
+
+    @property
+    def data_size(self) -> int:
+        """Parts in which the rows of a global batch are dealt."""
+        return self.world_size // (self.pipeline * self.inner)
+
+    @property
+    def data_rank(self) -> int:
+        return self.rank % (self.world_size // self.pipeline) // self.inner
+
+    @property
+    def speaks_for_its_rows(self) -> bool:
+        """Is this the first of the ranks that read the same rows?"""
+        return self.rank == self.data_rank * self.inner
 
     @property
     def is_main(self) -> bool:
@@ -101,23 +121,28 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     return torch.device(name)
 
 
-def check_degrees(parallel: ParallelSection) -> None:
-    """Refuse degrees that nothing would honour: what the configuration says is what runs."""
-    for name in ("shard", "tensor", "context", "pipeline"):
-        if (degree := getattr(parallel, name)) != 1:
-            raise InputError(f"parallel.{name}: found {degree}, expected 1; only data parallelism (parallel.replicate) is built")
-    if parallel.async_tensor:
-        raise InputError("parallel.async_tensor: found true, expected false; tensor parallelism is not built")
+def _data_groups(mesh: Mesh) -> list[list[int]]:
+    """Ranks that hold the same part of the model, one list a part."""
+    width = mesh.world_size // mesh.pipeline
+    return [
+        list(range(stage * width + part, (stage + 1) * width, mesh.inner)) for stage in range(mesh.pipeline) for part in range(mesh.inner)
+    ]
 
 
 @contextmanager
 def open_mesh(parallel: ParallelSection, device_name: str, *, timeout_seconds: float = 600.0) -> Iterator[Mesh]:
     """Join the workers that torchrun, srun or argonne's own launcher started; alone, a mesh of one without any process group."""
-    check_degrees(parallel)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
-    if parallel.replicate not in (0, world_size):
-        raise InputError(f"parallel.replicate: found {parallel.replicate}, expected {world_size}, the number of workers started")
+    pipeline, inner = parallel.pipeline, parallel.tensor * parallel.context
+    if world_size % (pipeline * inner * parallel.shard):
+        raise InputError(
+            f"parallel: {world_size} workers were started, expected a multiple of pipeline x tensor x context x shard = "
+            f"{pipeline * inner * parallel.shard}"
+        )
+    replicas = world_size // (pipeline * inner * parallel.shard)
+    if parallel.replicate not in (0, replicas):
+        raise InputError(f"parallel.replicate: found {parallel.replicate}, expected {replicas}, the number of workers started")
     device = choose_device(device_name, local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -134,6 +159,10 @@ def open_mesh(parallel: ParallelSection, device_name: str, *, timeout_seconds: f
     try:
         agreement = dist.new_group(backend="gloo", timeout=timeout)
         saving = dist.new_group(backend="gloo", timeout=timeout)
-        yield Mesh(device, rank, world_size, local_rank, agreement, saving)
+        place = Mesh(device, rank, world_size, local_rank, agreement, saving, None, pipeline, inner)
+        data = None
+        if place.data_size < world_size:
+            data, _ = dist.new_subgroups_by_enumeration(_data_groups(place), backend=backend, timeout=timeout)
+        yield replace(place, data=data)
     finally:
         dist.destroy_process_group()

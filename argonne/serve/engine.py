@@ -123,22 +123,6 @@ def stream_text(model: Any, tokenizer: TextTokenizer, prompt: str, options: Samp
         yield piece
 
 
-def sample_text(
-    model: Any,
-    tokenizer: TextTokenizer,
-    prompt: str,
-    max_new_tokens: int,
-    seed: int,
-    *,
-    temperature: float = 0.8,
-    top_k: int = 0,
-    top_p: float = 0.95,
-) -> str:
-    """The continuation of one prompt, without the prompt. Global random state and the model's mode are as before."""
-    options = SamplingOptions(max_new_tokens, temperature, top_k, top_p, seed)
-    return "".join(stream_text(model, tokenizer, prompt, options))
-
-
 @dataclass(frozen=True)
 class Engine:
     """A model with its tokenizer, opened once and used often."""

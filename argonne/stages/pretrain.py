@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from argonne.config import Recipe
-from argonne.stages.session import Session, run_session
-from argonne.stages.stage import Data, Stage, token_windows
-from argonne.train.step import Objective, next_token, next_token_by_row
+from argonne.parallel.objective import Objective
+from argonne.stages.session import run_session
+from argonne.stages.setup import Session
+from argonne.stages.stage import Stage, StageData, token_windows
+from argonne.train.objectives import next_token, next_token_by_row
 from argonne.train.trainer import Outcome
 
 
-def objective(recipe: Recipe, data: Data) -> Objective:
+def objective(recipe: Recipe, data: StageData) -> Objective:
     """Next-token loss, row by row where sources are told apart."""
     return next_token_by_row if len(data.source_names) > 1 else next_token
 

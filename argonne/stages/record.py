@@ -11,9 +11,8 @@ from torch import nn
 from argonne.config import Recipe
 from argonne.parallel.mesh import Mesh
 from argonne.recipe import to_toml, to_tree
-from argonne.stages.stage import Data
 from argonne.stages.start import Start
-from argonne.tokens.tokenizer import load_tokenizer
+from argonne.train.data import Data
 from argonne.train.run import RunFolder
 from argonne.train.schedule import curve
 from argonne.train.trainer import Progress
@@ -41,7 +40,7 @@ def record_start(
             "parameters": parameters,
             "total_steps": total_steps,
             "data_fingerprint": data.fingerprint,
-            "tokenizer_fingerprint": load_tokenizer(data.tokenizer_folder).fingerprint,
+            "tokenizer_fingerprint": data.tokenizer.fingerprint,
             "world_size": mesh.world_size,
             "device": str(mesh.device),
             "micro_rows": micro_rows,
@@ -74,7 +73,7 @@ def run_state(step: int, recipe: Recipe, data: Data, run: RunFolder, progress: P
         "progress": dataclasses.asdict(progress),
         "recipe": to_tree(recipe),
         "data": data.state(step),
-        "tokenizer_fingerprint": load_tokenizer(data.tokenizer_folder).fingerprint,
+        "tokenizer_fingerprint": data.tokenizer.fingerprint,
         "world_size": mesh.world_size,
         "parent": start.parent,
     }

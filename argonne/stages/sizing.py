@@ -7,16 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from argonne.config import Recipe
 from argonne.errors import InputError
 from argonne.parallel.mesh import Mesh
+from argonne.parallel.objective import MicroBatch, Objective
+from argonne.parallel.parallelise import Parallelised
 from argonne.plan import StepChoice, choose_step, plan_of_run
-from argonne.stages.stage import Data
+from argonne.train.data import Batches, Data
 from argonne.train.precision import Precision
 from argonne.train.probe import probe_micro_rows
-from argonne.train.step import Objective, recorded_micro_rows
+from argonne.train.recovery import recorded_micro_rows
 
 
 def steps_of(recipe: Recipe, data: Data) -> int:
@@ -71,25 +72,36 @@ def _device_facts(mesh: Mesh) -> dict[str, Any]:
 
 
 def choose_micro_rows(
-    model: nn.Module, objective: Objective, recipe: Recipe, data: Data, step: int, mesh: Mesh, choice: StepChoice, run: Path
+    model: Parallelised,
+    objective: Objective,
+    precision: Precision,
+    recipe: Recipe,
+    data: Data,
+    loader: Batches,
+    step: int,
+    mesh: Mesh,
+    choice: StepChoice,
+    run: Path,
 ) -> int:
     """Rows of one forward pass on one device: the recipe's number; on a GPU found by trying, upward from the plan's; 4,096 tokens on the CPU.
 
     Never more than an earlier session of the run had to back off to.
     """
-
-    rows, length = -(-data.rows(step) // mesh.world_size), data.sequence_length(step)
+    rows, length = -(-data.rows(step) // mesh.data_size), data.sequence_length(step)
     recorded = recorded_micro_rows(run)
     share = min(rows, recorded or rows)
     if isinstance(recipe.batch.micro, int):
         return min(recipe.batch.micro, share)
-    if mesh.device.type != "cuda":
+    if mesh.device.type != "cuda" or model.forward != "alone":
         return max(1, min(share, choice.micro_rows, 4096 // length))
     if recorded is not None:
         return share
-    precision = Precision(recipe.train.precision, mesh.device)
-    guess = choice.micro_rows
-    return probe_micro_rows(model, objective, precision, mesh, length=length, vocabulary=data.vocab_size, guess=guess, most=share)
+
+    def micro_of(rows: int) -> MicroBatch:
+        loader.set_micro_rows(rows)
+        return loader.batch(step).micro_batches[0]
+
+    return probe_micro_rows(model.plain, objective, precision, mesh, micro_of, guess=choice.micro_rows, most=share)
 
 
 def configure_model(model: Any, recipe: Recipe, choice: StepChoice) -> None:

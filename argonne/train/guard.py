@@ -7,10 +7,9 @@ import math
 import re
 import signal
 import statistics
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -172,24 +171,3 @@ class HangWatch:
             self._file.close()
             if self._path.stat().st_size == 0:
                 self._path.unlink()
-
-
-def call_with_limit(function: Callable[[], Any], seconds: float) -> Any:
-    """The result of `function`, run beside this thread; TimeoutError after `seconds`, and the thread is left behind as a daemon."""
-    box: list[Any] = []
-
-    def work() -> None:
-        try:
-            box.append((True, function()))
-        except Exception as error:
-            box.append((False, error))
-
-    thread = threading.Thread(target=work, daemon=True, name="telemetry")
-    thread.start()
-    thread.join(seconds)
-    if not box:
-        raise TimeoutError(f"took longer than {seconds:g} s and was given up")
-    fine, value = box[0]
-    if not fine:
-        raise value
-    return value

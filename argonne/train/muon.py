@@ -1,8 +1,8 @@
 """Muon for the matrices of the layers, fused AdamW for everything else, as one optimizer.
 
 Muon: Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024). The momentum of a matrix is replaced by an orthogonal
-matrix near it, found by five Newton-Schulz steps. Ours orthogonalises the whole matrix in a dtype the recipe names; the work is spread over
-the ranks of a data-parallel group and the results are exchanged, so the update does not depend on how many ranks there are.
+matrix near it, found by five Newton-Schulz steps. Ours orthogonalises the whole matrix in a dtype the recipe names, gathered where it is
+sharded; the work is spread over the ranks that hold the matrix and the results are exchanged, so the update does not depend on the mesh.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 STEPS = 5
@@ -43,8 +44,20 @@ class MuonAdamW(torch.optim.Optimizer):
     found_inf: torch.Tensor | None = None
     grad_scale: torch.Tensor | None = None
 
-    def __init__(self, groups: Iterable[dict[str, Any]], *, betas: tuple[float, float], eps: float, momentum: float, dtype: str) -> None:
+    def __init__(
+        self,
+        groups: Iterable[dict[str, Any]],
+        *,
+        betas: tuple[float, float],
+        eps: float,
+        momentum: float,
+        dtype: str,
+        data_size: int = 1,
+        data_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        """data_size, data_group: how many ranks hold a copy of each plain matrix, and their group (None = torch's default group)."""
         groups = list(groups)
+        self._data_size, self._data_group = data_size, data_group
         self._dtype: torch.dtype = getattr(torch, dtype)
         self._momentum = momentum
         super().__init__(groups, {})
@@ -77,22 +90,38 @@ class MuonAdamW(torch.optim.Optimizer):
             moved = buffer.lerp(parameter.grad, 1 - self._momentum)
             directions.append(parameter.grad.lerp(moved, self._momentum))
             buffer.copy_(moved if found_inf is None else torch.where(found_inf > 0, buffer, moved))
-        for parameter, update in zip(members, self._spread(directions), strict=True):
+        for parameter, update in zip(members, self._orthogonal(directions), strict=True):
             rate = group["lr"] * math.sqrt(max(1.0, parameter.size(0) / parameter.size(1)))
             new = parameter * (1 - group["lr"] * group["weight_decay"]) - rate * update.to(parameter.dtype)
             parameter.copy_(new if found_inf is None else torch.where(found_inf > 0, parameter, new))
 
-    def _spread(self, directions: list[torch.Tensor]) -> list[torch.Tensor]:
+    def _orthogonal(self, directions: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Every direction orthogonalised whole; a sharded one is gathered, and comes back as this rank's part, placed as it was."""
+        sharded = [direction for direction in directions if isinstance(direction, DTensor)]
+        if not sharded:
+            return self._spread(directions, self._data_size, self._data_group)
+        # One mesh for all: its innermost dimension shards; copies beside it (HSDP) do the same work on the same values.
+        mesh = sharded[0].device_mesh
+        wholes = [direction.full_tensor() if isinstance(direction, DTensor) else direction for direction in directions]
+        found = self._spread(wholes, mesh.size(mesh.ndim - 1), mesh.get_group(mesh.ndim - 1))
+        return [
+            distribute_tensor(update, direction.device_mesh, direction.placements, src_data_rank=None)
+            if isinstance(direction, DTensor)
+            else update
+            for update, direction in zip(found, directions, strict=True)
+        ]
+
+    def _spread(self, directions: list[torch.Tensor], size: int, group: dist.ProcessGroup | None) -> list[torch.Tensor]:
         """Orthogonalise every direction, each on one rank, largest first so that the shares are even; every rank gets all results."""
-        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        if size == 1:
             return [orthogonalise(direction, self._dtype) for direction in directions]
-        rank, world_size = dist.get_rank(), dist.get_world_size()
+        rank = dist.get_rank(group)
         order = sorted(range(len(directions)), key=lambda index: (-directions[index].numel(), index))
         results: list[torch.Tensor] = [torch.empty_like(direction, dtype=self._dtype) for direction in directions]
         for turn, index in enumerate(order):
-            if turn % world_size == rank:
+            if turn % size == rank:
                 results[index].copy_(orthogonalise(directions[index], self._dtype))
-        works = [dist.broadcast(results[index], src=turn % world_size, async_op=True) for turn, index in enumerate(order)]
+        works = [dist.broadcast(results[index], group=group, group_src=turn % size, async_op=True) for turn, index in enumerate(order)]
         for work in works:
             work.wait()
         return results

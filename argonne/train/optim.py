@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from argonne.config import OptimSection
+from argonne.parallel.mesh import Mesh
 from argonne.train.muon import MuonAdamW
 
 
@@ -45,12 +46,23 @@ def parameter_groups(model: nn.Module, optim: OptimSection) -> list[dict[str, An
     ]
 
 
-def build_optimizer(model: nn.Module, optim: OptimSection) -> torch.optim.Optimizer:
-    """The recipe's optimizer, its state allocated at once so that a checkpoint loads into it in place."""
+def build_optimizer(model: nn.Module, optim: OptimSection, mesh: Mesh | None = None) -> torch.optim.Optimizer:
+    """The recipe's optimizer, its state allocated at once so that a checkpoint loads into it in place.
+
+    After parallelising, which may have replaced the parameters. mesh: where Muon finds the ranks to share its work with.
+    """
     groups = parameter_groups(model, optim)
     optimizer: torch.optim.Optimizer
     if optim.name == "muon":
-        optimizer = MuonAdamW(groups, betas=optim.betas, eps=optim.eps, momentum=optim.muon_momentum, dtype=optim.muon_dtype)
+        optimizer = MuonAdamW(
+            groups,
+            betas=optim.betas,
+            eps=optim.eps,
+            momentum=optim.muon_momentum,
+            dtype=optim.muon_dtype,
+            data_size=1 if mesh is None else mesh.data_size,
+            data_group=None if mesh is None else mesh.data,
+        )
     else:
         optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
     for group in optimizer.param_groups:
@@ -81,26 +93,3 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
         for name, parameter in named_state_owners(optimizer)
         for state, tensor in optimizer.state[parameter].items()
     }
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float, peak: float) -> None:
-    """Set AdamW's groups to `rate`; a group with another peak (Muon's) to the same share of its own."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate if group["peak"] == peak else group["peak"] * (rate / peak)
-
-
-def applied_rate(optimizer: torch.optim.Optimizer) -> float:
-    """The rate in AdamW's groups, which is the schedule's."""
-    return float(optimizer.param_groups[-1]["lr"])
-
-
-def step_where_finite(optimizer: torch.optim.Optimizer, norm: torch.Tensor) -> torch.Tensor:
-    """Apply the update only where the gradient norm is finite; weights and moments stay untouched otherwise.
-
-    The fused kernel reads `found_inf` on the device, so nothing waits for the host. Returns found_inf: 1.0 where the step was skipped.
-    """
-    found_inf = torch.logical_not(torch.isfinite(norm)).to(torch.float32)
-    optimizer.found_inf = found_inf  # type: ignore[attr-defined]
-    optimizer.grad_scale = None  # type: ignore[attr-defined]
-    optimizer.step()
-    return found_inf

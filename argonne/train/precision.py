@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from argonne.errors import InputError
-from argonne.train.optim import step_where_finite
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
@@ -60,3 +59,15 @@ class Precision:
     def state(self) -> dict[str, Any]:
         """The loss scale and its growth count, as JSON values."""
         return {} if self._scaler is None else dict(self._scaler.state_dict())
+
+
+def step_where_finite(optimizer: torch.optim.Optimizer, norm: torch.Tensor) -> torch.Tensor:
+    """Apply the update only where the gradient norm is finite; weights and moments stay untouched otherwise.
+
+    The fused kernel reads `found_inf` on the device, so nothing waits for the host. Returns found_inf: 1.0 where the step was skipped.
+    """
+    found_inf = torch.logical_not(torch.isfinite(norm)).to(torch.float32)
+    optimizer.found_inf = found_inf  # type: ignore[attr-defined]
+    optimizer.grad_scale = None  # type: ignore[attr-defined]
+    optimizer.step()
+    return found_inf

@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
 
 from argonne.parallel.mesh import Mesh
+from argonne.parallel.objective import MicroBatch, Objective
+from argonne.parallel.parallelise import loss_of, placed
 from argonne.train.precision import Precision
-from argonne.train.step import Objective, is_out_of_memory
+from argonne.train.recovery import is_out_of_memory
 
 # Allocator fragmentation and the longest row of a real run come on top of what two tries show.
 HEADROOM = 0.95
@@ -33,31 +34,37 @@ def largest_that_fits(fits: Callable[[int], bool], guess: int, most: int) -> int
 
 
 def probe_micro_rows(
-    model: nn.Module, objective: Objective, precision: Precision, mesh: Mesh, *, length: int, vocabulary: int, guess: int, most: int
+    model: nn.Module,
+    objective: Objective,
+    precision: Precision,
+    mesh: Mesh,
+    micro_of: Callable[[int], MicroBatch],
+    *,
+    guess: int,
+    most: int,
 ) -> int:
-    """Rows of `length` tokens that every worker holds forward and backward beside weights, gradients and moments. CUDA only.
+    """Rows of a micro-batch that every worker holds forward and backward beside weights, gradients and moments. CUDA only.
 
-    Two passes a try, on random tokens, without touching weights, gradients, moments or the generators' state of the run.
+    micro_of(rows): a micro-batch of so many rows. Two passes a try, without touching weights, gradients, moments or the generators' state.
     """
 
     def fits(rows: int) -> bool:
-        return mesh.largest(int(not _fits_here(model, objective, precision, mesh, rows, length, vocabulary))) == 0
+        return mesh.largest(int(not _fits_here(model, objective, precision, mesh, micro_of(rows)))) == 0
 
     with torch.random.fork_rng(devices=[mesh.device]):
         return largest_that_fits(fits, guess, most)
 
 
-def _fits_here(model: nn.Module, objective: Objective, precision: Precision, mesh: Mesh, rows: int, length: int, vocabulary: int) -> bool:
+def _fits_here(model: nn.Module, objective: Objective, precision: Precision, mesh: Mesh, micro: MicroBatch) -> bool:
     total = torch.cuda.get_device_properties(mesh.device).total_memory
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(mesh.device)
     failed = False
     try:
         for _ in range(2):
-            ids = torch.randint(0, vocabulary, (rows, length), device=mesh.device)
             with precision.autocast():
-                loss: Any = objective(model, {"input_ids": ids, "shift_labels": ids}).total
-            (loss / ids.numel()).backward()
+                loss = loss_of(model, placed(micro, mesh.device), objective).total
+            (loss / micro["input_ids"].numel()).backward()
             del loss
     except Exception as error:
         if not is_out_of_memory(error):

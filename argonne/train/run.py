@@ -20,7 +20,7 @@ from argonne.errors import InputError
 from argonne.files import TEMPORARY, fingerprint, read_json, write_json, write_text
 
 LOCK, STOPPED, COMPLETE = "run.lock", "STOPPED", "COMPLETE"
-_HEARTBEAT_SECONDS = 600.0
+_SILENT_SECONDS = 600.0
 
 
 class RunFolder:
@@ -83,12 +83,6 @@ class RunFolder:
             with suppress(OSError):
                 prepared.unlink(missing_ok=True)
         self._locked = True
-
-    def heartbeat(self) -> None:
-        """Touch the lock: other hosts see that the run is alive."""
-        if self._locked:
-            with suppress(OSError):  # a full or read-only disk ends no run; the message of a second process then says "not heard of"
-                os.utime(self.path / LOCK)
 
     def release(self) -> None:
         if self._locked:
@@ -181,11 +175,12 @@ def lock_is_stale(path: Path) -> bool:
 def _locked_message(path: Path) -> str:
     try:
         owner = json.loads(path.read_text())
-        silent = time.time() - path.stat().st_mtime
+        metrics = path.with_name("metrics.jsonl")  # each logged step is a sign of life
+        silent = time.time() - max(file.stat().st_mtime for file in (path, metrics) if file.exists())
     except (OSError, ValueError):
         return f"{path}: another process is taking this run; try again"
     since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(owner["time"]))
-    hint = f" It has not been heard of for {silent / 60:.0f} minutes." if silent > _HEARTBEAT_SECONDS else ""
+    hint = f" It has not been heard of for {silent / 60:.0f} minutes." if silent > _SILENT_SECONDS else ""
     return (
         f"{path.parent}: the run is in use by process {owner['pid']} on {owner['host']}, started {since}.{hint} "
         f"Wait for it, or if it is surely dead remove {path}"

@@ -13,9 +13,13 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import TYPE_CHECKING
 
 from argonne.config import OptimSection, ScheduleSection
 from argonne.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
 
 DEFAULT_MIN_RATIO = 0.1
 CURVE_POINTS = (0, 25, 50, 75, 100)
@@ -35,6 +39,17 @@ def learning_rate(step: int, total_steps: int, optim: OptimSection, schedule: Sc
 def rate_factor(step: int, total_steps: int, optim: OptimSection, schedule: ScheduleSection) -> float:
     """`learning_rate` divided by `optim.lr`: what a second peak rate, as Muon's, is multiplied with."""
     return learning_rate(step, total_steps, optim, schedule) / optim.lr
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float, peak: float) -> None:
+    """Set AdamW's groups to `rate`; a group with another peak (Muon's) to the same share of its own."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate if group["peak"] == peak else group["peak"] * (rate / peak)
+
+
+def applied_rate(optimizer: torch.optim.Optimizer) -> float:
+    """The rate in AdamW's groups, which is the schedule's."""
+    return float(optimizer.param_groups[-1]["lr"])
 
 
 def curve(total_steps: int, optim: OptimSection, schedule: ScheduleSection) -> list[tuple[int, float]]:

@@ -6,22 +6,37 @@ import resource
 import sys
 import time
 from collections import deque
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from argonne.config import Recipe
 from argonne.parallel.mesh import Mesh
+from argonne.parallel.objective import Sums
+from argonne.plan import device_peak_flops, flops_per_token
+from argonne.train.data import Data
 from argonne.train.guard import SpikeWatch
 from argonne.train.metrics import MetricsLog, ProgressLine, step_line
-from argonne.train.step import StepResult
+from argonne.train.precision import resolve_precision
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step left: tensors on the device, none of them waited for, its rate, and the global count that its loss is divided by."""
+
+    sums: Sums
+    norm: torch.Tensor
+    skipped: torch.Tensor
+    rate: float
+    count: int
 
 
 class _Reading:
     """Loss, norm and skip flag of one step, on their way from the device to the host."""
 
-    def __init__(self, step: int, values: torch.Tensor, rate: float, valid: int) -> None:
-        self.step, self.rate, self.valid = step, rate, valid
+    def __init__(self, step: int, values: torch.Tensor, rate: float, count: int) -> None:
+        self.step, self.rate, self.count = step, rate, count
         if values.device.type == "cuda":
             self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             self._host.copy_(values, non_blocking=True)
@@ -43,7 +58,7 @@ class Telemetry:
     """Collects step readings and turns them into metrics records and log lines."""
 
     def __init__(
-        self, recipe: Recipe, data: Any, mesh: Mesh, metrics: MetricsLog, line: ProgressLine, total_steps: int, first_step: int
+        self, recipe: Recipe, data: Data, mesh: Mesh, metrics: MetricsLog, line: ProgressLine, total_steps: int, first_step: int
     ) -> None:
         self.recipe, self.data, self.mesh, self.metrics, self.line = recipe, data, mesh, metrics, line
         self.total_steps, self.first_step = total_steps, first_step
@@ -52,34 +67,31 @@ class Telemetry:
         self._wait_data = 0.0
         self._spikes = SpikeWatch()
         self._started: float | None = None
-        self.flops_per_token: float | None = None
-        self.peak_flops: float | None = None
+        self._flops_per_token, self._peak_flops = _speed_of(recipe, mesh)
+        self._metrics: dict[str, torch.Tensor] = {}
         count = len(data.source_names)
         self._source_loss = torch.zeros(count, device=mesh.device, dtype=torch.float64 if mesh.device.type != "mps" else torch.float32)
-        self._source_valid = torch.zeros_like(self._source_loss)
+        self._source_count = torch.zeros_like(self._source_loss)
 
     def waited_for_data(self, seconds: float) -> None:
         self._wait_data += seconds
         if self._started is None:
             self._started = time.monotonic()
 
-    def observe(self, step: int, result: StepResult, rate: float, valid: int) -> None:
+    def observe(self, step: int, result: StepResult) -> None:
         """Take in what completed step `step` left on the device, without waiting for it."""
-        loss = result.loss_sum
+        loss = result.sums.total
         values = torch.stack([loss, result.norm.to(loss.dtype), result.skipped.to(loss.dtype)])
-        for rows, sources, labels in result.rows:
-            self._observe_rows(rows, sources, labels)
-        self._last = _Reading(step, values, rate, valid)
+        for rows, micro in result.sums.rows:
+            index = micro["source"]
+            kept = index >= 0
+            index = index.clamp_min(0)
+            self._source_loss.index_add_(0, index, torch.where(kept, rows, 0).to(self._source_loss.dtype))
+            self._source_count.index_add_(0, index, micro[self.data.unit].to(self._source_count.dtype) * kept)
+        for name, pair in result.sums.metrics.items():
+            self._metrics[name] = self._metrics[name] + pair if name in self._metrics else pair
+        self._last = _Reading(step, values, result.rate, result.count)
         self._pending.append(self._last)
-
-    def _observe_rows(self, rows: torch.Tensor | None, sources: torch.Tensor, labels: torch.Tensor) -> None:
-        if rows is None:
-            return
-        index = sources.to(rows.device, non_blocking=True)
-        kept = index >= 0
-        index = index.clamp_min(0)
-        self._source_loss.index_add_(0, index, torch.where(kept, rows, 0).to(self._source_loss.dtype))
-        self._source_valid.index_add_(0, index, (labels != -100).sum(dim=1).to(self._source_valid.dtype) * kept)
 
     def readings(self) -> list[tuple[int, bool]]:
         """(step, skipped) of the steps whose readings have arrived since the last call, in order. Tells of a loss spike on the way."""
@@ -88,8 +100,9 @@ class Telemetry:
             reading = self._pending.popleft()
             loss, _, skipped = reading.values()
             found.append((reading.step, skipped > 0))
-            if usual := self._spikes.observe(loss * self.mesh.world_size / max(1, reading.valid)):
-                self._tell_spike(reading.step, loss * self.mesh.world_size / max(1, reading.valid), usual)
+            about = loss * self.mesh.data_size / max(1, reading.count)  # of this rank's rows: the others' are not waited for
+            if usual := self._spikes.observe(about):
+                self._tell_spike(reading.step, about, usual)
         return found
 
     def _tell_spike(self, step: int, loss: float, usual: float) -> None:
@@ -105,14 +118,14 @@ class Telemetry:
         if reading is None or reading.step != step:
             raise RuntimeError(f"no reading of step {step}")
         loss_sum, norm, _ = reading.values()
-        loss = sum(self.mesh.gather(loss_sum)) / max(1, reading.valid)
-        sources = self._sources(step)
+        mine = torch.stack([self._source_loss, self._source_count]).tolist()
+        gathered = self.mesh.gather((loss_sum, mine, {name: pair.tolist() for name, pair in self._metrics.items()}))
+        loss = sum(part[0] for part in gathered) / max(1, reading.count)
+        sources = self._sources(step, [part[1] for part in gathered])
         seconds = time.monotonic() - (self._started or time.monotonic())
         session_tokens = self.data.tokens_before(step) - self.data.tokens_before(self.first_step)
         speed = session_tokens / seconds if seconds > 0 else 0.0
-        mfu = None
-        if self.flops_per_token and self.peak_flops:
-            mfu = speed * self.flops_per_token / (self.peak_flops * self.mesh.world_size)
+        mfu = speed * self._flops_per_token / (self._peak_flops * self.mesh.world_size) if self._peak_flops else None
         record = {
             "tokens": self.data.tokens_before(step),
             "loss": loss,
@@ -125,22 +138,24 @@ class Telemetry:
             "wait_save_seconds": round(save_seconds, 4),
             "sources": sources,
         }
+        if metrics := _means([part[2] for part in gathered]):
+            record["metrics"] = metrics
+        self._metrics.clear()
         self.metrics.write("step", step, **record)
         left = seconds / max(1, step - self.first_step) * (self.total_steps - step)
         self.line.say(step_line({"step": step, **record}, self.total_steps, left))
 
-    def _sources(self, step: int) -> dict[str, dict[str, float | None]]:
+    def _sources(self, step: int, parts: list[list[list[float]]]) -> dict[str, dict[str, float | None]]:
         """Tokens and passes of each source up to `step`, and its loss since the last record (null for a single source: it is the loss)."""
-        totals = torch.stack([self._source_loss, self._source_valid]).tolist()
-        losses, valids = ([sum(column) for column in zip(*part, strict=True)] for part in zip(*self.mesh.gather(totals), strict=True))
+        losses, counts = ([sum(column) for column in zip(*part, strict=True)] for part in zip(*parts, strict=True))
         self._source_loss.zero_()
-        self._source_valid.zero_()
+        self._source_count.zero_()
         tokens, passes = self.data.tokens_by_source(step), self.data.passes(step)
         return {
             name: {
                 "tokens": tokens[name],
                 "passes": passes[name],
-                "loss": losses[index] / valids[index] if valids[index] else None,
+                "loss": losses[index] / counts[index] if counts[index] else None,
             }
             for index, name in enumerate(self.data.source_names)
         }
@@ -151,3 +166,17 @@ class Telemetry:
             return torch.cuda.max_memory_allocated(self.mesh.device) / 1e9
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9
+
+
+def _means(parts: list[dict[str, list[float]]]) -> dict[str, float | None]:
+    """Metrics by name over all ranks: the sum of the sums by the sum of the counts, null where nothing was counted."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    totals = {name: [sum(part[name][place] for part in parts if name in part) for place in (0, 1)] for name in names}
+    return {name: value / count if count else None for name, (value, count) in totals.items()}
+
+
+def _speed_of(recipe: Recipe, mesh: Mesh) -> tuple[float, float | None]:
+    """(FLOPs a token, peak FLOP/s of one device); None where the device's peak is not known."""
+    name = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "cpu"
+    peak = device_peak_flops(name, resolve_precision(recipe.train.precision, mesh.device))
+    return flops_per_token(recipe.model, recipe.data.sequence_length), peak

@@ -1,38 +1,58 @@
-"""fit(): the only training loop. A stage hands it a model, data, an objective and services; the loop gives exact steps, saves and stops."""
+"""fit(): the only training loop. A stage hands it a model, data and an objective; the loop gives exact steps, saves and stops."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from argonne.config import Recipe
-from argonne.parallel.apply import eager_blocks
+from argonne.parallel.compile import eager_blocks
 from argonne.parallel.mesh import Mesh
-from argonne.train import checkpoint, optim
-from argonne.train.guard import Diverged, HangWatch, NonFinitePolicy, StopWatch, call_with_limit, parse_duration
+from argonne.parallel.parallelise import Parallelised
+from argonne.recipe import to_tree
+from argonne.train import checkpoint
+from argonne.train.aside import LeftBehind, Work, drive_alone, drive_together
+from argonne.train.data import Batch, Batches, Data
+from argonne.train.guard import Diverged, HangWatch, NonFinitePolicy, StopWatch, parse_duration
 from argonne.train.metrics import MetricsLog, ProgressLine
 from argonne.train.precision import Precision
 from argonne.train.profiling import start_profiler
-from argonne.train.run import COMPLETE, STOPPED, RunFolder
+from argonne.train.recovery import Recovery, first_line, is_out_of_memory
+from argonne.train.run import COMPLETE, STOPPED, RunFolder, config_hash
 from argonne.train.saving import Saver
-from argonne.train.schedule import learning_rate
-from argonne.train.step import Objective, Stepper
-from argonne.train.telemetry import Telemetry
+from argonne.train.schedule import applied_rate, learning_rate, set_learning_rate
+from argonne.train.telemetry import StepResult, Telemetry
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Services:
-    """What a stage gives beside data and loss. All but `export` and `checkpoint_files` are telemetry: a failure there is recorded, never fatal."""
+class Trained:
+    """What is trained and with what, made in the one right order: weights, parallelise, optimizer, restore, compile."""
 
-    export: Callable[[nn.Module, Path], None]
+    parallelised: Parallelised
+    optimizer: torch.optim.Optimizer
+    precision: Precision
+    compiled: bool = False
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What a stage gives beside data and loss. All but `export`, `checkpoint_files` and `state` are telemetry: a failure is recorded, never fatal.
+
+    state(step): what state.json holds. held_out, sample: work that yields between forward passes, on the plain model in eval mode.
+    """
+
+    export: Callable[[Parallelised], None]
     checkpoint_files: Callable[[Path], None]
-    held_out: Callable[[nn.Module], dict[str, Any]] | None = None
-    sample: Callable[[nn.Module], str] | None = None
+    state: Callable[[int], dict[str, Any]]
+    held_out: Callable[[Parallelised], Work[dict[str, Any]]] | None = None
+    sample: Callable[[nn.Module], Work[str]] | None = None
     banner: Callable[[nn.Module], list[str]] = lambda model: []
 
 
@@ -59,55 +79,46 @@ class Outcome:
         return self.reason == "complete"
 
 
+@dataclass(frozen=True)
+class Upcoming:
+    """The batch of a step, and what the ranks agreed on with it: the count that its loss is divided by, stopping, saving."""
+
+    batch: Batch
+    count: int
+    stop: bool
+    save: bool
+
+
 class Trainer:
     """One session of one run. Everything it needs is given; it opens nothing but the metrics of its own run folder."""
 
     def __init__(
         self,
-        *,
         recipe: Recipe,
         run: RunFolder,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        data: Any,
         mesh: Mesh,
-        objective: Objective,
-        services: Services,
+        trained: Trained,
+        data: Data,
+        loader: Batches,
+        hooks: Hooks,
+        *,
         metrics: MetricsLog,
         watch: StopWatch,
-        total_steps: int,
-        micro_rows: int,
         progress: Progress,
-        state: Callable[[int], dict[str, Any]],
-        compiled: bool = False,
+        total_steps: int,
     ) -> None:
-        self.recipe, self.run, self.model, self.optimizer, self.data = recipe, run, model, optimizer, data
-        self.mesh, self.services, self.watch = mesh, services, watch
-        self.total_steps, self.progress, self._state = total_steps, progress, state
-        self.metrics = metrics
+        self.recipe, self.run, self.mesh, self.data, self.loader, self.hooks = recipe, run, mesh, data, loader, hooks
+        self.parallelised, self.optimizer, self.precision = trained.parallelised, trained.optimizer, trained.precision
+        self.metrics, self.watch, self.progress, self.total_steps = metrics, watch, progress, total_steps
         self.line = ProgressLine(total_steps, progress.step, enabled=mesh.is_main)
         self.telemetry = Telemetry(recipe, data, mesh, metrics, self.line, total_steps, progress.step)
-        self.precision = Precision(recipe.train.precision, mesh.device, progress.scaler)
         self.policy = NonFinitePolicy(recipe.optim.max_skipped)
-        self.loader = data.loader(
-            mesh.rank, mesh.world_size, micro_rows, pin_memory=mesh.device.type == "cuda", broadcast=mesh.broadcast_tensor
-        )
-        plain = getattr(model, "module", model)
+        plain = self.parallelised.plain
         self.saver = Saver(
-            run.path, plain, optimizer, mesh, recipe.checkpoint, metrics, self.line.say, services.checkpoint_files, progress.step
+            run.path, plain, self.optimizer, mesh, recipe.checkpoint, metrics, self.line.say, hooks.checkpoint_files, progress.step
         )
-        self.stepper = Stepper(
-            model,
-            optimizer,
-            objective,
-            self.precision,
-            mesh,
-            self.loader,
-            grad_clip=recipe.optim.grad_clip,
-            run=run.path,
-            say=self.line.say,
-        )
-        self.stepper.compiled = compiled
+        self.recovery = Recovery(self.optimizer, plain, mesh, loader, run.path, self._warn, compiled=trained.compiled)
+        self._parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         self._measured: tuple[int, float] | None = None  # step and loss of the newest held-out evaluation
         self._telemetry_limit = parse_duration(recipe.log.telemetry_limit, "log.telemetry_limit")
         timeout = parse_duration(recipe.parallel.timeout, "parallel.timeout")
@@ -118,19 +129,18 @@ class Trainer:
 
         `stop_after`: end this session after that many completed steps, as a request to stop would. `profile`: write a trace of three steps.
         """
-        first = self.progress.step
-        self._check_first_rate(first)
+        self._check_first_rate(self.progress.step)
         profiler = start_profiler(self.run.path, self.line.say) if profile and self.mesh.is_main else None
         try:
-            upcoming = self._fetch(first) if first < self.total_steps else None
-            while self.progress.step < self.total_steps and upcoming is not None:
+            agreed = self._fetch(self.progress.step)
+            while agreed is not None:
                 self._hang_watch.alive()
-                batch, valid, stop, save = upcoming()
-                if stop:
+                upcoming = agreed()
+                if upcoming.stop:
                     return self._stop(self.watch.reason() or "another worker was asked to stop")
-                if save:
+                if upcoming.save:
                     self._save()
-                upcoming = self._step(batch, valid)
+                agreed = self._train_step(upcoming.batch, upcoming.count)
                 if profiler is not None:
                     profiler.step()
                 self._after_step()
@@ -149,47 +159,75 @@ class Trainer:
         if step >= self.total_steps:
             return
         expected = learning_rate(step, self.total_steps, self.recipe.optim, self.recipe.schedule)
-        self._set_rate(step)
-        found = optim.applied_rate(self.optimizer)
+        set_learning_rate(self.optimizer, expected, self.recipe.optim.lr)
+        found = applied_rate(self.optimizer)
         if found != expected:
             raise RuntimeError(f"the rate of the first step is {found}, the schedule says {expected}")
 
-    def _set_rate(self, step: int) -> float:
-        rate = learning_rate(step, self.total_steps, self.recipe.optim, self.recipe.schedule)
-        optim.set_learning_rate(self.optimizer, rate, self.recipe.optim.lr)
-        return rate
-
-    def _fetch(self, step: int) -> Callable[[], tuple[Any, int, bool, bool]]:
-        """Take the batch of `step` and start agreeing on it: valid tokens of all ranks, whether any wants to stop, whether a save is due by time."""
+    def _fetch(self, step: int) -> Callable[[], Upcoming] | None:
+        """Take the batch of `step` and start agreeing on it; None past the last step. Ranks that read the same rows count them once."""
+        if step >= self.total_steps:
+            return None
         batch = self.loader.batch(step)
         self.telemetry.waited_for_data(batch.waited_seconds)
+        mine = batch.count if self.mesh.speaks_for_its_rows else 0
         due = self.mesh.is_main and self.saver.due_by_time(step)
-        agreed = self.mesh.sum_later([batch.valid_tokens, int(self.watch.reason() is not None), int(due)])
+        agreed = self.mesh.sum_later([mine, int(self.watch.reason() is not None), int(due)])
 
-        def wait() -> tuple[Any, int, bool, bool]:
-            valid, stop, save = agreed()
-            return batch, valid, bool(stop), bool(save)
+        def wait() -> Upcoming:
+            count, stop, save = agreed()
+            return Upcoming(batch, count, bool(stop), bool(save))
 
         return wait
 
-    def _step(self, batch: Any, valid: int) -> Callable[[], tuple[Any, int, bool, bool]] | None:
-        """One optimizer step; returns the next batch, fetched while the device works on this one."""
-        step = batch.step
-        rate = self._set_rate(step)
-        result = self.stepper.run_step(batch, valid, self._seed_of(step))
-        upcoming = self._fetch(step + 1) if step + 1 < self.total_steps else None
-        self.telemetry.observe(step + 1, result, rate, valid)
-        for note in self.stepper.notes:
-            self.metrics.write("warning", step + 1, message=note)
-        self.stepper.notes.clear()
+    def _train_step(self, batch: Batch, count: int) -> Callable[[], Upcoming] | None:
+        """One optimizer step on `batch`, whose global count is `count`; returns the next batch, fetched while the device works on this one."""
+        step, optimizer = batch.step, self.optimizer
+        rate = learning_rate(step, self.total_steps, self.recipe.optim, self.recipe.schedule)
+        set_learning_rate(optimizer, rate, self.recipe.optim.lr)
+        updates = self._updates()
+        while True:
+            torch.manual_seed(self._seed_of(step))
+            try:
+                optimizer.zero_grad(set_to_none=True)
+                sums = self.parallelised.forward_backward(batch.micro_batches, count)
+                self.precision.unscale(optimizer)
+                norm = self.parallelised.gradient_norm(self._parameters)
+                if self.recipe.optim.grad_clip > 0:
+                    torch.nn.utils.clip_grads_with_norm_(self._parameters, self.recipe.optim.grad_clip, norm)
+                skipped = self.precision.step(optimizer, norm)
+                optimizer.zero_grad(set_to_none=True)
+                break
+            except Exception as error:
+                if self.recovery.eager(error, step):
+                    continue
+                if not is_out_of_memory(error):
+                    raise
+                reason = first_line(error)
+            # Outside the handler: the traceback no longer keeps the step's tensors alive.
+            now = self._updates()
+            batch = self.recovery.smaller(batch, reason, updated=updates is not None and now is not None and not torch.equal(updates, now))
+        upcoming = self._fetch(step + 1)
+        self.telemetry.observe(step + 1, StepResult(sums, norm, skipped, rate, count))
         self.progress.step = step + 1
         self.line.advance()
         return upcoming
 
+    def _updates(self) -> torch.Tensor | None:
+        """How often the optimizer has stepped, to tell after a failure whether an update had begun. On the device: nothing waits for it."""
+        state: dict[str, Any] = next(iter(self.optimizer.state.values()), {})
+        step = state.get("step")
+        return step.clone() if isinstance(step, torch.Tensor) else None
+
     def _seed_of(self, step: int) -> int:
         """Randomness is a function of (seed, step, this rank's first sample): nothing random is stored."""
-        sample = self.data.samples_before(step) + self.data.rows(step) * self.mesh.rank // self.mesh.world_size
+        sample = self.data.samples_before(step) + self.data.rows(step) * self.mesh.data_rank // self.mesh.data_size
         return (self.recipe.seed * 0x9E3779B97F4A7C15 + step * 0xC2B2AE3D27D4EB4F + sample * 0x165667B19E3779F9) % 2**63
+
+    def _warn(self, step: int, message: str) -> None:
+        """To the person and into the record."""
+        self.line.say(f"warning: {message}")
+        self.metrics.write("warning", step, message=message)
 
     def _after_step(self) -> None:
         recipe, step = self.recipe, self.progress.step
@@ -208,11 +246,10 @@ class Trainer:
             )
         first_of_session = self.telemetry.first_step
         if step == first_of_session + 1:
-            for text in self.services.banner(self.model):
+            for text in self.hooks.banner(self.parallelised.plain):
                 self.line.say(text)
         if step % recipe.log.every_steps == 0 or step in (first_of_session + 1, self.total_steps):
             self.telemetry.log(step, self.saver.blocked_seconds)
-            self.run.heartbeat()
         due = recipe.eval.every_steps > 0 and step % recipe.eval.every_steps == 0
         if due and step < self.total_steps:
             self._held_out()
@@ -220,42 +257,46 @@ class Trainer:
             self._save()
 
     def _held_out(self) -> None:
-        if self.services.held_out is None:
+        hook = self.hooks.held_out
+        if hook is None:
             return
-        found = self._telemetry_call("held_out", self.services.held_out)
+        found = self._aside("held_out", lambda: hook(self.parallelised), together=self.parallelised.forward != "alone")
         if not found:
             return
         step = self.progress.step
         self.metrics.write("held_out", step, **found)
         bits = f", {found['bits_per_byte']:.4f} bits per byte" if found.get("bits_per_byte") is not None else ""
-        self.line.say(f"step {step}: held-out loss {found['loss']:.4f}{bits} ({found['tokens']:,} tokens)")
+        self.line.say(f"step {step}: held-out loss {found['loss']:.4f}{bits} ({found[self.data.unit]:,} {self.data.unit})")
         self._measured = (step, float(found["loss"]))
 
-    def _telemetry_call(self, name: str, function: Callable[[nn.Module], Any]) -> Any:
-        """Run evaluation or sampling on the main rank, outside collectives; a failure is recorded and training goes on."""
-        if not self.mesh.is_main:
+    def _aside(self, name: str, make: Callable[[], Work[Result]], *, together: bool) -> Result | None:
+        """Evaluation or sampling: on the main rank alone, outside collectives, or by all ranks in step. None where it was given up."""
+        if not together and not self.mesh.is_main:
             return None
         self._hang_watch.pause()
-        model = getattr(self.model, "module", self.model)
-        was_training = model.training
-        model.eval()
+        plain, limit = self.parallelised.plain, self._telemetry_limit
+        was_training = plain.training
+        plain.eval()
 
-        def call() -> Any:
+        def work() -> Work[Result]:
             with torch.no_grad(), self.precision.autocast():
-                return function(model)
+                return (yield from make())
 
         # Training draws its own seeds, but a user's code may not: leave the generators as they were.
         devices = [self.mesh.device] if self.mesh.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), eager_blocks(model):
+        with torch.random.fork_rng(devices=devices), eager_blocks(plain):
             try:
-                return call_with_limit(call, self._telemetry_limit)
+                return drive_together(work, self.mesh, self.watch, limit) if together else drive_alone(work, self.watch, limit)
+            except LeftBehind as reason:
+                self._warn(self.progress.step, f"{name} is left out at step {self.progress.step}: {reason}")
             except Exception as error:
-                self.line.say(f"warning: {name} failed and is left out at step {self.progress.step}: {type(error).__name__}: {error}")
-                self.metrics.write("warning", self.progress.step, message=f"{name} failed: {type(error).__name__}: {error}")
-                return None
+                self._warn(
+                    self.progress.step, f"{name} failed and is left out at step {self.progress.step}: {type(error).__name__}: {error}"
+                )
             finally:
-                model.train(was_training)
+                plain.train(was_training)
                 self._hang_watch.alive()
+        return None
 
     def _save(self, *, final: bool = False) -> None:
         """A checkpoint at the current step, and a sample of what the model writes there."""
@@ -268,17 +309,17 @@ class Trainer:
             progress.best_step, progress.best_held_out = self._measured
         if self.saver.last_step == step and checkpoint.checkpoint_path(self.run.path, step).exists():
             self.saver.wait(final=final)
-        elif self.saver.save(step, self._state(step), self.progress.best_step, final=final):
+        elif self.saver.save(step, self.hooks.state(step), self.progress.best_step, final=final):
             self._sample()
         else:
             progress.best_held_out, progress.best_step = earlier
 
     def _sample(self) -> None:
-        prompt = self.recipe.checkpoint.sample_prompt
-        if self.services.sample is None or not prompt:
+        prompt, hook, forward = self.recipe.checkpoint.sample_prompt, self.hooks.sample, self.parallelised.forward
+        if hook is None or not prompt or forward == "never":
             return
-        text = self._telemetry_call("sampling", self.services.sample)
-        if text is not None:
+        text = self._aside("sampling", lambda: hook(self.parallelised.plain), together=forward == "together")
+        if text is not None and self.mesh.is_main:
             try:
                 self.run.add_sample(self.progress.step, prompt, text)
             except OSError as error:
@@ -298,14 +339,11 @@ class Trainer:
         self._held_out()
         self._save(final=True)
         if self.mesh.is_main:
-            self.services.export(getattr(self.model, "module", self.model), self.run.path / "final_model")
+            self.hooks.export(self.parallelised)
             self.metrics.write("complete", self.progress.step)  # before the marker, after which no session writes anything
             self._mark(COMPLETE, "complete")
         self.mesh.barrier()
         return Outcome(self.progress.step, "complete")
 
     def _mark(self, name: str, reason: str) -> None:
-        from argonne.recipe import to_tree
-        from argonne.train.run import config_hash
-
         self.run.write_marker(name, step=self.progress.step, reason=reason, config_hash=config_hash(to_tree(self.recipe)))

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from threading import Lock
+from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 from argonne import files
 from argonne.config import BatchSection, DataSection
-from argonne.data import batches, phases
 from argonne.data import mixture as mixtures
-from argonne.data.mixture import Mixture
+from argonne.data import phases
+from argonne.data.document_mask import IGNORED, ends_in_row, mask_documents
+from argonne.data.held_out import HeldOut
+from argonne.data.loader import Array
+from argonne.data.mixture import GlobalRows, Mixture, Phase
 from argonne.data.sources import Source, open_sources, shared_tokenizer
 from argonne.data.windows import SourceWindows
 from argonne.errors import InputError
@@ -24,12 +30,23 @@ from argonne.prepare.from_text import TextWork
 from argonne.tokens.tokenizer import TextTokenizer
 from argonne.tokens.verification import Verification
 
-if TYPE_CHECKING:
-    from argonne.data.loader import Loader
+# Rows located at once: the arithmetic is vectorised, and one row at a time would cost as much as reading it.
+BLOCK = 4096
+FILLER_SOURCE = -1
+
+
+class Place(Protocol):
+    """What data asks of the mesh."""
+
+    @property
+    def is_main(self) -> bool: ...
 
 
 class TrainingData:
-    """What `open_training_data` returns. Everything is a pure function of (sources, phases, step)."""
+    """Windows of tokens. What `open_training_data` returns; everything is a pure function of (sources, phases, step)."""
+
+    unit = "tokens"
+    reads_model = False
 
     def __init__(self, data: DataSection, sources: Sequence[Source], plan: Mixture, tokenizer: TextTokenizer) -> None:
         self.data, self.sources, self.mixture = data, list(sources), plan
@@ -38,11 +55,13 @@ class TrainingData:
         self.run_folder: Path | None = None
         self.work: TextWork | None = None
         self._verification: Verification | None = None
-        self.streams = {source.tokens.fingerprint: source.tokens.train for source in sources}
+        self._streams = [source.tokens.train for source in sources]
+        self._blocks: dict[tuple[int, int], GlobalRows] = {}
+        self._lock = Lock()
 
     def __getstate__(self) -> dict[str, Any]:
         """For other ranks under `reader = "rank-0"`: everything but the background work. They need none of the files."""
-        return {**self.__dict__, "work": None, "_verification": None}
+        return {**self.__dict__, "work": None, "_verification": None, "_lock": None, "_blocks": {}}
 
     @property
     def source_names(self) -> list[str]:
@@ -139,54 +158,10 @@ class TrainingData:
         held = f", {source.tokens.held_out.tokens:,} held out" if source.tokens.held_out.tokens else ""
         return f"{source.tokens.tokens:,} tokens{documents}{held}"
 
-    @cached_property
-    def _held_out(self) -> list[tuple[Source, int]]:
-        return [
-            (source, (source.tokens.held_out.tokens - 1) // self.data.sequence_length)
-            for source in self.sources
-            if source.tokens.held_out.tokens > self.data.sequence_length
-        ]
-
-    @property
-    def held_out_windows(self) -> int:
-        """Held-out windows there are, of `data.sequence_length` tokens."""
-        return sum(count for _, count in self._held_out)
-
-    def _held_out_rows(self, windows: int) -> np.ndarray:
-        """(windows, T + 1) int64: evenly spread over the held-out tokens of all sources, the same at each call."""
-        count = min(windows, self.held_out_windows)
-        rows = np.zeros((count, self.data.sequence_length + 1), dtype=np.int64)
-        for index, (source, number) in enumerate(self._held_out_places(count)):
-            source.tokens.held_out.copy(number * self.data.sequence_length, rows[index])
-        return rows
-
-    def _held_out_places(self, count: int) -> Iterator[tuple[Source, int]]:
-        """(source, window within it) of `count` held-out windows."""
-        for index in range(count):
-            number = index * self.held_out_windows // count
-            for source, here in self._held_out:
-                if number < here:
-                    yield source, number
-                    break
-                number -= here
-
-    def held_out_sources(self, windows: int) -> list[str]:
-        """Name of the source of each row of `held_out_batches(windows, ...)`, in order."""
-        return [source.name for source, _ in self._held_out_places(min(windows, self.held_out_windows))]
-
-    def held_out_batches(self, windows: int, rows: int) -> Iterator[dict[str, Any]]:
-        """At most `windows` held-out windows in batches of at most `rows`, as the model takes them; the same ones at each call."""
-        found = self._held_out_rows(windows)
-        for start in range(0, len(found), rows):
-            part = found[start : start + rows]
-            arrays = batches.Arrays(
-                np.ascontiguousarray(part[:, :-1]), np.ascontiguousarray(part[:, 1:]), None, np.zeros(len(part), np.int64)
-            )
-            if self.data.document_mask:
-                arrays.positions = np.zeros_like(arrays.inputs)
-                for row in range(len(part)):
-                    batches.mask_documents(np.nonzero(arrays.inputs[row] == self.eos_id)[0] + 1, arrays.labels[row], arrays.positions[row])
-            yield batches.to_tensors(arrays)
+    def held_out(self, windows: int, rows: int) -> Iterator[Mapping[str, torch.Tensor]]:
+        """At most `windows` held-out windows in batches of at most `rows`; the same ones at each call, none where nothing is held out."""
+        held = HeldOut(self.sources, self.data.sequence_length, self.eos_id, document_mask=self.data.document_mask)
+        return held.batches(windows, rows)
 
     def verify(self) -> Verification | None:
         """Begin to check the shards' hashes as `data.verify` says (once; "before" returns when all are right). Raises InputError for a fault."""
@@ -203,20 +178,101 @@ class TrainingData:
             self._verification.raise_problem()
         return self._verification
 
+    def attach(self, model: object, mesh: Place) -> None:
+        """The run begins: rank 0 begins to check the shards' hashes."""
+        if mesh.is_main:
+            self.verify()
+
+    def check(self) -> None:
+        """Raise InputError when the check of the hashes found a fault so far."""
+        if self._verification is not None:
+            self._verification.raise_problem()
+
+    @contextmanager
+    def not_waiting(self) -> Iterator[None]:
+        """Inside, whoever waits for tokens that are still being made gets an InputError instead."""
+        with ExitStack() as stack:
+            for stream in self._streams:
+                stack.enter_context(stream.not_waiting())
+            yield
+
     def close(self) -> None:
-        """End what goes on in the background for this process: hashing, and tokenising of `data.input`."""
+        """End what goes on in the background for this process: hashing, and tokenising of `data.input`. Raises what the hashing found."""
         if self._verification is not None:
             self._verification.close()
         if self.work is not None:
             self.work.close()
+        self.check()
 
-    def loader(
-        self, rank: int, world_size: int, micro_rows: int, *, prefetch: int = 2, pin_memory: bool = False, broadcast: Any = None
-    ) -> Loader:
-        """This rank's batches. `broadcast(tensor)` sends rank 0's tensor to all in place (needed with `data.reader = "rank-0"`)."""
-        from argonne.data.loader import Loader
+    def read(self, step: int, first: int, count: int, rows: int) -> dict[str, Array]:
+        """Rows first .. first + count - 1 of the global batch of `step`, filled up to `rows` with rows that train nothing.
 
-        return Loader(self, rank, world_size, micro_rows, prefetch=prefetch, pin_memory=pin_memory, broadcast=broadcast)
+        input_ids, shift_labels (rows, T) int64; with a document mask position_ids, which restart with each document; source (rows,), -1 where
+        a row fills up; tokens (rows,), the targets that are trained on. Raises InputError where a source is used up.
+        """
+        phase = self.mixture.phase_at(step)
+        sample = self.mixture.samples_before(step) + first
+        self.mixture.check_rows(phase, self.mixture.samples_before(step) + phase.rows)
+        length = phase.sequence_length
+        inputs, labels = np.empty((rows, length), np.int64), np.empty((rows, length), np.int64)
+        positions = np.empty((rows, length), np.int64) if phase.document_mask else None
+        found = self._located(phase, sample, count)
+        sources, starts = found.source.tolist(), found.rows.start.tolist()
+        for row in range(count):
+            stream = self._streams[sources[row]]
+            runs = [(starts[row], length)] if starts[row] >= 0 else found.rows.runs[row]
+            filled = 0
+            for begin, size in runs:
+                stream.copy_shifted(begin, inputs[row, filled : filled + size], labels[row, filled : filled + size])
+                filled += size
+            if positions is not None:
+                mask_documents(ends_in_row(stream, runs, inputs[row], self.eos_id), labels[row], positions[row])
+        if inputs[:count].max(initial=0) >= self.vocab_size:
+            self._name_foreign_id(inputs[:count], sources)
+        inputs[count:], labels[count:] = 0, IGNORED
+        tokens = np.zeros(rows, np.int64)
+        tokens[:count] = length if positions is None else np.count_nonzero(labels[:count] != IGNORED, axis=1)
+        arrays = {"input_ids": Array(inputs, 0), "shift_labels": Array(labels, IGNORED), "tokens": Array(tokens, 0)}
+        arrays["source"] = Array(np.concatenate([found.source, np.full(rows - count, FILLER_SOURCE)]), FILLER_SOURCE)
+        if positions is not None:
+            whole_row = np.arange(length)
+            positions[count:] = whole_row
+            arrays["position_ids"] = Array(positions, whole_row)
+        return arrays
+
+    def _name_foreign_id(self, inputs: np.ndarray, sources: Sequence[int]) -> None:
+        row = int((inputs >= self.vocab_size).any(axis=1).argmax())
+        raise InputError(
+            f"{self.sources[sources[row]].tokens.path}: holds id {int(inputs[row].max()):,}, the tokenizer {self.tokenizer_folder} has "
+            f"{self.vocab_size:,} entries; set data.tokenizer to the one that made these tokens"
+        )
+
+    def _located(self, phase: Phase, first: int, count: int) -> GlobalRows:
+        """The rows of a run of samples, with the numbers that sources have in the recipe, cut out of blocks that are located once."""
+        if any(stream.growing for stream in self._streams):
+            return self._locate(phase, first, first + count)
+        parts: list[GlobalRows] = []
+        while count:
+            number, inside = divmod(first - phase.first_sample, BLOCK)
+            here = min(count, BLOCK - inside)
+            parts.append(self._block(phase, number).part(inside, inside + here))
+            first, count = first + here, count - here
+        return GlobalRows.joined(parts)
+
+    def _block(self, phase: Phase, number: int) -> GlobalRows:
+        key = (phase.first_step, number)
+        with self._lock:
+            if key not in self._blocks:
+                begin = phase.first_sample + number * BLOCK
+                found = self._locate(phase, begin, begin + BLOCK)
+                self._blocks = {**dict(list(self._blocks.items())[-2:]), key: found}
+            return self._blocks[key]
+
+    def _locate(self, phase: Phase, start: int, stop: int) -> GlobalRows:
+        found = self.mixture.locate(phase, start, stop)
+        places = {source.tokens.fingerprint: number for number, source in enumerate(self.sources)}
+        numbers = np.array([places[source.fingerprint] for source in phase.sources])
+        return GlobalRows(numbers[found.source], found.rows, found.epoch)
 
 
 def open_training_data(

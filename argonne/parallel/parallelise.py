@@ -1,0 +1,123 @@
+"""How a model is spread over the mesh. A mode is a page: what it refuses, and what it makes of a model. Here: one copy a rank.
+
+Parallelising comes before the optimizer, which must find the parameters that will really be trained.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from argonne.config import ParallelSection
+from argonne.errors import InputError
+from argonne.parallel.mesh import Mesh
+from argonne.parallel.objective import Loss, MicroBatch, Objective, Sums
+
+
+class Casts(Protocol):
+    """Mixed precision as a step uses it."""
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]: ...
+    def scale(self, loss: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Parallelised:
+    """A model on its mesh, as the loop drives it.
+
+    model: what is stepped. plain: the module whose tensors a checkpoint holds, under their one name on every mesh.
+    forward_backward(micro_batches, count): gradients of (loss total of the global batch / count), and this rank's sums.
+    gradient_norm(parameters): the 2-norm over the whole model, a plain 0-dim tensor, equal on every rank.
+    evaluate(micro): the objective without gradients; the same answer on every rank that takes part.
+    forward: whether `plain` can be called by one rank "alone", by all "together" (a forward pass is a collective), or "never".
+    """
+
+    model: nn.Module
+    plain: nn.Module
+    forward_backward: Callable[[Sequence[MicroBatch], int], Sums]
+    gradient_norm: Callable[[Sequence[Tensor]], Tensor]
+    evaluate: Callable[[MicroBatch], Loss]
+    forward: Literal["alone", "together", "never"] = "alone"
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A way to spread a model. `check` raises InputError for degrees that it would not honour, before any worker starts."""
+
+    check: Callable[[ParallelSection], None]
+    parallelise: Callable[[nn.Module, Mesh, Objective, Casts], Parallelised]
+
+
+def check_replicated(parallel: ParallelSection) -> None:
+    """Refuse degrees that nothing would honour: what the configuration says is what runs."""
+    for name in ("shard", "tensor", "context", "pipeline"):
+        if (degree := getattr(parallel, name)) != 1:
+            raise InputError(f"parallel.{name}: found {degree}, expected 1; only data parallelism (parallel.replicate) is built")
+    if parallel.async_tensor:
+        raise InputError("parallel.async_tensor: found true, expected false; tensor parallelism is not built")
+
+
+def replicate(model: nn.Module, mesh: Mesh, objective: Objective, casts: Casts) -> Parallelised:
+    """One copy a rank, gradients averaged over ranks in the last backward pass of a step; the model itself on a mesh of one."""
+    stepped = model if mesh.world_size == 1 else _distributed(model, mesh)
+    no_sync = getattr(stepped, "no_sync", contextlib.nullcontext)
+
+    def forward_backward(micro_batches: Sequence[MicroBatch], count: int) -> Sums:
+        scale = mesh.data_size / max(1, count)  # the reduction averages over ranks
+        sums = Sums(torch.zeros((), device=mesh.device, dtype=torch.float32))
+        last = len(micro_batches) - 1
+        for index, on_host in enumerate(micro_batches):
+            micro = placed(on_host, mesh.device)
+            with contextlib.nullcontext() if index == last else no_sync():
+                with casts.autocast():
+                    loss = loss_of(stepped, micro, objective)
+                casts.scale(loss.total * scale).backward()
+            sums.add(loss, micro)
+        return sums
+
+    def evaluate(on_host: MicroBatch) -> Loss:
+        with torch.no_grad(), casts.autocast():
+            return loss_of(model, placed(on_host, mesh.device), objective)
+
+    return Parallelised(stepped, model, forward_backward, total_norm, evaluate)
+
+
+REPLICATED = Mode(check_replicated, replicate)
+
+
+def _distributed(model: nn.Module, mesh: Mesh) -> DistributedDataParallel:
+    # Nothing in the model's buffers is trained: no copies before each forward. torch 2.13 renamed the switch.
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    buffers: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+    devices = [mesh.device] if mesh.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **buffers)
+
+
+def loss_of(model: nn.Module, micro: MicroBatch, objective: Objective) -> Loss:
+    """One forward pass of a whole model, through its own call, so that whatever is wrapped around it sees it."""
+    loss: Loss = model(
+        input_ids=micro["input_ids"],
+        position_ids=micro.get("position_ids"),
+        use_cache=False,
+        objective=lambda head, hidden: objective(head, hidden, micro),
+    )
+    return loss
+
+
+def placed(micro: MicroBatch, device: torch.device) -> MicroBatch:
+    """A micro-batch where the model wants it: positions stay on the host, whose documents the model reads without waiting for a device."""
+    return {name: tensor if name == "position_ids" else tensor.to(device, non_blocking=True) for name, tensor in micro.items()}
+
+
+def total_norm(parameters: Sequence[Tensor]) -> Tensor:
+    """The 2-norm of all gradients; whole also where they are sharded tensors."""
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return whole

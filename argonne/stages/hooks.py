@@ -1,0 +1,127 @@
+"""What a run gives the loop beside data and loss: held-out loss, samples, the files of a checkpoint, the final export, the banner."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from argonne.config import Recipe
+from argonne.files import atomic_directory, write_json, write_text
+from argonne.model.build import config_from_fields
+from argonne.model.load import load_model
+from argonne.model.save import save_model_folder
+from argonne.parallel.mesh import Mesh
+from argonne.parallel.parallelise import Parallelised
+from argonne.recipe import to_toml
+from argonne.serve.engine import stream_text
+from argonne.serve.sampling import SamplingOptions
+from argonne.stages.start import architecture_fields
+from argonne.tokens.tokenizer import TextTokenizer
+from argonne.train.aside import Work
+from argonne.train.checkpoint import LAST
+from argonne.train.data import Data
+from argonne.train.precision import resolve_precision
+from argonne.train.run import RunFolder
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a stage's telemetry shows: work that yields between forward passes; None = nothing."""
+
+    held_out: Callable[[Parallelised], Work[dict[str, Any]]] | None = None
+    sample: Callable[[nn.Module], Work[str]] | None = None
+
+
+def show_text(recipe: Recipe, data: Data, micro_rows: int) -> Shown:
+    """Held-out loss with bits per byte, and the continuation of `checkpoint.sample_prompt`."""
+    measured = any(True for _ in data.held_out(min(1, recipe.eval.windows), 1))
+    return Shown(
+        held_out=(lambda model: held_out_loss(model, recipe, data, micro_rows)) if measured else None,
+        sample=lambda model: sample_text(model, recipe, data.tokenizer),
+    )
+
+
+def held_out_loss(model: Parallelised, recipe: Recipe, data: Data, micro_rows: int) -> Work[dict[str, Any]]:
+    """Mean loss on the first held-out windows (the same ones each time); bits per byte where what is counted are tokens."""
+    total, count, size = 0.0, 0, 0
+    by_source: dict[int, list[float]] = {}
+    sums: dict[str, list[float]] = {}
+    for batch in data.held_out(recipe.eval.windows, micro_rows):
+        loss = model.evaluate(batch)
+        yield
+        total += float(loss.total)
+        count += int(batch[data.unit].sum())
+        if data.unit == "tokens":
+            labels = batch["shift_labels"]
+            size += int(data.tokenizer.token_bytes[labels[labels >= 0].numpy()].sum())
+        for name, pair in loss.metrics.items():
+            sums[name] = [held + float(part) for held, part in zip(sums.get(name, [0.0, 0.0]), pair, strict=True)]
+        if loss.rows is not None:
+            for row, source, counted in zip(loss.rows.tolist(), batch["source"].tolist(), batch[data.unit].tolist(), strict=True):
+                part = by_source.setdefault(source, [0.0, 0])
+                part[0] += row
+                part[1] += counted
+    found: dict[str, Any] = {"loss": total / max(1, count), data.unit: count}
+    if data.unit == "tokens":
+        found |= {"bits_per_byte": total / math.log(2) / size if size else None, "bytes": size}
+    if sums:
+        found["metrics"] = {name: value / number if number else None for name, (value, number) in sums.items()}
+    if len(by_source) > 1:
+        names = data.source_names
+        found["sources"] = {
+            names[source]: {"loss": loss / max(1, counted), data.unit: counted} for source, (loss, counted) in by_source.items()
+        }
+    return found
+
+
+def sample_text(model: nn.Module, recipe: Recipe, tokenizer: TextTokenizer) -> Work[str]:
+    """What the model writes behind the recipe's prompt, in nucleus sampling from the recipe's seed."""
+    keep = recipe.checkpoint
+    options = SamplingOptions(keep.sample_tokens, temperature=0.8, top_k=0, top_p=0.95, seed=recipe.seed)
+    pieces = []
+    for piece in stream_text(model, tokenizer, keep.sample_prompt, options):
+        pieces.append(piece)
+        yield
+    return "".join(pieces)
+
+
+def export_final(model: Parallelised, run: Path, tokenizer: TextTokenizer) -> None:
+    """Write the complete Hugging Face folder, atomically; an older one is replaced. Where no rank holds the whole model it is read from disk."""
+    whole = model.plain if model.forward == "alone" else load_model(run / LAST).model
+    with atomic_directory(run / "final_model", replace=True) as temporary:
+        tokenizer.save(temporary)
+        save_model_folder(whole, temporary, eos_id=tokenizer.eos_id, bos_id=tokenizer.bos_id, pad_id=tokenizer.pad_id)
+
+
+def checkpoint_files(folder: Path, recipe: Recipe, tokenizer: TextTokenizer) -> None:
+    """config.json, recipe.toml and the tokenizer: a checkpoint alone is enough to generate, to resume and to import."""
+    write_json(folder / "config.json", config_from_fields(architecture_fields(recipe.model)).to_dict())
+    write_text(folder / "recipe.toml", to_toml(recipe))
+    tokenizer.save(folder / "tokenizer")
+
+
+def banner(model: Any, run: RunFolder, recipe: Recipe, mesh: Mesh) -> list[str]:
+    """What really ran in the first step, read from the live model."""
+    paths = model.attention_paths()
+    precision = resolve_precision(recipe.train.precision, mesh.device)
+    dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()})
+    if mesh.is_main:
+        run.update_manifest(attention_paths=paths, precision=precision, parameter_dtypes=dtypes)
+    groups = [f"{path} on layers {_ranges([layer for layer, found in enumerate(paths) if found == path])}" for path in dict.fromkeys(paths)]
+    return [f"attention: {'; '.join(groups)}", f"precision: {precision}, weights in {', '.join(dtypes)}"]
+
+
+def _ranges(numbers: list[int]) -> str:
+    """[0, 2, 4, 5, 6] -> 0, 2, 4-6."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)

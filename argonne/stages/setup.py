@@ -1,0 +1,164 @@
+"""Setting a run up: its start, its data, and the model in the one right order, weights -> parallelise -> optimizer -> restore -> compile."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from argonne.config import Recipe
+from argonne.data.loader import Loader
+from argonne.errors import InputError
+from argonne.files import write_json
+from argonne.legacy.training import restore
+from argonne.model.build import check_attention
+from argonne.parallel.compile import compile_blocks
+from argonne.parallel.mesh import Mesh
+from argonne.parallel.parallelise import REPLICATED, Mode
+from argonne.recipe import differences, to_tree
+from argonne.stages.sizing import choose, choose_micro_rows, configure_model, plan_of, steps_of
+from argonne.stages.stage import Stage, StageData
+from argonne.stages.start import Start, check_tokenizer, find_start, fit_model_section
+from argonne.train.allocator import return_freed_memory, returns_memory
+from argonne.train.checkpoint import clean_leftovers, load_tensors, run_tensors
+from argonne.train.optim import build_optimizer
+from argonne.train.precision import Precision, compute_dtype
+from argonne.train.run import RunFolder
+from argonne.train.schedule import check_schedule
+from argonne.train.trainer import Progress, Trained
+
+# Keys that cannot change what is trained: they may differ on resume, and are listed.
+FREE_KEYS = (
+    "log.", "stop.", "parallel.", "checkpoint.", "eval.", "batch.micro", "train.threads", "train.compile", "train.activation_checkpointing",
+    "train.checkpointing_stride", "train.loss", "train.loss_chunk", "train.return_memory", "data.reader", "data.verify", "data.prefetch",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a training verb was asked to do. `mode`: how the model is spread over the workers."""
+
+    recipe: Recipe
+    folder: Path
+    stage: Stage
+    resume_from: Path | None = None
+    allow: frozenset[str] = frozenset()
+    stop_after_step: int | None = None
+    started: float | None = None
+    profile: bool = False
+    data_from_start: bool = False
+    mode: Mode = REPLICATED
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What is known once the run, its start and its data are open."""
+
+    recipe: Recipe
+    start: Start
+    data: StageData
+    total_steps: int
+
+
+@dataclass(frozen=True)
+class Built:
+    """The model as it will be trained, what it is trained with, where it stands, and the batches of this rank."""
+
+    trained: Trained
+    progress: Progress
+    loader: Loader
+
+
+def open_run(session: Session, run: RunFolder, mesh: Mesh, say: Callable[[str], None]) -> Opened:
+    """Find the start, compare configs, open the data; everything that can be wrong with the input is found here or in `build`."""
+    if mesh.is_main:
+        clean_leftovers(run.path, say)
+    mesh.barrier()
+    given = session.recipe
+    start = find_start(run, given, session.resume_from, say, data_from_start=session.data_from_start)
+    _compare_config(start, session, say)
+    data = _open_data(session, start, run, mesh)
+    check_tokenizer(start, data.tokenizer.fingerprint, data.tokenizer_folder, session.allow)
+    recipe = dataclasses.replace(given, model=fit_model_section(given, data.vocab_size, start))
+    total_steps = steps_of(recipe, data)
+    check_schedule(total_steps, recipe.optim, recipe.schedule)
+    return Opened(recipe, start, data, total_steps)
+
+
+def _reads_alone(recipe: Recipe, mesh: Mesh) -> bool:
+    return recipe.data.reader == "rank-0" and mesh.world_size > 1
+
+
+def _open_data(session: Session, start: Start, run: RunFolder, mesh: Mesh) -> StageData:
+    """The data as every rank reads it; with `data.reader = "rank-0"` opened there alone, so that the other nodes need no shards."""
+    alone = _reads_alone(session.recipe, mesh)
+    found: StageData | InputError | None = None
+    if mesh.is_main or not alone:
+        try:
+            found = session.stage.open_data(session.recipe, start.data_state, run.path, session.allow)
+        except InputError as error:
+            found = error
+    if alone:
+        found = mesh.broadcast(found)
+    if isinstance(found, InputError):
+        raise found
+    return cast(StageData, found)
+
+
+def build(session: Session, opened: Opened, run: RunFolder, mesh: Mesh, say: Callable[[str], None]) -> Built:
+    """The model on its mesh, the optimizer over what will really be trained, the restored state; then what only changes speed and memory."""
+    recipe, start, data, stage = opened.recipe, opened.start, opened.data, session.stage
+    model = stage.weights(recipe, start).to(mesh.device).train()  # type: ignore[arg-type] # nn.Module.to takes a device
+    if recipe.train.attention != "auto":
+        check_attention(
+            model, recipe.train.attention, compute_dtype(recipe.train.precision, mesh.device), documents=recipe.data.document_mask
+        )
+    choice = choose(recipe, mesh)
+    configure_model(model, recipe, choice)
+    objective = stage.objective(recipe, data)
+    progress = Progress(**start.progress)
+    precision = Precision(recipe.train.precision, mesh.device, progress.scaler)
+    parallelised = session.mode.parallelise(model, mesh, objective, precision)
+    optimizer = build_optimizer(parallelised.plain, recipe.optim, mesh)
+    if start.checkpoint is not None:
+        load_tensors(start.checkpoint, run_tensors(parallelised.plain, optimizer), mesh)
+    elif start.family_file is not None:
+        restore(start.family_file, parallelised.plain, optimizer, say)
+    data.attach(parallelised, mesh)
+    exchange = mesh if _reads_alone(recipe, mesh) else None
+    loader = Loader(data, mesh.data_rank, mesh.data_size, 1, pin_memory=mesh.device.type == "cuda", exchange=exchange)
+    loader.set_micro_rows(
+        choose_micro_rows(parallelised, objective, precision, recipe, data, loader, progress.step, mesh, choice, run.path)
+    )
+    plan = plan_of(recipe, choice, loader.micro_rows, mesh)
+    if mesh.is_main:
+        write_json(run.path / "plan.json", plan)
+    if returns_memory(recipe.train, mesh.device.type, plan["memory_total"]):
+        return_freed_memory()
+    wanted = recipe.train.compile == "on" or (recipe.train.compile == "auto" and mesh.device.type == "cuda")
+    compiled = compile_blocks(parallelised.plain, wanted=wanted)
+    return Built(Trained(parallelised, optimizer, precision, compiled), progress, loader)
+
+
+def _compare_config(start: Start, session: Session, say: Callable[[str], None]) -> None:
+    """List every key that differs from the checkpoint's recipe; in its own run, one that changes what is trained needs `--allow`."""
+    if start.recipe_tree is None:
+        return
+    found = changes(start, session.recipe)
+    refused = []
+    for path, (old, new) in found.items():
+        free = path.startswith(FREE_KEYS) or not start.own
+        allowed = free or any(path == name or path.startswith(f"{name}.") for name in session.allow)
+        say(f"changed since the checkpoint: {path}: {old!r} -> {new!r}{'' if allowed else '  (refused)'}")
+        if not allowed:
+            refused.append(path)
+    if refused:
+        flags = " ".join(refused)
+        raise InputError(f"{session.folder}: the recipe differs from the run's in {', '.join(refused)}; restore it, or say --allow {flags}")
+
+
+def changes(start: Start, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
+    """The keys in which a recipe differs from the one of a checkpoint."""
+    return differences(start.recipe_tree or {}, to_tree(dataclasses.replace(recipe, model=start.stored_model(recipe.model))))

@@ -1,0 +1,94 @@
+"""Work beside training: held-out loss and samples. A failure there is told and survived, and a request to stop leaves it at once.
+
+Work is a generator that yields between forward passes. One rank drives it alone, in a thread with a time limit; or, where a forward pass is a
+collective, all ranks drive it together and agree between the passes on going on, so that none is left behind in one.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Generator
+from typing import TypeVar
+
+from argonne.parallel.mesh import Mesh
+from argonne.train.guard import StopWatch
+
+Result = TypeVar("Result")
+Work = Generator[None, None, Result]
+
+
+class LeftBehind(Exception):
+    """The work was given up: a request to stop, another rank's failure, or its time was over. The message says which."""
+
+
+def drive_alone(make: Callable[[], Work[Result]], watch: StopWatch, seconds: float) -> Result:
+    """The result of the work, run beside this thread. Raises LeftBehind after `seconds` or on a request to stop, and what the work raises."""
+    if (reason := watch.reason()) is not None:
+        raise LeftBehind(reason)
+    box: list[tuple[Result | None, Exception | None]] = []
+    leave = threading.Event()
+
+    def run() -> None:
+        try:
+            box.append((_driven(make(), leave.is_set), None))
+        except Exception as error:
+            box.append((None, error))
+
+    thread = threading.Thread(target=run, daemon=True, name="telemetry")
+    thread.start()
+    end = time.monotonic() + seconds
+    while thread.is_alive() and time.monotonic() < end and watch.reason() is None:
+        thread.join(min(0.1, max(0.0, end - time.monotonic())))
+    leave.set()  # a thread that is in the middle of a forward pass leaves after it
+    if not box:
+        raise LeftBehind(watch.reason() or f"took longer than {seconds:g} s and was given up")
+    value, error = box[0]
+    if error is not None:
+        raise error
+    return value  # type: ignore[return-value]
+
+
+def _driven(work: Work[Result], leave: Callable[[], bool]) -> Result:
+    try:
+        while not leave():
+            next(work)
+    except StopIteration as end:
+        result: Result = end.value
+        return result
+    finally:
+        work.close()
+    raise LeftBehind("given up")
+
+
+def drive_together(make: Callable[[], Work[Result]], mesh: Mesh, watch: StopWatch, seconds: float) -> Result:
+    """The same on all ranks in step: between forward passes they agree on failure, time and requests to stop.
+
+    Raises LeftBehind on every rank where any has to leave; the rank that failed raises its own error.
+    """
+    end = time.monotonic() + seconds
+    work = make()
+    try:
+        while True:
+            problem: Exception | None = None
+            finished: list[Result] = []
+            try:
+                next(work)
+            except StopIteration as found:
+                finished.append(found.value)
+            except Exception as error:
+                problem = error
+            asked = [problem is not None, watch.reason() is not None, time.monotonic() >= end]
+            failed, stop, late = mesh.sum_later([int(flag) for flag in asked])()
+            if problem is not None:
+                raise problem
+            if failed:
+                raise LeftBehind("another rank failed in it")
+            if finished:
+                return finished[0]
+            if stop:
+                raise LeftBehind("asked to stop")
+            if late:
+                raise LeftBehind(f"took longer than {seconds:g} s and was given up")
+    finally:
+        work.close()  # its contexts end here, not when the generator is collected
