@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,9 @@ SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 # A busy machine is no failure: no example of a property test has a time limit.
 settings.register_profile("argonne", deadline=None)
 settings.load_profile("argonne")
+
+# Helpers that assert: their failures show the values too.
+pytest.register_assert_rewrite("tests.data.rows", "tests.prepare.commands", "tests.prepare.helpers")
 
 
 @pytest.fixture(scope="session")
@@ -78,6 +81,38 @@ def nano(tokens: Path) -> Callable[..., Recipe]:
         return load_recipe("nano-3.0", {**base, **overrides})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level tokenizer of 400 entries."""
+    from argonne.tokens.tokenizer import train_tokenizer
+    from tests.tokensets import words
+
+    return train_tokenizer((words(200, seed) for seed in range(50)), 400, tmp_path_factory.mktemp("tokenizer") / "small")
+
+
+@pytest.fixture(scope="session")
+def numbers_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer with an entry for each of the first 4,096 numbers."""
+    from tokenizers import Tokenizer, models
+
+    folder = tmp_path_factory.mktemp("tokenizer") / "numbers"
+    folder.mkdir()
+    Tokenizer(models.WordLevel({str(number): number for number in range(4096)}, unk_token="0")).save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "4095"}')
+    return folder
+
+
+@pytest.fixture
+def write_tokens(tmp_path: Path, numbers_folder: Path) -> Callable[..., Path]:
+    """Writes token sets of numbers: `write_tokens("a", [50, 31])`; see `write_token_set`."""
+    from tests.tokensets import write_token_set
+
+    def write(name: str, lengths: Sequence[int], **more: Any) -> Path:
+        return write_token_set(tmp_path / name, numbers_folder, lengths, **more)
+
+    return write
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

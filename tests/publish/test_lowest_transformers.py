@@ -14,7 +14,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-FILES = ["test_saving.py", "test_caches.py", "test_engines.py", "test_references.py", "test_attention.py", "test_convert.py"]
+FILES = [
+    *(f"tests/model/test_{name}.py" for name in ("saving", "caches", "engines", "references", "attention")),
+    "tests/legacy/test_convert.py",
+    "tests/publish/test_export.py",
+]
 
 
 def lowest_version() -> str:
@@ -50,8 +54,7 @@ def test_the_model_tests_pass_on_the_lowest_supported_transformers(tmp_path: Pat
         "-q",
         "-p",
         "no:cacheprovider",
-        *(f"tests/model/{name}" for name in FILES),
-        "tests/publish/test_export.py",
+        *FILES,
     ]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stdout[-3000:]

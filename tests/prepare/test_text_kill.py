@@ -16,9 +16,9 @@ from argonne.prepare.encode import RECORDS
 from argonne.tokens import shards as tokens
 from argonne.train.checkpoint import LAST
 from tests.crash.killing import Watcher, _wait_a_moment
-from tests.data.commands import Commands, tokenisers, wait_for_end
-from tests.data.conftest import words
-from tests.data.test_prepare import content
+from tests.prepare.commands import Commands, tokenisers, wait_for_end
+from tests.prepare.helpers import content
+from tests.tokensets import words
 from tests.train.helpers import curve, stored
 
 UNITS, STEPS = 64, 40

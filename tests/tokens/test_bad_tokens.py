@@ -14,7 +14,7 @@ import pytest
 
 from argonne.cli import main
 from argonne.tokens import shards as token_files
-from tests.data.test_bad_input import LINES, arguments, refusal
+from tests.prepare.helpers import LINES, arguments, refusal
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ from argonne.prepare import prepare as preparing
 from argonne.prepare.options import PrepareOptions
 from argonne.prepare.prepare import prepare, sole_writer
 from argonne.tokens import shards as tokens
-from tests.data.conftest import words
-from tests.data.test_prepare import QUIET, content
+from tests.prepare.helpers import QUIET, content
+from tests.tokensets import words
 
 
 @pytest.fixture

@@ -22,32 +22,9 @@ import zstandard
 from argonne.cli import main
 from argonne.tokens import shards as token_files
 from argonne.tokens.formats import open_tokens
-from tests.data.conftest import words
-from tests.data.test_prepare import content
-
-TEXTS = [words(12, number) for number in range(400)]
-LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
+from tests.prepare.helpers import LINES, TEXTS, arguments, content, refusal
 
 Build = Callable[[Path], Path | str]
-
-
-def arguments(pattern: Path | str, tokenizer: Path, out: Path, *more: str) -> list[str]:
-    return [
-        *("prepare", "--input", str(pattern), "--tokenizer", str(tokenizer), "--out", str(out)),
-        *("--workers", "1", "--encoder", "tokenizers", *more),
-    ]
-
-
-def refusal(command: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The message of a command that is refused: the last line, and the only one that begins with the program's name."""
-    capsys.readouterr()
-    assert main(command) == 2
-    captured = capsys.readouterr()
-    assert captured.out == "" or command[0] == "inspect"
-    lines = captured.err.splitlines()
-    assert [line for line in lines if line.startswith("argonne: ")] == lines[-1:]
-    assert "Traceback" not in captured.err
-    return lines[-1]
 
 
 def file(name: str, content: bytes) -> Build:

@@ -19,8 +19,8 @@ from argonne.prepare.options import PrepareOptions
 from argonne.prepare.prepare import prepare
 from argonne.prepare.progress import Progress
 from argonne.tokens.tokenizer import load_tokenizer
-from tests.data.conftest import words
-from tests.data.test_prepare import documents_of, jsonl, long_text
+from tests.prepare.helpers import documents_of, jsonl, long_text
+from tests.tokensets import words
 
 TEXTS = [
     "the quick brown fox",

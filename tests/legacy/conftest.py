@@ -13,7 +13,7 @@ import pytest
 from argonne.config import Recipe
 from argonne.prepare.options import PrepareOptions
 from argonne.prepare.prepare import prepare
-from tests.train.family import sources, tokens_of
+from tests.legacy.family import sources, tokens_of
 
 Nano = Callable[..., Recipe]
 

@@ -21,7 +21,7 @@ from argonne.legacy.training import TrainingFile
 from argonne.recipe import load_recipe
 from argonne.stages.pretrain import run
 from argonne.train.checkpoint import LAST
-from tests.train.family import ROWS, T, earlier_file, opened, sources, tokens_of
+from tests.legacy.family import ROWS, T, earlier_file, opened, sources, tokens_of
 from tests.train.helpers import curve
 
 Nano = Callable[..., Recipe]

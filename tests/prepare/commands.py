@@ -1,6 +1,6 @@
 """`argonne` commands that a test can kill: a process that has torch and the package loaded forks one for each command line.
 
-Run as `python -m tests.data.commands`. It reads one job a line from stdin (JSON: argv, log, ranks), answers `{"pids": [..]}` when the commands
+Run as `python -m tests.prepare.commands`. It reads one job a line from stdin (JSON: argv, log, ranks), answers `{"pids": [..]}` when the commands
 run and `{"codes": [..]}` when all have ended (negative: the signal).
 """
 
@@ -27,7 +27,7 @@ class Commands:
 
     def __init__(self) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, "-m", "tests.data.commands"]
+        command = [sys.executable, "-m", "tests.prepare.commands"]
         self._process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._answer("ready")
         self.pids: list[int] = []
@@ -35,7 +35,7 @@ class Commands:
     def _answer(self, name: str) -> Any:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
-        assert line, "the process of tests.data.commands ended"
+        assert line, "the process of tests.prepare.commands ended"
         return json.loads(line)[name]
 
     def start(self, argv: Sequence[str], log: Path, *, ranks: int = 1) -> list[int]:

@@ -16,8 +16,8 @@ import pytest
 from argonne.prepare import encode, engines
 from argonne.prepare.options import PrepareOptions
 from argonne.prepare.prepare import prepare
-from tests.data.test_engines import ray_for_workers, slurm
-from tests.data.test_prepare import QUIET, content
+from tests.prepare.helpers import QUIET, content
+from tests.prepare.test_engines import ray_for_workers, slurm
 
 __all__ = ["ray_for_workers", "slurm"]
 pytestmark = pytest.mark.campaign

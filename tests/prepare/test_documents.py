@@ -28,8 +28,8 @@ from argonne.prepare.options import PrepareOptions
 from argonne.prepare.prepare import prepare
 from argonne.prepare.texts import LongText
 from argonne.tokens.formats import open_tokens
-from tests.data.conftest import words
-from tests.data.test_prepare import QUIET, documents_of
+from tests.prepare.helpers import QUIET, documents_of
+from tests.tokensets import words
 
 SEPARATOR = "\x1e\n"
 BROKEN = object()

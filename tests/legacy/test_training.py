@@ -23,7 +23,7 @@ from argonne.stages.pretrain import run
 from argonne.stages.start import architecture_fields
 from argonne.train.checkpoint import LAST, run_tensors
 from argonne.train.optim import build_optimizer
-from tests.train.family import ROWS, T, earlier_file, earlier_parameters, opened, sources, spelled_out
+from tests.legacy.family import ROWS, T, earlier_file, earlier_parameters, opened, sources, spelled_out
 from tests.train.helpers import curve, stored
 
 Nano = Callable[..., Recipe]

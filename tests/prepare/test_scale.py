@@ -16,7 +16,7 @@ import pyarrow.parquet as parquet
 import pytest
 
 from argonne.tokens.formats import open_tokens
-from tests.data.conftest import words
+from tests.tokensets import words
 
 LARGEST_PEAK = 1.5e9
 COMMAND = """

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gzip
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -19,35 +17,11 @@ from argonne.errors import InputError
 from argonne.prepare import encode, engines
 from argonne.prepare.options import PrepareOptions
 from argonne.prepare.prepare import prepare
-from argonne.prepare.progress import Progress
 from argonne.tokens.formats import open_tokens
 from argonne.tokens.inspection import inspect_tokens
 from argonne.tokens.tokenizer import load_tokenizer
-from tests.data.conftest import words
-
-QUIET = Progress("prepare", 0, None)
-
-
-def content(folder: Path) -> dict[str, str]:
-    """Hash of each file of a folder, without the locks."""
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in (".lock", ".turn")
-    }
-
-
-def documents_of(folder: Path, held_out: bool = False) -> list[list[int]]:
-    opened = open_tokens(folder)
-    stream = opened.held_out if held_out else opened.train
-    ids = np.zeros(stream.tokens, dtype=np.int64)
-    stream.copy(0, ids)
-    return [part.tolist() for part in np.split(ids, stream.document_ends)[:-1]]
-
-
-def jsonl(path: Path, rows: list[Any]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+from tests.prepare.helpers import QUIET, content, documents_of, jsonl
+from tests.tokensets import words
 
 
 @pytest.fixture
@@ -196,39 +170,6 @@ def test_held_out_documents_are_the_asked_share_and_none_is_in_both_parts(tokeni
     assert len(everything) == 200
 
 
-def test_the_quality_filter_follows_the_2_0_rule_and_counts(tokenizer_folder: Path, tmp_path: Path) -> None:
-    rows = ["1234567890" * 6, "%$#@!" * 20, words(60), "1" * 40, "short"]
-    jsonl(tmp_path / "in.jsonl", [{"text": text} for text in rows])
-    options = PrepareOptions((str(tmp_path / "in.jsonl"),), tmp_path / "out", tokenizer_folder, filter=("quality",))
-    manifest = open_tokens(prepare(options, QUIET)).manifest
-    assert manifest["drops"] == {"quality": 2, "too-short": 1}
-    assert manifest["documents"] == 2
-
-
-def test_a_long_unit_is_written_as_several_shards_cut_between_documents(
-    tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    jsonl(tmp_path / "in.jsonl", [{"text": words(20, number)} for number in range(40)])
-    whole = prepare(PrepareOptions((str(tmp_path / "in.jsonl"),), tmp_path / "whole", tokenizer_folder), QUIET)
-    monkeypatch.setattr(
-        encode.Job, "__init__", lambda self, out, encoder="auto": self.__dict__.update(out=out, encoder=encoder, shard_tokens=200)
-    )
-    out = prepare(PrepareOptions((str(tmp_path / "in.jsonl"),), tmp_path / "out", tokenizer_folder, workers=1), QUIET)
-    shards = open_tokens(out).train.shards
-    assert len(shards) > 5
-    assert max(shard.tokens for shard in shards) <= 200
-    assert documents_of(out) == documents_of(whole)
-
-
-def test_bos_begins_each_document_only_where_asked(tmp_path: Path) -> None:
-    jsonl(tmp_path / "in.jsonl", [{"text": words(40, number)} for number in range(40)])
-    options = PrepareOptions((str(tmp_path / "in.jsonl"),), tmp_path / "out", None, train_tokenizer=300, bare=True, bos=True)
-    out = prepare(options, QUIET)
-    tokenizer = load_tokenizer(out / "tokenizer")
-    assert all(document[0] == tokenizer.bos_id and document[-1] == tokenizer.eos_id for document in documents_of(out))
-    assert tokenizer.vocab_size == 300
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -318,66 +259,6 @@ def test_two_writers_of_one_folder_are_not_let_in_together(tokenizer_folder: Pat
     prepare(options, QUIET)
 
 
-def test_of_equal_documents_the_first_stays_wherever_the_others_lie(tokenizer_folder: Path, tmp_path: Path) -> None:
-    texts = [f"{number} {words(20, number)}" for number in range(30)]
-    jsonl(tmp_path / "in_1.jsonl", [{"text": text} for text in [*texts[:20], texts[3]]])
-    jsonl(tmp_path / "in_2.jsonl", [{"text": text} for text in [*texts[10:], texts[29]]])
-    pattern = (str(tmp_path / "in_*.jsonl"),)
-    out = prepare(PrepareOptions(pattern, tmp_path / "out", tokenizer_folder, dedup=True, workers=1), QUIET)
-    tokenizer = load_tokenizer(tokenizer_folder)
-    assert documents_of(out) == [[*tokenizer.encode(text), tokenizer.eos_id] for text in texts]
-    manifest = open_tokens(out).manifest
-    assert manifest["drops"] == {"duplicate": 12}
-    assert [source["drops"] for source in manifest["sources"]] == [{"duplicate": 1}, {"duplicate": 11}]
-    assert manifest["rows"] == manifest["documents"] + 12
-    assert manifest["text_bytes"] == sum(len(text.encode()) for text in texts)
-    assert inspect_tokens(out)["problems"] == []
-    assert not (out / "parts").exists()
-
-
-def test_no_document_is_both_held_out_and_trained_on_after_dedup(tokenizer_folder: Path, tmp_path: Path) -> None:
-    texts = [words(20, number % 40) for number in range(200)]
-    jsonl(tmp_path / "in.jsonl", [{"text": text} for text in texts])
-    out = prepare(PrepareOptions((str(tmp_path / "in.jsonl"),), tmp_path / "out", tokenizer_folder, dedup=True, hold_out=0.2), QUIET)
-    train, held = documents_of(out), documents_of(out, held_out=True)
-    assert not {tuple(ids) for ids in train} & {tuple(ids) for ids in held}
-    assert len(train) + len(held) == 40
-
-
-def test_text_of_evaluation_files_is_kept_out_and_counted(tokenizer_folder: Path, tmp_path: Path) -> None:
-    question = "Which of the seven wizards mixed forty two potions near the lake before the lazy dog woke up?"
-    jsonl(tmp_path / "eval.jsonl", [{"q": {"text": question}, "choices": ["a", "b"]}])
-    (tmp_path / "eval.csv").write_text('id,"one two three four five six seven eight nine ten eleven twelve thirteen fourteen"\n')
-    rows = [
-        words(50),
-        f"{words(9)} {question.upper()} {words(9)}",
-        f"{question[:60]} {words(30)}",
-        "so: one two three four five six seven eight nine ten eleven twelve thirteen!",
-    ]
-    jsonl(tmp_path / "in.jsonl", [{"text": text} for text in rows])
-    options = PrepareOptions((str(tmp_path / "in.jsonl"),), tmp_path / "out", tokenizer_folder, decontaminate=(str(tmp_path / "eval.*"),))
-    manifest = open_tokens(prepare(options, QUIET)).manifest
-    assert manifest["drops"] == {"contaminated": 2}
-    assert manifest["documents"] == 2
-    listed = {Path(file["path"]).name: file["sha256"] for file in manifest["evaluation_files"]}
-    assert listed == {name: hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in ("eval.csv", "eval.jsonl")}
-
-
-def test_evaluation_files_that_changed_since_the_work_began_are_refused(tokenizer_folder: Path, tmp_path: Path) -> None:
-    text = "one two three four five six seven eight nine ten eleven twelve thirteen"
-    for number in range(2):
-        jsonl(tmp_path / f"in_{number}.jsonl", [{"text": words(50, number)}])
-    jsonl(tmp_path / "eval.jsonl", [{"q": text}])
-    evaluation = (str(tmp_path / "eval.jsonl"),)
-    options = PrepareOptions((str(tmp_path / "in_*"),), tmp_path / "out", tokenizer_folder, decontaminate=evaluation)
-    prepare(dataclasses.replace(options, part=(1, 2)), QUIET)
-    jsonl(tmp_path / "eval.jsonl", [{"q": f"{text} fourteen"}])
-    with pytest.raises(InputError, match="the --decontaminate files have changed"):
-        prepare(options, QUIET)
-    jsonl(tmp_path / "eval.jsonl", [{"q": text}])
-    assert prepare(options, QUIET) == tmp_path / "out"
-
-
 def test_a_single_train_bin_holds_the_same_tokens_as_the_shards(
     corpus: tuple[Path, list[str]], tokenizer_folder: Path, tmp_path: Path
 ) -> None:
@@ -392,43 +273,6 @@ def test_a_single_train_bin_holds_the_same_tokens_as_the_shards(
     assert inspect_tokens(single)["problems"] == []
     alone = open_tokens(single / "train.bin")
     assert alone.tokens == open_tokens(shards).tokens
-
-
-def long_text(size: int) -> str:
-    generator = np.random.default_rng(1)
-    lines = [words(int(count), seed).strip() for seed, count in enumerate(generator.integers(3, 40, 200))]
-    text = ""
-    while len(text) < size:
-        text += lines[int(generator.integers(len(lines)))] + ("\n\n" if generator.random() < 0.2 else "\n")
-    return text
-
-
-@pytest.mark.parametrize("suffix", ["txt", "jsonl", "parquet"])
-def test_a_document_of_megabytes_is_encoded_in_pieces_with_the_ids_of_the_whole(
-    tokenizer_folder: Path, tmp_path: Path, suffix: str
-) -> None:
-    text = long_text(1_800_000)
-    if suffix == "txt":
-        (tmp_path / "in.txt").write_text(text)
-    elif suffix == "jsonl":
-        jsonl(tmp_path / "in.jsonl", [{"text": "before"}, {"text": text}, {"text": "after"}])
-    else:
-        parquet.write_table(pa.table({"text": ["before", text, "after"]}), tmp_path / "in.parquet")
-    out = prepare(PrepareOptions((str(tmp_path / f"in.{suffix}"),), tmp_path / "out", tokenizer_folder, workers=1), QUIET)
-    tokenizer = load_tokenizer(tokenizer_folder)
-    around = [] if suffix == "txt" else ["before", "after"]
-    expected = [text] if suffix == "txt" else ["before", text, "after"]
-    found = documents_of(out)
-    assert found == [[*tokenizer.encode(part), tokenizer.eos_id] for part in expected]
-    assert open_tokens(out).manifest["text_bytes"] == len(text.encode()) + sum(map(len, around))
-
-
-def test_text_without_a_safe_cut_is_encoded_whole(tokenizer_folder: Path, tmp_path: Path) -> None:
-    text = "word " * 400_000
-    (tmp_path / "in.txt").write_text(text)
-    out = prepare(PrepareOptions((str(tmp_path / "in.txt"),), tmp_path / "out", tokenizer_folder, workers=1), QUIET)
-    tokenizer = load_tokenizer(tokenizer_folder)
-    assert documents_of(out) == [[*tokenizer.encode(text), tokenizer.eos_id]]
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,8 @@ from argonne.errors import InputError
 from argonne.prepare import encode, from_text
 from argonne.prepare.options import PrepareOptions
 from argonne.prepare.prepare import prepare
-from tests.data.conftest import words
-from tests.data.test_prepare import QUIET, content
+from tests.prepare.helpers import QUIET, content
+from tests.tokensets import words
 
 BATCH = BatchSection(tokens_per_step=64)
 

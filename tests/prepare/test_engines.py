@@ -21,8 +21,8 @@ from argonne.prepare import encode, engines
 from argonne.prepare.options import PrepareOptions
 from argonne.prepare.prepare import prepare
 from argonne.tokens.inspection import inspect_tokens
-from tests.data.conftest import words
-from tests.data.test_prepare import QUIET, content, documents_of
+from tests.prepare.helpers import QUIET, content, documents_of
+from tests.tokensets import words
 
 UNITS = 12
 

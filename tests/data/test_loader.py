@@ -1,0 +1,83 @@
+"""The same global batches on any layout: ranks, micro-batches, prefetch, and one reader for all."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from argonne.config import BatchSection
+from argonne.data.loader import open_training_data
+from tests.data.rows import SLOW, global_rows, section
+
+
+@SLOW
+@given(world=st.integers(1, 7), micro=st.integers(1, 6), prefetch=st.integers(0, 3), rows=st.integers(1, 11))
+def test_the_global_batch_does_not_depend_on_ranks_micro_batch_or_prefetch(
+    write_tokens: Callable[..., Path], world: int, micro: int, prefetch: int, rows: int
+) -> None:
+    first, second = write_tokens("a", [90, 33]), write_tokens("b", [70], offset=1000)
+    chosen = section(first, second, weights=(2.0, 1.0), order="shuffled")
+    data = open_training_data(chosen, BatchSection(tokens_per_step=rows * 8), 3)
+    alone, spread = global_rows(data, range(4)), global_rows(data, range(4), world, micro, prefetch)
+    for one, many in zip(alone, spread, strict=True):
+        assert np.array_equal(one, many)
+
+
+def test_the_valid_tokens_of_all_ranks_add_up_to_the_batch(write_tokens: Callable[..., Path]) -> None:
+    data = open_training_data(section(write_tokens("a", [200])), BatchSection(tokens_per_step=5 * 8), 3)
+    batches = [data.loader(rank, 4, 2).batch(0) for rank in range(4)]
+    assert [batch.valid_tokens for batch in batches] == [16, 8, 8, 8]
+    assert sum(batch.valid_tokens for batch in batches) == batches[0].tokens == 40
+
+
+def test_the_reader_on_rank_0_gives_the_same_batches(write_tokens: Callable[..., Path]) -> None:
+    folders = write_tokens("a", [5, 11, 6, 3, 40, 7, 12, 58, 9, 4, 145, 100]), write_tokens("b", [50, 13, 11], offset=1000)
+    batch = BatchSection(tokens_per_step=7 * 8)
+    plain = open_training_data(section(*folders, order="shuffled", document_mask=True), batch, 3)
+    reading = open_training_data(section(*folders, order="shuffled", document_mask=True, reader="rank-0"), batch, 3)
+    sent: list[Any] = []
+    for rank in range(3):
+        queue = list(sent)
+        share = sent.append if rank == 0 else lambda tensor, queue=queue: tensor.copy_(queue.pop(0))
+        with plain.loader(rank, 3, 2) as expected, reading.loader(rank, 3, 2, broadcast=share) as loader:
+            for step in range(3):
+                one, other = expected.batch(step), loader.batch(step)
+                assert one.valid_tokens == other.valid_tokens
+                for left, right in zip(one.micro_batches, other.micro_batches, strict=True):
+                    assert all((left[name] == right[name]).all() for name in left)
+                assert [part.tolist() for part in one.sources] == [part.tolist() for part in other.sources]
+
+
+def test_under_rank_0_the_other_ranks_need_no_files(write_tokens: Callable[..., Path], tmp_path: Path) -> None:
+    folder = write_tokens("a", [300, 100])
+    section_0 = section(folder, order="shuffled", reader="rank-0")
+    reading = open_training_data(section_0, BatchSection(tokens_per_step=6 * 8), 3)
+    copy = pickle.dumps(reading)
+    sent: list[Any] = []
+    with reading.loader(0, 2, 2, broadcast=sent.append) as loader:
+        first = [loader.batch(step) for step in range(3)]
+    folder.rename(tmp_path / "gone")
+    with pickle.loads(copy).loader(1, 2, 2, broadcast=lambda tensor: tensor.copy_(sent.pop(0))) as loader:
+        second = [loader.batch(step) for step in range(3)]
+    (tmp_path / "gone").rename(folder)
+    alone = open_training_data(section(folder, order="shuffled"), BatchSection(tokens_per_step=6 * 8), 3)
+    for step, expected in enumerate(global_rows(alone, range(3))):
+        rows = [part["input_ids"] for batch in (first[step], second[step]) for part in batch.micro_batches]
+        valid = [part["shift_labels"][:, 0] >= 0 for batch in (first[step], second[step]) for part in batch.micro_batches]
+        found = np.concatenate([part[keep].numpy() for part, keep in zip(rows, valid, strict=True)])
+        assert np.array_equal(found, expected[:, :8])
+
+
+def test_micro_rows_can_change_between_steps_without_changing_the_rows(write_tokens: Callable[..., Path]) -> None:
+    data = open_training_data(section(write_tokens("a", [300])), BatchSection(tokens_per_step=4 * 8), 3)
+    with data.loader(0, 1, 4) as loader:
+        loader.batch(0)
+        loader.set_micro_rows(1)
+        batch = loader.batch(1)
+    assert [part["input_ids"].tolist() for part in batch.micro_batches] == [[list(range(first, first + 8))] for first in (32, 40, 48, 56)]

@@ -1,0 +1,87 @@
+"""What is kept out of a token set: poor text, repeated documents, text of evaluation files; each counted."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from argonne.errors import InputError
+from argonne.prepare.options import PrepareOptions
+from argonne.prepare.prepare import prepare
+from argonne.tokens.formats import open_tokens
+from argonne.tokens.inspection import inspect_tokens
+from argonne.tokens.tokenizer import load_tokenizer
+from tests.prepare.helpers import QUIET, documents_of, jsonl
+from tests.tokensets import words
+
+
+def test_the_quality_filter_follows_the_2_0_rule_and_counts(tokenizer_folder: Path, tmp_path: Path) -> None:
+    rows = ["1234567890" * 6, "%$#@!" * 20, words(60), "1" * 40, "short"]
+    jsonl(tmp_path / "in.jsonl", [{"text": text} for text in rows])
+    options = PrepareOptions((str(tmp_path / "in.jsonl"),), tmp_path / "out", tokenizer_folder, filter=("quality",))
+    manifest = open_tokens(prepare(options, QUIET)).manifest
+    assert manifest["drops"] == {"quality": 2, "too-short": 1}
+    assert manifest["documents"] == 2
+
+
+def test_of_equal_documents_the_first_stays_wherever_the_others_lie(tokenizer_folder: Path, tmp_path: Path) -> None:
+    texts = [f"{number} {words(20, number)}" for number in range(30)]
+    jsonl(tmp_path / "in_1.jsonl", [{"text": text} for text in [*texts[:20], texts[3]]])
+    jsonl(tmp_path / "in_2.jsonl", [{"text": text} for text in [*texts[10:], texts[29]]])
+    pattern = (str(tmp_path / "in_*.jsonl"),)
+    out = prepare(PrepareOptions(pattern, tmp_path / "out", tokenizer_folder, dedup=True, workers=1), QUIET)
+    tokenizer = load_tokenizer(tokenizer_folder)
+    assert documents_of(out) == [[*tokenizer.encode(text), tokenizer.eos_id] for text in texts]
+    manifest = open_tokens(out).manifest
+    assert manifest["drops"] == {"duplicate": 12}
+    assert [source["drops"] for source in manifest["sources"]] == [{"duplicate": 1}, {"duplicate": 11}]
+    assert manifest["rows"] == manifest["documents"] + 12
+    assert manifest["text_bytes"] == sum(len(text.encode()) for text in texts)
+    assert inspect_tokens(out)["problems"] == []
+    assert not (out / "parts").exists()
+
+
+def test_no_document_is_both_held_out_and_trained_on_after_dedup(tokenizer_folder: Path, tmp_path: Path) -> None:
+    texts = [words(20, number % 40) for number in range(200)]
+    jsonl(tmp_path / "in.jsonl", [{"text": text} for text in texts])
+    out = prepare(PrepareOptions((str(tmp_path / "in.jsonl"),), tmp_path / "out", tokenizer_folder, dedup=True, hold_out=0.2), QUIET)
+    train, held = documents_of(out), documents_of(out, held_out=True)
+    assert not {tuple(ids) for ids in train} & {tuple(ids) for ids in held}
+    assert len(train) + len(held) == 40
+
+
+def test_text_of_evaluation_files_is_kept_out_and_counted(tokenizer_folder: Path, tmp_path: Path) -> None:
+    question = "Which of the seven wizards mixed forty two potions near the lake before the lazy dog woke up?"
+    jsonl(tmp_path / "eval.jsonl", [{"q": {"text": question}, "choices": ["a", "b"]}])
+    (tmp_path / "eval.csv").write_text('id,"one two three four five six seven eight nine ten eleven twelve thirteen fourteen"\n')
+    rows = [
+        words(50),
+        f"{words(9)} {question.upper()} {words(9)}",
+        f"{question[:60]} {words(30)}",
+        "so: one two three four five six seven eight nine ten eleven twelve thirteen!",
+    ]
+    jsonl(tmp_path / "in.jsonl", [{"text": text} for text in rows])
+    options = PrepareOptions((str(tmp_path / "in.jsonl"),), tmp_path / "out", tokenizer_folder, decontaminate=(str(tmp_path / "eval.*"),))
+    manifest = open_tokens(prepare(options, QUIET)).manifest
+    assert manifest["drops"] == {"contaminated": 2}
+    assert manifest["documents"] == 2
+    listed = {Path(file["path"]).name: file["sha256"] for file in manifest["evaluation_files"]}
+    assert listed == {name: hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in ("eval.csv", "eval.jsonl")}
+
+
+def test_evaluation_files_that_changed_since_the_work_began_are_refused(tokenizer_folder: Path, tmp_path: Path) -> None:
+    text = "one two three four five six seven eight nine ten eleven twelve thirteen"
+    for number in range(2):
+        jsonl(tmp_path / f"in_{number}.jsonl", [{"text": words(50, number)}])
+    jsonl(tmp_path / "eval.jsonl", [{"q": text}])
+    evaluation = (str(tmp_path / "eval.jsonl"),)
+    options = PrepareOptions((str(tmp_path / "in_*"),), tmp_path / "out", tokenizer_folder, decontaminate=evaluation)
+    prepare(dataclasses.replace(options, part=(1, 2)), QUIET)
+    jsonl(tmp_path / "eval.jsonl", [{"q": f"{text} fourteen"}])
+    with pytest.raises(InputError, match="the --decontaminate files have changed"):
+        prepare(options, QUIET)
+    jsonl(tmp_path / "eval.jsonl", [{"q": text}])
+    assert prepare(options, QUIET) == tmp_path / "out"
