@@ -57,7 +57,8 @@ def _sparse(path: Path, head: bytes, size: int) -> None:
 def measure(shards: int) -> dict[str, float]:
     """Open the set as a run does (imports and tokenizer apart), then read a shuffled batch of 8 rows of 1,024 tokens."""
     from argonne.config import BatchSection, DataSection, SourceSection
-    from argonne.data.loader import open_training_data
+    from argonne.data.dataset import open_training_data
+    from argonne.data.loader import Loader
     from argonne.tokens.tokenizer import load_tokenizer
 
     folder = shard_set(shards)
@@ -68,7 +69,7 @@ def measure(shards: int) -> dict[str, float]:
     start = time.perf_counter()
     data = open_training_data(section, BatchSection(tokens_per_step=8 * 1024), 1)
     opened = time.perf_counter() - start
-    with data.loader(0, 1, 8, prefetch=0) as loader:
+    with Loader(data, 0, 1, 8, prefetch=0) as loader:
         loader.batch(0)
     return {"opened": opened, "first": time.perf_counter() - start, "memory": peak_memory_mb() - before}
 

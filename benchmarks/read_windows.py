@@ -52,11 +52,12 @@ def rate(next_batch: Callable[[int], Any]) -> dict[str, float]:
 
 def ours(order: str) -> dict[str, float]:
     from argonne.config import BatchSection, DataSection, SourceSection
-    from argonne.data.loader import open_training_data
+    from argonne.data.dataset import open_training_data
+    from argonne.data.loader import Loader
 
     sources = (SourceSection(path=str(shard())),)
     section = DataSection(sources=sources, tokenizer=str(tokenizer_folder()), sequence_length=LENGTH, order=order, verify="off")
-    with open_training_data(section, BatchSection(tokens_per_step=ROWS * LENGTH), 1).loader(0, 1, ROWS, prefetch=0) as loader:
+    with Loader(open_training_data(section, BatchSection(tokens_per_step=ROWS * LENGTH), 1), 0, 1, ROWS, prefetch=0) as loader:
         return rate(loader.batch)
 
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from argonne.config import Recipe
+from argonne.data.dataset import TrainingData, open_training_data
 from argonne.data.mixture import Phase, PhaseSource
 from argonne.data.phases import STATE_VERSION, batch_at
-from argonne.data.training_data import TrainingData, open_training_data
 from argonne.data.windows import Position, RowKey
 from argonne.errors import InputError
 from argonne.legacy.training import TrainingFile

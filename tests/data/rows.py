@@ -10,7 +10,8 @@ import numpy as np
 from hypothesis import HealthCheck, settings
 
 from argonne.config import BatchSection, DataSection, SourceSection
-from argonne.data.loader import TrainingData, open_training_data
+from argonne.data.dataset import TrainingData, open_training_data
+from argonne.data.loader import Loader
 
 SLOW = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -26,7 +27,7 @@ def section(*paths: Path, length: int = 8, max_epochs: float = 100.0, weights: t
 def global_rows(data: TrainingData, steps: range | list[int], world: int = 1, micro: int = 3, prefetch: int = 0) -> list[np.ndarray]:
     """The rows of each step in global order, (rows, T) inputs and targets and the source, put together from all ranks."""
     found = []
-    loaders = [data.loader(rank, world, micro, prefetch=prefetch) for rank in range(world)]
+    loaders = [Loader(data, rank, world, micro, prefetch=prefetch) for rank in range(world)]
     for step in steps:
         rows = []
         batches = [loader.batch(step) for loader in loaders]

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from argonne.config import BatchChange, BatchSection, DataSection, SourceSection
 from argonne.data import loader
-from argonne.data.loader import TrainingData, open_training_data
+from argonne.data.dataset import TrainingData, open_training_data
+from argonne.data.loader import Loader
 
 SLOTS = 3
 OFFSET = 1000
@@ -215,7 +216,7 @@ class Run:
 
 def read(data: TrainingData, segment: Segment, steps: range) -> list[list[Row]]:
     """The rows of each step in global order, put together from all ranks."""
-    readers = [data.loader(rank, segment.world, segment.micro, prefetch=segment.prefetch) for rank in range(segment.world)]
+    readers = [Loader(data, rank, segment.world, segment.micro, prefetch=segment.prefetch) for rank in range(segment.world)]
     found = []
     for step in steps:
         rows = []

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from argonne.config import BatchSection
-from argonne.data.loader import open_training_data
+from argonne.data.dataset import open_training_data
+from argonne.data.loader import Loader
 from tests.data.rows import SLOW, global_rows, section
 
 
@@ -31,7 +32,7 @@ def test_the_global_batch_does_not_depend_on_ranks_micro_batch_or_prefetch(
 
 def test_the_valid_tokens_of_all_ranks_add_up_to_the_batch(write_tokens: Callable[..., Path]) -> None:
     data = open_training_data(section(write_tokens("a", [200])), BatchSection(tokens_per_step=5 * 8), 3)
-    batches = [data.loader(rank, 4, 2).batch(0) for rank in range(4)]
+    batches = [Loader(data, rank, 4, 2).batch(0) for rank in range(4)]
     assert [batch.valid_tokens for batch in batches] == [16, 8, 8, 8]
     assert sum(batch.valid_tokens for batch in batches) == batches[0].tokens == 40
 
@@ -45,7 +46,7 @@ def test_the_reader_on_rank_0_gives_the_same_batches(write_tokens: Callable[...,
     for rank in range(3):
         queue = list(sent)
         share = sent.append if rank == 0 else lambda tensor, queue=queue: tensor.copy_(queue.pop(0))
-        with plain.loader(rank, 3, 2) as expected, reading.loader(rank, 3, 2, broadcast=share) as loader:
+        with Loader(plain, rank, 3, 2) as expected, Loader(reading, rank, 3, 2, broadcast=share) as loader:
             for step in range(3):
                 one, other = expected.batch(step), loader.batch(step)
                 assert one.valid_tokens == other.valid_tokens
@@ -60,7 +61,7 @@ def test_under_rank_0_the_other_ranks_need_no_files(write_tokens: Callable[..., 
     reading = open_training_data(section_0, BatchSection(tokens_per_step=6 * 8), 3)
     copy = pickle.dumps(reading)
     sent: list[Any] = []
-    with reading.loader(0, 2, 2, broadcast=sent.append) as loader:
+    with Loader(reading, 0, 2, 2, broadcast=sent.append) as loader:
         first = [loader.batch(step) for step in range(3)]
     folder.rename(tmp_path / "gone")
     with pickle.loads(copy).loader(1, 2, 2, broadcast=lambda tensor: tensor.copy_(sent.pop(0))) as loader:
@@ -76,7 +77,7 @@ def test_under_rank_0_the_other_ranks_need_no_files(write_tokens: Callable[..., 
 
 def test_micro_rows_can_change_between_steps_without_changing_the_rows(write_tokens: Callable[..., Path]) -> None:
     data = open_training_data(section(write_tokens("a", [300])), BatchSection(tokens_per_step=4 * 8), 3)
-    with data.loader(0, 1, 4) as loader:
+    with Loader(data, 0, 1, 4) as loader:
         loader.batch(0)
         loader.set_micro_rows(1)
         batch = loader.batch(1)

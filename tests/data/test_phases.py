@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from argonne.config import BatchChange, BatchSection
-from argonne.data.loader import open_training_data
+from argonne.data.dataset import open_training_data
 from argonne.errors import InputError
 from tests.data.rows import SLOW, global_rows, resumed, section, starts
 

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from argonne.config import BatchSection, DataSection, SourceSection
-from argonne.data.loader import open_training_data
+from argonne.data.dataset import open_training_data
+from argonne.data.loader import Loader
 from argonne.data.windows import DOCUMENT_FACTOR, EPOCH_FACTOR
 from argonne.errors import InputError
 from tests.data.rows import SLOW, global_rows, resumed, section, starts
@@ -98,7 +99,7 @@ def test_shuffled_documents_left_in_an_epoch_are_read_once_after_the_length_chan
 
 def test_a_document_mask_restarts_positions_and_masks_the_targets_across_documents(write_tokens: Callable[..., Path]) -> None:
     data = open_training_data(section(write_tokens("a", [5, 8, 3, 30], shards=2), document_mask=True), BatchSection(tokens_per_step=16), 3)
-    found = data.loader(0, 1, 2).batch(0)
+    found = Loader(data, 0, 1, 2).batch(0)
     batch = found.micro_batches[0]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2], [0, 1, 2, 3, 4, 0, 1, 2]]
     assert batch["shift_labels"].tolist() == [[1, 2, 3, 4, -100, 6, 7, 8], [9, 10, 11, 12, -100, 14, 15, -100]]
@@ -111,7 +112,7 @@ def test_where_a_format_keeps_no_document_ends_the_end_of_text_token_is_one(tmp_
     (tmp_path / "raw.bin").write_bytes(ids.tobytes())
     sources = (SourceSection(path=f"raw-uint16:{tmp_path / 'raw.bin'}"),)
     chosen = DataSection(sources=sources, tokenizer=str(numbers_folder), sequence_length=8, document_mask=True)
-    batch = open_training_data(chosen, BatchSection(tokens_per_step=16), 3).loader(0, 1, 2).batch(0).micro_batches[0]
+    batch = Loader(open_training_data(chosen, BatchSection(tokens_per_step=16), 3), 0, 1, 2).batch(0).micro_batches[0]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 6, 7]]
     assert batch["shift_labels"].tolist() == [[2, end, -100, 5, 6, 7, end, -100], [10, 11, 12, 13, 14, 15, 16, 17]]
 

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from argonne.config import Recipe
-from argonne.data.loader import open_training_data
+from argonne.data.dataset import open_training_data
+from argonne.data.loader import Loader
 from argonne.errors import InputError
 from argonne.legacy.export_pt import export_pt
 from argonne.legacy.position import carried_position
@@ -42,7 +43,7 @@ def test_tokens_position_and_counters_carry_over_whatever_the_batch_was(data: st
     carried = carried_position(file, recipe, from_start=False)
     found = open_training_data(recipe.data, recipe.batch, recipe.seed, state=json.loads(json.dumps(carried.state)))
     assert (found.tokens_before(file.step), found.rows(file.step)) == (file.tokens, ROWS)
-    loader = found.loader(0, 1, ROWS, prefetch=0)
+    loader = Loader(found, 0, 1, ROWS, prefetch=0)
     batch = loader.batch(file.step).micro_batches[0]
     loader.close()
     expected = stream[rows * T : (rows + ROWS) * T + 1].astype(np.int64)

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from argonne.config import BatchSection, DataSection, SourceSection
-from argonne.data.loader import TrainingData, open_training_data
+from argonne.data.dataset import TrainingData, open_training_data
+from argonne.data.loader import Loader
 from argonne.errors import InputError
 from argonne.prepare import encode, from_text
 from argonne.prepare.options import PrepareOptions
@@ -48,7 +49,7 @@ def on(folder: Path) -> DataSection:
 
 
 def rows_of(data: TrainingData, steps: range) -> list[Any]:
-    with data.loader(0, 1, 4, prefetch=1) as loader:
+    with Loader(data, 0, 1, 4, prefetch=1) as loader:
         return [loader.batch(step).micro_batches[0]["input_ids"].tolist() for step in steps]
 
 
@@ -77,7 +78,7 @@ def test_the_first_steps_are_there_before_the_last_text_is_tokenised(
     ready = open_training_data(
         DataSection(sources=(SourceSection(path=str(prepared(text, tmp_path / "tokens"))),), sequence_length=16), BATCH, 1
     )
-    with data.loader(0, 1, 4, prefetch=0) as loader:
+    with Loader(data, 0, 1, 4, prefetch=0) as loader:
         early = [loader.batch(step).micro_batches[0]["input_ids"].tolist() for step in range(5)]
     assert early == rows_of(ready, range(5))
     state = data.state(5)
@@ -219,7 +220,7 @@ def test_units_of_an_earlier_session_are_verified_before_the_text_is_complete(
     shard.write_bytes(shard.read_bytes()[:-1] + b"\x01")
     again = open_training_data(dataclasses.replace(text, verify="before"), BATCH, 1, run_folder=tmp_path / "run")
     with pytest.raises(InputError, match="tokens-00000"):
-        again.loader(0, 1, 4)
+        Loader(again, 0, 1, 4)
 
 
 def test_a_failure_while_tokenising_reaches_the_trainer(text: DataSection, tmp_path: Path) -> None:
@@ -250,7 +251,7 @@ def test_closing_does_not_wait_for_text_that_is_still_to_be_tokenised(
 ) -> None:
     monkeypatch.setattr(from_text.TextWork, "keep_going", lambda self: None)
     data = open_training_data(text, BATCH, 1, run_folder=tmp_path / "run")
-    loader = data.loader(0, 1, 4, prefetch=1)
+    loader = Loader(data, 0, 1, 4, prefetch=1)
     loader._read_ahead(-1)
     waiting = loader._ahead[0]
     loader.close()

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from argonne.config import Recipe
-from argonne.data.loader import open_training_data
+from argonne.data.dataset import open_training_data
+from argonne.data.loader import Loader
 from argonne.prepare.options import PrepareOptions
 from argonne.prepare.prepare import prepare
 from argonne.report.records import read_metrics
@@ -25,7 +26,7 @@ Nano = Callable[..., Recipe]
 
 def rows(recipe: Recipe, step: int, state: dict[str, Any] | None = None) -> torch.Tensor:
     data = open_training_data(recipe.data, recipe.batch, recipe.seed, state=state)
-    with data.loader(0, 1, 8, prefetch=0) as loader:
+    with Loader(data, 0, 1, 8, prefetch=0) as loader:
         return torch.cat([micro["input_ids"] for micro in loader.batch(step).micro_batches])
 
 

@@ -13,7 +13,8 @@ import pytest
 
 from argonne.cli import main
 from argonne.config import BatchSection, DataSection, SourceSection
-from argonne.data.loader import open_training_data
+from argonne.data.dataset import open_training_data
+from argonne.data.loader import Loader
 from argonne.errors import InputError
 from argonne.tokens.formats import open_tokens
 from argonne.tokens.inspection import inspect_tokens
@@ -117,7 +118,7 @@ def test_tokens_of_others_train_with_the_tokenizer_that_is_named(tmp_path: Path,
     with pytest.raises(InputError, match=r"does not say which tokenizer made it; set data\.tokenizer"):
         open_training_data(plain, batch, 1)
     named = DataSection(sources=(SourceSection(path=str(path)),), sequence_length=8, tokenizer=str(numbers_folder))
-    with open_training_data(named, batch, 1).loader(0, 1, 4) as loader:
+    with Loader(open_training_data(named, batch, 1), 0, 1, 4) as loader:
         assert loader.batch(1).micro_batches[0]["input_ids"][0].tolist() == list(range(32, 40))
 
 
@@ -127,7 +128,7 @@ def test_an_id_past_the_vocabulary_stops_the_batch_and_names_the_file(tmp_path: 
     ids[100] = 5000
     path.write_bytes(header("uint32", 400) + ids.tobytes())
     named = DataSection(sources=(SourceSection(path=str(path)),), sequence_length=8, tokenizer=str(numbers_folder))
-    with open_training_data(named, BatchSection(tokens_per_step=8), 1).loader(0, 1, 4, prefetch=0) as loader:
+    with Loader(open_training_data(named, BatchSection(tokens_per_step=8), 1), 0, 1, 4, prefetch=0) as loader:
         loader.batch(11)
         with pytest.raises(InputError, match=r"train\.bin: holds id 5,000, the tokenizer .* has 4,096 entries"):
             loader.batch(12)
@@ -213,7 +214,7 @@ def test_a_flipped_byte_stops_a_run_at_its_next_step(write_tokens: Writer, tmp_p
     shard.write_bytes(content)
     data = open_training_data(section, BatchSection(tokens_per_step=8), 1, run_folder=tmp_path)
     monkeypatch.setattr(Verification, "start", lambda self: None)
-    loader = data.loader(0, 1, 1, prefetch=0)
+    loader = Loader(data, 0, 1, 1, prefetch=0)
     loader.batch(0)
     assert loader.verification is not None
     loader.verification.run()
@@ -221,7 +222,7 @@ def test_a_flipped_byte_stops_a_run_at_its_next_step(write_tokens: Writer, tmp_p
         loader.batch(1)
     before = DataSection(sources=section.sources, sequence_length=8, verify="before")
     with pytest.raises(InputError, match="other bytes"):
-        open_training_data(before, BatchSection(tokens_per_step=8), 1).loader(0, 1, 1)
+        Loader(open_training_data(before, BatchSection(tokens_per_step=8), 1), 0, 1, 1)
 
 
 def test_a_file_that_was_found_right_is_not_read_again_until_it_changes(
@@ -249,7 +250,7 @@ def test_ten_gigabytes_of_shards_open_without_being_read(tmp_path: Path, numbers
     section = DataSection(sources=(SourceSection(path=str(path)),), sequence_length=1024, order="shuffled", tokenizer=str(numbers_folder))
     before = resident_bytes()
     data = open_training_data(section, BatchSection(tokens_per_step=8 * 1024), 1)
-    with data.loader(0, 1, 8) as loader:
+    with Loader(data, 0, 1, 8) as loader:
         assert loader.batch(0).tokens == 8192
     assert data.tokens_per_epoch == (tokens - 1) // 1024 * 1024
     assert resident_bytes() - before < 100 << 20
