@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from argonne.config import Recipe
+from argonne.data.loader import Batch
 from argonne.recipe import build, resolve
-from argonne.train.trainer import Trainer
 
 
 def make_recipe(preset: str, shape: dict[str, int], **train: Any) -> Recipe:
@@ -46,23 +46,38 @@ def make_recipe(preset: str, shape: dict[str, int], **train: Any) -> Recipe:
 
 
 class _Memory:
-    """Training data that hands out one batch again and again."""
+    """Data that hands out one batch again and again, and notes when each step ends: when the next batch is asked for."""
 
     source_names = ("memory",)
+    unit, reads_model, vocab_size = "tokens", False, 0
 
-    def __init__(self, ids: torch.Tensor, micro_rows: int) -> None:
-        self.ids, self.micro_rows = ids, micro_rows
+    def __init__(self, ids: torch.Tensor, micro_rows: int, steps: int, warm_up: int, device: str, after_first: Callable[[], None]) -> None:
+        self.ids, self.micro_rows, self.steps, self.warm_up, self.device, self.after_first = (
+            ids,
+            micro_rows,
+            steps,
+            warm_up,
+            device,
+            after_first,
+        )
+        self.ends: list[float] = []
 
-    def loader(self, *place: Any, **options: Any) -> _Memory:
-        return self
-
-    def batch(self, step: int) -> Any:
-        from argonne.data.loader import Batch
-
+    def batch(self, step: int) -> Batch:
+        """The batch of `step`, after the step before has ended. On CUDA the device is waited for only at the first and the last step."""
+        if step:
+            if self.device == "cuda" and step in (self.warm_up, self.warm_up + self.steps):
+                torch.cuda.synchronize()
+            self.ends.append(time.perf_counter())
+            if step == self.warm_up:
+                self.after_first()
+            if step == self.warm_up + self.steps:
+                raise _Enough
         pieces = self.ids.split(self.micro_rows)
         micro = [{"input_ids": piece[:, :-1].contiguous(), "shift_labels": piece[:, 1:].contiguous()} for piece in pieces]
-        count = self.tokens_before(1)
-        return Batch(step, micro, count, count, [torch.zeros(len(piece), dtype=torch.int64) for piece in pieces], 0.0)
+        return Batch(step, micro, self.tokens_before(1), 0.0)
+
+    def set_micro_rows(self, rows: int) -> None:
+        raise RuntimeError("the micro-batch of a benchmark does not change")
 
     def tokens_before(self, step: int) -> int:
         return step * self.ids.shape[0] * (self.ids.shape[1] - 1)
@@ -87,27 +102,6 @@ class _Enough(Exception):
     """The measured steps are done."""
 
 
-class _TimedTrainer(Trainer):
-    """Notes when each step ends. On CUDA the device is waited for only at the first and the last step."""
-
-    steps: int
-    after_first: Callable[[], None]
-    ends: list[float]
-
-    def _after_step(self) -> None:
-        super()._after_step()
-        done = self.progress.step
-        if self.mesh.device.type == "cuda" and done in (self.warm_up, self.warm_up + self.steps):
-            torch.cuda.synchronize()
-        self.ends.append(time.perf_counter())
-        if done == self.warm_up:
-            self.after_first()
-        if done == self.warm_up + self.steps:
-            raise _Enough
-
-    warm_up: int = 1
-
-
 def timed_steps(
     recipe: Recipe,
     ids: torch.Tensor,
@@ -120,42 +114,42 @@ def timed_steps(
 ) -> float:
     """Seconds a step: the median of `steps` on the CPU, their mean on CUDA, after `warm_up` steps. `ids` is (rows, length + 1)."""
     from argonne.model.build import build_model, config_from_fields
-    from argonne.parallel.apply import compile_blocks
+    from argonne.parallel.compile import compile_blocks
     from argonne.parallel.mesh import Mesh
+    from argonne.parallel.parallelise import replicate
     from argonne.stages.sizing import choose, configure_model
     from argonne.stages.start import architecture_fields
     from argonne.train.guard import StopWatch
     from argonne.train.metrics import MetricsLog
+    from argonne.train.objectives import next_token
     from argonne.train.optim import build_optimizer
+    from argonne.train.precision import Precision
     from argonne.train.run import RunFolder
-    from argonne.train.step import next_token
-    from argonne.train.trainer import Progress, Services
+    from argonne.train.trainer import Hooks, Progress, Trained, Trainer
 
     mesh = Mesh(device=torch.device(device))
     model: Any = build_model(config_from_fields(architecture_fields(recipe.model)), seed=0, device=device).train()
     configure_model(model, recipe, choose(recipe, mesh))
+    precision = Precision(recipe.train.precision, mesh.device)
+    parallelised = replicate(model, mesh, next_token, precision)
+    optimizer = build_optimizer(model, recipe.optim, mesh)
     compiled = compile_blocks(model, wanted=recipe.train.compile == "on" or (recipe.train.compile == "auto" and device == "cuda"))
-    micro = int(recipe.batch.micro)
-    trainer = _TimedTrainer(
-        recipe=recipe,
-        run=RunFolder(folder),
-        model=model,
-        compiled=compiled,
-        optimizer=build_optimizer(model, recipe.optim),
-        data=_Memory(ids, micro),
-        mesh=mesh,
-        objective=next_token,
-        services=Services(export=lambda model, folder: None, checkpoint_files=lambda folder: None),
+    data: Any = _Memory(ids, int(recipe.batch.micro), steps, warm_up, device, after_first)
+    trainer = Trainer(
+        recipe,
+        RunFolder(folder),
+        mesh,
+        Trained(parallelised, optimizer, precision, compiled),
+        data,
+        data,
+        Hooks(export=lambda model: None, checkpoint_files=lambda folder: None, state=lambda step: {}),
         metrics=MetricsLog(folder, recipe.log, enabled=False),
         watch=StopWatch(recipe.stop),
-        total_steps=1_000_000,
-        micro_rows=micro,
         progress=Progress(),
-        state=lambda step: {},
+        total_steps=1_000_000,
     )
-    trainer.steps, trainer.warm_up, trainer.after_first, trainer.ends = steps, warm_up, after_first, []
     with contextlib.suppress(_Enough):
         trainer.fit()
-    ends = trainer.ends[warm_up - 1 :]
+    ends = data.ends[warm_up - 1 :]
     gaps = [late - early for early, late in itertools.pairwise(ends)]
     return statistics.median(gaps) if device == "cpu" else (ends[-1] - ends[0]) / steps

@@ -19,11 +19,11 @@ Work = Generator[None, None, Result]
 
 
 class LeftBehind(Exception):
-    """The work was given up: a request to stop, another rank's failure, or its time was over. The message says which."""
+    """The work was left at a request to stop, or because another rank failed in it. The message says which."""
 
 
 def drive_alone(make: Callable[[], Work[Result]], watch: StopWatch, seconds: float) -> Result:
-    """The result of the work, run beside this thread. Raises LeftBehind after `seconds` or on a request to stop, and what the work raises."""
+    """The result of the work, run beside this thread. Raises LeftBehind on a request to stop, TimeoutError, and what the work raises."""
     if (reason := watch.reason()) is not None:
         raise LeftBehind(reason)
     box: list[tuple[Result | None, Exception | None]] = []
@@ -42,7 +42,9 @@ def drive_alone(make: Callable[[], Work[Result]], watch: StopWatch, seconds: flo
         thread.join(min(0.1, max(0.0, end - time.monotonic())))
     leave.set()  # a thread that is in the middle of a forward pass leaves after it
     if not box:
-        raise LeftBehind(watch.reason() or f"took longer than {seconds:g} s and was given up")
+        if (reason := watch.reason()) is not None:
+            raise LeftBehind(reason)
+        raise TimeoutError(f"took longer than {seconds:g} s and was given up")
     value, error = box[0]
     if error is not None:
         raise error
@@ -64,7 +66,7 @@ def _driven(work: Work[Result], leave: Callable[[], bool]) -> Result:
 def drive_together(make: Callable[[], Work[Result]], mesh: Mesh, watch: StopWatch, seconds: float) -> Result:
     """The same on all ranks in step: between forward passes they agree on failure, time and requests to stop.
 
-    Raises LeftBehind on every rank where any has to leave; the rank that failed raises its own error.
+    Raises LeftBehind or TimeoutError on every rank where any has to leave; the rank that failed raises its own error.
     """
     end = time.monotonic() + seconds
     work = make()
@@ -89,6 +91,6 @@ def drive_together(make: Callable[[], Work[Result]], mesh: Mesh, watch: StopWatc
             if stop:
                 raise LeftBehind("asked to stop")
             if late:
-                raise LeftBehind(f"took longer than {seconds:g} s and was given up")
+                raise TimeoutError(f"took longer than {seconds:g} s and was given up")
     finally:
         work.close()  # its contexts end here, not when the generator is collected

@@ -89,6 +89,24 @@ class Upcoming:
     save: bool
 
 
+def take_step(trained: Trained, batch: Batch, count: int, rate: float, *, grad_clip: float) -> StepResult:
+    """Forward and backward over the micro-batches, clip by the global norm, update where the gradient is finite. Nothing waits for the device.
+
+    count: what the loss of the global batch is divided by. rate: the learning rate that is set already, for the record.
+    """
+    model, optimizer, precision = trained.parallelised, trained.optimizer, trained.precision
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    optimizer.zero_grad(set_to_none=True)
+    sums = model.forward_backward(batch.micro_batches, count)
+    precision.unscale(optimizer)
+    norm = model.gradient_norm(parameters)
+    if grad_clip > 0:
+        torch.nn.utils.clip_grads_with_norm_(parameters, grad_clip, norm)
+    skipped = precision.step(optimizer, norm)
+    optimizer.zero_grad(set_to_none=True)
+    return StepResult(sums, norm, skipped, rate, count)
+
+
 class Trainer:
     """One session of one run. Everything it needs is given; it opens nothing but the metrics of its own run folder."""
 
@@ -108,7 +126,7 @@ class Trainer:
         total_steps: int,
     ) -> None:
         self.recipe, self.run, self.mesh, self.data, self.loader, self.hooks = recipe, run, mesh, data, loader, hooks
-        self.parallelised, self.optimizer, self.precision = trained.parallelised, trained.optimizer, trained.precision
+        self.trained, self.parallelised, self.optimizer = trained, trained.parallelised, trained.optimizer
         self.metrics, self.watch, self.progress, self.total_steps = metrics, watch, progress, total_steps
         self.line = ProgressLine(total_steps, progress.step, enabled=mesh.is_main)
         self.telemetry = Telemetry(recipe, data, mesh, metrics, self.line, total_steps, progress.step)
@@ -118,7 +136,6 @@ class Trainer:
             run.path, plain, self.optimizer, mesh, recipe.checkpoint, metrics, self.line.say, hooks.checkpoint_files, progress.step
         )
         self.recovery = Recovery(self.optimizer, plain, mesh, loader, run.path, self._warn, compiled=trained.compiled)
-        self._parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         self._measured: tuple[int, float] | None = None  # step and loss of the newest held-out evaluation
         self._telemetry_limit = parse_duration(recipe.log.telemetry_limit, "log.telemetry_limit")
         timeout = parse_duration(recipe.parallel.timeout, "parallel.timeout")
@@ -182,21 +199,14 @@ class Trainer:
 
     def _train_step(self, batch: Batch, count: int) -> Callable[[], Upcoming] | None:
         """One optimizer step on `batch`, whose global count is `count`; returns the next batch, fetched while the device works on this one."""
-        step, optimizer = batch.step, self.optimizer
+        step = batch.step
         rate = learning_rate(step, self.total_steps, self.recipe.optim, self.recipe.schedule)
-        set_learning_rate(optimizer, rate, self.recipe.optim.lr)
+        set_learning_rate(self.optimizer, rate, self.recipe.optim.lr)
         updates = self._updates()
         while True:
             torch.manual_seed(self._seed_of(step))
             try:
-                optimizer.zero_grad(set_to_none=True)
-                sums = self.parallelised.forward_backward(batch.micro_batches, count)
-                self.precision.unscale(optimizer)
-                norm = self.parallelised.gradient_norm(self._parameters)
-                if self.recipe.optim.grad_clip > 0:
-                    torch.nn.utils.clip_grads_with_norm_(self._parameters, self.recipe.optim.grad_clip, norm)
-                skipped = self.precision.step(optimizer, norm)
-                optimizer.zero_grad(set_to_none=True)
+                result = take_step(self.trained, batch, count, rate, grad_clip=self.recipe.optim.grad_clip)
                 break
             except Exception as error:
                 if self.recovery.eager(error, step):
@@ -208,7 +218,7 @@ class Trainer:
             now = self._updates()
             batch = self.recovery.smaller(batch, reason, updated=updates is not None and now is not None and not torch.equal(updates, now))
         upcoming = self._fetch(step + 1)
-        self.telemetry.observe(step + 1, StepResult(sums, norm, skipped, rate, count))
+        self.telemetry.observe(step + 1, result)
         self.progress.step = step + 1
         self.line.advance()
         return upcoming
@@ -279,7 +289,7 @@ class Trainer:
         plain.eval()
 
         def work() -> Work[Result]:
-            with torch.no_grad(), self.precision.autocast():
+            with torch.no_grad(), self.trained.precision.autocast():
                 return (yield from make())
 
         # Training draws its own seeds, but a user's code may not: leave the generators as they were.
@@ -288,11 +298,9 @@ class Trainer:
             try:
                 return drive_together(work, self.mesh, self.watch, limit) if together else drive_alone(work, self.watch, limit)
             except LeftBehind as reason:
-                self._warn(self.progress.step, f"{name} is left out at step {self.progress.step}: {reason}")
+                self._warn(self.progress.step, f"{name} is left out: {reason}")
             except Exception as error:
-                self._warn(
-                    self.progress.step, f"{name} failed and is left out at step {self.progress.step}: {type(error).__name__}: {error}"
-                )
+                self._warn(self.progress.step, f"{name} failed: {type(error).__name__}: {error}")
             finally:
                 plain.train(was_training)
                 self._hang_watch.alive()
@@ -302,7 +310,7 @@ class Trainer:
         """A checkpoint at the current step, and a sample of what the model writes there."""
         self._hang_watch.pause()
         step, progress = self.progress.step, self.progress
-        progress.scaler = self.precision.state()
+        progress.scaler = self.trained.precision.state()
         earlier = progress.best_held_out, progress.best_step
         # The best is a checkpoint that exists: an evaluation between two saves, or before one that fails, is nobody's.
         if self._measured and self._measured[0] == step and (earlier[0] is None or self._measured[1] < earlier[0]):

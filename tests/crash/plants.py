@@ -15,29 +15,29 @@ def _is(rank: int) -> bool:
 
 
 def _before_step(wanted: int, plant: Any) -> None:
-    """Call `plant(model)` before step `wanted` (from 1) of this session."""
-    from argonne.train import step
+    """Call `plant(head)` before step `wanted` (from 1) of this session."""
+    from argonne.stages import pretrain
 
-    plain, calls = step.next_token, [0]
+    plain, calls = pretrain.next_token, [0]
 
-    def objective(model: Any, micro: Any) -> step.Loss:
+    def objective(head: Any, hidden: Any, micro: Any) -> Any:
         calls[0] += 1
         if calls[0] == (wanted - 1) * MICRO_BATCHES + 1:
-            plant(model)
-        return plain(model, micro)
+            plant(head)
+        return plain(head, hidden, micro)
 
-    step.next_token = objective
+    pretrain.next_token = objective
 
 
 def nan_weight_on_rank_1() -> None:
     """After step 3 one weight of one rank is lost, as by a bit flip in its memory: nobody's gradient sees it before the next save."""
 
-    def spoil(model: Any) -> None:
+    def spoil(head: Any) -> None:
         import torch
 
         if _is(1):
             with torch.no_grad():
-                model.module.model.embed_tokens.weight[-1, 0] = float("nan")
+                head.weight[-1, 0] = float("nan")
 
     _before_step(4, spoil)
 
@@ -58,15 +58,15 @@ def full_disk_on_rank_1() -> None:
 
 
 def failing_sample() -> None:
-    from argonne.serve import engine
+    from argonne.stages import hooks
 
     def fail(*arguments: Any, **named: Any) -> str:
         raise ValueError("planted")
 
-    engine.sample_text = fail
+    hooks.stream_text = fail
 
 
 def hanging_sample() -> None:
-    from argonne.serve import engine
+    from argonne.stages import hooks
 
-    engine.sample_text = lambda *arguments, **named: threading.Event().wait() and ""
+    hooks.stream_text = lambda *arguments, **named: threading.Event().wait() and ""

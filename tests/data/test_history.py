@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from argonne.config import BatchChange, BatchSection, DataSection, SourceSection
-from argonne.data import loader
+from argonne.data import dataset
 from argonne.data.dataset import TrainingData, open_training_data
 from argonne.data.loader import Loader
 
@@ -222,7 +222,8 @@ def read(data: TrainingData, segment: Segment, steps: range) -> list[list[Row]]:
         rows = []
         for reader in readers:
             batch = reader.batch(step)
-            for micro, sources in zip(batch.micro_batches, batch.sources, strict=True):
+            for micro in batch.micro_batches:
+                sources = micro["source"]
                 parts = [micro["input_ids"].tolist(), micro["shift_labels"].tolist()]
                 positions = micro["position_ids"].tolist() if "position_ids" in micro else [None] * len(sources)
                 for inputs, labels, position, source in zip(*parts, positions, sources.tolist(), strict=True):
@@ -272,7 +273,7 @@ def live_through(history: History, write_tokens: Callable[..., Path]) -> None:
     for segment in history.segments:
         data = run.open(segment)
         kept = range(run.step, run.step + segment.steps)
-        with mock.patch.object(loader, "BLOCK", segment.block):
+        with mock.patch.object(dataset, "BLOCK", segment.block):
             found = read(data, segment, range(kept.start, kept.stop + segment.lost))
         for step, rows in zip(kept, found[: len(kept)], strict=True):
             count, length = run.batch_at(step)

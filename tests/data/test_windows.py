@@ -103,7 +103,7 @@ def test_a_document_mask_restarts_positions_and_masks_the_targets_across_documen
     batch = found.micro_batches[0]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2], [0, 1, 2, 3, 4, 0, 1, 2]]
     assert batch["shift_labels"].tolist() == [[1, 2, 3, 4, -100, 6, 7, 8], [9, 10, 11, 12, -100, 14, 15, -100]]
-    assert found.valid_tokens == 13
+    assert found.count == 13
 
 
 def test_where_a_format_keeps_no_document_ends_the_end_of_text_token_is_one(tmp_path: Path, numbers_folder: Path) -> None:
@@ -119,4 +119,4 @@ def test_where_a_format_keeps_no_document_ends_the_end_of_text_token_is_one(tmp_
 
 def test_a_corpus_shorter_than_a_row_is_named(write_tokens: Callable[..., Path]) -> None:
     with pytest.raises(InputError, match="needs at least 9"):
-        open_training_data(section(write_tokens("a", [8])), BatchSection(tokens_per_step=8), 3).loader(0, 1, 1).batch(0)
+        Loader(open_training_data(section(write_tokens("a", [8])), BatchSection(tokens_per_step=8), 3), 0, 1, 1).batch(0)

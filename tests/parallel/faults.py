@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from argonne.train.step import Loss, MicroBatch, next_token
+from argonne.parallel.objective import Head, Loss, MicroBatch
+from argonne.train.objectives import next_token
 
 
 @dataclass
@@ -27,9 +27,9 @@ class Fault:
     parent: int = 0
     calls: int = 0
 
-    def __call__(self, model: nn.Module, micro: MicroBatch) -> Loss:
+    def __call__(self, head: Head, hidden: torch.Tensor, micro: MicroBatch) -> Loss:
         self.calls += 1
-        loss = next_token(model, micro)
+        loss = next_token(head, hidden, micro)
         if self.calls < self.call or int(os.environ.get("RANK", "0")) != self.rank or self.mark.exists():
             return loss
         self.mark.write_text(self.kind)

@@ -10,7 +10,7 @@ import pytest
 
 from argonne.config import Recipe
 from argonne.errors import InputError
-from argonne.parallel.mesh import check_degrees
+from argonne.parallel.parallelise import check_replicated
 from argonne.stages.pretrain import run
 from argonne.train.checkpoint import LAST
 from tests.train.helpers import curve, stored
@@ -67,4 +67,4 @@ def test_wrong_input_on_workers_is_wrong_input_and_not_a_crash(nano: Nano, tmp_p
 @pytest.mark.parametrize("key", ["shard", "tensor", "context", "pipeline"])
 def test_a_degree_that_nothing_honours_is_refused(nano: Nano, key: str) -> None:
     with pytest.raises(InputError, match=f"parallel.{key}"):
-        check_degrees(nano(**{f"parallel.{key}": "2"}).parallel)
+        check_replicated(nano(**{f"parallel.{key}": "2"}).parallel)

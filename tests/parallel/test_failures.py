@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,21 +10,21 @@ import pytest
 
 from argonne.config import Recipe
 from argonne.report.records import read_metrics
-from argonne.stages.session import Session, run_session
-from argonne.stages.stage import Stage, given_objective, token_windows
+from argonne.stages.session import run_session
+from argonne.stages.setup import Session
 from argonne.train.checkpoint import LAST
+from argonne.train.objectives import next_token
 from argonne.train.run import STOPPED, RunFolder
-from argonne.train.step import next_token
 from argonne.train.trainer import Outcome
 from tests.parallel.faults import Fault
-from tests.train.helpers import curve, stored
+from tests.train.helpers import curve, stage_of, stored
 
 Nano = Callable[..., Recipe]
 TWO = {"parallel.nproc": "2", "parallel.timeout": "5s"}
 
 
 def run(recipe: Recipe, folder: Path, fault: Fault | None = None) -> Outcome:
-    return run_session(Session(recipe, folder, Stage(functools.partial(given_objective, fault or next_token), token_windows)))
+    return run_session(Session(recipe, folder, stage_of(fault or next_token)))
 
 
 @pytest.mark.parametrize("kind", ["SIGKILL", "exit", "raise", "SIGSTOP"])

@@ -10,19 +10,21 @@ import json
 import sys
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 import argonne.model  # noqa: F401 part of the imports whose memory is not the run's
 from argonne.config import BatchSection, DataSection, ModelSection, OptimSection, Recipe, ScheduleSection, TrainSection
+from argonne.data.loader import Batch
 from argonne.model.build import build_model, config_from_fields
 from argonne.parallel.mesh import Mesh
+from argonne.parallel.parallelise import replicate
 from argonne.train.allocator import return_freed_memory
+from argonne.train.objectives import next_token
 from argonne.train.optim import build_optimizer
 from argonne.train.precision import Precision
-from argonne.train.step import Stepper, next_token
+from argonne.train.trainer import Trained, take_step
 
 STEPS = 2
 
@@ -55,15 +57,15 @@ def recipe_of(case: dict[str, Any]) -> Recipe:
     )
 
 
-def random_batch(recipe: Recipe, step: int) -> Any:
+def random_batch(recipe: Recipe, step: int) -> Batch:
     """A global batch of random tokens, cut into micro-batches as the loader cuts it."""
     generator = torch.Generator().manual_seed(step)
     length, micro = recipe.data.sequence_length, int(recipe.batch.micro)
     rows = recipe.batch.tokens_per_step // length
     sizes = [min(micro, rows - start) for start in range(0, rows, micro)]
     draws = [torch.randint(0, recipe.model.vocab_size or 0, (size, length + 1), generator=generator) for size in sizes]
-    batches = [{"input_ids": ids[:, :-1].contiguous(), "shift_labels": ids[:, 1:].contiguous()} for ids in draws]
-    return SimpleNamespace(step=step, micro_batches=batches, sources=[torch.zeros(size, dtype=torch.int64) for size in sizes])
+    micro_batches = [{"input_ids": ids[:, :-1].contiguous(), "shift_labels": ids[:, 1:].contiguous()} for ids in draws]
+    return Batch(step, micro_batches, rows * length, 0.0)
 
 
 def run_steps(case: dict[str, Any]) -> None:
@@ -72,7 +74,6 @@ def run_steps(case: dict[str, Any]) -> None:
     fields = {name: value for name, value in dataclasses.asdict(recipe.model).items() if name not in ("preset", "init_from", "initializer")}
     model = build_model(config_from_fields(fields), seed=recipe.seed)
     model.train()
-    optimizer = build_optimizer(model, recipe.optim)
     train = recipe.train
     if not case.get("heap"):
         assert return_freed_memory()
@@ -84,10 +85,10 @@ def run_steps(case: dict[str, Any]) -> None:
     )
     mesh = Mesh(torch.device("cpu"))
     precision = Precision("fp32", mesh.device)
-    loader = SimpleNamespace(micro_rows=case["micro"])
-    stepper = Stepper(model, optimizer, next_token, precision, mesh, loader, grad_clip=1.0, run=Path("."), say=print)
+    parallelised = replicate(model, mesh, next_token, precision)
+    trained = Trained(parallelised, build_optimizer(model, recipe.optim), precision)
     for step in range(STEPS):
-        stepper.run_step(random_batch(recipe, step), recipe.batch.tokens_per_step, seed=step)
+        take_step(trained, random_batch(recipe, step), recipe.batch.tokens_per_step, recipe.optim.lr, grad_clip=1.0)
 
 
 def main() -> None:

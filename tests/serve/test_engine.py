@@ -14,12 +14,19 @@ from argonne.errors import InputError
 from argonne.model.build import build_model, config_from_fields
 from argonne.model.load import choose_device
 from argonne.presets import preset
-from argonne.serve.engine import complete_ids, prompt_ids, sample_text, stop_ids, stream_ids, stream_text
+from argonne.serve.engine import complete_ids, prompt_ids, stop_ids, stream_ids, stream_text
 from argonne.serve.sampling import Sampler, SamplingOptions
 from argonne.serve.text_stream import TextStream
 from argonne.tokens.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 
 TEXTS = ["Long long time ago there was a model. ", "Ein Mädchen sah 你好 und 🙂🙃 in der Straße. ", "naïve café — “quoted” … 100 €\n"] * 30
+
+
+def sampled(model: Any, tokenizer: TextTokenizer, count: int, seed: int, temperature: float = 0.8) -> str:
+    """A continuation of "Long" in nucleus sampling."""
+    return "".join(stream_text(model, tokenizer, "Long", SamplingOptions(count, temperature, seed=seed)))
+
+
 GREEDY = SamplingOptions(max_new_tokens=12, temperature=0.0)
 
 
@@ -96,7 +103,7 @@ def test_generation_stops_at_the_end_of_text(model: Any, tokenizer: TextTokenize
     assert (done.ids, done.stop) == (said, "eos")
     assert forced.calls == len(said) + 1
     forced.calls = 0
-    assert sample_text(forced, tokenizer, "Long", 50, seed=0) == "ago there"
+    assert sampled(forced, tokenizer, 50, seed=0) == "ago there"
 
 
 def test_a_row_that_has_ended_says_no_more_while_the_others_go_on(model: Any) -> None:
@@ -116,7 +123,7 @@ def test_generation_ends_where_the_context_is_full(model: Any) -> None:
 
 
 def test_equal_seeds_are_equal_and_different_seeds_differ(model: Any, tokenizer: TextTokenizer) -> None:
-    first, again, other = (sample_text(model, tokenizer, "Long", 30, seed=seed, temperature=1.0) for seed in (1, 1, 2))
+    first, again, other = (sampled(model, tokenizer, 30, seed=seed, temperature=1.0) for seed in (1, 1, 2))
     assert first == again
     assert first != other
 
@@ -125,11 +132,11 @@ def test_sampling_leaves_global_random_state_and_the_models_mode_alone(tokenizer
     model = make_model("nano-1.0").train()
     torch.manual_seed(11)
     state = torch.get_rng_state()
-    first = sample_text(model, tokenizer, "Long", 20, seed=0)
+    first = sampled(model, tokenizer, 20, seed=0)
     assert torch.equal(torch.get_rng_state(), state)
     assert model.training
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert first == sample_text(model.eval(), tokenizer, "Long", 20, seed=0), "dropout was on while sampling"
+    assert first == sampled(model.eval(), tokenizer, 20, seed=0), "dropout was on while sampling"
     assert not model.training
 
 
@@ -259,5 +266,5 @@ def test_the_engine_streams_from_a_run_folder_on_disk(tmp_path: Path, tokenizer:
     save_model_folder(model, tmp_path, eos_id=tokenizer.eos_id, bos_id=None, pad_id=tokenizer.pad_id)
     options = SamplingOptions(max_new_tokens=20, seed=5)
     text = "".join(generate_text(tmp_path, "Long", options, device="cpu"))
-    assert text == sample_text(model, tokenizer, "Long", 20, seed=5)
+    assert text == sampled(model, tokenizer, 20, seed=5)
     assert open_engine(tmp_path, device="cpu").complete(["Long"], options) == [text]

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 
+from argonne.config import Recipe
+from argonne.parallel.objective import Objective
 from argonne.report.records import read_metrics
+from argonne.stages.stage import Stage, StageData, token_windows
 
 # What must be bit-identical; the rest of a record is speed and memory.
 EXACT = ("step", "tokens", "loss", "lr", "grad_norm")
+
+
+def stage_of(objective: Objective) -> Stage:
+    """Token windows under an objective of the test's own; the stage travels to workers where the objective does."""
+    return Stage(functools.partial(_given, objective), token_windows)
+
+
+def _given(objective: Objective, recipe: Recipe, data: StageData) -> Objective:
+    return objective
 
 
 def curve(run: Path) -> list[dict[str, Any]]:

@@ -9,7 +9,6 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,18 +16,20 @@ import torch
 from torch.nn.functional import pad
 
 from argonne.config import Recipe
-from argonne.data import loader
-from argonne.data.batches import IGNORED, to_tensors
+from argonne.data.dataset import TrainingData
+from argonne.data.document_mask import IGNORED
+from argonne.data.loader import Array
 from argonne.model.load import load_model
+from argonne.parallel.objective import Head, Loss, MicroBatch
 from argonne.recipe import build, resolve
 from argonne.report.records import read_metrics
 from argonne.serve.engine import complete_ids
 from argonne.serve.sampling import SamplingOptions
 from argonne.stages import pretrain
 from argonne.stages.pretrain import run
+from argonne.train.objectives import next_token
 
 HALF, VOCABULARY, STEPS, ROWS = 32, 16, 120, 32
-Tensors = dict[str, torch.Tensor]
 
 
 def pairs(count: int, seed: int) -> np.ndarray:
@@ -101,35 +102,35 @@ def judge(folder: Path) -> Verdict:
 def shifted_twice(patch: pytest.MonkeyPatch) -> None:
     """The loader shifts what was shifted: position i learns token i + 2."""
 
-    def fault(arrays: loader.Arrays) -> Tensors:
-        tensors = to_tensors(arrays)
-        return tensors | {"shift_labels": pad(tensors["shift_labels"][:, 1:], (0, 1), value=IGNORED)}
+    plain = TrainingData.read
 
-    patch.setattr(loader, "to_tensors", fault)
+    def read(self: TrainingData, *which: int) -> dict[str, Array]:
+        arrays = plain(self, *which)
+        labels = np.pad(arrays["shift_labels"].values[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED)
+        return {**arrays, "shift_labels": Array(labels, IGNORED)}
+
+    patch.setattr(TrainingData, "read", read)
 
 
 def shifted_again_by_the_model(patch: pytest.MonkeyPatch) -> None:
-    """The objective hands shifted labels over as `labels`, which the model shifts: the fault that stalled a release for days."""
+    """The objective shifts labels that are shifted already: the fault that stalled a release for days."""
 
-    right = pretrain.Session
+    def fault(head: Head, hidden: torch.Tensor, micro: MicroBatch) -> Loss:
+        return next_token(head, hidden, {"shift_labels": pad(micro["shift_labels"][:, 1:], (0, 1), value=IGNORED)})
 
-    def session(*, objective: Any, **given: Any) -> Any:
-        def fault(model: Any, micro: Tensors) -> Any:
-            return objective(lambda shift_labels, **rest: model(labels=shift_labels, **rest), micro)
-
-        return right(objective=fault, **given)
-
-    patch.setattr(pretrain, "Session", session)
+    patch.setattr(pretrain, "next_token", fault)
 
 
 def not_shifted(patch: pytest.MonkeyPatch) -> None:
     """The labels are the inputs: position i learns token i, which it sees."""
 
-    def fault(arrays: loader.Arrays) -> Tensors:
-        tensors = to_tensors(arrays)
-        return tensors | {"shift_labels": tensors["input_ids"]}
+    plain = TrainingData.read
 
-    patch.setattr(loader, "to_tensors", fault)
+    def read(self: TrainingData, *which: int) -> dict[str, Array]:
+        arrays = plain(self, *which)
+        return {**arrays, "shift_labels": Array(arrays["input_ids"].values, IGNORED)}
+
+    patch.setattr(TrainingData, "read", read)
 
 
 def test_the_copy_task_is_learned_through_the_real_loader_and_loop(data: Path, tmp_path: Path) -> None:

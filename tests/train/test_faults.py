@@ -22,13 +22,16 @@ import torch
 from argonne.config import Recipe
 from argonne.errors import InputError
 from argonne.files import TEMPORARY, verify_directory
+from argonne.parallel.objective import Head, Loss, MicroBatch
 from argonne.report.records import read_metrics
-from argonne.stages import services
+from argonne.stages import hooks, pretrain
 from argonne.stages.pretrain import run
-from argonne.train import checkpoint, step
+from argonne.train import checkpoint
+from argonne.train.aside import Work
 from argonne.train.checkpoint import LAST, NonFiniteWeights
 from argonne.train.guard import Diverged
 from argonne.train.metrics import MetricsLog
+from argonne.train.objectives import next_token
 from argonne.train.run import LOCK, RunFolder
 from tests.train.helpers import curve, stored
 
@@ -40,24 +43,23 @@ QUIET = {"checkpoint.sample_prompt": "", "eval.windows": "0"}
 
 @pytest.fixture
 def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """`at_step(plant, *steps)`: before the given steps (counted from 1 in this session) call `plant(model)`; it returns a factor of the loss."""
+    """`at_step(plant, *steps)`: before the given steps (counted from 1 in this session) call `plant(head)`; it returns a factor of the loss."""
 
-    def install(plant: Callable[[torch.nn.Module], float], *steps: int) -> None:
+    def install(plant: Callable[[Head], float], *steps: int) -> None:
         calls = itertools.count()
-        plain = step.next_token
 
-        def objective(model: torch.nn.Module, micro: dict[str, torch.Tensor]) -> step.Loss:
+        def objective(head: Head, hidden: torch.Tensor, micro: MicroBatch) -> Loss:
             call = next(calls)
             first = call % MICRO_BATCHES == 0 and call // MICRO_BATCHES + 1 in steps
-            factor = plant(model) if first else 1.0
-            return step.Loss(plain(model, micro).total * factor)
+            factor = plant(head) if first else 1.0
+            return Loss(next_token(head, hidden, micro).total * factor)
 
-        monkeypatch.setattr(step, "next_token", objective)
+        monkeypatch.setattr(pretrain, "next_token", objective)
 
     return install
 
 
-def nan(model: torch.nn.Module) -> float:
+def nan(head: Head) -> float:
     return float("nan")
 
 
@@ -92,9 +94,9 @@ def test_too_many_nan_gradients_in_a_row_end_the_run_and_name_the_last_good_chec
 def test_nan_weights_refuse_the_save_and_the_last_good_checkpoint_stays(
     nano: Nano, tmp_path: Path, at_step: Callable[..., None], capfd: Said
 ) -> None:
-    def spoil(model: torch.nn.Module) -> float:
+    def spoil(head: Head) -> float:
         with torch.no_grad():
-            next(model.parameters()).view(-1)[3] = float("nan")
+            head.weight.view(-1)[3] = float("nan")
         return 1.0
 
     at_step(spoil, 6)
@@ -124,7 +126,7 @@ def test_a_full_disk_costs_a_checkpoint_and_says_how_much_is_missing(
     run(nano(**QUIET), tmp_path / "whole")
     filler = small_disk / "filler"
 
-    def fill_or_free(model: torch.nn.Module) -> float:
+    def fill_or_free(head: Head) -> float:
         if filler.exists():
             filler.unlink()
             return 1.0
@@ -229,7 +231,7 @@ def test_an_exception_in_sampling_is_recorded_and_changes_nothing(nano: Nano, tm
         torch.rand(7)  # whatever it drew before it failed
         raise ValueError("planted")
 
-    monkeypatch.setattr("argonne.serve.engine.sample_text", fail)
+    monkeypatch.setattr(hooks, "stream_text", fail)
     assert run(nano(), tmp_path / "run").outcome.complete
     messages = [record["message"] for record in read_metrics(tmp_path / "run").of("warning")]
     assert messages == ["sampling failed: ValueError: planted"] * 3
@@ -239,7 +241,7 @@ def test_an_exception_in_sampling_is_recorded_and_changes_nothing(nano: Nano, tm
 def test_a_hang_in_sampling_is_given_up_and_changes_nothing(nano: Nano, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(nano(), tmp_path / "whole")
     release = threading.Event()
-    monkeypatch.setattr("argonne.serve.engine.sample_text", lambda *arguments, **options: release.wait() and "")
+    monkeypatch.setattr(hooks, "stream_text", lambda *arguments, **options: release.wait() and "")
     try:
         assert run(nano(**{"log.telemetry_limit": '"0.1s"'}), tmp_path / "run").outcome.complete
     finally:
@@ -316,7 +318,12 @@ def test_the_best_checkpoint_is_one_that_exists_though_evaluations_fall_between_
 ) -> None:
     losses = iter([2.0, 1.0, 0.5, 3.0])  # at steps 3, 6, 9 and 12, of which 6 and 12 are saved
     found = {"bits_per_byte": None, "tokens": 1, "bytes": 0}
-    monkeypatch.setattr(services, "held_out_loss", lambda *arguments: lambda model: {"loss": next(losses), **found})
+
+    def held_out(*arguments: Any) -> Work[dict[str, Any]]:
+        yield
+        return {"loss": next(losses), **found}
+
+    monkeypatch.setattr(hooks, "held_out_loss", held_out)
     recipe = nano(**{"checkpoint.every_steps": "2", "checkpoint.keep_last": "1", "checkpoint.keep_best": "true", "eval.every_steps": "3"})
     run(recipe, tmp_path / "run")
     assert [saved.step for saved in checkpoint.list_checkpoints(tmp_path / "run")] == [6, 12]

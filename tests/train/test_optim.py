@@ -10,7 +10,9 @@ from torch import nn
 
 from argonne.config import OptimSection
 from argonne.train.muon import orthogonalise
-from argonne.train.optim import build_optimizer, optimizer_tensors, parameter_groups, set_learning_rate, step_where_finite
+from argonne.train.optim import build_optimizer, optimizer_tensors, parameter_groups
+from argonne.train.precision import step_where_finite
+from argonne.train.schedule import set_learning_rate
 
 
 class Tiny(nn.Module):

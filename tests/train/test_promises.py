@@ -14,11 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from argonne.config import Recipe
 from argonne.stages.pretrain import run
-from argonne.train import optim, telemetry
+from argonne.train import telemetry, trainer
 from argonne.train.checkpoint import LAST
 from argonne.train.run import COMPLETE, STOPPED, RunFolder
 from argonne.train.schedule import learning_rate
-from argonne.train.step import Stepper
+from argonne.train.trainer import Trainer
 from tests.train.helpers import curve
 
 Nano = Callable[..., Recipe]
@@ -46,7 +46,7 @@ def test_the_first_rate_is_the_curves_at_every_kind_of_start(nano: Nano, tmp_pat
 def test_a_rate_that_is_not_the_curves_ends_the_run_before_its_first_step(
     nano: Nano, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(optim, "set_learning_rate", lambda *arguments: None)  # as an optimizer that keeps a restored rate
+    monkeypatch.setattr(trainer, "set_learning_rate", lambda *arguments: None)  # as an optimizer that keeps a restored rate
     with pytest.raises(RuntimeError, match="the schedule says"):
         run(nano(**QUIET), tmp_path / "run")
     assert not (tmp_path / "run" / LAST).exists()
@@ -109,13 +109,13 @@ class Waits(TorchDispatchMode):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_step_waits_for_nothing_from_the_device(nano: Nano, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str) -> None:
-    waits, plain = Waits(), Stepper._attempt
+    waits, plain = Waits(), Trainer._train_step
 
-    def attempt(self: Stepper, batch: Any, valid: int) -> Any:
+    def step(self: Trainer, batch: Any, count: int) -> Any:
         with waits:
-            return plain(self, batch, valid)
+            return plain(self, batch, count)
 
-    monkeypatch.setattr(Stepper, "_attempt", attempt)
+    monkeypatch.setattr(Trainer, "_train_step", step)
     monkeypatch.setattr("argonne.model.loss._rows_that_count", lambda targets: None)  # what it is on any device but the CPU
     run(nano(**QUIET, **{"optim.name": optimizer, "train.steps": "4"}), tmp_path / "run")
     assert waits.found == []
@@ -127,17 +127,17 @@ def test_a_step_waits_for_nothing_from_the_device(nano: Nano, tmp_path: Path, mo
 @pytest.mark.gpu
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_step_on_a_gpu_waits_for_nothing(nano: Nano, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str) -> None:
-    plain, calls = Stepper._attempt, []
+    plain, calls = Trainer._train_step, []
 
-    def attempt(self: Stepper, batch: Any, valid: int) -> Any:
+    def step(self: Trainer, batch: Any, count: int) -> Any:
         calls.append(batch.step)
         torch.cuda.set_sync_debug_mode("error" if len(calls) > 1 else "default")  # the first step sets up libraries
         try:
-            return plain(self, batch, valid)
+            return plain(self, batch, count)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(Stepper, "_attempt", attempt)
+    monkeypatch.setattr(Trainer, "_train_step", step)
     recipe = nano(**QUIET, **{"optim.name": optimizer, "train.steps": "4", "train.compile": "off"})
     assert run(recipe, tmp_path / "run").outcome.complete
     assert len(calls) == 4

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import sys
 from collections.abc import Callable
@@ -10,17 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from argonne.config import Recipe
+from argonne.parallel.objective import Head, Loss, MicroBatch
 from argonne.report.records import read_metrics
 from argonne.stages.pretrain import run
-from argonne.stages.session import Session, run_session
-from argonne.stages.stage import Stage, given_objective, token_windows
+from argonne.stages.session import run_session
+from argonne.stages.setup import Session
 from argonne.train.checkpoint import LAST
 from argonne.train.guard import SpikeWatch
-from argonne.train.step import Loss, MicroBatch, next_token
-from tests.train.helpers import curve, stored
+from argonne.train.objectives import next_token
+from tests.train.helpers import curve, stage_of, stored
 
 Nano = Callable[..., Recipe]
 
@@ -37,16 +36,16 @@ def test_a_spike_is_told_with_the_usual_loss_and_noise_is_not() -> None:
 def test_a_loss_spike_in_a_run_names_its_step_and_source(nano: Nano, tmp_path: Path) -> None:
     calls = []
 
-    def spiking(model: nn.Module, micro: MicroBatch) -> Loss:
+    def spiking(head: Head, hidden: torch.Tensor, micro: MicroBatch) -> Loss:
         calls.append(1)
-        loss = next_token(model, micro).total
+        loss = next_token(head, hidden, micro).total
         return Loss(loss * 5 if len(calls) == 36 else loss)
 
     run_session(
         Session(
-            nano(**{"train.steps": "40", "batch.micro": "8"}),
+            nano(**{"train.steps": "40", "batch.micro": "8", "eval.windows": "0"}),
             tmp_path / "run",
-            Stage(functools.partial(given_objective, spiking), token_windows),
+            stage_of(spiking),
         )
     )
     (warning,) = [record for record in read_metrics(tmp_path / "run").of("warning") if "spike" in record["message"]]
@@ -118,14 +117,10 @@ def test_weights_in_bf16_throughout_are_what_was_asked_for(nano: Nano, tmp_path:
 def test_deterministic_asks_torch_for_it_during_the_run_and_only_then(nano: Nano, tmp_path: Path) -> None:
     asked = []
 
-    def watching(model: nn.Module, micro: MicroBatch) -> Loss:
+    def watching(head: Head, hidden: torch.Tensor, micro: MicroBatch) -> Loss:
         asked.append(torch.are_deterministic_algorithms_enabled())
-        return next_token(model, micro)
+        return next_token(head, hidden, micro)
 
-    run_session(
-        Session(
-            nano(**{"train.deterministic": "true"}), tmp_path / "run", Stage(functools.partial(given_objective, watching), token_windows)
-        )
-    )
+    run_session(Session(nano(**{"train.deterministic": "true"}), tmp_path / "run", stage_of(watching)))
     assert set(asked) == {True}
     assert not torch.are_deterministic_algorithms_enabled()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,26 +14,19 @@ from torch import nn
 from argonne.config import Recipe
 from argonne.errors import InputError
 from argonne.parallel.mesh import Mesh
+from argonne.parallel.objective import Head, Loss, MicroBatch
+from argonne.parallel.parallelise import replicate
 from argonne.report.records import read_metrics
 from argonne.stages.pretrain import run
-from argonne.stages.session import Session, run_session
-from argonne.stages.stage import Stage, given_objective, token_windows
+from argonne.stages.session import run_session
+from argonne.stages.setup import Session
 from argonne.train.checkpoint import LAST
+from argonne.train.objectives import next_token
 from argonne.train.precision import Precision
-from argonne.train.step import MICRO_ROWS_FILE, Loss, MicroBatch, Stepper, next_token
-from tests.train.helpers import curve, stored
+from argonne.train.recovery import MICRO_ROWS_FILE
+from tests.train.helpers import curve, stage_of, stored
 
 Nano = Callable[..., Recipe]
-
-
-class Cut:
-    """A loader's stand-in: the given rows in micro-batches of the given sizes."""
-
-    def __init__(self, rows: MicroBatch, sizes: list[int]) -> None:
-        pieces = {name: tensor.split(sizes) for name, tensor in rows.items()}
-        self.step = 0
-        self.micro_batches = [{name: pieces[name][index] for name in rows} for index in range(len(sizes))]
-        self.sources = [torch.zeros(size, dtype=torch.int64) for size in sizes]
 
 
 def gradients(preset: str, sizes: list[int], nano: Nano) -> tuple[float, dict[str, torch.Tensor]]:
@@ -51,17 +43,12 @@ def gradients(preset: str, sizes: list[int], nano: Nano) -> tuple[float, dict[st
     for row in range(8):
         labels[row, : 3 * row] = -100
     rows = {"input_ids": ids[:, :-1], "shift_labels": labels}
-    kept: dict[str, torch.Tensor] = {}
-
-    class Keep(torch.optim.SGD):
-        def step(self, closure: Any = None) -> None:  # type: ignore[override]
-            kept.update({name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None})
-
-    optimizer = Keep(model.parameters(), lr=1.0)
     mesh = Mesh(torch.device("cpu"))
-    stepper = Stepper(model, optimizer, next_token, Precision("fp32", mesh.device), mesh, None, grad_clip=0, run=Path(), say=print)
-    result = stepper.run_step(Cut(rows, sizes), int((labels != -100).sum()), seed=0)
-    return float(result.loss_sum), kept
+    parallelised = replicate(model, mesh, next_token, Precision("fp32", mesh.device))
+    pieces = {name: tensor.split(sizes) for name, tensor in rows.items()}
+    micro_batches = [{name: pieces[name][index] for name in rows} for index in range(len(sizes))]
+    sums = parallelised.forward_backward(micro_batches, int((labels != -100).sum()))
+    return float(sums.total), {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
 @pytest.mark.parametrize("preset", ["nano-1.0", "nano-2.5", "nano-3.0"])
@@ -84,9 +71,9 @@ class OutOnce:
     def __init__(self) -> None:
         self.calls = 0
 
-    def __call__(self, model: nn.Module, micro: MicroBatch) -> Loss:
+    def __call__(self, head: Head, hidden: torch.Tensor, micro: MicroBatch) -> Loss:
         self.calls += 1
-        loss = next_token(model, micro).total
+        loss = next_token(head, hidden, micro).total
         if self.calls == 6:
             loss.register_hook(_raise_out_of_memory)
             loss = loss * 1
@@ -102,7 +89,7 @@ def test_out_of_memory_in_a_backward_pass_halves_the_micro_batch_and_repeats_the
 ) -> None:
     recipe = nano()
     run(recipe, tmp_path / "whole")
-    run_session(Session(recipe, tmp_path / "hurt", Stage(functools.partial(given_objective, OutOnce()), token_windows)))
+    run_session(Session(recipe, tmp_path / "hurt", stage_of(OutOnce())))
     assert json.loads((tmp_path / "hurt" / MICRO_ROWS_FILE).read_text())["rows"] == 2
     assert "micro-batches of 2 rows from here" in capfd.readouterr().err
     for mine, theirs in zip(curve(tmp_path / "hurt"), curve(tmp_path / "whole"), strict=True):
@@ -129,11 +116,11 @@ def test_out_of_memory_in_the_optimizer_repeats_the_step(nano: Nano, tmp_path: P
 
 
 def test_out_of_memory_with_a_single_row_says_what_would_help(nano: Nano, tmp_path: Path) -> None:
-    def always(model: nn.Module, micro: MicroBatch) -> Loss:
+    def always(head: Head, hidden: torch.Tensor, micro: MicroBatch) -> Loss:
         raise torch.OutOfMemoryError("CUDA out of memory. Planted.")
 
     with pytest.raises(InputError, match="activation_checkpointing"):
-        run_session(Session(nano(), tmp_path / "run", Stage(functools.partial(given_objective, always), token_windows)))
+        run_session(Session(nano(), tmp_path / "run", stage_of(always)))
 
 
 def test_a_later_session_starts_with_the_micro_batch_an_earlier_one_backed_off_to(nano: Nano, tmp_path: Path) -> None:
