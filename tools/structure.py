@@ -112,9 +112,9 @@ class _Imports(ast.NodeVisitor):
     def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
         base = node.module or ""
         if node.level:
-            is_package = self._module.path.name == "__init__.py"
-            parents = self._module.name.split(".")[: None if is_package and node.level == 1 else int(is_package) - node.level]
-            base = ".".join([*parents, *([base] if base else [])])
+            parts = self._module.name.split(".")
+            up = node.level - (self._module.path.name == "__init__.py")  # a package's first dot is the package itself
+            base = ".".join([*parts[: len(parts) - up], *([base] if base else [])])
         for alias in node.names:
             self._add(f"{base}.{alias.name}", node.lineno)
 

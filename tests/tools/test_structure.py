@@ -55,8 +55,14 @@ def test_an_import_is_found_in_every_form_and_at_any_depth(plant: Plant, source:
 
 
 def test_a_relative_import_in_a_room_is_read_from_where_it_stands(plant: Plant) -> None:
-    package = plant(room____init__="from .inside import name", room__inside="from ..low import name", low="name = 1")
-    assert edges(package) == {("house.room", "house.room.inside", "import"), ("house.room.inside", "house.low", "import")}
+    package = plant(
+        room____init__="from .inside import name\nfrom ..low import name", room__inside="from ..low import name", low="name = 1"
+    )
+    assert edges(package) == {
+        ("house.room", "house.room.inside", "import"),
+        ("house.room", "house.low", "import"),
+        ("house.room.inside", "house.low", "import"),
+    }
 
 
 def test_an_import_for_types_alone_is_told_apart_from_the_branch_that_runs(plant: Plant) -> None:

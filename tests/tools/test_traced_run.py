@@ -41,9 +41,14 @@ FILES = {
             log.write("warning", number)
             log.write("step", number)
 
+        def begin(log):
+            step(log, 0)
+
         def fit(log, steps):
             open_run()
-            for number in range(steps):
+            if steps:
+                begin(log)
+            for number in range(1, steps):
                 step(log, number)
         """,
 }
@@ -67,21 +72,27 @@ def record(package: Path, steps: int) -> dict[str, Any]:
 
 
 def test_a_step_is_all_that_runs_between_two_records_its_threads_and_the_loop_included(tmp_path: Path) -> None:
-    found = record(tmp_path / "argonne", 3)
-    assert len(found["steps"]) == 2
-    assert found["steps"][0] == [
+    found = record(tmp_path / "argonne", 4)
+    assert len(found["steps"]) == 3
+    assert found["steps"][1] == found["steps"][2]
+    assert found["steps"][2] == [
         ("argonne/data/loader.py", "batch", 7),
         ("argonne/data/loader.py", "read", 4),
         ("argonne/model/layers.py", "forward", 2),
         ("argonne/train/metrics.py", "MetricsLog.write", 3),
-        ("argonne/train/trainer.py", "fit", 11),
+        ("argonne/train/trainer.py", "fit", 14),
         ("argonne/train/trainer.py", "step", 5),
     ]
 
 
+def test_a_function_that_was_entered_in_the_step_before_and_ends_in_this_one_runs_in_both(tmp_path: Path) -> None:
+    found = record(tmp_path / "argonne", 3)
+    assert [("argonne/train/trainer.py", "begin", 11) in step for step in found["steps"]] == [True, False]
+
+
 def test_the_start_ends_at_the_first_forward(tmp_path: Path) -> None:
     found = record(tmp_path / "argonne", 3)["start"]
-    assert [function for _, function, _ in found] == ["fit", "open_run", "step"]
+    assert [function for _, function, _ in found] == ["begin", "fit", "open_run", "step"]
 
 
 def test_functions_of_other_packages_are_left_out(tmp_path: Path) -> None:
