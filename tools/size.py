@@ -44,7 +44,14 @@ def measure_structure(package: structure.Package, longest: int) -> list[Measure]
     files = sorted(package.values(), key=lambda module: -module.lines)
     functions = sorted(structure.functions(package), key=lambda function: -function.lines)
     long = [_place(function) for function in functions if function.lines > longest]
-    circles = [" > ".join([*way, way[0]]) for way in structure.circles(structure.imports(package))]
+    imports = structure.imports(package)
+    circles = structure.circles(imports)
+    closing = [
+        f"{one.importer} -> {one.imported}, line {one.line}"
+        for circle in circles
+        for one in imports
+        if one.kind == "import" and {one.importer, one.imported} <= set(circle)
+    ]
     once = [f"{name} <- {caller}" for name, caller in structure.single_callers(package)]
     return [
         Measure("product lines", sum(module.lines for module in files)),
@@ -52,7 +59,7 @@ def measure_structure(package: structure.Package, longest: int) -> list[Measure]
         Measure("lines of the longest file", files[0].lines, str(files[0].path)),
         Measure(LONGEST_FUNCTION, functions[0].lines, _place(functions[0])),
         Measure("functions over that limit", len(long), listed=tuple(long)),
-        Measure("circles among modules", len(circles), listed=tuple(circles)),
+        Measure("circles among modules", len(circles), listed=tuple(closing)),
         Measure("private functions with one caller", len(once), listed=tuple(once)),
     ]
 

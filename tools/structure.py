@@ -140,14 +140,14 @@ def imports_by_name(node: ast.Call) -> bool:
 
 
 def circles(found: Iterable[Import]) -> list[list[str]]:
-    """Each group of modules that reach one another by imports, lazy ones included: a shortest way round, beginning at its first module."""
+    """Each group of modules that reach one another by imports, lazy ones included; in order of names."""
     edges: dict[str, set[str]] = defaultdict(set)
     for one in found:
         if one.kind == "import":
             edges[one.importer].add(one.imported)
     reached = {name: _reachable(edges, name) for name in edges}
     groups = {frozenset(other for other in reached[name] if name in reached.get(other, ())) for name in reached}
-    return sorted(_way_round(edges, min(group)) for group in groups if group)
+    return sorted(sorted(group) for group in groups if group)
 
 
 def _reachable(edges: Mapping[str, set[str]], start: str) -> set[str]:
@@ -158,17 +158,6 @@ def _reachable(edges: Mapping[str, set[str]], start: str) -> set[str]:
         reached |= fresh
         waiting += fresh
     return reached
-
-
-def _way_round(edges: Mapping[str, set[str]], start: str) -> list[str]:
-    ways = [[start]]
-    for way in ways:  # grows while it is read: breadth first
-        for name in sorted(edges.get(way[-1], ())):
-            if name == start:
-                return way
-            if name not in way:
-                ways.append([*way, name])
-    raise ValueError(f"{start} lies on no circle")
 
 
 def single_callers(package: Package) -> list[tuple[str, str]]:

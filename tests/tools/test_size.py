@@ -122,6 +122,16 @@ def test_a_function_one_line_too_long_is_named_and_ends_with_1(
     assert document["rooms"] == {"train": {"files": 1, "functions": 1}}
 
 
+def test_a_circle_is_counted_and_its_imports_are_listed(tmp_path: Path) -> None:
+    folder = tmp_path / "house"
+    folder.mkdir()
+    (folder / "one.py").write_text("def late():\n    import house.two\n")
+    (folder / "two.py").write_text("import house.one\n")
+    package = structure.read_package(folder)
+    (found,) = (measure for measure in size.measure_structure(package, LONGEST) if measure.name == "circles among modules")
+    assert (found.found, found.listed) == (1, ("house.one -> house.two, line 2", "house.two -> house.one, line 1"))
+
+
 def test_a_root_without_the_package_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         size.main(["--root", str(tmp_path)])

@@ -90,6 +90,11 @@ def test_two_circles_are_two_and_modules_beside_them_are_in_neither(plant: Plant
     assert structure.circles(structure.imports(package)) == [["house.a", "house.b"], ["house.c", "house.d"]]
 
 
+def test_a_circle_that_grows_is_another_one(plant: Plant) -> None:
+    package = plant(a="import house.b", b="import house.a, house.c", c="import house.b")
+    assert structure.circles(structure.imports(package)) == [["house.a", "house.b", "house.c"]]
+
+
 def test_types_and_strings_close_no_circle() -> None:
     there = Import("a", "b", 1, "import")
     assert structure.circles([there, Import("b", "a", 1, "types"), Import("b", "a", 1, "text")]) == []
