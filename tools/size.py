@@ -59,7 +59,7 @@ def measure_structure(package: structure.Package, longest: int) -> list[Measure]
         Measure("lines of the longest file", files[0].lines, str(files[0].path)),
         Measure(LONGEST_FUNCTION, functions[0].lines, _place(functions[0])),
         Measure("functions over that limit", len(long), listed=tuple(long)),
-        Measure("circles among modules", len(circles), listed=tuple(closing)),
+        Measure("circles among modules", len(circles), listed=tuple(dict.fromkeys(closing))),
         Measure("private functions with one caller", len(once), listed=tuple(once)),
     ]
 

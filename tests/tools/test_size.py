@@ -126,7 +126,7 @@ def test_a_circle_is_counted_and_its_imports_are_listed(tmp_path: Path) -> None:
     folder = tmp_path / "house"
     folder.mkdir()
     (folder / "one.py").write_text("def late():\n    import house.two\n")
-    (folder / "two.py").write_text("import house.one\n")
+    (folder / "two.py").write_text("from house.one import late, other\n")
     package = structure.read_package(folder)
     (found,) = (measure for measure in size.measure_structure(package, LONGEST) if measure.name == "circles among modules")
     assert (found.found, found.listed) == (1, ("house.one -> house.two, line 2", "house.two -> house.one, line 1"))
