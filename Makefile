@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= true
 
-.PHONY: install demo test test-all lint format bench gpu-check clean
+.PHONY: install demo test test-all lint format bench size gpu-check clean
 
 install: $(VENV)/.installed
 
@@ -37,6 +37,9 @@ format: install
 
 bench: install
 	$(BIN)/python -m benchmarks.all
+
+size: install
+	$(BIN)/python -m tools.size
 
 # On a machine with CUDA. PYTHON_GPU may name an interpreter that has its own torch and transformers.
 PYTHON_GPU ?= $(BIN)/python
