@@ -39,7 +39,7 @@ def bare(_point: str) -> dict[str, float]:
 
     from argonne.model.build import build_model, config_from_fields
     from argonne.parallel.mesh import Mesh
-    from argonne.stages.sizing import choose, configure_model
+    from argonne.stages.setup import choose, configure_model
     from argonne.stages.start import architecture_fields
 
     recipe, ids = _recipe(), _ids()

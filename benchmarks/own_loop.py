@@ -117,7 +117,7 @@ def timed_steps(
     from argonne.parallel.compile import compile_blocks
     from argonne.parallel.mesh import Mesh
     from argonne.parallel.parallelise import replicate
-    from argonne.stages.sizing import choose, configure_model
+    from argonne.stages.setup import choose, configure_model
     from argonne.stages.start import architecture_fields
     from argonne.train.guard import StopWatch
     from argonne.train.metrics import MetricsLog
@@ -133,7 +133,8 @@ def timed_steps(
     precision = Precision(recipe.train.precision, mesh.device)
     parallelised = replicate(model, mesh, next_token, precision)
     optimizer = build_optimizer(model, recipe.optim, mesh)
-    compiled = compile_blocks(model, wanted=recipe.train.compile == "on" or (recipe.train.compile == "auto" and device == "cuda"))
+    if compiled := recipe.train.compile == "on" or (recipe.train.compile == "auto" and device == "cuda"):
+        compile_blocks(model)
     data: Any = _Memory(ids, int(recipe.batch.micro), steps, warm_up, device, after_first)
     trainer = Trainer(
         recipe,

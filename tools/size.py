@@ -70,8 +70,8 @@ def _place(function: structure.Function) -> str:
 
 def measure_trace(trace: Trace) -> list[Measure]:
     """What a logging training step, the batch within it and the way to the loop open."""
-    step, _ = trace.step()
-    reading, model = _of(step, READING), _of(step, ("model",))
+    step, batch, _ = trace.step()
+    reading, model = _of(batch, READING), _of(step, ("model",))
     rest = {ran for ran in step if ran.room not in APART}
     return [
         _files("files a step, outside model, data and tokens", rest),
@@ -88,7 +88,7 @@ def locating_note(trace: Trace) -> str:
     """Whether the steps traced located a new block of rows, and what a batch opens that does."""
     if not trace.knows_locating():
         return f"whether the steps traced located a new block of rows is unknown: nothing in data/ is named {LOCATES}"
-    said = "the steps traced located a new block of rows" if trace.step()[1] else "the steps traced located no new block of rows"
+    said = "the steps traced located a new block of rows" if trace.step()[2] else "the steps traced located no new block of rows"
     locating = _of(trace.locating(), READING)
     more = f"; a batch that does opens {len(_file_names(locating))} files and {len(locating)} functions in data and tokens"
     return said + (more if locating else "")

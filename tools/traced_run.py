@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, FrameType
@@ -20,6 +20,8 @@ from typing import Any
 
 # A step record of metrics.jsonl ends one step and begins the next.
 RECORD = "MetricsLog.write"
+# A batch is what this runs, and what other threads do for it; what the log asks of the data in the same step is none of it.
+BATCH = "Loader.batch"
 # What places rows by arithmetic, many at once: not every batch needs it.
 LOCATES = "locate"
 READING = ("data", "tokens")
@@ -69,26 +71,35 @@ class Ran:
 
 @dataclass(frozen=True)
 class Trace:
-    """What ran from the command to the first forward pass, and between each two successive step records."""
+    """What ran from the command to the first forward pass, and between each two successive step records; `batches`: for the batch alone."""
 
     start: frozenset[Ran]
     steps: tuple[frozenset[Ran], ...]
+    batches: tuple[frozenset[Ran], ...]
 
-    def step(self) -> tuple[frozenset[Ran], bool]:
-        """(what a steady step runs, whether it located a new block of rows): SPAN steps in a row, without such a block where there are any."""
-        spans = [frozenset().union(*self.steps[first : first + SPAN]) for first in range(WARM, len(self.steps) - SPAN + 1)]
-        if not spans:
+    def step(self) -> tuple[frozenset[Ran], frozenset[Ran], bool]:
+        """(what a steady step runs, what its batch runs, whether that located a new block of rows).
+
+        Of SPAN steps in a row, without such a block where there are any.
+        """
+        firsts = range(WARM, len(self.steps) - SPAN + 1)
+        if not firsts:
             raise ValueError(f"{len(self.steps)} steps were traced, expected at least {WARM + SPAN}: give the run more steps")
-        plain = [span for span in spans if not any(map(_locates, span))]
-        return (plain[0], False) if plain else (spans[len(spans) // 2], True)
+        plain = [first for first in firsts if not any(map(_locates, _joined(self.steps[first : first + SPAN])))]
+        first = plain[0] if plain else firsts[len(firsts) // 2]
+        return _joined(self.steps[first : first + SPAN]), _joined(self.batches[first : first + SPAN]), not plain
 
     def locating(self) -> frozenset[Ran]:
-        """What ran around the batches that located a new block of rows; empty where none did after the start."""
-        return frozenset().union(*(step for step in self.steps[WARM:] if any(map(_locates, step))))
+        """What the batches ran that located a new block of rows; empty where none did after the start."""
+        return _joined([batch for batch in self.batches[WARM:] if any(map(_locates, batch))])
 
     def knows_locating(self) -> bool:
         """Did anything locate rows at all? Otherwise its name has changed, and `step` cannot tell."""
         return any(_locates(ran) for part in (self.start, *self.steps) for ran in part)
+
+
+def _joined(parts: Iterable[frozenset[Ran]]) -> frozenset[Ran]:
+    return frozenset().union(*parts)
 
 
 def _locates(ran: Ran) -> bool:
@@ -96,21 +107,38 @@ def _locates(ran: Ran) -> bool:
 
 
 class Recorder:
-    """The profile hook. Every thread adds to the part that is open: a frame that is entered, the one it came from, and one that is left."""
+    """The profile hook. Every thread adds to the part that is open: a frame that is entered, the one it came from, and one that is left.
+
+    What only runs because a module of the package is imported (a registration, the keys of a dataclass) is left out: no reader passes there.
+    """
 
     def __init__(self, package: Path) -> None:
         self._package = str(package)
+        self._main = threading.get_ident()
+        self._importing: dict[int, int] = {}
+        self._batch = 0
+        self._open_batch: set[CodeType] = set()
+        self._batches: list[set[CodeType]] = []
         self._model = str(package / "model")
         self._open: set[CodeType] = set()
         self._start: set[CodeType] | None = None
         self._steps: list[set[CodeType]] = []
 
     def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
+        code, thread = frame.f_code, threading.get_ident()
+        if code.co_name == "<module>" and code.co_filename.startswith(self._package):
+            self._importing[thread] = self._importing.get(thread, 0) + {"call": 1, "return": -1}.get(event, 0)
+        if self._importing.get(thread):
+            return
+        if thread == self._main and code.co_qualname == BATCH:
+            self._batch += {"call": 1, "return": -1}.get(event, 0)
+        if event in ("call", "return") and (self._batch or thread != self._main):
+            self._open_batch.add(code)
         if event == "call":
-            code = frame.f_code
             if code.co_qualname == RECORD and frame.f_locals.get("event") == "step":
                 self._steps.append(self._open)
-                self._open = set()
+                self._batches.append(self._open_batch)
+                self._open, self._open_batch = set(), set()
             elif self._start is None and code.co_name == "forward" and code.co_filename.startswith(self._model):
                 self._start, self._open = self._open, set()
             self._open.add(code)
@@ -123,7 +151,8 @@ class Recorder:
         """JSON of a Trace. The part before the first step record is no step: nothing says where it began."""
         if self._start is None or not self._steps:
             raise RuntimeError("the run made no forward pass in the package's model, or wrote no step record through MetricsLog.write")
-        return {"start": self._functions(self._start), "steps": [self._functions(step) for step in self._steps[1:]]}
+        steps, batches = ([self._functions(part) for part in parts[1:]] for parts in (self._steps, self._batches))
+        return {"start": self._functions(self._start), "steps": steps, "batches": batches}
 
     def _functions(self, codes: set[CodeType]) -> list[tuple[str, str, int]]:
         """Functions of the package that have a name: no module or class bodies, comprehensions, generator expressions or lambdas."""
@@ -150,7 +179,7 @@ def trace_run(package: Path) -> Trace:
         keys = [word for key, value in {**RECIPE, "data.sources": source}.items() for word in (f"--{key}", value)]
         _run(package, folder, __file__, str(package), "result.json", "pretrain", "nano-3.0", "--run", "run", *keys)
         found = json.loads((folder / "result.json").read_text())
-    return Trace(_ran(found["start"]), tuple(map(_ran, found["steps"])))
+    return Trace(_ran(found["start"]), tuple(map(_ran, found["steps"])), tuple(map(_ran, found["batches"])))
 
 
 def _ran(functions: Sequence[tuple[str, str, int]]) -> frozenset[Ran]:

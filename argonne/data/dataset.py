@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
-from threading import Lock
 from typing import Any, Protocol
 
 import numpy as np
@@ -57,11 +56,10 @@ class TrainingData:
         self._verification: Verification | None = None
         self._streams = [source.tokens.train for source in sources]
         self._blocks: dict[tuple[int, int], GlobalRows] = {}
-        self._lock = Lock()
 
     def __getstate__(self) -> dict[str, Any]:
         """For other ranks under `reader = "rank-0"`: everything but the background work. They need none of the files."""
-        return {**self.__dict__, "work": None, "_verification": None, "_lock": None, "_blocks": {}}
+        return {**self.__dict__, "work": None, "_verification": None}
 
     @property
     def source_names(self) -> list[str]:
@@ -174,8 +172,7 @@ class TrainingData:
                 self._verification.start()
             else:
                 self._verification.run()
-        if self._verification is not None:
-            self._verification.raise_problem()
+        self.check()
         return self._verification
 
     def attach(self, model: object, mesh: Place) -> None:
@@ -185,8 +182,8 @@ class TrainingData:
 
     def check(self) -> None:
         """Raise InputError when the check of the hashes found a fault so far."""
-        if self._verification is not None:
-            self._verification.raise_problem()
+        if self._verification is not None and self._verification.problem is not None:
+            raise InputError(self._verification.problem)
 
     @contextmanager
     def not_waiting(self) -> Iterator[None]:
@@ -216,12 +213,9 @@ class TrainingData:
         length = phase.sequence_length
         inputs, labels = np.empty((rows, length), np.int64), np.empty((rows, length), np.int64)
         positions = np.empty((rows, length), np.int64) if phase.document_mask else None
-        found = self._located(phase, sample, count)
-        sources, starts = found.source.tolist(), found.rows.start.tolist()
-        for row in range(count):
-            stream = self._streams[sources[row]]
-            runs = [(starts[row], length)] if starts[row] >= 0 else found.rows.runs[row]
-            filled = 0
+        sources = np.full(rows, FILLER_SOURCE, np.int64)
+        for row, (source, runs) in enumerate(self._located(phase, sample, count)):
+            sources[row], stream, filled = source, self._streams[source], 0
             for begin, size in runs:
                 stream.copy_shifted(begin, inputs[row, filled : filled + size], labels[row, filled : filled + size])
                 filled += size
@@ -233,40 +227,44 @@ class TrainingData:
         tokens = np.zeros(rows, np.int64)
         tokens[:count] = length if positions is None else np.count_nonzero(labels[:count] != IGNORED, axis=1)
         arrays = {"input_ids": Array(inputs, 0), "shift_labels": Array(labels, IGNORED), "tokens": Array(tokens, 0)}
-        arrays["source"] = Array(np.concatenate([found.source, np.full(rows - count, FILLER_SOURCE)]), FILLER_SOURCE)
+        arrays["source"] = Array(sources, FILLER_SOURCE)
         if positions is not None:
             whole_row = np.arange(length)
             positions[count:] = whole_row
             arrays["position_ids"] = Array(positions, whole_row)
         return arrays
 
-    def _name_foreign_id(self, inputs: np.ndarray, sources: Sequence[int]) -> None:
+    def _name_foreign_id(self, inputs: np.ndarray, sources: np.ndarray) -> None:
         row = int((inputs >= self.vocab_size).any(axis=1).argmax())
         raise InputError(
             f"{self.sources[sources[row]].tokens.path}: holds id {int(inputs[row].max()):,}, the tokenizer {self.tokenizer_folder} has "
             f"{self.vocab_size:,} entries; set data.tokenizer to the one that made these tokens"
         )
 
-    def _located(self, phase: Phase, first: int, count: int) -> GlobalRows:
-        """The rows of a run of samples, with the numbers that sources have in the recipe, cut out of blocks that are located once."""
-        if any(stream.growing for stream in self._streams):
-            return self._locate(phase, first, first + count)
-        parts: list[GlobalRows] = []
+    def _located(self, phase: Phase, first: int, count: int) -> list[tuple[int, list[tuple[int, int]]]]:
+        """(number of the source in the recipe, runs of its tokens) of each row, out of blocks of rows that are located once."""
+        growing = any(stream.growing for stream in self._streams)
+        found: list[tuple[int, list[tuple[int, int]]]] = []
         while count:
             number, inside = divmod(first - phase.first_sample, BLOCK)
-            here = min(count, BLOCK - inside)
-            parts.append(self._block(phase, number).part(inside, inside + here))
+            here = count if growing else min(count, BLOCK - inside)
+            # Nothing of a text that is still being tokenised is located before it is asked for: it would be waited for.
+            block, inside = (self._locate(phase, first, first + count), 0) if growing else (self._block(phase, number), inside)
+            sources, starts = (part[inside : inside + here].tolist() for part in (block.source, block.rows.start))
+            for place, (source, start) in enumerate(zip(sources, starts, strict=True), inside):
+                found.append((source, [(start, phase.sequence_length)] if start >= 0 else block.rows.runs[place]))
             first, count = first + here, count - here
-        return GlobalRows.joined(parts)
+        return found
 
     def _block(self, phase: Phase, number: int) -> GlobalRows:
+        """Two threads may locate the same block: both find the same, and the last three are kept."""
         key = (phase.first_step, number)
-        with self._lock:
-            if key not in self._blocks:
-                begin = phase.first_sample + number * BLOCK
-                found = self._locate(phase, begin, begin + BLOCK)
-                self._blocks = {**dict(list(self._blocks.items())[-2:]), key: found}
-            return self._blocks[key]
+        found = self._blocks.get(key)
+        if found is None:
+            begin = phase.first_sample + number * BLOCK
+            found = self._locate(phase, begin, begin + BLOCK)
+            self._blocks = {**dict(list(self._blocks.items())[-2:]), key: found}
+        return found
 
     def _locate(self, phase: Phase, start: int, stop: int) -> GlobalRows:
         found = self.mixture.locate(phase, start, stop)

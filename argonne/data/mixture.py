@@ -122,23 +122,6 @@ class GlobalRows:
     rows: Rows
     epoch: np.ndarray
 
-    def part(self, start: int, stop: int) -> GlobalRows:
-        return GlobalRows(self.source[start:stop], self.rows.part(start, stop), self.epoch[start:stop])
-
-    @staticmethod
-    def joined(parts: Sequence[GlobalRows]) -> GlobalRows:
-        if len(parts) == 1:
-            return parts[0]
-        count = sum(len(part.source) for part in parts)
-        whole = GlobalRows(np.zeros(count, np.int64), Rows.empty(count), np.zeros(count, np.int64))
-        first = 0
-        for part in parts:
-            where = np.arange(first, first + len(part.source))
-            whole.source[where], whole.epoch[where] = part.source, part.epoch
-            whole.rows.put(where, part.rows)
-            first += len(where)
-        return whole
-
 
 class Mixture:
     """Phases over opened sources. `windows` has one entry a source name that any phase uses."""

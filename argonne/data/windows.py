@@ -73,9 +73,6 @@ class Rows:
         for index, runs in part.runs.items():
             self.runs[int(where[index])] = runs
 
-    def part(self, start: int, stop: int) -> Rows:
-        return Rows(self.start[start:stop], {index - start: runs for index, runs in self.runs.items() if start <= index < stop})
-
 
 class SourceWindows:
     """The rows of one source."""

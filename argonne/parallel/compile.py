@@ -9,12 +9,10 @@ from typing import Any
 from torch import nn
 
 
-def compile_blocks(model: nn.Module, *, wanted: bool) -> bool:
-    """Compile each decoder layer in place, so that equal layers share one graph; returns whether anything is compiled."""
-    if wanted:
-        for layer in _layers(model):
-            layer.compile()
-    return wanted
+def compile_blocks(model: nn.Module) -> None:
+    """Compile each decoder layer in place, so that equal layers share one graph."""
+    for layer in _layers(model):
+        layer.compile()
 
 
 def undo_compile(model: nn.Module) -> None:

@@ -13,23 +13,9 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from argonne.errors import InputError
-
 # Loaded once in the server that workers are forked from: a worker, and a restarted one, starts in a fraction of a second.
 PRELOADED = ["torch.distributed", "transformers", "argonne.model.modeling_argonne", "argonne.data.dataset", "argonne.stages.setup"]
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-
-
-def worker_count(nproc: int, device: str) -> int:
-    """Workers to start here: what the recipe says, else one a GPU, else one. Under torchrun or srun this process is a worker already: 1."""
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        return 1
-    import torch
-
-    gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
-    if nproc > 1 and gpus and nproc > gpus:
-        raise InputError(f"parallel.nproc: found {nproc}, expected at most {gpus}, the GPUs of this machine")
-    return nproc or max(1, gpus)
 
 
 def run_workers(

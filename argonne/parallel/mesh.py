@@ -129,6 +129,16 @@ def _data_groups(mesh: Mesh) -> list[list[int]]:
     ]
 
 
+def worker_count(nproc: int, device: str) -> int:
+    """Workers to start here: what the recipe says, else one a GPU, else one. Under torchrun or srun this process is a worker already: 1."""
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return 1
+    gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
+    if nproc > 1 and gpus and nproc > gpus:
+        raise InputError(f"parallel.nproc: found {nproc}, expected at most {gpus}, the GPUs of this machine")
+    return nproc or max(1, gpus)
+
+
 @contextmanager
 def open_mesh(parallel: ParallelSection, device_name: str, *, timeout_seconds: float = 600.0) -> Iterator[Mesh]:
     """Join the workers that torchrun, srun or argonne's own launcher started; alone, a mesh of one without any process group."""

@@ -1,4 +1,4 @@
-"""What a training step computes, as parallelism sees it: an objective of hidden states and head, its loss, and the sums of a step."""
+"""What a training step computes, as parallelism sees it: an objective of hidden states and head, and its loss."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 # Tensors of one micro-batch by name, rows first. `input_ids` and perhaps `position_ids` are the model's; the objective reads the others.
@@ -38,23 +37,3 @@ class Loss:
 
 # It gets the final hidden states and the head, never the whole model, so that the last stage of a pipeline can run it.
 Objective = Callable[[Head, Tensor, MicroBatch], Loss]
-
-
-@dataclass
-class Sums:
-    """What the micro-batches of one step came to on this rank, on its device; added over all ranks they are the global batch's.
-
-    rows: (row losses, micro-batch) of each micro-batch whose objective told them.
-    """
-
-    total: Tensor
-    rows: list[tuple[Tensor, MicroBatch]] = field(default_factory=list)
-    metrics: dict[str, Tensor] = field(default_factory=dict)
-
-    def add(self, loss: Loss, micro: MicroBatch) -> None:
-        self.total += loss.total.detach()
-        if loss.rows is not None:
-            self.rows.append((loss.rows, micro))
-        for name, (value, count) in loss.metrics.items():
-            pair = torch.stack([value.detach().to(torch.float32), count.detach().to(torch.float32)])
-            self.metrics[name] = self.metrics[name] + pair if name in self.metrics else pair

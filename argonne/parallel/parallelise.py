@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
@@ -18,7 +18,27 @@ from torch.nn.parallel import DistributedDataParallel
 from argonne.config import ParallelSection
 from argonne.errors import InputError
 from argonne.parallel.mesh import Mesh
-from argonne.parallel.objective import Loss, MicroBatch, Objective, Sums
+from argonne.parallel.objective import Loss, MicroBatch, Objective
+
+
+@dataclass
+class Sums:
+    """What the micro-batches of one step came to on this rank, on its device; added over all ranks they are the global batch's.
+
+    rows: (row losses, micro-batch) of each micro-batch whose objective told them.
+    """
+
+    total: Tensor
+    rows: list[tuple[Tensor, MicroBatch]] = field(default_factory=list)
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, loss: Loss, micro: MicroBatch) -> None:
+        self.total += loss.total.detach()
+        if loss.rows is not None:
+            self.rows.append((loss.rows, micro))
+        for name, (value, count) in loss.metrics.items():
+            pair = torch.stack([value.detach().to(torch.float32), count.detach().to(torch.float32)])
+            self.metrics[name] = self.metrics[name] + pair if name in self.metrics else pair
 
 
 class Casts(Protocol):

@@ -82,7 +82,7 @@ def make_plan(
     flops = shape.flops_per_token(recipe.data.sequence_length)
     mfu, rate = expected_rate(choice, device, gpus, flops) if choice.fits else (None, None)
     hours = tokens / rate / 3600 if tokens is not None and rate else None
-    uses = length.source_uses(recipe.data, tokens, released_source_tokens(name))
+    uses = length.source_uses(recipe.data, tokens, released_source_tokens(name) if name else None)
     rows = recipe.batch.tokens_per_step // recipe.data.sequence_length
     return Plan(
         recipe=name,
@@ -167,7 +167,7 @@ def _replicated(recipe: Recipe, world_size: int) -> Recipe:
 def _warnings(recipe: Recipe, name: str | None, uses: list[SourceUse], tokens: int | None, choice: Choice, device: Device) -> list[str]:
     """What the reader must know beside the figures: contradictions, unknowns, assumptions that bite."""
     found = []
-    release = published(name)
+    release = published(name) if name else None
     if release is not None and (contradiction := release.contradiction()):
         found.append(contradiction)
     for use in uses:

@@ -1,7 +1,8 @@
-"""What a run gives the loop beside data and loss: held-out loss, samples, the files of a checkpoint, the final export, the banner."""
+"""What a run gives the loop beside data and loss, and writes about itself: held-out loss, samples, files of a checkpoint, export, banner."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,16 +18,18 @@ from argonne.model.load import load_model
 from argonne.model.save import save_model_folder
 from argonne.parallel.mesh import Mesh
 from argonne.parallel.parallelise import Parallelised
-from argonne.recipe import to_toml
+from argonne.recipe import to_toml, to_tree
 from argonne.serve.engine import stream_text
 from argonne.serve.sampling import SamplingOptions
-from argonne.stages.start import architecture_fields
+from argonne.stages.start import Start, architecture_fields
 from argonne.tokens.tokenizer import TextTokenizer
 from argonne.train.aside import Work
 from argonne.train.checkpoint import LAST
 from argonne.train.data import Data
 from argonne.train.precision import resolve_precision
 from argonne.train.run import RunFolder
+from argonne.train.schedule import curve
+from argonne.train.trainer import Progress
 
 
 @dataclass(frozen=True)
@@ -39,15 +42,14 @@ class Shown:
 
 def show_text(recipe: Recipe, data: Data, micro_rows: int) -> Shown:
     """Held-out loss with bits per byte, and the continuation of `checkpoint.sample_prompt`."""
-    measured = any(True for _ in data.held_out(min(1, recipe.eval.windows), 1))
     return Shown(
-        held_out=(lambda model: held_out_loss(model, recipe, data, micro_rows)) if measured else None,
+        held_out=(lambda model: held_out_loss(model, recipe, data, micro_rows)) if recipe.eval.windows else None,
         sample=lambda model: sample_text(model, recipe, data.tokenizer),
     )
 
 
 def held_out_loss(model: Parallelised, recipe: Recipe, data: Data, micro_rows: int) -> Work[dict[str, Any]]:
-    """Mean loss on the first held-out windows (the same ones each time); bits per byte where what is counted are tokens."""
+    """Mean loss on the first held-out windows (the same ones each time), bits per byte where tokens are counted; {} where nothing is held out."""
     total, count, size = 0.0, 0, 0
     by_source: dict[int, list[float]] = {}
     sums: dict[str, list[float]] = {}
@@ -66,7 +68,9 @@ def held_out_loss(model: Parallelised, recipe: Recipe, data: Data, micro_rows: i
                 part = by_source.setdefault(source, [0.0, 0])
                 part[0] += row
                 part[1] += counted
-    found: dict[str, Any] = {"loss": total / max(1, count), data.unit: count}
+    if not count:
+        return {}
+    found: dict[str, Any] = {"loss": total / count, data.unit: count}
     if data.unit == "tokens":
         found |= {"bits_per_byte": total / math.log(2) / size if size else None, "bytes": size}
     if sums:
@@ -125,3 +129,64 @@ def _ranges(numbers: list[int]) -> str:
         else:
             parts.append([number])
     return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
+
+
+def record_start(
+    run: RunFolder,
+    recipe: Recipe,
+    data: Data,
+    model: nn.Module,
+    start: Start,
+    mesh: Mesh,
+    micro_rows: int,
+    total_steps: int,
+    say: Callable[[str], None],
+) -> None:
+    """Write config and manifest, print what is about to run."""
+
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    run.clear_markers()
+    run.write_config(to_toml(recipe))
+    run.write_manifest(
+        {
+            "stage": recipe.stage,
+            "parameters": parameters,
+            "total_steps": total_steps,
+            "data_fingerprint": data.fingerprint,
+            "tokenizer_fingerprint": data.tokenizer.fingerprint,
+            "world_size": mesh.world_size,
+            "device": str(mesh.device),
+            "micro_rows": micro_rows,
+            "parent": start.parent,
+        }
+    )
+    for text in data.description:
+        say(text)
+    step = int(start.progress.get("step", 0))
+    rows, length = data.rows(step), data.sequence_length(step)
+    say(
+        f"model: {parameters:,} parameters, {recipe.model.num_hidden_layers} layers, {recipe.model.preset or 'from ' + str(recipe.model.init_from)}"
+    )
+    say(
+        f"batch: {rows * length:,} tokens a step = {rows} rows x {length}, {micro_rows} rows a micro-batch "
+        f"on {mesh.world_size} x {mesh.device.type}; {total_steps:,} steps, {data.tokens_before(total_steps):,} tokens"
+    )
+    rates = "  ".join(f"{step}: {rate:.3g}" for step, rate in curve(total_steps, recipe.optim, recipe.schedule))
+    say(f"learning rate at steps {rates}")
+    say(start.description)
+
+
+def run_state(step: int, recipe: Recipe, data: Data, run: RunFolder, progress: Progress, mesh: Mesh, start: Start) -> dict[str, Any]:
+    """state.json: counts and identities, never buffers."""
+
+    return {
+        "run_id": run.run_id,
+        "tokens": data.tokens_before(step),
+        "samples": data.samples_before(step),
+        "progress": dataclasses.asdict(progress),
+        "recipe": to_tree(recipe),
+        "data": data.state(step),
+        "tokenizer_fingerprint": data.tokenizer.fingerprint,
+        "world_size": mesh.world_size,
+        "parent": start.parent,
+    }

@@ -6,12 +6,14 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from argonne.config import Recipe
+from argonne.data.dataset import open_training_data
 from argonne.parallel.objective import Objective
 from argonne.stages.session import run_session
 from argonne.stages.setup import Session
-from argonne.stages.stage import Stage, StageData, token_windows
+from argonne.stages.stage import Stage, StageData
 from argonne.train.objectives import next_token, next_token_by_row
 from argonne.train.trainer import Outcome
 
@@ -19,6 +21,11 @@ from argonne.train.trainer import Outcome
 def objective(recipe: Recipe, data: StageData) -> Objective:
     """Next-token loss, row by row where sources are told apart."""
     return next_token_by_row if len(data.source_names) > 1 else next_token
+
+
+def token_windows(recipe: Recipe, state: dict[str, Any] | None, run_folder: Path, allow: frozenset[str]) -> StageData:
+    """Windows of token sets or of text: pretrain, continue, midtrain."""
+    return open_training_data(recipe.data, recipe.batch, recipe.seed, state=state, run_folder=run_folder, allow=allow)
 
 
 PRETRAIN = Stage(objective, token_windows)

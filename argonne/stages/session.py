@@ -13,10 +13,9 @@ import torch
 from argonne.config import Recipe
 from argonne.errors import InputError, Stopped
 from argonne.model.kernels import KernelUnavailable
-from argonne.parallel.launch import let_the_cause_speak_first, run_workers, worker_count
-from argonne.parallel.mesh import Mesh, open_mesh
-from argonne.stages.hooks import banner, checkpoint_files, export_final
-from argonne.stages.record import record_start, run_state
+from argonne.parallel.launch import let_the_cause_speak_first, run_workers
+from argonne.parallel.mesh import Mesh, open_mesh, worker_count
+from argonne.stages.hooks import banner, checkpoint_files, export_final, record_start, run_state
 from argonne.stages.setup import FREE_KEYS, Session, build, changes, open_run
 from argonne.stages.start import Start
 from argonne.train.checkpoint import LAST, STATE, read_state

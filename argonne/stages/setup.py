@@ -8,23 +8,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from argonne.config import Recipe
+import torch
+
+from argonne.config import Recipe, TrainSection
 from argonne.data.loader import Loader
 from argonne.errors import InputError
-from argonne.files import write_json
+from argonne.files import read_json, write_json
 from argonne.legacy.training import restore
 from argonne.model.build import check_attention
 from argonne.parallel.compile import compile_blocks
 from argonne.parallel.mesh import Mesh
-from argonne.parallel.parallelise import REPLICATED, Mode
+from argonne.parallel.objective import MicroBatch, Objective
+from argonne.parallel.parallelise import REPLICATED, Mode, Parallelised
+from argonne.plan import StepChoice, choose_step, plan_of_run
 from argonne.recipe import differences, to_tree
-from argonne.stages.sizing import choose, choose_micro_rows, configure_model, plan_of, steps_of
 from argonne.stages.stage import Stage, StageData
 from argonne.stages.start import Start, check_tokenizer, find_start, fit_model_section
-from argonne.train.allocator import return_freed_memory, returns_memory
+from argonne.train.allocator import LARGE_RUN, return_freed_memory
 from argonne.train.checkpoint import clean_leftovers, load_tensors, run_tensors
+from argonne.train.data import Batches, Data
 from argonne.train.optim import build_optimizer
 from argonne.train.precision import Precision, compute_dtype
+from argonne.train.probe import probe_micro_rows
+from argonne.train.recovery import MICRO_ROWS_FILE
 from argonne.train.run import RunFolder
 from argonne.train.schedule import check_schedule
 from argonne.train.trainer import Progress, Trained
@@ -137,8 +143,9 @@ def build(session: Session, opened: Opened, run: RunFolder, mesh: Mesh, say: Cal
         write_json(run.path / "plan.json", plan)
     if returns_memory(recipe.train, mesh.device.type, plan["memory_total"]):
         return_freed_memory()
-    wanted = recipe.train.compile == "on" or (recipe.train.compile == "auto" and mesh.device.type == "cuda")
-    compiled = compile_blocks(parallelised.plain, wanted=wanted)
+    compiled = recipe.train.compile == "on" or (recipe.train.compile == "auto" and mesh.device.type == "cuda")
+    if compiled:
+        compile_blocks(parallelised.plain)
     return Built(Trained(parallelised, optimizer, precision, compiled), progress, loader)
 
 
@@ -162,3 +169,104 @@ def _compare_config(start: Start, session: Session, say: Callable[[str], None]) 
 def changes(start: Start, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
     """The keys in which a recipe differs from the one of a checkpoint."""
     return differences(start.recipe_tree or {}, to_tree(dataclasses.replace(recipe, model=start.stored_model(recipe.model))))
+
+
+def returns_memory(train: TrainSection, device_type: str, planned_bytes: float) -> bool:
+    """Does this run give freed memory back at once?"""
+    if device_type != "cpu" or train.return_memory == "off":
+        return False
+    return train.return_memory == "on" or planned_bytes >= LARGE_RUN
+
+
+def steps_of(recipe: Recipe, data: Data) -> int:
+    """Optimizer steps of the run. A length in tokens or epochs is rounded down to whole steps: never more than was asked for."""
+    train = recipe.train
+    if train.steps is not None:
+        total = train.steps
+    else:
+        tokens = train.tokens if train.tokens is not None else int((train.epochs or 0) * data.tokens_per_epoch)
+        total = _steps_within(data, tokens)
+        if total < 1:
+            raise InputError(
+                f"train: {tokens:,} tokens make no whole step of batch.tokens_per_step = {recipe.batch.tokens_per_step:,}; "
+                "train longer or take a smaller batch"
+            )
+    if total < 1:
+        raise InputError(f"train.steps: found {total}, expected at least 1")
+    data.check_steps(total)
+    return total
+
+
+def _steps_within(data: Data, tokens: int) -> int:
+    """The most steps that draw at most `tokens` tokens, whatever changes of batch lie between."""
+    low, high = 0, 1
+    while data.tokens_before(high) <= tokens:
+        high *= 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if data.tokens_before(middle) <= tokens else (low, middle)
+    return low
+
+
+def choose(recipe: Recipe, mesh: Mesh) -> StepChoice:
+    """What `auto` comes to here: micro-batch, activation checkpointing and loss, by the memory of one of the run's devices."""
+
+    return choose_step(recipe, **_device_facts(mesh), world_size=mesh.world_size)
+
+
+def plan_of(recipe: Recipe, choice: StepChoice, micro_rows: int, mesh: Mesh) -> dict[str, Any]:
+    """The plan of the run as it starts: `inspect` sets it beside what was measured."""
+
+    settled = dataclasses.replace(choice, micro_rows=micro_rows)
+    return plan_of_run(recipe, settled, **_device_facts(mesh), world_size=mesh.world_size)
+
+
+def _device_facts(mesh: Mesh) -> dict[str, Any]:
+
+    if mesh.device.type == "cuda":
+        facts = torch.cuda.get_device_properties(mesh.device)
+        return {"device_name": facts.name, "device_memory": float(facts.total_memory)}
+    return {"device_name": "cpu"}
+
+
+def choose_micro_rows(
+    model: Parallelised,
+    objective: Objective,
+    precision: Precision,
+    recipe: Recipe,
+    data: Data,
+    loader: Batches,
+    step: int,
+    mesh: Mesh,
+    choice: StepChoice,
+    run: Path,
+) -> int:
+    """Rows of one forward pass on one device: the recipe's number; on a GPU found by trying, upward from the plan's; 4,096 tokens on the CPU."""
+    rows, length = -(-data.rows(step) // mesh.data_size), data.sequence_length(step)
+    # Never more than an earlier session of the run had to back off to.
+    recorded = int(read_json(run / MICRO_ROWS_FILE)["rows"]) if (run / MICRO_ROWS_FILE).exists() else None
+    share = min(rows, recorded or rows)
+    if isinstance(recipe.batch.micro, int):
+        return min(recipe.batch.micro, share)
+    if mesh.device.type != "cuda" or model.forward != "alone":
+        return max(1, min(share, choice.micro_rows, 4096 // length))
+    if recorded is not None:
+        return share
+
+    def micro_of(rows: int) -> MicroBatch:
+        loader.set_micro_rows(rows)
+        return loader.batch(step).micro_batches[0]
+
+    return probe_micro_rows(model.plain, objective, precision, mesh, micro_of, guess=choice.micro_rows, most=share)
+
+
+def configure_model(model: Any, recipe: Recipe, choice: StepChoice) -> None:
+    """Training-only switches of the model: the recipe's, and for `auto` what was chosen by memory."""
+    model.configure_training(
+        attention=recipe.train.attention,
+        activation_checkpointing=choice.activation_checkpointing,
+        checkpointing_stride=choice.checkpointing_stride,
+        loss=choice.loss,
+        loss_chunk=recipe.train.loss_chunk,
+        z_loss=recipe.train.z_loss,
+    )

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from argonne.config import Recipe
-from argonne.data.dataset import open_training_data
 from argonne.data.loader import Rows
 from argonne.model.modeling_argonne import ArgonneForCausalLM
 from argonne.parallel.objective import Objective
@@ -35,8 +34,3 @@ class Stage:
     open_data: Callable[[Recipe, dict[str, Any] | None, Path, frozenset[str]], StageData]
     weights: Callable[[Recipe, Start], ArgonneForCausalLM] = build_weights
     shows: Callable[[Recipe, StageData, int], Shown] = show_text
-
-
-def token_windows(recipe: Recipe, state: dict[str, Any] | None, run_folder: Path, allow: frozenset[str]) -> StageData:
-    """Windows of token sets or of text: pretrain, continue, midtrain."""
-    return open_training_data(recipe.data, recipe.batch, recipe.seed, state=state, run_folder=run_folder, allow=allow)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from argonne import files
-from argonne.errors import InputError
 from argonne.tokens.shards import Shard
 
 CHUNK = 1 << 22
@@ -67,11 +66,6 @@ class Verification:
                     return None
                 digest.update(chunk)
         return digest.hexdigest()
-
-    def raise_problem(self) -> None:
-        """Raise InputError when a fault was found so far."""
-        if self.problem is not None:
-            raise InputError(self.problem)
 
     def wait(self) -> None:
         if self._thread is not None:

@@ -10,18 +10,9 @@ from __future__ import annotations
 
 import ctypes
 
-from argonne.config import TrainSection
-
 LARGE_RUN = 1e9  # bytes planned from which "auto" returns memory
 BLOCK = 1 << 20  # bytes from which a block is mapped by itself
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-
-
-def returns_memory(train: TrainSection, device_type: str, planned_bytes: float) -> bool:
-    """Does this run give freed memory back at once?"""
-    if device_type != "cpu" or train.return_memory == "off":
-        return False
-    return train.return_memory == "on" or planned_bytes >= LARGE_RUN
 
 
 def return_freed_memory() -> bool:

@@ -13,7 +13,7 @@ import torch
 
 from argonne.config import Recipe
 from argonne.parallel.mesh import Mesh
-from argonne.parallel.objective import Sums
+from argonne.parallel.parallelise import Sums
 from argonne.plan import device_peak_flops, flops_per_token
 from argonne.train.data import Data
 from argonne.train.guard import SpikeWatch

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from argonne.config import Recipe
-from argonne.parallel.compile import eager_blocks
+from argonne.parallel.compile import eager_blocks, is_compiler_error, undo_compile
 from argonne.parallel.mesh import Mesh
 from argonne.parallel.parallelise import Parallelised
 from argonne.recipe import to_tree
@@ -22,7 +22,7 @@ from argonne.train.guard import Diverged, HangWatch, NonFinitePolicy, StopWatch,
 from argonne.train.metrics import MetricsLog, ProgressLine
 from argonne.train.precision import Precision
 from argonne.train.profiling import start_profiler
-from argonne.train.recovery import Recovery, first_line, is_out_of_memory
+from argonne.train.recovery import back_off, first_line, is_out_of_memory
 from argonne.train.run import COMPLETE, STOPPED, RunFolder, config_hash
 from argonne.train.saving import Saver
 from argonne.train.schedule import applied_rate, learning_rate, set_learning_rate
@@ -135,7 +135,7 @@ class Trainer:
         self.saver = Saver(
             run.path, plain, self.optimizer, mesh, recipe.checkpoint, metrics, self.line.say, hooks.checkpoint_files, progress.step
         )
-        self.recovery = Recovery(self.optimizer, plain, mesh, loader, run.path, self._warn, compiled=trained.compiled)
+        self.compiled = trained.compiled
         self._measured: tuple[int, float] | None = None  # step and loss of the newest held-out evaluation
         self._telemetry_limit = parse_duration(recipe.log.telemetry_limit, "log.telemetry_limit")
         timeout = parse_duration(recipe.parallel.timeout, "parallel.timeout")
@@ -209,14 +209,20 @@ class Trainer:
                 result = take_step(self.trained, batch, count, rate, grad_clip=self.recipe.optim.grad_clip)
                 break
             except Exception as error:
-                if self.recovery.eager(error, step):
+                if self.compiled and is_compiler_error(error):  # give up on compiling, loudly, once
+                    self.compiled = False
+                    undo_compile(self.parallelised.plain)
+                    told = f"compiling failed, training goes on eagerly: {type(error).__name__}: {first_line(error)}"
+                    self._warn(step + 1, told)
                     continue
                 if not is_out_of_memory(error):
                     raise
                 reason = first_line(error)
             # Outside the handler: the traceback no longer keeps the step's tensors alive.
             now = self._updates()
-            batch = self.recovery.smaller(batch, reason, updated=updates is not None and now is not None and not torch.equal(updates, now))
+            updated = updates is not None and now is not None and not torch.equal(updates, now)
+            self._warn(step + 1, back_off(self.optimizer, self.mesh, self.loader, self.run.path, step, reason, updated=updated))
+            batch = self.loader.batch(step)
         upcoming = self._fetch(step + 1)
         self.telemetry.observe(step + 1, result)
         self.progress.step = step + 1

@@ -220,7 +220,7 @@ def test_units_of_an_earlier_session_are_verified_before_the_text_is_complete(
     shard.write_bytes(shard.read_bytes()[:-1] + b"\x01")
     again = open_training_data(dataclasses.replace(text, verify="before"), BATCH, 1, run_folder=tmp_path / "run")
     with pytest.raises(InputError, match="tokens-00000"):
-        Loader(again, 0, 1, 4)
+        again.verify()
 
 
 def test_a_failure_while_tokenising_reaches_the_trainer(text: DataSection, tmp_path: Path) -> None:

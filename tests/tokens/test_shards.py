@@ -215,14 +215,15 @@ def test_a_flipped_byte_stops_a_run_at_its_next_step(write_tokens: Writer, tmp_p
     data = open_training_data(section, BatchSection(tokens_per_step=8), 1, run_folder=tmp_path)
     monkeypatch.setattr(Verification, "start", lambda self: None)
     loader = Loader(data, 0, 1, 1, prefetch=0)
+    verification = data.verify()
+    assert verification is not None
     loader.batch(0)
-    assert loader.verification is not None
-    loader.verification.run()
+    verification.run()
     with pytest.raises(InputError, match=r"tokens-00000\.bin: other bytes than were written"):
         loader.batch(1)
     before = DataSection(sources=section.sources, sequence_length=8, verify="before")
     with pytest.raises(InputError, match="other bytes"):
-        Loader(open_training_data(before, BatchSection(tokens_per_step=8), 1), 0, 1, 1)
+        open_training_data(before, BatchSection(tokens_per_step=8), 1).verify()
 
 
 def test_a_file_that_was_found_right_is_not_read_again_until_it_changes(
@@ -251,7 +252,7 @@ def test_ten_gigabytes_of_shards_open_without_being_read(tmp_path: Path, numbers
     before = resident_bytes()
     data = open_training_data(section, BatchSection(tokens_per_step=8 * 1024), 1)
     with Loader(data, 0, 1, 8) as loader:
-        assert loader.batch(0).tokens == 8192
+        assert loader.batch(0).count == 8192
     assert data.tokens_per_epoch == (tokens - 1) // 1024 * 1024
     assert resident_bytes() - before < 100 << 20
 

@@ -23,7 +23,7 @@ REACHED = (
 
 
 def traced(*step: Ran, start: tuple[Ran, ...] = ()) -> Trace:
-    return Trace(frozenset(start), (frozenset(step),) * (WARM + SPAN))
+    return Trace(frozenset(start), *((frozenset(step),) * (WARM + SPAN),) * 2)
 
 
 @pytest.fixture(scope="module")

@@ -106,29 +106,68 @@ STEP = Ran("argonne/train/step.py", "step", 1)
 
 
 def trace(*steps: set[Ran]) -> Trace:
-    return Trace(frozenset({LOCATE}), tuple(map(frozenset, steps)))
+    return Trace(frozenset({LOCATE}), tuple(map(frozenset, steps)), tuple(frozenset(step - {STEP}) for step in steps))
 
 
 def test_a_batch_read_ahead_falls_into_the_steps_traced() -> None:
     steps = [{STEP}] * (WARM + SPAN - 1) + [{STEP, READ}]
-    assert trace(*steps).step() == ({STEP, READ}, False)
+    assert trace(*steps).step() == ({STEP, READ}, {READ}, False)
 
 
 def test_the_first_steps_are_not_traced() -> None:
     first = Ran("argonne/stages/services.py", "banner", 1)
-    assert trace(*[{STEP, first}] * WARM, *[{STEP}] * SPAN).step() == ({STEP}, False)
+    assert trace(*[{STEP, first}] * WARM, *[{STEP}] * SPAN).step() == ({STEP}, set(), False)
 
 
 def test_steps_that_locate_a_block_are_passed_over_and_their_batches_told_apart() -> None:
     found = trace(*[{STEP}] * WARM, {STEP, READ, LOCATE}, *[{STEP, READ}] * SPAN)
-    assert found.step() == ({STEP, READ}, False)
-    assert found.locating() == {STEP, READ, LOCATE}
+    assert found.step() == ({STEP, READ}, {READ}, False)
+    assert found.locating() == {READ, LOCATE}
 
 
 def test_where_every_batch_locates_its_rows_the_step_says_so() -> None:
-    assert trace(*[{STEP, LOCATE}] * (WARM + SPAN)).step() == ({STEP, LOCATE}, True)
+    assert trace(*[{STEP, LOCATE}] * (WARM + SPAN)).step() == ({STEP, LOCATE}, {LOCATE}, True)
 
 
 def test_a_run_too_short_to_hold_a_steady_step_is_refused() -> None:
     with pytest.raises(ValueError, match=f"expected at least {WARM + SPAN}"):
         trace(*[{STEP}] * (WARM + SPAN - 1)).step()
+
+
+def test_what_only_runs_at_import_is_left_out(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path / "argonne")
+    source = "def key(): ...\nkey()\n"
+    before = sys.getprofile()
+    sys.setprofile(recorder)
+    try:
+        names: dict[str, Any] = {}
+        exec(compile(source, str(tmp_path / "argonne" / "config.py"), "exec"), names)
+        imported = {code.co_name for code in recorder._open}
+        names["key"]()
+    finally:
+        sys.setprofile(before)
+    assert "key" not in imported
+    assert "key" in {code.co_name for code in recorder._open}
+
+
+def test_a_batch_is_what_the_loader_runs_and_not_what_the_log_asks_of_the_data(tmp_path: Path) -> None:
+    sources = {
+        "data/loader.py": "def read(): ...\ndef passes(): ...\nclass Loader:\n    def batch(self): read()\n",
+        "train/metrics.py": "class MetricsLog:\n    def write(self, event, step): ...\n",
+        "model/layers.py": "def forward(): ...\n",
+        "train/trainer.py": "def fit():\n    forward()\n    for step in range(3):\n"
+        "        Loader().batch(); passes(); MetricsLog().write('step', step)\n",
+    }
+    names: dict[str, Any] = {}
+    for name, source in sources.items():
+        exec(compile(source, str(tmp_path / "argonne" / name), "exec"), names)
+    recorder = Recorder(tmp_path / "argonne")
+    before = sys.getprofile()
+    sys.setprofile(recorder)
+    try:
+        names["fit"]()
+    finally:
+        sys.setprofile(before)
+    found = recorder.result()
+    assert [function for _, function, _ in found["batches"][0]] == ["Loader.batch", "read"]
+    assert "passes" in [function for _, function, _ in found["steps"][0]]

@@ -11,7 +11,8 @@ from safetensors import safe_open
 from argonne.config import Recipe
 from argonne.parallel.objective import Objective
 from argonne.report.records import read_metrics
-from argonne.stages.stage import Stage, StageData, token_windows
+from argonne.stages.pretrain import token_windows
+from argonne.stages.stage import Stage, StageData
 
 # What must be bit-identical; the rest of a record is speed and memory.
 EXACT = ("step", "tokens", "loss", "lr", "grad_norm")

@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from argonne.config import TrainSection
-from argonne.train.allocator import LARGE_RUN, returns_memory
+from argonne.stages.setup import returns_memory
+from argonne.train.allocator import LARGE_RUN
 
 # Keeps every second of many 2 MiB blocks: with a heap the freed ones are holes that stay with the process.
 HOLES = """
