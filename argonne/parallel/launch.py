@@ -8,29 +8,35 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-# Loaded once in the server that workers are forked from: a worker, and a restarted one, starts in a fraction of a second.
-PRELOADED = ["torch.distributed", "transformers", "argonne.model.modeling_argonne", "argonne.data.dataset", "argonne.stages.setup"]
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 def run_workers(
-    work: Callable[..., Any], arguments: tuple[Any, ...], *, count: int, max_restarts: int, grace_seconds: float, name: str
+    work: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    *,
+    count: int,
+    max_restarts: int,
+    grace_seconds: float,
+    name: str,
+    preload: Sequence[str] = (),
 ) -> Any:
     """Run `work(*arguments)` on `count` local processes that can reach one another; returns rank 0's result.
 
     A worker that fails, dies or is killed ends the others, and all start again up to `max_restarts` times. SIGTERM, SIGUSR1 and Ctrl-C are
-    passed on to the workers, which save and return; they have `grace_seconds` for it. Raises RuntimeError with the first failure's own words.
+    passed on to the workers, which save and return; they have `grace_seconds` for it. `preload`: modules loaded once in the server that workers
+    are forked from, so that a worker, and a restarted one, starts in a fraction of a second. Raises RuntimeError with the first failure's own words.
     """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
-    multiprocessing.set_forkserver_preload(PRELOADED)
+    multiprocessing.set_forkserver_preload(list(preload))
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

@@ -86,8 +86,25 @@ def check_replicated(parallel: ParallelSection) -> None:
 
 def replicate(model: nn.Module, mesh: Mesh, objective: Objective, casts: Casts) -> Parallelised:
     """One copy a rank, gradients averaged over ranks in the last backward pass of a step; the model itself on a mesh of one."""
-    stepped = model if mesh.world_size == 1 else _distributed(model, mesh)
-    no_sync = getattr(stepped, "no_sync", contextlib.nullcontext)
+    if mesh.world_size == 1:
+        return in_one_call(model, model, mesh, objective, casts)
+    stepped = _distributed(model, mesh)
+    return in_one_call(
+        stepped, model, mesh, objective, casts, sync=lambda wanted: contextlib.nullcontext() if wanted else stepped.no_sync()
+    )
+
+
+def in_one_call(
+    stepped: nn.Module,
+    plain: nn.Module,
+    mesh: Mesh,
+    objective: Objective,
+    casts: Casts,
+    *,
+    sync: Callable[[bool], contextlib.AbstractContextManager[Any]] = lambda wanted: contextlib.nullcontext(),
+    forward: Literal["alone", "together"] = "alone",
+) -> Parallelised:
+    """For every mode in which one call of `stepped` is a whole forward pass. sync(wanted): around a micro-batch, whether ranks reduce then."""
 
     def forward_backward(micro_batches: Sequence[MicroBatch], count: int) -> Sums:
         scale = mesh.data_size / max(1, count)  # the reduction averages over ranks
@@ -95,7 +112,7 @@ def replicate(model: nn.Module, mesh: Mesh, objective: Objective, casts: Casts) 
         last = len(micro_batches) - 1
         for index, on_host in enumerate(micro_batches):
             micro = placed(on_host, mesh.device)
-            with contextlib.nullcontext() if index == last else no_sync():
+            with sync(index == last):
                 with casts.autocast():
                     loss = loss_of(stepped, micro, objective)
                 casts.scale(loss.total * scale).backward()
@@ -104,9 +121,9 @@ def replicate(model: nn.Module, mesh: Mesh, objective: Objective, casts: Casts) 
 
     def evaluate(on_host: MicroBatch) -> Loss:
         with torch.no_grad(), casts.autocast():
-            return loss_of(model, placed(on_host, mesh.device), objective)
+            return loss_of(plain, placed(on_host, mesh.device), objective)
 
-    return Parallelised(stepped, model, forward_backward, total_norm, evaluate)
+    return Parallelised(stepped, plain, forward_backward, total_norm, evaluate, forward)
 
 
 REPLICATED = Mode(check_replicated, replicate)

@@ -18,6 +18,7 @@ from argonne.model.load import load_model
 from argonne.model.save import save_model_folder
 from argonne.parallel.mesh import Mesh
 from argonne.parallel.parallelise import Parallelised
+from argonne.plan import shape_of
 from argonne.recipe import to_toml, to_tree
 from argonne.serve.engine import stream_text
 from argonne.serve.sampling import SamplingOptions
@@ -135,7 +136,6 @@ def record_start(
     run: RunFolder,
     recipe: Recipe,
     data: Data,
-    model: nn.Module,
     start: Start,
     mesh: Mesh,
     micro_rows: int,
@@ -144,7 +144,7 @@ def record_start(
 ) -> None:
     """Write config and manifest, print what is about to run."""
 
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = shape_of(recipe.model, recipe.data.sequence_length).parameters()
     run.clear_markers()
     run.write_config(to_toml(recipe))
     run.write_manifest(

@@ -24,6 +24,9 @@ from argonne.train.metrics import MetricsLog
 from argonne.train.run import COMPLETE, RunFolder
 from argonne.train.trainer import Hooks, Outcome, Trainer
 
+# What every worker imports.
+PRELOADED = ("torch.distributed", "transformers", "argonne.stages.session")
+
 
 def run_session(session: Session) -> Outcome:
     """Run one session to its end, on local workers of its own where the recipe or the GPUs of this machine ask for several."""
@@ -35,7 +38,13 @@ def run_session(session: Session) -> Outcome:
         return train_session(session)
     grace = parse_duration(session.recipe.stop.grace, "stop.grace")
     found = run_workers(
-        _work, (session,), count=count, max_restarts=parallel.max_restarts, grace_seconds=grace, name=session.folder.name or "run"
+        _work,
+        (session,),
+        count=count,
+        max_restarts=parallel.max_restarts,
+        grace_seconds=grace,
+        name=session.folder.name or "run",
+        preload=PRELOADED,
     )
     if isinstance(found, InputError):
         raise found
@@ -113,7 +122,7 @@ def _train(session: Session, run: RunFolder, mesh: Mesh, watch: StopWatch) -> Ou
         built = build(session, opened, run, mesh, say)
         progress = built.progress
         if mesh.is_main:
-            record_start(run, recipe, data, built.trained.parallelised.plain, start, mesh, built.loader.micro_rows, opened.total_steps, say)
+            record_start(run, recipe, data, start, mesh, built.loader.micro_rows, opened.total_steps, say)
         mesh.barrier()
         metrics = MetricsLog(run.path, recipe.log, enabled=mesh.is_main, run_name=run.run_id)
         metrics.write("resume" if start.checkpoint is not None and start.own else "start", progress.step, parent=start.parent)

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
 
 from argonne.config import CheckpointSection
 from argonne.errors import InputError
@@ -69,9 +70,15 @@ class NonFiniteWeights(RuntimeError):
     """A weight is not finite: the save is refused and the last good checkpoint stays."""
 
 
+def _local(parameter: nn.Parameter) -> torch.Tensor:
+    """What this rank holds of it."""
+    detached = parameter.detach()
+    return detached.to_local() if isinstance(detached, DTensor) else detached
+
+
 def check_finite(model: nn.Module, mesh: Mesh) -> None:
     """Raise NonFiniteWeights naming the first parameters that hold NaN or infinity: on every rank, when it is so on any of them."""
-    mine = [name for name, parameter in model.named_parameters() if not bool(torch.isfinite(parameter.detach()).all())]
+    mine = [name for name, parameter in model.named_parameters() if not bool(torch.isfinite(_local(parameter)).all())]
     for rank, names in enumerate(mesh.gather(mine)):
         if names:
             where = f" on rank {rank}" if mesh.world_size > 1 else ""
@@ -93,6 +100,7 @@ def save_checkpoint(
 
     Raises OSError (disk full, read-only) after removing the temporary; earlier checkpoints are untouched.
     """
+    names = set().union(*mesh.gather(set(tensors)))  # of a pipeline each rank has its own
     target = checkpoint_path(run, step)
     temporary = run / f"{TEMPORARY}{target.name}"
 
@@ -104,7 +112,7 @@ def save_checkpoint(
         write_json(temporary / STATE, {"format_version": FORMAT_VERSION, "step": step, **state})
         add_files(temporary)
         seal_directory(temporary)
-        if problems := verify_directory(temporary) + unreadable_tensors(temporary, set(tensors)):
+        if problems := verify_directory(temporary) + unreadable_tensors(temporary, names):
             raise OSError(f"{target}: what was written does not read back: {'; '.join(problems[:3])}")
         if (metrics := run / "metrics.jsonl").exists():
             fsync_path(metrics)  # the records of the steps that this checkpoint ends are as safe as it is
@@ -239,9 +247,9 @@ def _sharding(metadata: dict[str, str] | None) -> dict[str, list[int]]:
     return {name: list(entry["saved_offsets"]) for name, entry in stored.items()}
 
 
-def check_matches(checkpoint: Path, tensors: dict[str, torch.Tensor]) -> None:
+def check_matches(checkpoint: Path, wanted: dict[str, tuple[int, ...]]) -> None:
     """All or nothing: every tensor is there with its full shape and nothing is left over, else InputError naming the first differences."""
-    stored, wanted = stored_shapes(checkpoint), {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    stored = stored_shapes(checkpoint)
     missing, unknown = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
     shapes = [
         f"{name} is {stored[name]}, expected {wanted[name]}"
@@ -257,7 +265,8 @@ def check_matches(checkpoint: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 def load_tensors(checkpoint: Path, tensors: dict[str, torch.Tensor], mesh: Mesh) -> None:
     """Fill live tensors in place from a checkpoint of any number of ranks. Raises InputError before anything is changed if they differ."""
-    check_matches(checkpoint, tensors)
+    shapes = mesh.gather({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    check_matches(checkpoint, {name: shape for part in shapes for name, shape in part.items()})
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         reader = HuggingFaceStorageReader(str(checkpoint))

@@ -1,0 +1,112 @@
+"""Toy modes: FSDP2 over all ranks, and a pipeline of two processes. What the real ones will be, on a page each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+
+from argonne.config import ParallelSection
+from argonne.parallel.mesh import Mesh
+from argonne.parallel.objective import Loss, MicroBatch, Objective
+from argonne.parallel.parallelise import Casts, Mode, Parallelised, Sums, in_one_call, placed
+
+
+def anything(parallel: ParallelSection) -> None:
+    """A toy refuses nothing."""
+
+
+def shard(model: Any, mesh: Mesh, objective: Objective, casts: Casts) -> Parallelised:
+    """FSDP2: a group for each layer, one for embedding, norm and head."""
+    ranks = init_device_mesh("cpu", (mesh.world_size,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=ranks)
+    fully_shard(model, mesh=ranks)
+
+    @contextmanager
+    def sync(wanted: bool) -> Any:
+        model.set_requires_gradient_sync(wanted)
+        yield
+
+    return in_one_call(model, model, mesh, objective, casts, sync=sync, forward="together")
+
+
+class First(nn.Module):
+    """Embedding and the first layers."""
+
+    def __init__(self, model: Any, cut: int) -> None:
+        super().__init__()
+        self.model, self.cut = model, cut
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.model.run_layers(self.model.embed(input_ids), 0, self.cut)
+
+
+class Last(nn.Module):
+    """The other layers and the final norm; the head is the objective's."""
+
+    def __init__(self, model: Any, cut: int) -> None:
+        super().__init__()
+        self.model, self.cut = model, cut
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.model.model.norm(self.model.run_layers(hidden, self.cut))
+
+
+def pipeline(model: Any, mesh: Mesh, objective: Objective, casts: Casts) -> Parallelised:
+    """Two stages under GPipe. The tied embedding lies on both: its gradients are summed, and the norm counts it once."""
+    layers, cut, first = model.model.layers, len(model.model.layers) // 2, mesh.rank == 0
+    for index in range(len(layers)):
+        if (index < cut) != first:
+            layers[index] = nn.Identity()
+    if first:
+        model.model.norm = nn.Identity()
+    stage = PipelineStage(First(model, cut) if first else Last(model, cut), mesh.rank, 2, mesh.device)
+    tied = model.model.embed_tokens.weight
+
+    def forward_backward(micro_batches: Sequence[MicroBatch], count: int) -> Sums:
+        micros, sums = [placed(micro, mesh.device) for micro in micro_batches], Sums(torch.zeros(()))
+
+        def loss_of_micro(hidden: Tensor, number: Tensor) -> Tensor:
+            loss = objective(model.head, hidden, micros[int(number)])
+            sums.add(loss, micros[int(number)])
+            return loss.total / max(1, count)
+
+        schedule = ScheduleGPipe(stage, len(micros), loss_fn=loss_of_micro, scale_grads=False)
+        if first:
+            schedule.step(torch.cat([micro["input_ids"] for micro in micros]))
+        else:
+            schedule.step(target=torch.arange(len(micros)))
+        tied.grad = torch.zeros_like(tied) if tied.grad is None else tied.grad
+        dist.all_reduce(tied.grad)
+        return sums
+
+    def gradient_norm(parameters: Sequence[Tensor]) -> Tensor:
+        mine = [p.grad for p in parameters if p.grad is not None and (first or p is not tied)]
+        squares = torch.stack([grad.square().sum() for grad in mine]).sum()
+        dist.all_reduce(squares)
+        return squares.sqrt()
+
+    @torch.no_grad()
+    def evaluate(micro: MicroBatch) -> Loss:
+        if first:
+            dist.send(First(model, cut)(micro["input_ids"]), 1)
+        box: list[Any] = [None]
+        if not first:
+            hidden = torch.empty(*micro["input_ids"].shape, model.config.hidden_size)
+            dist.recv(hidden, 0)
+            box = [objective(model.head, Last(model, cut)(hidden), micro)]
+        dist.broadcast_object_list(box, src=1)
+        return box[0]
+
+    return Parallelised(model, model, forward_backward, gradient_norm, evaluate, "never")
+
+
+SHARDED, PIPELINED = Mode(anything, shard), Mode(anything, pipeline)
