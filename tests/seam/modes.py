@@ -72,12 +72,12 @@ def pipeline(model: Any, mesh: Mesh, objective: Objective, casts: Casts) -> Para
     tied = model.model.embed_tokens.weight
 
     def forward_backward(micro_batches: Sequence[MicroBatch], count: int) -> Sums:
-        micros, sums = [placed(micro, mesh.device) for micro in micro_batches], Sums(torch.zeros(()))
+        micros, found = [placed(micro, mesh.device) for micro in micro_batches], dict[int, Loss]()
 
         def loss_of_micro(hidden: Tensor, number: Tensor) -> Tensor:
-            loss = objective(model.head, hidden, micros[int(number)])
-            sums.add(loss, micros[int(number)])
-            return loss.total / max(1, count)
+            # torch also calls it on an empty buffer, to learn the shapes: the real micro-batch comes later and takes the place.
+            found[int(number)] = objective(model.head, hidden, micros[int(number)])
+            return found[int(number)].total / max(1, count)
 
         schedule = ScheduleGPipe(stage, len(micros), loss_fn=loss_of_micro, scale_grads=False)
         if first:
@@ -86,6 +86,9 @@ def pipeline(model: Any, mesh: Mesh, objective: Objective, casts: Casts) -> Para
             schedule.step(target=torch.arange(len(micros)))
         tied.grad = torch.zeros_like(tied) if tied.grad is None else tied.grad
         dist.all_reduce(tied.grad)
+        sums = Sums(torch.zeros(()))
+        for number, loss in sorted(found.items()):
+            sums.add(loss, micros[number])
         return sums
 
     def gradient_norm(parameters: Sequence[Tensor]) -> Tensor:
