@@ -5,13 +5,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 
-def key(default: Any, meaning: str, choices: tuple[Any, ...] = ()) -> Any:
-    """A recipe key: its default, its meaning (shown by --help and written into the saved config) and, where closed, its choices."""
-    return field(default=default, metadata={"meaning": meaning, "choices": choices})
+def key(
+    default: Any, meaning: str, choices: tuple[Any, ...] = (), metavar: str | None = None, parse: Callable[[str], Any] | None = None
+) -> Any:
+    """A recipe key or a flag: its default (MISSING = required), its meaning (shown by --help and written into the saved config), its choices.
+
+    metavar, parse: how a flag's value is called in the help and read from its text.
+    """
+    return field(default=default, metadata={"meaning": meaning, "choices": choices, "metavar": metavar, "parse": parse})
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from argonne import actions
-from argonne.cli import main
+from argonne.cli import begin, data, main
 
 PUBLISHED = {
     "argonne-1.0": 275_827_680,
@@ -121,7 +120,7 @@ def test_an_interrupt_is_exit_code_1_without_a_traceback(monkeypatch: pytest.Mon
     def interrupted(options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(actions, "list_models", interrupted)
+    monkeypatch.setattr(begin, "list_models", interrupted)
     assert main(["models"]) == 1
     assert capsys.readouterr().err == "argonne: interrupted\n"
 
@@ -172,7 +171,7 @@ def test_from_text_to_a_report_through_the_command_line(tmp_path: Path, capsys: 
 def test_sigterm_leaves_a_checkpoint_a_marker_and_exit_code_3(tokens: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     arguments = ["pretrain", "nano-3.0", "--run", str(run), "--train.steps", "100000", *SMALL, *sources(tokens, 1000)]
-    with subprocess.Popen([sys.executable, "-m", "argonne.cli", *arguments], stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([sys.executable, "-m", "argonne", *arguments], stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         for line in process.stderr:
             if line.startswith("step") and "held-out" not in line:
@@ -194,7 +193,7 @@ def test_sigterm_leaves_a_checkpoint_a_marker_and_exit_code_3(tokens: Path, tmp_
 
 def test_a_repeated_input_adds_to_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[list[str]] = []
-    monkeypatch.setattr(actions, "prepare_tokens", lambda arguments: given.append(arguments.input))
+    monkeypatch.setattr(data, "prepare_tokens", lambda arguments: given.append(arguments.input))
     assert main(["prepare", "--input", "a.txt", "--input", "b.txt", "c.txt", "--train-tokenizer", "300", "--out", str(tmp_path)]) == 0
     assert given == [["a.txt", "b.txt", "c.txt"]]
 

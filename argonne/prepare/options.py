@@ -2,39 +2,65 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from argparse import ArgumentTypeError
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
+from argonne.config import key
 from argonne.errors import InputError
 
 FILTERS = ("quality",)
+TEXT = "text: parquet, arrow, jsonl(.gz|.zst), txt"
+COLUMN = "column or field that holds the text"
+SPLIT = "txt: file (one document), blank-lines, lines, or a separator"
+
+
+def _part(text: str) -> tuple[int, int]:
+    number, slash, count = text.partition("/")
+    if not (slash and number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
+        raise ArgumentTypeError(f"found {text!r}, expected K/N with 1 <= K <= N")
+    return int(number), int(count)
+
+
+@dataclass(frozen=True)
+class TokenizerOptions:
+    """Every flag of `argonne tokenizer train`."""
+
+    input: tuple[str, ...] = key(MISSING, TEXT, metavar="GLOB")
+    vocab_size: int = key(MISSING, "entries, reserved tokens included", metavar="N")
+    out: Path = key(MISSING, "folder to write", metavar="DIR")
+    bare: bool = key(False, "only the five special tokens of the 1.x tokenizer")
+    text_column: str = key("text", COLUMN, metavar="NAME")
+    split: str = key("file", SPLIT, metavar="HOW")
 
 
 @dataclass(frozen=True)
 class PrepareOptions:
     """Every flag of `argonne prepare`."""
 
-    input: tuple[str, ...]
-    out: Path
-    tokenizer: Path | None = None
-    train_tokenizer: int | None = None
-    bare: bool = False
-    text_column: str = "text"
-    split: str = "file"
-    filter: tuple[str, ...] = ()
-    dedup: bool = False
-    decontaminate: tuple[str, ...] = ()
-    hold_out: float = 0.0
-    bos: bool = False
-    added_tokens: str = "library"
-    format: str = "shards"
-    workers: int = 0
-    engine: str = "local"
-    part: tuple[int, int] | None = None
-    encoder: str = "auto"
-    skip_bad_shards: bool = False
-    max_drop_fraction: float = 0.1
+    input: tuple[str, ...] = key(MISSING, TEXT, metavar="GLOB")
+    out: Path = key(MISSING, "folder to write", metavar="DIR")
+    tokenizer: Path | None = key(None, "folder of the tokenizer", metavar="DIR")
+    train_tokenizer: int | None = key(None, "train a tokenizer of N entries on the input first", metavar="N")
+    bare: bool = key(False, "with --train-tokenizer: only the five special tokens of 1.x")
+    text_column: str = key("text", COLUMN, metavar="NAME")
+    split: str = key("file", SPLIT, metavar="HOW")
+    filter: tuple[str, ...] = key((), "quality filters to apply (quality)", metavar="NAME")
+    dedup: bool = key(False, "drop exact duplicates, counted")
+    decontaminate: tuple[str, ...] = key((), "drop documents that share 13-grams with these files", metavar="FILE")
+    hold_out: float = key(0.0, "share of the documents that is never trained on", metavar="F")
+    bos: bool = key(False, "begin each document with the tokenizer's BOS")
+    added_tokens: str = key("library", "plain: added tokens in text are plain text", ("library", "plain"))
+    format: str = key("shards", "shards, or one train.bin as the family's", ("shards", "train.bin"))
+    workers: int = key(0, "processes; 0 = one a core", metavar="N")
+    engine: str = key("local", "who runs the workers", ("local", "slurm", "ray"))
+    part: tuple[int, int] | None = key(
+        None, "encode only part K of N (1-based); the last to finish completes the set", metavar="K/N", parse=_part
+    )
+    encoder: str = key("auto", "reference encoder, or the fast one", ("auto", "tokenizers", "gigatoken"))
+    skip_bad_shards: bool = key(False, "count and pass over files that cannot be read")
+    max_drop_fraction: float = key(0.1, "abort when more rows than this are dropped", metavar="F")
 
     def recipe(self) -> dict[str, Any]:
         """The options that decide which bytes are written."""

@@ -15,7 +15,7 @@ from argonne import files
 from argonne.errors import InputError
 from argonne.prepare import documents, filters, messages
 from argonne.prepare.documents import InputFile, Unit
-from argonne.prepare.options import PrepareOptions
+from argonne.prepare.options import PrepareOptions, TokenizerOptions
 from argonne.tokens import shards as tokens
 from argonne.tokens.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 
@@ -170,15 +170,13 @@ def sample_texts(
                 raise
 
 
-def train_tokenizer_on_files(
-    patterns: tuple[str, ...], vocab_size: int, out: Path, *, bare: bool = False, text_column: str = "text", split: str = "file"
-) -> Path:
+def train_tokenizer_on_files(flags: TokenizerOptions) -> Path:
     """`argonne tokenizer train`: byte-level BPE on the files that the globs match."""
-    options = PrepareOptions(input=tuple(patterns), out=out, train_tokenizer=vocab_size, text_column=text_column, split=split)
-    found = documents.find_files(patterns)
+    options = PrepareOptions(flags.input, flags.out, train_tokenizer=flags.vocab_size, text_column=flags.text_column, split=flags.split)
+    found = documents.find_files(flags.input)
     units, _ = _cut_all(options, found)
     _check_text(options, found, units)
-    return train_tokenizer(sample_texts(found, units, text_column, split), vocab_size, Path(out), bare=bare)
+    return train_tokenizer(sample_texts(found, units, flags.text_column, flags.split), flags.vocab_size, flags.out, bare=flags.bare)
 
 
 def _check_plan(options: PrepareOptions, plan: dict[str, Any], out: Path) -> None:

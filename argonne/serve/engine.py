@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from argonne.errors import InputError
-from argonne.serve.sampling import Sampler, SamplingOptions
+from argonne.serve.options import SamplingOptions
+from argonne.serve.sampling import Sampler
 from argonne.serve.text_stream import TextStream
 from argonne.tokens.tokenizer import TextTokenizer, load_tokenizer
 

@@ -114,7 +114,7 @@ class _Demo:
 
     def generate(self) -> None:
         from argonne.serve.engine import open_engine
-        from argonne.serve.sampling import SamplingOptions
+        from argonne.serve.options import SamplingOptions
 
         command = f"argonne generate {shlex.quote(str(self.run))} --prompt {shlex.quote(PROMPTS[0])}"
         self.heading(5, "What it writes (a model of this size has learned the look of the text, not its sense)", command)

@@ -21,7 +21,7 @@ from argonne.parallel.parallelise import Parallelised
 from argonne.plan import shape_of
 from argonne.recipe import to_toml, to_tree
 from argonne.serve.engine import stream_text
-from argonne.serve.sampling import SamplingOptions
+from argonne.serve.options import SamplingOptions
 from argonne.stages.start import Start, architecture_fields
 from argonne.tokens.tokenizer import TextTokenizer
 from argonne.train.aside import Work

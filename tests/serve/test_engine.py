@@ -15,7 +15,8 @@ from argonne.model.build import build_model, config_from_fields
 from argonne.model.load import choose_device
 from argonne.presets import preset
 from argonne.serve.engine import complete_ids, prompt_ids, stop_ids, stream_ids, stream_text
-from argonne.serve.sampling import Sampler, SamplingOptions
+from argonne.serve.options import SamplingOptions
+from argonne.serve.sampling import Sampler
 from argonne.serve.text_stream import TextStream
 from argonne.tokens.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 

@@ -24,7 +24,7 @@ from argonne.parallel.objective import Head, Loss, MicroBatch
 from argonne.recipe import build, resolve
 from argonne.report.records import read_metrics
 from argonne.serve.engine import complete_ids
-from argonne.serve.sampling import SamplingOptions
+from argonne.serve.options import SamplingOptions
 from argonne.stages import pretrain
 from argonne.stages.pretrain import run
 from argonne.train.objectives import next_token

@@ -1,0 +1,196 @@
+"""`argonne VERB ...`: find the verb's page, parse, call its function, turn what it raises into one line and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import importlib
+import json
+import re
+import sys
+import time
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from argonne import __version__
+from argonne.errors import InputError, Stopped
+
+# The way from text to a model that others use: page of the verbs, what they are for, the verbs.
+PAGES = (
+    ("begin", "begin here", ("demo", "models", "plan")),
+    ("data", "from text to tokens", ("tokenizer", "prepare")),
+    ("train", "from tokens to a model", ("pretrain", "continue")),
+    ("watch", "look at what there is", ("runs", "report", "inspect")),
+    ("use", "use and measure a model", ("generate", "eval")),
+    ("move", "hand it on", ("import", "export")),
+)
+RECIPE_VERBS = ("pretrain", "continue", "plan")
+Verbs = Callable[..., "Parser"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb. Exit codes: 0 done, 2 wrong input, 3 stopped on request and resumable, 1 anything else."""
+    started = time.monotonic()
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        options, rest = build_parser(arguments).parse_known_args(arguments)
+        options.started, options.rest = started, rest
+        if rest and options.verb not in RECIPE_VERBS:
+            raise InputError(f"{options.verb}: unknown argument {rest[0]!r}; see `argonne {options.verb} --help`")
+        return int(options.function(options) or 0)
+    except (InputError, Stopped) as error:
+        print(f"argonne: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("argonne: interrupted", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
+
+
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """Shows the default of each flag that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        shown = action.default not in (None, False, argparse.SUPPRESS, [], ()) and "default" not in (action.help or "")
+        return f"{action.help or ''} (default: %(default)s)" if shown and action.option_strings else action.help or ""
+
+
+class Parser(argparse.ArgumentParser):
+    """Wrong arguments are an InputError like all wrong input: one line that names what was found and where help is."""
+
+    given: Sequence[str] = ()
+
+    def error(self, message: str) -> NoReturn:
+        hint, verb = "", self.prog.removeprefix("argonne").strip()
+        if choice := re.fullmatch(r"argument (\S+): invalid choice: '(.*)' \(choose from (.*)\)", message):
+            near = difflib.get_close_matches(choice[2], re.findall(r"[\w.-]+", choice[3]), n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            message = f"{choice[1]}: found {choice[2]!r}, expected one of {choice[3]}"
+        elif "required" in message and verb not in RECIPE_VERBS:
+            flags = [item.partition("=")[0] for item in self.given if item.startswith("--")]
+            if unknown := [flag for flag in flags if flag not in self._option_string_actions]:
+                near = difflib.get_close_matches(unknown[0], self._option_string_actions, n=1)
+                hint = f"{unknown[0]!r} is not known{f', did you mean {near[0]!r}?' if near else ';'} "
+        raise InputError(f"{f'{verb}: ' if verb else ''}{message}; {hint}see `{self.prog} --help`")
+
+
+def build_parser(arguments: Sequence[str], *, whole: bool = False) -> argparse.ArgumentParser:
+    """The parser of the verb that `arguments` begin with; of every verb where `whole`, or where they begin with none."""
+    names = {name for _, _, verbs in PAGES for name in verbs}
+    asked = arguments[0] if arguments and arguments[0] in names and not whole else None
+    parser = Parser(
+        prog="argonne",
+        description="From raw text to a published chat model: every stage, each resumable exactly.",
+        epilog=None if asked else "the way:\n" + "\n".join(f"  {meaning:24} {', '.join(verbs)}" for _, meaning, verbs in PAGES),
+        allow_abbrev=False,
+        formatter_class=Formatter,
+    )
+    parser.add_argument("--version", action="version", version=f"argonne {__version__}")
+    parsers: Any = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    parser.given = arguments
+
+    def verb(name: str, text: str, function: Callable[[argparse.Namespace], int | None], *, within: Any = parsers, **more: Any) -> Parser:
+        described = text[0].upper() + text[1:] + "."
+        made: Parser = within.add_parser(name, help=text, description=described, allow_abbrev=False, formatter_class=Formatter, **more)
+        made.set_defaults(function=function)
+        made.given = arguments
+        return made
+
+    for page, _, verbs in PAGES:
+        if asked is None or asked in verbs:
+            importlib.import_module(f"argonne.cli.{page}").add_verbs(verb, arguments)
+    return parser
+
+
+def add_keys(parser: Parser, kind: type) -> None:
+    """A flag for every field of a dataclass of options: name, type, default, meaning and choices stand in the field."""
+    hints = typing.get_type_hints(kind)
+    for item in dataclasses.fields(kind):
+        hint, meaning = hints[item.name], item.metadata["meaning"]
+        required = item.default is dataclasses.MISSING
+        more: dict[str, Any] = {"help": meaning, "required": required, "dest": item.name}
+        if not required:
+            more["default"] = item.default
+        if hint is bool:
+            more |= {"action": "store_true"}
+        elif hint == tuple[str, ...]:
+            more |= {"nargs": "+", "action": "extend", "metavar": item.metadata["metavar"], "default": []}
+        else:
+            kinds = [part for part in typing.get_args(hint) if part is not type(None)] or [hint]
+            more |= {
+                "type": item.metadata["parse"] or kinds[0],
+                "metavar": item.metadata["metavar"] or {int: "N", float: "F"}.get(kinds[0]),
+                "choices": item.metadata["choices"] or None,
+            }
+        parser.add_argument(f"--{item.name.replace('_', '-')}", **more)
+
+
+def chosen(kind: type, options: argparse.Namespace) -> Any:
+    """The dataclass of options that the flags of `add_keys` say."""
+    values = {item.name: getattr(options, item.name) for item in dataclasses.fields(kind)}
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def json_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON document to stdout; everything for people goes to stderr")
+
+
+def model_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="run, checkpoint, model folder or Hub id")
+
+
+def recipe_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="packaged name or TOML file; each of its keys is also --section.key VALUE")
+
+
+def out_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def tell(facts: dict[str, Any], *, as_json: bool) -> None:
+    """Facts to stdout: as JSON, or a line each."""
+    if as_json:
+        print_json(facts)
+    else:
+        print("\n".join(f"{name}: {value}" for name, value in facts.items()))
+
+
+@contextmanager
+def progress_bar(unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar with rate and time left on a terminal, nothing elsewhere; called with (done, total)."""
+    from tqdm import tqdm
+
+    with tqdm(unit=unit, file=sys.stderr, disable=not sys.stderr.isatty(), leave=False, dynamic_ncols=True) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield show
+
+
+def parse_overrides(rest: Sequence[str]) -> dict[str, str]:
+    """`--section.key VALUE` and `--section.key=VALUE` as a dict. Raises InputError for anything else."""
+    found: dict[str, str] = {}
+    items = list(rest)
+    while items:
+        item = items.pop(0)
+        if not item.startswith("--") or item == "--":
+            raise InputError(f"unexpected argument {item!r}; recipe keys are given as --section.key VALUE")
+        name, equals, value = item[2:].partition("=")
+        if not equals:
+            if not items:
+                raise InputError(f"--{name}: a value is missing")
+            value = items.pop(0)
+        found[name] = value
+    return found

@@ -1,0 +1,41 @@
+"""import, export: move a model in and out."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from argonne.cli.command import Verbs, json_flag, model_argument, out_flag, tell
+
+
+def add_verbs(verb: Verbs, arguments: Sequence[str]) -> None:
+    imports = verb("import", "turn an earlier checkpoint of the family into a complete model folder", import_earlier)
+    imports.add_argument("path", type=Path, metavar="PATH", help="model folder or .pt training checkpoint in an earlier format")
+    out_flag(imports)
+    imports.add_argument(
+        "--attention", default="full", choices=("full", "as-config"), help="full: as the released weights were trained (default)"
+    )
+    json_flag(imports)
+    export = verb("export", "write a model for other people's tools, proven by its logits before it is put in place", export_model)
+    model_argument(export)
+    export.add_argument("--as", dest="kind", required=True, choices=("hf", "native", "pt"), help="custom class, a stock class, or .pt")
+    out_flag(export)
+    json_flag(export)
+
+
+def import_earlier(options: argparse.Namespace) -> None:
+    from argonne.legacy.convert import import_checkpoint
+
+    tell(import_checkpoint(options.path, options.out, attention=options.attention), as_json=options.json)
+
+
+def export_model(options: argparse.Namespace) -> None:
+    if options.kind == "pt":
+        from argonne.legacy.export_pt import export_pt
+
+        tell(export_pt(Path(options.model), options.out), as_json=options.json)
+        return
+    from argonne.publish.export import export_model
+
+    tell(export_model(Path(options.model), options.out, kind=options.kind), as_json=options.json)

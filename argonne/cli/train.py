@@ -1,0 +1,72 @@
+"""pretrain, continue: from tokens to a model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from argonne.cli.command import Verbs, parse_overrides, recipe_argument
+from argonne.errors import InputError
+from argonne.recipe import all_keys, load_recipe, recipe_names, to_toml
+
+# Flags that are recipe keys under a shorter name.
+SHORT = {"init_from": "model.init_from", "wall_time": "stop.wall_time", "deadline": "stop.deadline"}
+
+
+def add_verbs(verb: Verbs, arguments: Sequence[str]) -> None:
+    epilog = keys_help() if {"-h", "--help"} & set(arguments) else None
+    for name, text in (
+        ("pretrain", "train from fresh weights, or from given ones"),
+        ("continue", "pretrain further from given weights, with a schedule of its own"),
+    ):
+        parser = verb(name, text, train_model, epilog=epilog)
+        recipe_argument(parser)
+        parser.add_argument("--run", type=Path, metavar="DIR", help="run folder (default: runs/NAME); an existing run is resumed")
+        parser.add_argument("--init-from", metavar="MODEL", help="weights to start from: run, checkpoint, model folder or Hub id")
+        parser.add_argument(
+            "--resume-from", type=Path, metavar="CHECKPOINT", help="start a new run from the whole state of a checkpoint, or of a .pt"
+        )
+        parser.add_argument(
+            "--data-from-start",
+            action="store_true",
+            help="with a .pt: begin the data at its start, where its position cannot be carried over",
+        )
+        parser.add_argument(
+            "--allow", nargs="+", action="extend", default=[], metavar="KEY", help="keys that may differ from the run's on resume"
+        )
+        parser.add_argument("--wall-time", metavar="T", help="stop and save after this long: 90m, 12h, 1-12:00:00")
+        parser.add_argument("--deadline", metavar="T", help="stop and save before this moment")
+        parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
+        parser.add_argument("--profile", action="store_true", help="write a trace of a few steps into the run")
+
+
+def keys_help() -> str:
+    """Every recipe key with its meaning, and the packaged recipes."""
+    lines = ["recipe keys, each also --section.key VALUE:"]
+    for path, item in all_keys().items():
+        choices = ", ".join(item.metadata.get("choices") or ())
+        lines.append(f"  --{path:36} {item.metadata['meaning']}{f' ({choices})' if choices else ''}")
+    return "\n".join([*lines, "", "packaged recipes: " + ", ".join(recipe_names())])
+
+
+def train_model(options: argparse.Namespace) -> None:
+    given = {path: json.dumps(str(getattr(options, flag))) for flag, path in SHORT.items() if getattr(options, flag) is not None}
+    recipe = load_recipe(options.recipe, {**parse_overrides(options.rest), **given})
+    if recipe.stage not in ("pretrain", "midtrain"):
+        raise InputError(
+            f"stage: {options.verb} trains on plain text, the recipe says {recipe.stage!r}; give a recipe of stage pretrain or midtrain"
+        )
+    if options.verb == "continue" and recipe.model.init_from is None and options.resume_from is None:
+        raise InputError("continue: no weights to start from; give --init-from MODEL or model.init_from in the recipe")
+    if options.dry_run:
+        print(to_toml(recipe), end="")
+        return
+    from argonne.stages.pretrain import run
+    from argonne.stages.session import finish_or_stop
+
+    folder = options.run or Path("runs") / Path(options.recipe).stem
+    names = ("resume_from", "allow", "started", "profile", "data_from_start")
+    result = run(recipe, folder, **{name: getattr(options, name) for name in names})
+    finish_or_stop(result.outcome, folder)
