@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = structure.read_package(ROOT / "argonne")
 IMPORTS = structure.imports(PACKAGE)
 
-# Imports by a name that is no literal, all of foreign libraries.
-NAMED_AT_RUN_TIME = {"argonne.model.fused"}
+# Imports by a name that is no literal: of foreign libraries, and the pages of the command line by the command line.
+NAMED_AT_RUN_TIME = {"argonne.model.fused", "argonne.cli.command"}
 
 
 def read_contract() -> tuple[list[set[str]], set[tuple[str, str]]]:

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from argonne.cli.command import build_parser
-from argonne.cli.command import parse_overrides
+from argonne.cli.command import build_parser, parse_overrides
 from argonne.recipe import build, load_recipe, read_tree, resolve
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -21,7 +21,7 @@ from argonne.data.document_mask import IGNORED, ends_in_row, mask_documents
 from argonne.data.held_out import HeldOut
 from argonne.data.loader import Array
 from argonne.data.mixture import GlobalRows, Mixture, Phase
-from argonne.data.sources import Source, open_sources, shared_tokenizer
+from argonne.data.phases import Source, open_sources, shared_tokenizer
 from argonne.data.windows import SourceWindows
 from argonne.errors import InputError
 from argonne.prepare import from_text

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from argonne.data.document_mask import mask_documents
-from argonne.data.sources import Source
+from argonne.data.phases import Source
 
 
 class HeldOut:

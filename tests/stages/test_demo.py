@@ -64,8 +64,7 @@ def test_it_names_the_verb_of_each_stage_and_says_what_to_try_next(finished: tup
 def test_the_commands_it_shows_are_understood_by_the_command_line(finished: tuple[Path, str]) -> None:
     import shlex
 
-    from argonne.cli.command import build_parser
-    from argonne.cli.command import parse_overrides
+    from argonne.cli.command import build_parser, parse_overrides
     from argonne.recipe import load_recipe
 
     commands = [shlex.split(line) for line in re.findall(r"^ +(?:\$ )?argonne (.+)$", finished[1], re.MULTILINE)]
