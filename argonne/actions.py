@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from argonne import layout
 from argonne.errors import InputError
 
 
@@ -162,11 +163,11 @@ def _baselines(found: dict[str, Any], limit: int | None) -> dict[str, Any]:
     from argonne.tokens.tokenizer import load_tokenizer
 
     data = Path(found["tasks"]["bpb"]["data"]) if "bpb" in found["tasks"] else None
-    if data is None or not (data / "tokenizer").is_dir():
+    if data is None or not (data / layout.TOKENIZER).is_dir():
         raise InputError(
             "--baselines: they are fitted on a token set's training part; use --tasks bpb and --data a folder of `argonne prepare`"
         )
-    return baseline_results(data, load_tokenizer(data / "tokenizer"), limit=limit)
+    return baseline_results(data, load_tokenizer(data / layout.TOKENIZER), limit=limit)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from argonne import layout
 from argonne.errors import InputError
 from argonne.files import atomic_directory
 from argonne.legacy.earlier import Earlier, read_earlier
@@ -74,7 +75,7 @@ def modern_config(earlier: Earlier, attention: str) -> ArgonneConfig:
     for name, off in EXPERIMENTAL.items():
         if raw.pop(name, off[0]) not in off:
             raise InputError(
-                f"{earlier.folder / 'config.json'}: {name} is {earlier.config[name]!r}: an experiment of 4.5 that is not supported"
+                f"{earlier.folder / layout.MODEL_CONFIG}: {name} is {earlier.config[name]!r}: an experiment of 4.5 that is not supported"
             )
     raw.pop("sliding_window_size", None)
     window = raw.get("local_attention_window") or raw.get("sliding_window")
@@ -97,7 +98,7 @@ def modern_config(earlier: Earlier, attention: str) -> ArgonneConfig:
                 config.sliding_window = int(window or 0) + 1
             config.check_architecture()
     except (ValueError, TypeError, UserWarning) as error:
-        raise InputError(f"{earlier.folder / 'config.json'}: {error}") from None
+        raise InputError(f"{earlier.folder / layout.MODEL_CONFIG}: {error}") from None
     if on and attention == "full":
         earlier.messages.append(
             f"the config names a window of {window}; imported as full attention on every layer, as released weights were trained "
@@ -178,11 +179,11 @@ def load_earlier(path: Path, attention: str = "full") -> tuple[ArgonneForCausalL
 def _tokenizer_size(folder: Path) -> int | None:
     """Entries of the tokenizer beside the weights, added ones included; None without one."""
     source = tokenizer_folder(folder)
-    if source is None or not (source / "tokenizer.json").is_file():
+    if source is None or not (source / layout.TOKENIZER_FILE).is_file():
         return None
     from tokenizers import Tokenizer
 
-    return int(Tokenizer.from_file(str(source / "tokenizer.json")).get_vocab_size(with_added_tokens=True))
+    return int(Tokenizer.from_file(str(source / layout.TOKENIZER_FILE)).get_vocab_size(with_added_tokens=True))
 
 
 def import_checkpoint(path: Path, out: Path, *, attention: str = "full") -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from argonne import layout
 from argonne.errors import InputError
 from argonne.legacy.convert import modern_config, modern_name, modern_state
 from argonne.legacy.earlier import Earlier, config_of_file, read_config, unpickle, weights_of_file
@@ -124,10 +125,10 @@ def _count(path: Path, content: dict[str, Any], name: str) -> int:
 
 def _config_of(path: Path, tensors: dict[str, Tensor], given: Mapping[str, Any], messages: list[str]) -> ArgonneConfig | None:
     """The config beside the file; else none where the recipe gives the sizes, or that of the released model of these shapes."""
-    place = next((folder for folder in (path.parent, path.parent.parent) if (folder / "config.json").is_file()), None)
+    place = next((folder for folder in (path.parent, path.parent.parent) if (folder / layout.MODEL_CONFIG).is_file()), None)
     if place is None and "hidden_size" in given:
         return None
-    raw = read_config(place / "config.json") if place is not None else config_of_file(path, tensors, messages)
+    raw = read_config(place / layout.MODEL_CONFIG) if place is not None else config_of_file(path, tensors, messages)
     earlier = Earlier(place or path, raw, tensors)
     config = modern_config(earlier, "as-config" if given.get("sliding_window") else "full")
     if earlier.messages and "layer_types" not in given:

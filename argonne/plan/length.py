@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from argonne import layout
 from argonne.config import BatchSection, DataSection, Recipe
 
 
@@ -59,7 +60,7 @@ def total_steps(recipe: Recipe, tokens_per_epoch: int | None) -> int | None:
 
 def source_tokens(path: str) -> int | None:
     """Training tokens of a prepared token set, from its manifest; None where there is none to read."""
-    manifest = Path(path) / "manifest.json"
+    manifest = Path(path) / layout.MANIFEST
     if not manifest.is_file():
         return None
     found = json.loads(manifest.read_text()).get("tokens")

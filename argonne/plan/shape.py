@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from argonne import layout
 from argonne.config import ModelSection
 from argonne.errors import InputError
 
@@ -164,16 +165,8 @@ def _fill(fields: dict[str, Any], sequence_length: int) -> ModelShape:
 
 
 def stored_fields(path: str) -> dict[str, Any]:
-    """The config.json of an exported folder, a checkpoint, or a run (its final model, else its newest checkpoint)."""
-    folder = Path(path)
-    candidates = [folder, folder / "final_model", *sorted(folder.glob("checkpoint_step_*"), key=_step_of, reverse=True)]
-    for candidate in candidates:
-        file = candidate / "config.json"
-        if file.is_file():
-            return dict(json.loads(file.read_text()))
+    """The config.json of an exported folder, a checkpoint, or a run (its final model, else its last checkpoint)."""
+    for folder in (Path(path), layout.model_of_run(Path(path))):
+        if folder is not None and (folder / layout.MODEL_CONFIG).is_file():
+            return dict(json.loads((folder / layout.MODEL_CONFIG).read_text()))
     raise InputError(f"model.init_from: {path} has no config.json to take the sizes from; give the right folder, or model.preset too")
-
-
-def _step_of(folder: Path) -> int:
-    digits = folder.name.rpartition("_")[2]
-    return int(digits) if digits.isdigit() else -1
