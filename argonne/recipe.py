@@ -10,7 +10,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from argonne import config, presets
+from argonne import architecture, presets
 from argonne.config import Recipe
 from argonne.errors import InputError
 
@@ -221,7 +221,7 @@ def resolve(recipe: Recipe) -> Recipe:
 def check(recipe: Recipe) -> None:
     """Raise InputError where single values are out of range or contradict one another."""
     _check_ranges(recipe)
-    _check_model(recipe.model)
+    architecture.check(dataclasses.asdict(recipe.model))
     schedule, train, batch, data = recipe.schedule, recipe.train, recipe.batch, recipe.data
     if schedule.kind == "wsd" and schedule.decay is None:
         raise InputError(
@@ -265,28 +265,6 @@ def _check_ranges(recipe: Recipe) -> None:
             for item in value if isinstance(value, tuple) else (value,):
                 if item is not None and not holds(item):
                     raise InputError(f"{path}: found {item}, expected {expected}")
-
-
-def _check_model(model: config.ModelSection) -> None:
-    heads, shared = model.num_attention_heads, model.num_key_value_heads
-    if heads and shared and heads % shared:
-        raise InputError(f"model.num_attention_heads: found {heads}, expected a multiple of model.num_key_value_heads = {shared}")
-    if heads and model.hidden_size and model.head_dim is None and model.hidden_size % heads:
-        raise InputError(
-            f"model.num_attention_heads: {heads} does not divide model.hidden_size = {model.hidden_size}; choose another or give model.head_dim"
-        )
-    if model.head_dim and model.head_dim % 2 and model.position_embedding == "rope":
-        raise InputError(f"model.head_dim: found {model.head_dim}, expected an even number with rotary positions")
-    if model.layer_types is not None:
-        if model.num_hidden_layers != len(model.layer_types):
-            raise InputError(
-                f"model.layer_types: found {len(model.layer_types)} entries, expected model.num_hidden_layers = {model.num_hidden_layers}"
-            )
-        unknown = set(model.layer_types) - {"full_attention", "sliding_attention"}
-        if unknown:
-            raise InputError(f"model.layer_types: found {sorted(unknown)}, expected full_attention or sliding_attention")
-        if "sliding_attention" in model.layer_types and not model.sliding_window:
-            raise InputError("model.sliding_window: not set, and model.layer_types has sliding layers")
 
 
 def to_tree(value: Any) -> Any:
