@@ -17,11 +17,11 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import AttentionMaskInterface, create_causal_mask, create_sliding_window_causal_mask, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
+from .configuration_argonne import FULL, SLIDING
 from .fused import Segments
 from .kernels import choose_kernel, run_kernel
 
 IMPLEMENTATION = "argonne"
-FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 @dataclass(frozen=True)

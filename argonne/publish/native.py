@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from argonne.errors import InputError
-from argonne.model.configuration_argonne import SLIDING, ArgonneConfig
+from argonne.model.configuration_argonne import FULL, SLIDING, ArgonneConfig
 from argonne.model.modeling_argonne import ArgonneForCausalLM
 
 GPT2_NAMES = {
@@ -236,7 +236,7 @@ def to_gemma4(config: ArgonneConfig, state: dict[str, Tensor]) -> Native:
         **_common(config),
         global_head_dim=config.head_dim,  # type: ignore[call-arg]
         hidden_activation="silu" if config.hidden_act == "silu" else "gelu",
-        rope_parameters={kind: dict(rope) for kind in ("full_attention", "sliding_attention")},
+        rope_parameters={kind: dict(rope) for kind in (FULL, SLIDING)},
         layer_types=list(config.layer_types or []),
         sliding_window=config.sliding_window or 512,  # read by local layers only
         final_logit_softcapping=config.final_logit_softcapping,
