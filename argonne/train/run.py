@@ -18,7 +18,7 @@ from typing import Any
 from argonne import __version__
 from argonne.errors import InputError
 from argonne.files import TEMPORARY, fingerprint, read_json, write_json, write_text
-from argonne.layout import COMPLETE, CONFIG, LOCK, MANIFEST, SAMPLES, STOPPED
+from argonne.layout import COMPLETE, CONFIG, LOCK, MANIFEST, METRICS, SAMPLES, STOPPED
 
 _SILENT_SECONDS = 600.0
 
@@ -175,7 +175,7 @@ def lock_is_stale(path: Path) -> bool:
 def _locked_message(path: Path) -> str:
     try:
         owner = json.loads(path.read_text())
-        metrics = path.with_name("metrics.jsonl")  # each logged step is a sign of life
+        metrics = path.with_name(METRICS)  # each logged step is a sign of life
         silent = time.time() - max(file.stat().st_mtime for file in (path, metrics) if file.exists())
     except (OSError, ValueError):
         return f"{path}: another process is taking this run; try again"
