@@ -152,19 +152,6 @@ def family_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def choose_device(device: str) -> str:
-    """ "auto" is CUDA where there is one, else the CPU. Raises InputError for a device that is not known, or not here."""
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, number = device.partition(":")
-    if kind not in ("cpu", "cuda", "mps") or (number and not number.isdigit()):
-        raise InputError(f"device: found {device!r}, expected auto, cpu, cuda or mps")
-    here = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[kind]
-    if int(number or 0) >= here:
-        raise InputError(f"device: found {device!r}, but torch sees {here} such devices here; use auto or cpu")
-    return device
-
-
 def load_model(name: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> LoadedModel:
     """Load a MODEL for inference, in eval mode. `dtype` None keeps the stored one. Raises InputError for anything that is not such a model."""
     found = resolve_model(name)
