@@ -116,7 +116,7 @@ def read_texts(pattern: str, drops: dict[str, int]) -> Iterator[str]:
 
     found = find_files([pattern])
     for number, file in enumerate(found):
-        for start, stop in cut(number, file, unit_bytes(found), "text", "file"):
+        for start, stop in cut(file, unit_bytes(found), "text"):
             for batch in read_unit(file, Unit(0, number, start, stop), "text", "file"):
                 for reason, count in batch.drops.items():
                     drops[reason] = drops.get(reason, 0) + count

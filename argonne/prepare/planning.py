@@ -121,7 +121,7 @@ def _cut_all(options: PrepareOptions, found: list[InputFile]) -> tuple[list[Unit
     bad: list[dict[str, str]] = []
     for number, file in enumerate(found):
         try:
-            pieces = documents.cut(number, file, target, options.text_column, options.split)
+            pieces = documents.cut(file, target, options.text_column)
         except InputError as error:
             if not options.skip_bad_shards:
                 raise
