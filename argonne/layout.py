@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from enum import Enum
+from functools import partial
 from pathlib import Path
 
 from argonne.files import HASH_LIST, is_hash_list
@@ -90,9 +91,7 @@ def kind_of(path: Path | str) -> Kind:
 def _kind_of_folder(folder: Path) -> Kind:
     """More telling names first: a run and a token set share manifest.json, a checkpoint and a model folder config.json."""
 
-    def has(*names: str) -> bool:
-        return all((folder / name).is_file() for name in names)
-
+    has = partial(_has, folder)
     if has(STATE) or _lost(folder, STATE):
         return Kind.CHECKPOINT
     if has(METRICS) or has(CONFIG, MANIFEST):
@@ -105,7 +104,11 @@ def _kind_of_folder(folder: Path) -> Kind:
         return Kind.TOKEN_SET
     if has(UNITS_PLAN) or has(f"{shard_name(0)}.bin"):
         return Kind.UNFINISHED_TOKEN_SET
-    return Kind.TOKENIZER if has(TOKENIZER_FILE) or has(VOCABULARY, MERGES) else Kind.NOTHING
+    return Kind.TOKENIZER if tokenizer_of(folder) == folder else Kind.NOTHING
+
+
+def _has(folder: Path, *names: str) -> bool:
+    return all((folder / name).is_file() for name in names)
 
 
 def _lost(folder: Path, name: str) -> bool:
@@ -161,6 +164,12 @@ def step_in_name(path: Path) -> int | None:
     """The step in a checkpoint's name; None for another name."""
     match = _CHECKPOINT.fullmatch(path.name)
     return int(match[1]) if match else None
+
+
+def tokenizer_of(folder: Path) -> Path | None:
+    """Where the tokenizer of a model lies: in its folder, or in tokenizer/ there; None where there is none."""
+    places = (folder, folder / TOKENIZER)
+    return next((place for place in places if _has(place, TOKENIZER_FILE) or _has(place, VOCABULARY, MERGES)), None)
 
 
 def model_of_run(run: Path) -> Path | None:

@@ -128,6 +128,16 @@ def test_the_model_of_a_run_is_its_final_one_else_the_last_checkpoint(tmp_path: 
     assert layout.model_of_run(tmp_path) == tmp_path / "final_model"
 
 
+@pytest.mark.parametrize("names", [("tokenizer.json",), ("vocab.json", "merges.txt")])
+def test_the_tokenizer_of_a_model_lies_in_its_folder_or_in_one_of_its_name(names: tuple[str, ...], tmp_path: Path) -> None:
+    assert layout.tokenizer_of(tmp_path) is None
+    (tmp_path / "tokenizer").mkdir()
+    for place in (tmp_path / "tokenizer", tmp_path):
+        for name in names:
+            (place / name).write_text("{}")
+        assert layout.tokenizer_of(tmp_path) == place
+
+
 @pytest.mark.parametrize(("name", "step"), [("checkpoint_step_20", 20), ("checkpoint_step_x", None), ("checkpoint_step_20.pt", None)])
 def test_a_checkpoints_name_tells_its_step(name: str, step: int | None) -> None:
     assert layout.step_in_name(Path("runs/one") / name) == step

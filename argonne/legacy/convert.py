@@ -16,7 +16,7 @@ from argonne.files import atomic_directory
 from argonne.legacy.earlier import Earlier, read_earlier
 from argonne.model.configuration_argonne import FULL, SLIDING, Argonne1Config, ArgonneConfig
 from argonne.model.modeling_argonne import ArgonneForCausalLM
-from argonne.model.save import copy_tokenizer, save_model_folder, stop_ids, tokenizer_folder
+from argonne.model.save import copy_tokenizer, save_model_folder, stop_ids
 
 # Fields of 4.5 experiments that no released weights use; a checkpoint that has one on is another architecture.
 EXPERIMENTAL = {"attn_pattern": (None, ""), "nope_global": (False, None), "attn_gate": (False, None), "mlp_type": ("swiglu", None)}
@@ -178,7 +178,7 @@ def load_earlier(path: Path, attention: str = "full") -> tuple[ArgonneForCausalL
 
 def _tokenizer_size(folder: Path) -> int | None:
     """Entries of the tokenizer beside the weights, added ones included; None without one."""
-    source = tokenizer_folder(folder)
+    source = layout.tokenizer_of(folder)
     if source is None or not (source / layout.TOKENIZER_FILE).is_file():
         return None
     from tokenizers import Tokenizer
@@ -199,7 +199,7 @@ def import_checkpoint(path: Path, out: Path, *, attention: str = "full") -> dict
         )
     with atomic_directory(out) as folder:
         save_model_folder(model, folder, **ids)
-        files = copy_tokenizer(tokenizer_folder(earlier.folder), folder)
+        files = copy_tokenizer(layout.tokenizer_of(earlier.folder), folder)
         if not files:
             earlier.messages.append("no tokenizer beside the weights: add its files to the folder")
     parameters = {id(p): p.numel() for p in model.parameters()}

@@ -20,7 +20,6 @@ from argonne.errors import InputError
 from argonne.legacy.convert import modern_config, modern_name, modern_state
 from argonne.legacy.earlier import Earlier, config_of_file, read_config, unpickle, weights_of_file
 from argonne.model.configuration_argonne import ArgonneConfig
-from argonne.model.save import tokenizer_folder
 from argonne.train.checkpoint import run_tensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -71,7 +70,7 @@ class TrainingFile:
 
     @property
     def tokenizer_folder(self) -> Path | None:
-        return tokenizer_folder(self.path.parent)
+        return layout.tokenizer_of(self.path.parent)
 
 
 def _theta(config: ArgonneConfig) -> float | None:

@@ -109,8 +109,7 @@ def _checkpoint(path: Path) -> FoundModel:
 
 
 def _exported(path: Path) -> FoundModel:
-    has_tokenizer = (path / layout.TOKENIZER_FILE).is_file() or (path / layout.VOCABULARY).is_file()
-    return FoundModel(path, family_config(path), path if has_tokenizer else None)
+    return FoundModel(path, family_config(path), layout.tokenizer_of(path))
 
 
 def _from_hub(name: str) -> FoundModel:

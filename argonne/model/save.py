@@ -65,11 +65,6 @@ def _complete_config(folder: Path, config_class: str, dtype: torch.dtype) -> Non
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def tokenizer_folder(folder: Path) -> Path | None:
-    """Where the tokenizer of a model folder lies: in it, or in its tokenizer/."""
-    return next((place for place in (folder, folder / layout.TOKENIZER) if (place / layout.TOKENIZER_FILE).is_file()), None)
-
-
 def copy_tokenizer(source: Path | None, target: Path) -> list[str]:
     """Copy the tokenizer files and the chat template; return their names."""
     if source is None:
@@ -94,11 +89,12 @@ def stop_ids(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
         generation = json.loads(path.read_text())
         for name in ("eos", "bos", "pad"):
             found[f"{name}_id"] = generation.get(f"{name}_token_id", found[f"{name}_id"])
-    source = tokenizer_folder(folder)
-    if found["eos_id"] is None and source is not None and (source / layout.TOKENIZER_CONFIG).is_file():
+    source = layout.tokenizer_of(folder) or folder
+    about, tokenizer = source / layout.TOKENIZER_CONFIG, source / layout.TOKENIZER_FILE
+    if found["eos_id"] is None and about.is_file() and tokenizer.is_file():
         from tokenizers import Tokenizer
 
-        token = json.loads((source / layout.TOKENIZER_CONFIG).read_text()).get("eos_token")
+        token = json.loads(about.read_text()).get("eos_token")
         token = token.get("content") if isinstance(token, dict) else token
-        found["eos_id"] = Tokenizer.from_file(str(source / layout.TOKENIZER_FILE)).token_to_id(token) if token else None
+        found["eos_id"] = Tokenizer.from_file(str(tokenizer)).token_to_id(token) if token else None
     return found

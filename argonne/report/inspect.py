@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def _checkpoint(path: Path) -> Facts:
         return facts
     state = read_state(path)
     shapes = stored_shapes(path)
-    parameters = sum(_size(shape) for name, shape in shapes.items() if name.startswith("model."))
+    parameters = sum(math.prod(shape) for name, shape in shapes.items() if name.startswith("model."))
     return facts | {
         "step": state["step"],
         "tokens": state["tokens"],
@@ -85,13 +86,6 @@ def _checkpoint(path: Path) -> Facts:
         "tokenizer_fingerprint": state["tokenizer_fingerprint"],
         "model": _shape(path),
     }
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    total = 1
-    for length in shape:
-        total *= length
-    return total
 
 
 def _run(path: Path) -> Facts:
@@ -139,7 +133,7 @@ def _exported(path: Path) -> Facts:
     for file in sorted(path.glob(layout.WEIGHTS)):
         try:
             with safe_open(file, "pt") as tensors:
-                parameters += sum(_size(tuple(tensors.get_slice(name).get_shape())) for name in tensors.keys())  # noqa: SIM118 - not a dict
+                parameters += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118 - not a dict
         except SafetensorError as error:
             problems.append(f"{file}: {error}")
     if not any(path.glob(layout.WEIGHTS)):
@@ -149,7 +143,7 @@ def _exported(path: Path) -> Facts:
         "path": str(path),
         "parameters": parameters,
         "model": _shape(path),
-        "has_tokenizer": (path / layout.TOKENIZER_FILE).is_file(),
+        "has_tokenizer": layout.tokenizer_of(path) is not None,
         "verified_by_hashes": (path / HASH_LIST).exists(),
         "problems": problems,
     }
