@@ -6,12 +6,12 @@ Sizes are those of `docs/model.md`; `parameters` is the published total (None wh
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from argonne.architecture import DEFAULTS, DEFAULTS_LEARNED, FULL, SLIDING, Fields
 from argonne.errors import InputError
-
-Fields = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -25,39 +25,7 @@ class Preset:
     tokenizer: str | None = None
 
 
-# What every field is in 2.x; the other generations say where they differ.
-_SECOND: Fields = {
-    "position_embedding": "rope",
-    "rope_theta": 1e4,
-    "norm_type": "rms",
-    "rms_norm_eps": 1e-6,
-    "hidden_act": "silu",
-    "mlp_gated": True,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "attention_dropout": 0.0,
-    "hidden_dropout": 0.0,
-    "tie_word_embeddings": True,
-    "q_norm": False,
-    "k_norm": False,
-    "v_norm": False,
-    "sandwich_norm": False,
-    "sliding_window": None,
-    "final_logit_softcapping": 0.0,
-}
-_FIRST: Fields = {
-    **_SECOND,
-    "position_embedding": "learned",
-    "norm_type": "layer",
-    "rms_norm_eps": 1e-5,
-    "hidden_act": "gelu",
-    "mlp_gated": False,
-    "attention_bias": True,
-    "mlp_bias": True,
-    "attention_dropout": 0.1,
-    "hidden_dropout": 0.1,
-    "tie_word_embeddings": False,
-}
+_FIRST, _SECOND = DEFAULTS_LEARNED, DEFAULTS
 _THIRD: Fields = {
     **_SECOND,
     "rope_theta": 1e6,
@@ -70,11 +38,19 @@ _THIRD: Fields = {
 
 
 def _sized(
-    base: Fields, vocabulary: int, hidden: int, layers: int, heads: tuple[int, int], head_dim: int, mlp: int, context: int, **other: Any
+    base: Mapping[str, Any],
+    vocabulary: int,
+    hidden: int,
+    layers: int,
+    heads: tuple[int, int],
+    head_dim: int,
+    mlp: int,
+    context: int,
+    **other: Any,
 ) -> Fields:
     """A generation's fields with its sizes. `window`: odd layers are local with this window."""
     window = other.pop("window", None)
-    local = "full_attention" if window is None else "sliding_attention"
+    local = FULL if window is None else SLIDING
     return {
         **base,
         "vocab_size": vocabulary,
@@ -85,7 +61,7 @@ def _sized(
         "head_dim": head_dim,
         "intermediate_size": mlp,
         "max_position_embeddings": context,
-        "layer_types": tuple(local if layer % 2 else "full_attention" for layer in range(layers)),
+        "layer_types": tuple(local if layer % 2 else FULL for layer in range(layers)),
         "sliding_window": window,
         **other,
     }

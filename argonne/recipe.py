@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
+import math
 import tomllib
 import types
 import typing
 from pathlib import Path
 from typing import Any
 
-from argonne import config, presets
-from argonne.config import Recipe
+from argonne import architecture, presets
+from argonne.config import BatchSection, OptimSection, Recipe, ScheduleSection
 from argonne.errors import InputError
 
 Tree = dict[str, Any]
@@ -221,16 +223,9 @@ def resolve(recipe: Recipe) -> Recipe:
 def check(recipe: Recipe) -> None:
     """Raise InputError where single values are out of range or contradict one another."""
     _check_ranges(recipe)
-    _check_model(recipe.model)
-    schedule, train, batch, data = recipe.schedule, recipe.train, recipe.batch, recipe.data
-    if schedule.kind == "wsd" and schedule.decay is None:
-        raise InputError(
-            "schedule.decay: not set, and a wsd schedule without decay never lowers the rate; give steps, a share, or 0 on purpose"
-        )
-    if schedule.min_lr is not None and schedule.min_ratio is not None:
-        raise InputError("schedule.min_lr and schedule.min_ratio are both set; keep one")
-    if schedule.kind == "steps" and not schedule.steps:
-        raise InputError('schedule.steps: empty, and kind "steps" needs [{ step, lr }]')
+    architecture.check(dataclasses.asdict(recipe.model))
+    check_rates(recipe.optim, recipe.schedule)
+    train, batch, data = recipe.train, recipe.batch, recipe.data
     lengths = [name for name in ("steps", "tokens", "epochs") if getattr(train, name) is not None]
     if len(lengths) != 1:
         raise InputError(f"train: found {' and '.join(lengths) or 'no length'}, expected exactly one of steps, tokens, epochs")
@@ -241,11 +236,7 @@ def check(recipe: Recipe) -> None:
     for name, value in (("data.sequence_length", data.sequence_length), ("batch.tokens_per_step", batch.tokens_per_step)):
         if value < 1:
             raise InputError(f"{name}: found {value}, expected at least 1")
-    length = data.sequence_length
-    for where, tokens, rows in [("batch", batch.tokens_per_step, length)] + [
-        (f"batch.steps[{index}]", change.tokens_per_step or batch.tokens_per_step, change.sequence_length or length)
-        for index, change in enumerate(batch.steps)
-    ]:
+    for where, _, tokens, rows in batches(batch, data.sequence_length):
         if tokens % rows:
             raise InputError(
                 f"{where}.tokens_per_step: found {tokens}, expected a multiple of the sequence length {rows}, as {tokens // rows * rows or rows}"
@@ -254,6 +245,15 @@ def check(recipe: Recipe) -> None:
         raise InputError(f'batch.micro: found {batch.micro!r}, expected "auto" or a number of rows')
     if isinstance(batch.micro, int) and batch.micro < 1:
         raise InputError(f"batch.micro: found {batch.micro}, expected at least 1")
+
+
+def batches(batch: BatchSection, sequence_length: int = 0) -> list[tuple[str, int, int, int]]:
+    """(key, first step, tokens of a step, tokens of a row) of each part of a run. What a change leaves unset goes on from the part before."""
+    found = [("batch", 0, batch.tokens_per_step, sequence_length)]
+    for index, change in sorted(enumerate(batch.steps), key=lambda pair: pair[1].step):
+        _, _, tokens, rows = found[-1]
+        found.append((f"batch.steps[{index}]", change.step, change.tokens_per_step or tokens, change.sequence_length or rows))
+    return found
 
 
 def _check_ranges(recipe: Recipe) -> None:
@@ -267,26 +267,48 @@ def _check_ranges(recipe: Recipe) -> None:
                     raise InputError(f"{path}: found {item}, expected {expected}")
 
 
-def _check_model(model: config.ModelSection) -> None:
-    heads, shared = model.num_attention_heads, model.num_key_value_heads
-    if heads and shared and heads % shared:
-        raise InputError(f"model.num_attention_heads: found {heads}, expected a multiple of model.num_key_value_heads = {shared}")
-    if heads and model.hidden_size and model.head_dim is None and model.hidden_size % heads:
+def check_rates(optim: OptimSection, schedule: ScheduleSection) -> None:
+    """Raise InputError for a schedule that contradicts itself, however long the run is (`argonne.train.schedule` asks whether it fits)."""
+    if schedule.kind not in ("cosine", "wsd", "constant", "steps"):
+        raise InputError(f"schedule.kind: found {schedule.kind!r}, expected cosine, wsd, constant or steps")
+    if schedule.warmup < 0:
+        raise InputError(f"schedule.warmup: found {schedule.warmup}, expected 0 or more steps")
+    _check_decay(schedule.kind, schedule.decay)
+    if schedule.min_lr is not None and schedule.min_ratio is not None:
+        raise InputError("schedule.min_lr and schedule.min_ratio are both set; keep one")
+    if schedule.min_ratio is not None and not 0 <= schedule.min_ratio <= 1:
+        raise InputError(f"schedule.min_ratio: found {schedule.min_ratio:g}, expected a share from 0 to 1")
+    if schedule.min_lr is not None and not 0 <= schedule.min_lr <= optim.lr:
+        raise InputError(f"schedule.min_lr: found {schedule.min_lr:g}, expected from 0 to optim.lr = {optim.lr:g}")
+    _check_table(schedule)
+
+
+def _check_decay(kind: str, decay: float | None) -> None:
+    if kind != "wsd":
+        if decay is not None:
+            raise InputError(f"schedule.decay: found {decay:g}, but kind {kind!r} has no decay of its own; remove it or choose wsd")
+        return
+    if decay is None:
         raise InputError(
-            f"model.num_attention_heads: {heads} does not divide model.hidden_size = {model.hidden_size}; choose another or give model.head_dim"
+            "schedule.decay: not set, and a wsd schedule without decay never lowers the rate; give steps, a share, or 0 on purpose"
         )
-    if model.head_dim and model.head_dim % 2 and model.position_embedding == "rope":
-        raise InputError(f"model.head_dim: found {model.head_dim}, expected an even number with rotary positions")
-    if model.layer_types is not None:
-        if model.num_hidden_layers != len(model.layer_types):
-            raise InputError(
-                f"model.layer_types: found {len(model.layer_types)} entries, expected model.num_hidden_layers = {model.num_hidden_layers}"
-            )
-        unknown = set(model.layer_types) - {"full_attention", "sliding_attention"}
-        if unknown:
-            raise InputError(f"model.layer_types: found {sorted(unknown)}, expected full_attention or sliding_attention")
-        if "sliding_attention" in model.layer_types and not model.sliding_window:
-            raise InputError("model.sliding_window: not set, and model.layer_types has sliding layers")
+    if decay < 0 or not math.isfinite(decay) or (decay > 1 and decay != int(decay)):
+        raise InputError(f"schedule.decay: found {decay:g}, expected a whole number of steps, a share below 1, or 0")
+
+
+def _check_table(schedule: ScheduleSection) -> None:
+    if schedule.kind != "steps":
+        if schedule.steps:
+            raise InputError(f'schedule.steps: has entries, but kind is {schedule.kind!r}; remove them or choose "steps"')
+        return
+    if not schedule.steps:
+        raise InputError('schedule.steps: empty, and kind "steps" needs [{ step, lr }]')
+    starts = [change.step for change in schedule.steps]
+    if starts[0] < 0 or any(later <= earlier for earlier, later in itertools.pairwise(starts)):
+        raise InputError(f"schedule.steps: found steps {starts}, expected rising numbers from 0 on")
+    for change in schedule.steps:
+        if change.lr <= 0:
+            raise InputError(f"schedule.steps: found lr {change.lr:g} from step {change.step}, expected more than 0")
 
 
 def to_tree(value: Any) -> Any:

@@ -111,3 +111,31 @@ def test_an_unknown_recipe_name_suggests_the_nearest() -> None:
 def test_differences_name_each_changed_key() -> None:
     old, new = {"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 1, "c": 4}, "e": 5}
     assert recipe.differences(old, new) == {"a.c": (2, 4), "d": (3, None), "e": (None, 5)}
+
+
+def test_what_a_change_of_batch_leaves_unset_goes_on_from_the_change_before(path: Path) -> None:
+    changes = "[{ step = 8, sequence_length = 3072 }, { step = 4, tokens_per_step = 6144 }]"
+    found = recipe.load_recipe(str(path), {"batch.steps": changes})
+    assert recipe.batches(found.batch, 256) == [
+        ("batch", 0, 2048, 256),
+        ("batch.steps[1]", 4, 6144, 256),
+        ("batch.steps[0]", 8, 6144, 3072),
+    ]
+    with pytest.raises(
+        InputError, match=r"batch\.steps\[0\]\.tokens_per_step: found 6144, expected a multiple of the sequence length 4096"
+    ):
+        recipe.load_recipe(str(path), {"batch.steps": changes.replace("3072", "4096")})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("schedule.kind", "cosine", "schedule.decay: found 0.2, but kind 'cosine' has no decay of its own"),
+        ("schedule.min_lr", "1.0", "from 0 to optim.lr"),
+        ("schedule.steps", "[{ step = 1, lr = 1e-4 }]", "schedule.steps: has entries, but kind is 'wsd'"),
+    ],
+)
+def test_a_schedule_that_contradicts_itself_is_refused_before_a_length_is_known(path: Path, key: str, value: str, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        recipe.load_recipe(str(path), {key: value})
+    assert message in str(caught.value)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from argonne import layout
 from argonne.cli.command import Verbs, add_keys, chosen, json_flag, model_argument, print_json, progress_bar
 from argonne.errors import InputError
 from argonne.serve.options import SamplingOptions
@@ -61,8 +62,8 @@ def _baselines(found: dict[str, Any], limit: int | None) -> dict[str, Any]:
     from argonne.tokens.tokenizer import load_tokenizer
 
     data = Path(found["tasks"]["bpb"]["data"]) if "bpb" in found["tasks"] else None
-    if data is None or not (data / "tokenizer").is_dir():
+    if data is None or not (data / layout.TOKENIZER).is_dir():
         raise InputError(
             "--baselines: they are fitted on a token set's training part; use --tasks bpb and --data a folder of `argonne prepare`"
         )
-    return baseline_results(data, load_tokenizer(data / "tokenizer"), limit=limit)
+    return baseline_results(data, load_tokenizer(data / layout.TOKENIZER), limit=limit)

@@ -35,7 +35,8 @@ def evaluate(
     `data`: a token set (its held-out part) or text files; unset, the held-out part of what a run trained on. `limit`: tokens at most (a
     million by default). `progress` is called with (requests done, requests in all). Raises InputError for anything that cannot be measured.
     """
-    from argonne.model.load import choose_device, load_model
+    from argonne.model.load import load_model
+    from argonne.parallel.device import choose_device
 
     chosen = make_tasks(tasks)
     loaded = load_model(model_path, device=choose_device(device))

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
+from argonne import layout
 from argonne.errors import InputError
+from argonne.layout import Kind
 from argonne.tokens.formats import open_tokens
-from argonne.tokens.shards import MANIFEST, TokenSet
+from argonne.tokens.shards import TokenSet
 from argonne.tokens.tokenizer import TextTokenizer
 
 TOKENS_BY_DEFAULT = 1_000_000
@@ -41,14 +43,14 @@ def open_texts(data: str | Path, tokenizer: TextTokenizer, limit: int | None = N
     limit = TOKENS_BY_DEFAULT if limit is None else limit
     if limit < 1:
         raise InputError(f"limit: found {limit}, expected at least 1 token")
-    if (Path(data) / MANIFEST).is_file():
+    if Path(data).is_dir() and layout.kind_of(data) is not Kind.NOTHING:  # a run or a model folder holds texts too: not these
         return _held_out(open_tokens(data), tokenizer, limit)
     return _from_files(str(data), tokenizer, limit)
 
 
 def sources_of_run(run: Path) -> list[str]:
     """Token sets that a run trained on, from its saved configuration; empty where it has none."""
-    config = run / "config.toml"
+    config = run / layout.CONFIG
     if not config.is_file():
         return []
     return [source["path"] for source in tomllib.loads(config.read_text()).get("data", {}).get("sources", [])]
@@ -114,7 +116,7 @@ def read_texts(pattern: str, drops: dict[str, int]) -> Iterator[str]:
 
     found = find_files([pattern])
     for number, file in enumerate(found):
-        for start, stop in cut(number, file, unit_bytes(found), "text", "file"):
+        for start, stop in cut(file, unit_bytes(found), "text"):
             for batch in read_unit(file, Unit(0, number, start, stop), "text", "file"):
                 for reason, count in batch.drops.items():
                     drops[reason] = drops.get(reason, 0) + count

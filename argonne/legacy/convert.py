@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from argonne import layout
 from argonne.errors import InputError
 from argonne.files import atomic_directory
 from argonne.legacy.earlier import Earlier, read_earlier
 from argonne.model.configuration_argonne import FULL, SLIDING, Argonne1Config, ArgonneConfig
 from argonne.model.modeling_argonne import ArgonneForCausalLM
-from argonne.model.save import copy_tokenizer, save_model_folder, stop_ids, tokenizer_folder
+from argonne.model.save import copy_tokenizer, save_model_folder, stop_ids
 
 # Fields of 4.5 experiments that no released weights use; a checkpoint that has one on is another architecture.
 EXPERIMENTAL = {"attn_pattern": (None, ""), "nope_global": (False, None), "attn_gate": (False, None), "mlp_type": ("swiglu", None)}
@@ -74,7 +75,7 @@ def modern_config(earlier: Earlier, attention: str) -> ArgonneConfig:
     for name, off in EXPERIMENTAL.items():
         if raw.pop(name, off[0]) not in off:
             raise InputError(
-                f"{earlier.folder / 'config.json'}: {name} is {earlier.config[name]!r}: an experiment of 4.5 that is not supported"
+                f"{earlier.folder / layout.MODEL_CONFIG}: {name} is {earlier.config[name]!r}: an experiment of 4.5 that is not supported"
             )
     raw.pop("sliding_window_size", None)
     window = raw.get("local_attention_window") or raw.get("sliding_window")
@@ -97,7 +98,7 @@ def modern_config(earlier: Earlier, attention: str) -> ArgonneConfig:
                 config.sliding_window = int(window or 0) + 1
             config.check_architecture()
     except (ValueError, TypeError, UserWarning) as error:
-        raise InputError(f"{earlier.folder / 'config.json'}: {error}") from None
+        raise InputError(f"{earlier.folder / layout.MODEL_CONFIG}: {error}") from None
     if on and attention == "full":
         earlier.messages.append(
             f"the config names a window of {window}; imported as full attention on every layer, as released weights were trained "
@@ -177,12 +178,12 @@ def load_earlier(path: Path, attention: str = "full") -> tuple[ArgonneForCausalL
 
 def _tokenizer_size(folder: Path) -> int | None:
     """Entries of the tokenizer beside the weights, added ones included; None without one."""
-    source = tokenizer_folder(folder)
-    if source is None or not (source / "tokenizer.json").is_file():
+    source = layout.tokenizer_of(folder)
+    if source is None or not (source / layout.TOKENIZER_FILE).is_file():
         return None
     from tokenizers import Tokenizer
 
-    return int(Tokenizer.from_file(str(source / "tokenizer.json")).get_vocab_size(with_added_tokens=True))
+    return int(Tokenizer.from_file(str(source / layout.TOKENIZER_FILE)).get_vocab_size(with_added_tokens=True))
 
 
 def import_checkpoint(path: Path, out: Path, *, attention: str = "full") -> dict[str, Any]:
@@ -198,7 +199,7 @@ def import_checkpoint(path: Path, out: Path, *, attention: str = "full") -> dict
         )
     with atomic_directory(out) as folder:
         save_model_folder(model, folder, **ids)
-        files = copy_tokenizer(tokenizer_folder(earlier.folder), folder)
+        files = copy_tokenizer(layout.tokenizer_of(earlier.folder), folder)
         if not files:
             earlier.messages.append("no tokenizer beside the weights: add its files to the folder")
     parameters = {id(p): p.numel() for p in model.parameters()}

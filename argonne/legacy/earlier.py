@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from argonne import layout
 from argonne.errors import InputError
 from argonne.presets import presets
 
@@ -35,7 +36,7 @@ def read_earlier(path: Path) -> Earlier:
         raise InputError(f"{path}: no such file or folder; give a checkpoint of earlier Argonne code")
     messages: list[str] = []
     if path.is_dir():
-        config, tensors = read_config(path / "config.json"), _read_folder(path)
+        config, tensors = read_config(path / layout.MODEL_CONFIG), _read_folder(path)
         folder = path
     else:
         content = unpickle(path)
@@ -98,7 +99,7 @@ def _weight_files(folder: Path) -> list[Path]:
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).is_file():
             return [folder / name]
-    for pattern in ("*.safetensors", "*.bin", "*.pt", "*.pth"):
+    for pattern in (layout.WEIGHTS, *layout.LEGACY_WEIGHTS):
         found = sorted(folder.glob(pattern))
         if len(found) == 1:
             return found
@@ -209,8 +210,8 @@ def _unfold_pipeline(path: Path, tensors: dict[str, Tensor], messages: list[str]
 def config_of_file(path: Path, tensors: dict[str, Tensor], messages: list[str]) -> dict[str, Any]:
     """The config that lies beside a `.pt`, or that of the released model whose shapes these are."""
     for folder in (path.parent, path.parent.parent):
-        if (folder / "config.json").is_file():
-            return read_config(folder / "config.json")
+        if (folder / layout.MODEL_CONFIG).is_file():
+            return read_config(folder / layout.MODEL_CONFIG)
     fitting = [name for name, preset in presets().items() if _shapes_fit(preset.fields, tensors)]
     if len(fitting) != 1:
         what = f"fits {' and '.join(fitting)}" if fitting else "is the shape of no released model"

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from argonne import __version__
+from argonne import __version__, layout
 from argonne.config import Recipe
 from argonne.errors import InputError
 from argonne.files import TEMPORARY, fsync_path, read_json, verify_directory, write_json
+from argonne.layout import Kind
 from argonne.legacy.convert import modern_name
 from argonne.legacy.position import WRITTEN_BY
 from argonne.legacy.training import CLASSES, HEADS, MOMENTS, class_order
@@ -22,7 +23,7 @@ from argonne.model.configuration_argonne import FULL, SLIDING, ArgonneConfig
 from argonne.model.load import read_checkpoint_tensors, resolve_model
 from argonne.model.save import copy_tokenizer
 from argonne.recipe import build
-from argonne.report.records import METRICS_FILE, read_metrics
+from argonne.report.records import read_metrics
 from argonne.train.checkpoint import read_state
 from argonne.train.schedule import learning_rate
 
@@ -48,17 +49,17 @@ def export_pt(model: Path, out: Path) -> dict[str, Any]:
         raise InputError(
             f"{checkpoint}: optim.name is {recipe.optim.name}; the .pt format holds AdamW's moments only. `--as hf` writes the weights"
         )
-    config = ArgonneConfig.from_dict(read_json(checkpoint / "config.json"))
+    config = ArgonneConfig.from_dict(read_json(checkpoint / layout.MODEL_CONFIG))
     earlier = earlier_config(checkpoint, config)
-    target = out / f"checkpoint_step_{state['step']}.pt"
+    target = out / f"{layout.checkpoint_name(state['step'])}.pt"
     if target.exists():
         raise InputError(f"{target} exists already; choose another folder or remove it")
-    if (out / "config.json").is_file() and read_json(out / "config.json") != earlier:
-        raise InputError(f"{out / 'config.json'}: is the config of another model; choose another folder")
+    if (out / layout.MODEL_CONFIG).is_file() and read_json(out / layout.MODEL_CONFIG) != earlier:
+        raise InputError(f"{out / layout.MODEL_CONFIG}: is the config of another model; choose another folder")
     content = _content(checkpoint, state, recipe, config)
     out.mkdir(parents=True, exist_ok=True)
     _copy_tokenizer(checkpoint, out)
-    write_json(out / "config.json", earlier)
+    write_json(out / layout.MODEL_CONFIG, earlier)
     _write(target, content)
     position = content["data_position"]
     return {
@@ -91,8 +92,8 @@ def _messages(recipe: Recipe, position: Any) -> list[str]:
 
 def _checkpoint_of(model: Path) -> Path:
     """The training checkpoint that `model` names. A run's final model has no optimizer state: its last checkpoint has."""
-    path = model / "checkpoint_last" if (model / "checkpoint_last").exists() else model
-    if not (path / "state.json").is_file():
+    path = model / layout.LAST if layout.kind_of(model) is Kind.RUN else model
+    if layout.kind_of(path) is not Kind.CHECKPOINT:
         resolve_model(model)  # says what it is not, where it is nothing of ours
         raise InputError(f"{model}: has no optimizer state; --as pt takes a run or a checkpoint_step_<N> folder (`--as hf` writes weights)")
     path = path.resolve()
@@ -182,14 +183,14 @@ def _earlier_names(checkpoint: Path, tensors: dict[str, Tensor], config: Argonne
 
 def _rate(checkpoint: Path, state: dict[str, Any], recipe: Recipe) -> float:
     """The rate of the next step: the schedule's where the length of the run is known, else the peak."""
-    manifest = checkpoint.parent / "manifest.json"
+    manifest = checkpoint.parent / layout.MANIFEST
     total = read_json(manifest).get("total_steps") if manifest.is_file() else recipe.train.steps
     return learning_rate(state["step"], int(total), recipe.optim, recipe.schedule) if total else recipe.optim.lr
 
 
 def _loss(checkpoint: Path, step: int) -> float | None:
     """Loss of the step before the checkpoint, where the run beside it logged one."""
-    if not (checkpoint.parent / METRICS_FILE).is_file():
+    if not (checkpoint.parent / layout.METRICS).is_file():
         return None
     found = [record["loss"] for record in read_metrics(checkpoint.parent).of("step") if record["step"] == step]
     return float(found[-1]) if found and found[-1] is not None else None
@@ -232,9 +233,9 @@ def _position(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _copy_tokenizer(checkpoint: Path, out: Path) -> None:
-    if not (out / "tokenizer").exists():
-        (out / "tokenizer").mkdir()
-        copy_tokenizer(checkpoint / "tokenizer", out / "tokenizer")
+    if not (out / layout.TOKENIZER).exists():
+        (out / layout.TOKENIZER).mkdir()
+        copy_tokenizer(checkpoint / layout.TOKENIZER, out / layout.TOKENIZER)
 
 
 def _write(target: Path, content: dict[str, Any]) -> None:

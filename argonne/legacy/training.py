@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from argonne import layout
 from argonne.errors import InputError
 from argonne.legacy.convert import modern_config, modern_name, modern_state
 from argonne.legacy.earlier import Earlier, config_of_file, read_config, unpickle, weights_of_file
 from argonne.model.configuration_argonne import ArgonneConfig
-from argonne.model.save import tokenizer_folder
 from argonne.train.checkpoint import run_tensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -70,7 +70,7 @@ class TrainingFile:
 
     @property
     def tokenizer_folder(self) -> Path | None:
-        return tokenizer_folder(self.path.parent)
+        return layout.tokenizer_of(self.path.parent)
 
 
 def _theta(config: ArgonneConfig) -> float | None:
@@ -124,10 +124,10 @@ def _count(path: Path, content: dict[str, Any], name: str) -> int:
 
 def _config_of(path: Path, tensors: dict[str, Tensor], given: Mapping[str, Any], messages: list[str]) -> ArgonneConfig | None:
     """The config beside the file; else none where the recipe gives the sizes, or that of the released model of these shapes."""
-    place = next((folder for folder in (path.parent, path.parent.parent) if (folder / "config.json").is_file()), None)
+    place = next((folder for folder in (path.parent, path.parent.parent) if (folder / layout.MODEL_CONFIG).is_file()), None)
     if place is None and "hidden_size" in given:
         return None
-    raw = read_config(place / "config.json") if place is not None else config_of_file(path, tensors, messages)
+    raw = read_config(place / layout.MODEL_CONFIG) if place is not None else config_of_file(path, tensors, messages)
     earlier = Earlier(place or path, raw, tensors)
     config = modern_config(earlier, "as-config" if given.get("sliding_window") else "full")
     if earlier.messages and "layer_types" not in given:

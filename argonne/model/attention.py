@@ -17,11 +17,11 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import AttentionMaskInterface, create_causal_mask, create_sliding_window_causal_mask, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
+from .configuration_argonne import FULL, SLIDING
 from .fused import Segments
 from .kernels import choose_kernel, run_kernel
 
 IMPLEMENTATION = "argonne"
-FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def plan_masks(
     kinds = dict.fromkeys(config.layer_types)
     if isinstance(attention_mask, dict):
         prepared = {kind: attention_mask.get(kind) for kind in kinds}
-        return _from_prepared(prepared, hidden, cache) if config._attn_implementation == IMPLEMENTATION else prepared
+        return _from_prepared(prepared, cache) if config._attn_implementation == IMPLEMENTATION else prepared
     if config._attn_implementation != IMPLEMENTATION:
         return _stock_masks(config, kinds, hidden, attention_mask, position_ids, cache)
     if attention_mask is not None and attention_mask.dim() == 4:
@@ -110,10 +110,10 @@ def plan_masks(
         segments = segments_of(position_ids if explicit_positions else None, mask, shape, hidden.device)
         if not isinstance(segments, str):
             return {kind: MaskPlan(config.sliding_window if kind == SLIDING else None, segments) for kind in kinds}
-    return _from_prepared(_stock_masks(config, kinds, hidden, attention_mask, position_ids, cache), hidden, cache)
+    return _from_prepared(_stock_masks(config, kinds, hidden, attention_mask, position_ids, cache), cache)
 
 
-def _from_prepared(masks: Mapping[str, Any], hidden: Tensor, cache: Cache | None) -> dict[str, Any]:
+def _from_prepared(masks: Mapping[str, Any], cache: Cache | None) -> dict[str, Any]:
     return {kind: MaskPlan(dense=mask, own_keys=cache is None) for kind, mask in masks.items()}
 
 

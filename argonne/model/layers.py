@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention import IMPLEMENTATION, LayerInputs
-from .configuration_argonne import ArgonneConfig
+from .configuration_argonne import SLIDING, ArgonneConfig
 
 
 class ArgonneRMSNorm(nn.Module):
@@ -106,7 +106,7 @@ class ArgonneAttention(nn.Module):
         self.layer_idx = layer_idx
         assert config.layer_types is not None
         self.layer_type = config.layer_types[layer_idx]
-        self.sliding_window = config.sliding_window if self.layer_type == "sliding_attention" else None
+        self.sliding_window = config.sliding_window if self.layer_type == SLIDING else None
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = config.head_dim**-0.5

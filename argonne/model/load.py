@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from argonne import layout
 from argonne.errors import InputError
+from argonne.layout import Kind
 
 if TYPE_CHECKING:
     from argonne.model.modeling_argonne import ArgonneForCausalLM
 
 FAMILY = ("argonne", "argonne2")
-CHECKPOINT_FORMAT = 1
 
 
 @contextmanager
@@ -69,26 +70,28 @@ def resolve_model(name: str | Path) -> FoundModel:
         raise InputError(
             f"{path}: is a file; expected a run, a checkpoint or a model folder (a .pt checkpoint: `argonne import {path} --out DIR`)"
         )
-    if (path / "state.json").is_file():
+    kind = layout.kind_of(path)
+    if kind is Kind.CHECKPOINT:
         return _checkpoint(path.resolve())
-    if (path / "metrics.jsonl").is_file() or ((path / "manifest.json").is_file() and (path / "config.toml").is_file()):
+    if kind is Kind.RUN:
         return _run(path)
-    if (path / "config.json").is_file():
+    if kind in (Kind.MODEL_FOLDER, Kind.LEGACY_FOLDER):
         return _exported(path)
+    if kind is not Kind.NOTHING:
+        raise InputError(f"{path}: is {kind.value}; expected a run, a checkpoint or a model folder")
     raise InputError(f"{path}: neither a run, a checkpoint nor a model folder (no manifest.json, state.json or config.json in it)")
 
 
 def _run(path: Path) -> FoundModel:
-    if (path / "final_model" / "config.json").is_file():
-        found = _exported(path / "final_model")
-        last = path / "checkpoint_last"
-        state = _json(last / "state.json") if (last / "state.json").is_file() else {}
-        return FoundModel(
-            found.folder, found.config, found.tokenizer_folder, False, state.get("run_id"), state.get("step"), state.get("data")
-        )
-    if not (path / "checkpoint_last" / "state.json").is_file():
+    folder = layout.model_of_run(path)
+    if folder is None:
         raise InputError(f"{path}: the run has no checkpoint yet; let it train to its first save")
-    return _checkpoint((path / "checkpoint_last").resolve())
+    if layout.kind_of(folder) is Kind.CHECKPOINT:
+        return _checkpoint(folder)
+    last = path / layout.LAST / layout.STATE
+    state = _json(last) if last.is_file() else {}
+    found = _exported(folder)
+    return FoundModel(found.folder, found.config, found.tokenizer_folder, False, state.get("run_id"), state.get("step"), state.get("data"))
 
 
 def _checkpoint(path: Path) -> FoundModel:
@@ -96,18 +99,17 @@ def _checkpoint(path: Path) -> FoundModel:
 
     if problems := verify_directory(path):
         raise InputError(f"{path}: the checkpoint is damaged: {problems[0]}; give another one")
-    state = _json(path / "state.json")
-    if state.get("format_version") != CHECKPOINT_FORMAT:
+    state = _json(path / layout.STATE)
+    if state.get("format_version") != layout.STATE_VERSION:
         raise InputError(
-            f"{path / 'state.json'}: format version {state.get('format_version')!r}, this argonne reads {CHECKPOINT_FORMAT}; update argonne"
+            f"{path / layout.STATE}: format version {state.get('format_version')!r}, this argonne reads {layout.STATE_VERSION}; update argonne"
         )
-    config = _family_config(path)
-    return FoundModel(path, config, path / "tokenizer", True, state.get("run_id"), state.get("step"), state.get("data"))
+    config = family_config(path)
+    return FoundModel(path, config, path / layout.TOKENIZER, True, state.get("run_id"), state.get("step"), state.get("data"))
 
 
 def _exported(path: Path) -> FoundModel:
-    has_tokenizer = (path / "tokenizer.json").is_file() or (path / "vocab.json").is_file()
-    return FoundModel(path, _family_config(path), path if has_tokenizer else None)
+    return FoundModel(path, family_config(path), layout.tokenizer_of(path))
 
 
 def _from_hub(name: str) -> FoundModel:
@@ -118,9 +120,9 @@ def _from_hub(name: str) -> FoundModel:
 
     try:
         # The configuration first: another family is refused before its weights are fetched.
-        folder = Path(snapshot_download(name, allow_patterns=["config.json"]))
-        _family_config(folder)
-        folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"]))
+        folder = Path(snapshot_download(name, allow_patterns=[layout.MODEL_CONFIG]))
+        family_config(folder)
+        folder = Path(snapshot_download(name, allow_patterns=["*.json", layout.WEIGHTS, "*.jinja", "*.txt"]))
     except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"{name}: no such folder here, and the Hub did not give it ({reason}); download it and give the folder") from None
@@ -137,8 +139,9 @@ def _json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _family_config(folder: Path) -> dict[str, Any]:
-    config = _json(folder / "config.json")
+def family_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a folder. Raises InputError for a model of another family, by its name."""
+    config = _json(folder / layout.MODEL_CONFIG)
     kind = config.get("model_type")
     if kind not in FAMILY:
         raise InputError(
@@ -146,19 +149,6 @@ def _family_config(folder: Path) -> dict[str, Any]:
             f"expected one of Argonne's ({' or '.join(FAMILY)})"
         )
     return config
-
-
-def choose_device(device: str) -> str:
-    """ "auto" is CUDA where there is one, else the CPU. Raises InputError for a device that is not known, or not here."""
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, number = device.partition(":")
-    if kind not in ("cpu", "cuda", "mps") or (number and not number.isdigit()):
-        raise InputError(f"device: found {device!r}, expected auto, cpu, cuda or mps")
-    here = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[kind]
-    if int(number or 0) >= here:
-        raise InputError(f"device: found {device!r}, but torch sees {here} such devices here; use auto or cpu")
-    return device
 
 
 def load_model(name: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> LoadedModel:
@@ -186,12 +176,12 @@ def _load(found: FoundModel, dtype: torch.dtype | None) -> ArgonneForCausalLM:
 def _config(folder: Path) -> Any:
     from argonne.model.configuration_argonne import Argonne1Config, ArgonneConfig
 
-    values = _json(folder / "config.json")
+    values = _json(folder / layout.MODEL_CONFIG)
     kind = Argonne1Config if values["model_type"] == "argonne" else ArgonneConfig
     try:
         return kind.from_dict(values)
     except ValueError as error:
-        raise InputError(f"{folder / 'config.json'}: {error}") from None
+        raise InputError(f"{folder / layout.MODEL_CONFIG}: {error}") from None
 
 
 def _from_folder(folder: Path, dtype: torch.dtype | None) -> ArgonneForCausalLM:
@@ -199,12 +189,12 @@ def _from_folder(folder: Path, dtype: torch.dtype | None) -> ArgonneForCausalLM:
 
     from argonne.model.modeling_argonne import ArgonneForCausalLM
 
-    if not any(folder.glob("*.safetensors")):
+    if not any(folder.glob(layout.WEIGHTS)):
         raise InputError(f"{folder}: no safetensors file; earlier formats come in through `argonne import {folder} --out DIR`")
     names = _tensor_names(folder)
     if any(name.startswith("model.model.") for name in names):
         raise InputError(f"{folder}: the tensors of a training checkpoint, but its state.json is missing; it is damaged, give another one")
-    if any("blocks.0." in name for name in names):
+    if layout.kind_of(folder) is Kind.LEGACY_FOLDER:
         raise InputError(f"{folder}: tensors under earlier names; run `argonne import {folder} --out DIR` and use that folder")
     try:
         loaded: Any = ArgonneForCausalLM.from_pretrained(
@@ -227,7 +217,7 @@ def _tensor_names(folder: Path) -> list[str]:
     from safetensors import SafetensorError, safe_open
 
     names: list[str] = []
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(folder.glob(layout.WEIGHTS)):
         try:
             with safe_open(path, "pt") as file:
                 names += list(file.keys())
@@ -277,7 +267,8 @@ def read_checkpoint_tensors(checkpoint: Path, prefix: str = "") -> dict[str, tor
 
 def load_weights_into(model: ArgonneForCausalLM, folder: Path) -> None:
     """Copy the weights of a checkpoint or model folder into a model of the same architecture. A longer learned position table is refused."""
-    state = read_checkpoint_weights(folder) if (folder / "state.json").is_file() else _from_folder(folder, None).state_dict()
+    is_checkpoint = layout.kind_of(folder) is Kind.CHECKPOINT
+    state = read_checkpoint_weights(folder) if is_checkpoint else _from_folder(folder, None).state_dict()
     own = dict(model.named_parameters())
     problems = [f"{name} is missing" for name in own if name not in state]
     problems += [

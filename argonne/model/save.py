@@ -9,15 +9,7 @@ from typing import Any
 
 import torch
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
+from argonne import layout
 
 
 def save_model_folder(
@@ -60,7 +52,7 @@ def _first(ids: int | list[int] | None) -> int | None:
 
 def _complete_config(folder: Path, config_class: str, dtype: torch.dtype) -> None:
     """save_pretrained records the saved class only: name the config and the base model too, so that AutoModel works."""
-    path = folder / "config.json"
+    path = folder / layout.MODEL_CONFIG
     config = json.loads(path.read_text())
     family = config_class.removesuffix("Config")  # Argonne, or Argonne1 for 1.x
     config["architectures"] = [f"{family}ForCausalLM"]
@@ -73,16 +65,11 @@ def _complete_config(folder: Path, config_class: str, dtype: torch.dtype) -> Non
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def tokenizer_folder(folder: Path) -> Path | None:
-    """Where the tokenizer of a model folder lies: in it, or in its tokenizer/."""
-    return next((place for place in (folder, folder / "tokenizer") if any((place / name).is_file() for name in TOKENIZER_FILES[:1])), None)
-
-
 def copy_tokenizer(source: Path | None, target: Path) -> list[str]:
     """Copy the tokenizer files and the chat template; return their names."""
     if source is None:
         return []
-    found = [name for name in TOKENIZER_FILES if (source / name).is_file()]
+    found = [name for name in layout.TOKENIZER_FILES if (source / name).is_file()]
     for name in found:
         shutil.copyfile(source / name, target / name)
     return found
@@ -97,16 +84,17 @@ def stop_ids(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
         "bos_id": config.get("bos_token_id"),
         "pad_id": config.get("pad_token_id"),
     }
-    path = folder / "generation_config.json"
+    path = folder / layout.GENERATION_CONFIG
     if path.is_file():
         generation = json.loads(path.read_text())
         for name in ("eos", "bos", "pad"):
             found[f"{name}_id"] = generation.get(f"{name}_token_id", found[f"{name}_id"])
-    source = tokenizer_folder(folder)
-    if found["eos_id"] is None and source is not None and (source / "tokenizer_config.json").is_file():
+    source = layout.tokenizer_of(folder) or folder
+    about, tokenizer = source / layout.TOKENIZER_CONFIG, source / layout.TOKENIZER_FILE
+    if found["eos_id"] is None and about.is_file() and tokenizer.is_file():
         from tokenizers import Tokenizer
 
-        token = json.loads((source / "tokenizer_config.json").read_text()).get("eos_token")
+        token = json.loads(about.read_text()).get("eos_token")
         token = token.get("content") if isinstance(token, dict) else token
-        found["eos_id"] = Tokenizer.from_file(str(source / "tokenizer.json")).token_to_id(token) if token else None
+        found["eos_id"] = Tokenizer.from_file(str(tokenizer)).token_to_id(token) if token else None
     return found

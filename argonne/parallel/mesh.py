@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from argonne.errors import InputError
+from argonne.parallel.device import choose_device
 
 if TYPE_CHECKING:
     from argonne.config import ParallelSection
@@ -108,19 +109,6 @@ class Mesh:
             dist.barrier(group=self.agreement)
 
 
-def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device of `train.device`; a device that is not there is an InputError."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
-        if not torch.cuda.is_available():
-            raise InputError("train.device: found cuda, but torch sees no CUDA device here; use auto or cpu")
-        return torch.device("cuda", local_rank)
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise InputError("train.device: found mps, but torch sees no Metal device here; use auto or cpu")
-    return torch.device(name)
-
-
 def _data_groups(mesh: Mesh) -> list[list[int]]:
     """Ranks that hold the same part of the model, one list a part."""
     width = mesh.world_size // mesh.pipeline
@@ -153,7 +141,7 @@ def open_mesh(parallel: ParallelSection, device_name: str, *, timeout_seconds: f
     replicas = world_size // (pipeline * inner * parallel.shard)
     if parallel.replicate not in (0, replicas):
         raise InputError(f"parallel.replicate: found {parallel.replicate}, expected {replicas}, the number of workers started")
-    device = choose_device(device_name, local_rank)
+    device = choose_device(device_name, local_rank, where="train.device")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world_size == 1:

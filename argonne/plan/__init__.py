@@ -5,7 +5,7 @@ from __future__ import annotations
 from argonne.plan.build import Plan, StepChoice, choose_step, make_plan, plan_of_run
 from argonne.plan.devices import Device, device, device_names, device_peak_flops
 from argonne.plan.shape import ModelShape, flops_per_token, shape_of
-from argonne.plan.text import compare_lines, compare_plan, plan_lines
+from argonne.plan.text import compare_plan, plan_lines
 
 __all__ = [
     "Device",
@@ -13,7 +13,6 @@ __all__ = [
     "Plan",
     "StepChoice",
     "choose_step",
-    "compare_lines",
     "compare_plan",
     "device",
     "device_names",

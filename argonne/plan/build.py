@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 from argonne.config import Recipe
@@ -77,8 +78,9 @@ def make_plan(
     device = gpu if isinstance(gpu, Device) else devices.device(gpu or ("cpu" if shape.parameters() < SMALL else "h200"))
     limit = usable_memory(device, gpus)
     choice = best_choice(recipe, shape, device, gpus)
-    steps = length.total_steps(recipe, length.tokens_per_epoch(recipe.data))
-    tokens = None if steps is None else length.tokens_before(recipe.batch, steps)
+    tokens_before = partial(length.tokens_before, recipe.batch)
+    steps = length.total_steps(recipe, tokens_before, lambda: length.tokens_per_epoch(recipe.data))
+    tokens = None if steps is None else tokens_before(steps)
     flops = shape.flops_per_token(recipe.data.sequence_length)
     mfu, rate = expected_rate(choice, device, gpus, flops) if choice.fits else (None, None)
     hours = tokens / rate / 3600 if tokens is not None and rate else None

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from argonne.config import Recipe
 from argonne.errors import InputError
-from argonne.plan.devices import Device, device, find_device, peak_of
+from argonne.plan.devices import Device, device, find_device, peak_of, resolve_precision
 from argonne.plan.memory import LIBRARIES_CPU, Memory, Setup, memory_of
 from argonne.plan.shape import ModelShape
 
@@ -110,7 +110,7 @@ def _choices(recipe: Recipe, shape: ModelShape, known: Device, layout: Layout, l
             setup = Setup(
                 rows=1,
                 sequence_length=recipe.data.sequence_length,
-                precision=resolved_precision(train.precision, known),
+                precision=resolve_precision(train.precision, known.name, has_bf16=known.bf16 is not None or known.fp16 is None),
                 activation_checkpointing=checkpointing,
                 checkpointing_stride=stride,
                 loss=loss,
@@ -168,17 +168,6 @@ def _with_micro_rows(recipe: Recipe, shape: ModelShape, setup: Setup, layout: La
         else:
             high = middle - 1
     return with_rows(math.ceil(share / math.ceil(share / low)))
-
-
-def resolved_precision(precision: str, known: Device) -> str:
-    """`auto` as the trainer resolves it. Raises InputError where the device has no such units."""
-    if known.name == "cpu":
-        return "fp32" if precision == "auto" else precision
-    if precision == "auto":
-        return "bf16" if known.bf16 or not known.fp16 else "fp32"
-    if precision.startswith("bf16") and known.bf16 is None and known.fp16 is not None:
-        raise InputError(f"train.precision: found {precision}, but {known.name} has no bf16; use --train.precision fp16 or fp32")
-    return precision
 
 
 def expected_rate(choice: Choice, known: Device, gpus: int, flops_per_token: float) -> tuple[float | None, float | None]:

@@ -91,14 +91,22 @@ def find_device(reported: str) -> Device | None:
     return None
 
 
-def peak_of(known: Device, precision: str) -> float | None:
-    """Dense peak in FLOP/s for a precision of the recipe (`auto` is bf16 where there is one, else fp32; fp32 runs as TF32)."""
+def resolve_precision(precision: str, device: str, *, has_bf16: bool) -> str:
+    """What a precision of the recipe comes to: `auto` is bf16 on a GPU that has it, else fp32.
+
+    device: "cpu", or a GPU by any name. Raises InputError for bf16 on a GPU that has none.
+    """
+    on_gpu = device != "cpu"
     if precision == "auto":
-        return known.bf16 if known.bf16 is not None else known.tf32
-    kinds = {"bf16": known.bf16, "bf16_full": known.bf16, "fp16": known.fp16, "fp32": known.tf32}
-    if precision not in kinds:
-        raise InputError(f"train.precision: found {precision!r}, expected auto, bf16, fp16, fp32 or bf16_full")
-    return kinds[precision]
+        return "bf16" if on_gpu and has_bf16 else "fp32"
+    if precision.startswith("bf16") and on_gpu and not has_bf16:
+        raise InputError(f"train.precision: found {precision}, but {device} has no bf16; use fp16 or fp32")
+    return precision
+
+
+def peak_of(known: Device, precision: str) -> float | None:
+    """Dense peak in FLOP/s for a resolved precision (fp32 runs as TF32)."""
+    return {"bf16": known.bf16, "bf16_full": known.bf16, "fp16": known.fp16, "fp32": known.tf32}[precision]
 
 
 def device_peak_flops(name: str, precision: str) -> float | None:

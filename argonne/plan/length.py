@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from argonne import layout
 from argonne.config import BatchSection, DataSection, Recipe
+from argonne.errors import InputError
+from argonne.recipe import batches
 
 
 @dataclass(frozen=True)
@@ -26,40 +30,49 @@ class SourceUse:
 
 def tokens_before(batch: BatchSection, step: int) -> int:
     """Tokens trained before optimizer step `step`."""
-    total, start, tokens = 0, 0, batch.tokens_per_step
-    for change in sorted(batch.steps, key=lambda change: change.step):
-        if change.step >= step:
-            break
-        total, start = total + (change.step - start) * tokens, change.step
-        tokens = change.tokens_per_step or tokens
-    return total + (step - start) * tokens
+    parts = [(min(first, step), tokens) for _, first, tokens, _ in batches(batch)]
+    ends = [first for first, _ in parts[1:]] + [step]
+    return sum((end - first) * tokens for (first, tokens), end in zip(parts, ends, strict=True))
 
 
-def steps_within(batch: BatchSection, tokens: int) -> int:
-    """Whole steps that `tokens` make: a run never trains on more than was asked for."""
-    start, per_step, used = 0, batch.tokens_per_step, 0
-    for change in sorted(batch.steps, key=lambda change: change.step):
-        if used + (change.step - start) * per_step > tokens:
-            break
-        used, start = used + (change.step - start) * per_step, change.step
-        per_step = change.tokens_per_step or per_step
-    return start + (tokens - used) // per_step
+def steps_within(tokens_before: Callable[[int], int], tokens: int) -> int:
+    """The most steps that draw at most `tokens` tokens: a run never trains on more than was asked for. `tokens_before(step)` rises with it."""
+    low, high = 0, 1
+    while tokens_before(high) <= tokens:
+        high *= 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if tokens_before(middle) <= tokens else (low, middle)
+    return low
 
 
-def total_steps(recipe: Recipe, tokens_per_epoch: int | None) -> int | None:
-    """Optimizer steps of the run; None where its length is in epochs of data that is not on this disk."""
-    if recipe.train.steps is not None:
-        return recipe.train.steps
-    if recipe.train.tokens is not None:
-        return steps_within(recipe.batch, recipe.train.tokens)
-    if tokens_per_epoch is None:
-        return None
-    return steps_within(recipe.batch, int((recipe.train.epochs or 0) * tokens_per_epoch))
+def total_steps(recipe: Recipe, tokens_before: Callable[[int], int], tokens_per_epoch: Callable[[], int | None]) -> int | None:
+    """Optimizer steps of the run; None where its length is in epochs of data that is not on this disk.
+
+    tokens_before: tokens before a step, history and changes of batch included. tokens_per_epoch: asked only where the length is in epochs.
+    Raises InputError for a length that makes no whole step.
+    """
+    train = recipe.train
+    if train.steps is not None:
+        return train.steps
+    tokens = train.tokens
+    if tokens is None:
+        epoch = tokens_per_epoch()
+        if epoch is None:
+            return None
+        tokens = int((train.epochs or 0) * epoch)
+    steps = steps_within(tokens_before, tokens)
+    if steps < 1:
+        raise InputError(
+            f"train: {tokens:,} tokens make no whole step of batch.tokens_per_step = {recipe.batch.tokens_per_step:,}; "
+            "train longer or take a smaller batch"
+        )
+    return steps
 
 
 def source_tokens(path: str) -> int | None:
     """Training tokens of a prepared token set, from its manifest; None where there is none to read."""
-    manifest = Path(path) / "manifest.json"
+    manifest = Path(path) / layout.MANIFEST
     if not manifest.is_file():
         return None
     found = json.loads(manifest.read_text()).get("tokens")

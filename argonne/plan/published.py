@@ -16,7 +16,6 @@ class Published:
     tokens: int | None = None
     tokens_per_step: int | None = None
     batch: str = ""
-    hardware: str = ""
 
     def contradiction(self) -> str | None:
         """One sentence where steps x batch is not the published tokens; None where it is, or where one is not known."""
@@ -31,11 +30,11 @@ class Published:
         )
 
 
-_1_0 = Published("Argonne 1.0", 160_000, None, None, "48, then 60 documents", "8x A100 80GB, 1,440 GPU-hours")
-_1_5 = Published("Argonne 1.5", 80_000, 15_453_927_424, 756 * 2048, "756 documents in rows of 2,048", "8x A100, 1,248 GPU-hours")
-_2_0 = Published("Argonne 2.0", 1_347_890, 21_900_000_000, 16_384, "4 rows of 4,096", "8x A100")
-_2_5 = Published("Argonne 2.5", 425_975, 76_050_709_610, 245_760, "20 x 4 x 3 rows of 1,024", "3x H200")
-_3_0 = Published("Argonne 3.0", 329_148, 76_050_709_610, 233_472, "38 x 2 x 3 rows of 1,024", "3x H200")
+_1_0 = Published("Argonne 1.0", 160_000, None, None, "48, then 60 documents")
+_1_5 = Published("Argonne 1.5", 80_000, 15_453_927_424, 756 * 2048, "756 documents in rows of 2,048")
+_2_0 = Published("Argonne 2.0", 1_347_890, 21_900_000_000, 16_384, "4 rows of 4,096")
+_2_5 = Published("Argonne 2.5", 425_975, 76_050_709_610, 245_760, "20 x 4 x 3 rows of 1,024")
+_3_0 = Published("Argonne 3.0", 329_148, 76_050_709_610, 233_472, "38 x 2 x 3 rows of 1,024")
 _BY_RECIPE = {
     "argonne-1.0-pretrain": _1_0,
     "argonne-1.5-pretrain": _1_5,

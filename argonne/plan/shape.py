@@ -14,40 +14,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from argonne import architecture, layout
 from argonne.config import ModelSection
 from argonne.errors import InputError
 
-SLIDING = "sliding_attention"
 _NEEDED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
-# What a field that nothing sets means: the defaults of ArgonneConfig, and where positions are learned those of Argonne1Config.
-_DEFAULTS: dict[str, Any] = {
-    "max_position_embeddings": 1024,
-    "position_embedding": "rope",
-    "norm_type": "rms",
-    "mlp_gated": True,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "attention_dropout": 0.0,
-    "hidden_dropout": 0.0,
-    "tie_word_embeddings": True,
-    "q_norm": False,
-    "k_norm": False,
-    "v_norm": False,
-    "sandwich_norm": False,
-    "layer_types": None,
-    "sliding_window": None,
-    "final_logit_softcapping": None,
-}
-_DEFAULTS_LEARNED: dict[str, Any] = {
-    "max_position_embeddings": 2048,
-    "norm_type": "layer",
-    "mlp_gated": False,
-    "attention_bias": True,
-    "mlp_bias": True,
-    "attention_dropout": 0.1,
-    "hidden_dropout": 0.1,
-    "tie_word_embeddings": False,
-}
 
 
 @dataclass(frozen=True)
@@ -114,7 +85,7 @@ class ModelShape:
 
     def windows(self) -> list[int | None]:
         """Keys a query sees at most, by layer; None where it sees all before it."""
-        return [self.sliding_window if kind == SLIDING else None for kind in self.layer_types]
+        return [self.sliding_window if kind == architecture.SLIDING else None for kind in self.layer_types]
 
     def flops_per_token(self, sequence_length: int) -> float:
         """Training FLOPs a token, forward and backward, at this row length (convention: the module's docstring)."""
@@ -138,7 +109,8 @@ def flops_per_token(model: ModelSection | Mapping[str, Any], sequence_length: in
 def shape_of(model: ModelSection | Mapping[str, Any], sequence_length: int = 0) -> ModelShape:
     """The sizes of a model section (or a config.json as a dict), for rows of `sequence_length` tokens.
 
-    A section that only says `init_from` is read from that folder's config.json. Raises InputError where a size is missing.
+    A section that only says `init_from` is read from that folder's config.json. Raises InputError where a size is missing, or two
+    fields contradict each other.
     """
     fields = {
         name: value for name, value in (asdict(model) if isinstance(model, ModelSection) else dict(model)).items() if value is not None
@@ -148,32 +120,15 @@ def shape_of(model: ModelSection | Mapping[str, Any], sequence_length: int = 0) 
     for name in _NEEDED:
         if not isinstance(fields.get(name), int):
             raise InputError(f"model.{name}: not set, and neither model.preset nor model.init_from gives it; add one of them")
-    return _fill(fields, sequence_length)
-
-
-def _fill(fields: dict[str, Any], sequence_length: int) -> ModelShape:
-    full = {**_DEFAULTS, **(_DEFAULTS_LEARNED if fields.get("position_embedding") == "learned" else {}), **fields}
-    hidden, heads, layers = full["hidden_size"], full["num_attention_heads"], full["num_hidden_layers"]
-    full.setdefault("num_key_value_heads", heads)
-    full.setdefault("head_dim", hidden // heads)
-    full.setdefault("intermediate_size", -(-int(8 * hidden / 3) // 256) * 256 if full["mlp_gated"] else 4 * hidden)
-    full["layer_types"] = tuple(full["layer_types"] or ["full_attention"] * layers)
-    full["final_logit_softcapping"] = full["final_logit_softcapping"] or None
+    architecture.check(fields)
+    full = architecture.filled(fields)
     full["max_position_embeddings"] = max(full["max_position_embeddings"], sequence_length)
     return ModelShape(**{name: full[name] for name in ModelShape.__dataclass_fields__})
 
 
 def stored_fields(path: str) -> dict[str, Any]:
-    """The config.json of an exported folder, a checkpoint, or a run (its final model, else its newest checkpoint)."""
-    folder = Path(path)
-    candidates = [folder, folder / "final_model", *sorted(folder.glob("checkpoint_step_*"), key=_step_of, reverse=True)]
-    for candidate in candidates:
-        file = candidate / "config.json"
-        if file.is_file():
-            return dict(json.loads(file.read_text()))
+    """The config.json of an exported folder, a checkpoint, or a run (its final model, else its last checkpoint)."""
+    for folder in (Path(path), layout.model_of_run(Path(path))):
+        if folder is not None and (folder / layout.MODEL_CONFIG).is_file():
+            return dict(json.loads((folder / layout.MODEL_CONFIG).read_text()))
     raise InputError(f"model.init_from: {path} has no config.json to take the sizes from; give the right folder, or model.preset too")
-
-
-def _step_of(folder: Path) -> int:
-    digits = folder.name.rpartition("_")[2]
-    return int(digits) if digits.isdigit() else -1

@@ -129,16 +129,3 @@ def _hours(metrics: list[dict[str, Any]]) -> float | None:
             begun = record["time"]
         seen = record["time"]
     return None if begun is None or seen is None else (total + seen - begun) / 3600
-
-
-def compare_lines(rows: list[dict[str, Any]]) -> list[str]:
-    """`compare_plan` as lines for people."""
-
-    def show(value: float | None) -> str:
-        return "n/a" if value is None else f"{value:,.4g}"
-
-    lines = [f"{'':<18} {'planned':>14} {'measured':>14} {'ratio':>7}"]
-    for row in rows:
-        ratio = "n/a" if row["ratio"] is None else f"{row['ratio']:.2f}"
-        lines.append(f"{row['name']:<18} {show(row['planned']):>14} {show(row['measured']):>14} {ratio:>7}")
-    return lines

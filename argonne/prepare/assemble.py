@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from argonne.layout import index_of
 from argonne.tokens.shards import ShardWriter, read_header
 
 PARTS = "parts"
@@ -145,7 +146,7 @@ def _append(writer: ShardWriter, out: Path, entry: dict[str, Any], mask: np.ndar
     path = out / PARTS / entry["file"]
     dtype, tokens = read_header(path)
     ids = np.memmap(path, dtype=dtype, mode="r", offset=1024, shape=(tokens,)) if tokens else np.zeros(0, dtype)
-    ends = np.fromfile(path.with_suffix(".idx"), dtype="<u8").astype(np.int64)
+    ends = np.fromfile(index_of(path), dtype="<u8").astype(np.int64)
     sizes = _documents(out, entry)["bytes"]
     lengths = np.diff(ends, prepend=0)
     for first, last in _runs(np.ones(len(ends), bool) if mask is None else mask):

@@ -45,14 +45,36 @@ def cut_arrow(path: str, text_column: str, whole_file: int) -> list[tuple[int, i
         return [(start, min(start + ARROW_BATCHES, count)) for start in range(0, count, ARROW_BATCHES)]
 
 
-def _parquet(path: str) -> Any:
+def every_row(path: str, format: str) -> Iterator[dict[str, Any]]:
+    """Every row with all of its columns. Raises what pyarrow and `read_faults` raise, also for a stream that was cut off."""
+    if format == "parquet":
+        with _opened_parquet(path) as source:
+            for batch in source.iter_batches(BATCH_ROWS):
+                yield from batch.to_pylist()
+        return
+    reader, random_access, source = _opened_arrow(path)
+    with source:
+        for batch in map(reader.get_batch, range(reader.num_record_batches)) if random_access else reader:
+            batch.validate(full=True)
+            for first in range(0, batch.num_rows, BATCH_ROWS):
+                yield from batch.slice(first, BATCH_ROWS).to_pylist()
+        if not random_access:
+            _check_end(source)
+
+
+def _opened_parquet(path: str) -> Any:
     import fsspec
-    import pyarrow as pa
     import pyarrow.parquet as parquet
 
+    source = fsspec.open(path, "rb").open() if "://" in path else path
+    return parquet.ParquetFile(source, buffer_size=READ_BYTES, page_checksum_verification=True)
+
+
+def _parquet(path: str) -> Any:
+    import pyarrow as pa
+
     try:
-        source = fsspec.open(path, "rb").open() if "://" in path else path
-        return parquet.ParquetFile(source, buffer_size=READ_BYTES, page_checksum_verification=True)
+        return _opened_parquet(path)
     except (pa.ArrowException, *read_faults(path)) as error:
         raise InputError(f"{path}: not a readable parquet file ({first_line(error)}); {REMEDY}") from None
 
@@ -106,18 +128,24 @@ def _column_bytes(group: Any, name: str, guess: int) -> int:
     return group.total_byte_size if number is None else group.column(number).total_uncompressed_size
 
 
-@contextmanager
-def _arrow(path: str) -> Iterator[tuple[Any, bool, Any]]:
+def _opened_arrow(path: str) -> tuple[Any, bool, Any]:
     """(reader, whether it is of the random-access file format, the opened file)."""
     import fsspec
     import pyarrow as pa
 
+    source = pa.PythonFile(fsspec.open(path, "rb").open(), mode="r") if "://" in path else pa.memory_map(path)
+    magic = source.read(6)
+    source.seek(0)
+    random_access = magic == b"ARROW1"
+    return (pa.ipc.open_file if random_access else pa.ipc.open_stream)(source), random_access, source
+
+
+@contextmanager
+def _arrow(path: str) -> Iterator[tuple[Any, bool, Any]]:
+    import pyarrow as pa
+
     try:
-        source = pa.PythonFile(fsspec.open(path, "rb").open(), mode="r") if "://" in path else pa.memory_map(path)
-        magic = source.read(6)
-        source.seek(0)
-        random_access = magic == b"ARROW1"
-        reader = pa.ipc.open_file(source) if random_access else pa.ipc.open_stream(source)
+        reader, random_access, source = _opened_arrow(path)
     except (pa.ArrowException, *read_faults(path)) as error:
         raise InputError(f"{path}: not a readable Arrow file or stream ({first_line(error)}); {REMEDY}") from None
     with source:
@@ -138,21 +166,22 @@ def arrow_rows(path: str, start: int, stop: int, text_column: str) -> Iterator[A
                 for first in range(0, batch.num_rows, step):
                     yield from _values(column.slice(first, step))
                 row += batch.num_rows
-            if not random_access and not _has_end(source):
-                raise OSError("the stream ends without its end mark: it was cut off, or its writer was killed")
+            if not random_access:
+                _check_end(source)
         except (pa.ArrowException, *read_faults(path)) as error:
             where = "" if random_access and start == 0 else f" of the record batches from {start:,} on" if random_access else ""
             raise InputError(f"{path}: after row {row:,}{where}: cannot be read ({first_line(error)}); {REMEDY}") from None
 
 
-def _has_end(source: Any) -> bool:
-    """Does the stream that was just read end as Arrow since 0.15 ends one? Older ones begin otherwise, and their end cannot be told."""
+def _check_end(source: Any) -> None:
+    """Raise OSError where the stream that was just read does not end as Arrow since 0.15 ends one; of older ones the end cannot be told."""
     end = source.tell()
     source.seek(0)
     if source.read(4) != END_OF_STREAM[:4]:
-        return True
+        return
     source.seek(max(0, end - len(END_OF_STREAM)))
-    return bool(source.read(len(END_OF_STREAM)) == END_OF_STREAM)
+    if source.read(len(END_OF_STREAM)) != END_OF_STREAM:
+        raise OSError("the stream ends without its end mark: it was cut off, or its writer was killed")
 
 
 def _check_offsets(column: Any) -> None:

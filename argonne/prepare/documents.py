@@ -101,7 +101,7 @@ def unit_bytes(files: Sequence[InputFile]) -> int:
     return min(128 << 20, max(1 << 20, sum(file.bytes for file in files) // 64))
 
 
-def cut(file_number: int, file: InputFile, target: int, text_column: str, split: str) -> list[tuple[int, int]]:
+def cut(file: InputFile, target: int, text_column: str) -> list[tuple[int, int]]:
     """The units of one file as (start, stop). Raises InputError when the file cannot be read or lacks the column."""
     if file.format == "parquet":
         return columnar.cut_parquet(file.path, target, text_column)

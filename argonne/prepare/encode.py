@@ -14,15 +14,13 @@ from typing import Any, cast
 
 import numpy as np
 
-from argonne import files
+from argonne import files, layout
 from argonne.errors import InputError
 from argonne.prepare import assemble, encoders, filters
 from argonne.prepare.documents import InputFile, Unit, read_unit
 from argonne.prepare.texts import LongText, RowBatch
 from argonne.tokens import shards as tokens
 from argonne.tokens.tokenizer import TextTokenizer, load_tokenizer
-
-RECORDS = "units"
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class Job:
 
 
 def record_path(out: Path, number: int) -> Path:
-    return out / RECORDS / f"{number:05d}.json"
+    return out / layout.UNITS / f"{number:05d}.json"
 
 
 def finished(out: Path, units: int) -> dict[int, dict[str, Any]]:
@@ -53,7 +51,7 @@ def finished(out: Path, units: int) -> dict[int, dict[str, Any]]:
 
 def remove_records(out: Path) -> None:
     """Remove the records, and what a killed writer left beside them."""
-    shutil.rmtree(out / RECORDS, ignore_errors=True)
+    shutil.rmtree(out / layout.UNITS, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -65,14 +63,14 @@ class _Context:
 
 def _context(out: str, encoder: str) -> _Context:
     """Of the plan that lies there now: a Ray worker outlives a folder that is removed and written again."""
-    state = (Path(out) / "plan.json").stat()
+    state = (Path(out) / layout.UNITS_PLAN).stat()
     return _loaded(out, encoder, (state.st_ino, state.st_mtime_ns))
 
 
 @functools.lru_cache(maxsize=2)
 def _loaded(out: str, encoder: str, _plan: tuple[int, int]) -> _Context:
-    plan = files.read_json(Path(out) / "plan.json")
-    tokenizer = load_tokenizer(Path(out) / "tokenizer", plan["tokenizer"]["added_tokens"])
+    plan = files.read_json(Path(out) / layout.UNITS_PLAN)
+    tokenizer = load_tokenizer(Path(out) / layout.TOKENIZER, plan["tokenizer"]["added_tokens"])
     return _Context(plan, tokenizer, encoders.load(encoder, tokenizer))
 
 
@@ -179,8 +177,8 @@ class _UnitWork:
         folder.mkdir(exist_ok=True)
         for leftover in folder.glob(f"{files.TEMPORARY}*-{number:05d}*"):
             leftover.unlink(missing_ok=True)
-        self.train = _Output(folder, f"tokens-{number:05d}", dtype, job.shard_tokens, staged)
-        self.held = _Output(folder, f"held_out-{number:05d}", dtype, job.shard_tokens, staged)
+        self.train = _Output(folder, layout.shard_name(number), dtype, job.shard_tokens, staged)
+        self.held = _Output(folder, layout.shard_name(number, held_out=True), dtype, job.shard_tokens, staged)
         self.choose = held_out_numbers(self.recipe["hold_out"], number)
         self.filters = filters.build(self.recipe, self.plan["evaluation_files"])
         self.rows, self.drops, self.warnings = 0, dict[str, int](), list[str]()
@@ -271,7 +269,7 @@ class _UnitWork:
 def encode_unit(job: Job, number: int) -> dict[str, Any]:
     """Write the shards of unit `number`, then its record. Raises InputError naming file and row where the input is damaged."""
     out = Path(job.out)
-    (out / RECORDS).mkdir(exist_ok=True)
+    (out / layout.UNITS).mkdir(exist_ok=True)
     work = _UnitWork(job, number)
     recipe = work.recipe
     file = InputFile(**work.plan["files"][work.unit.file])

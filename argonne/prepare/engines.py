@@ -17,7 +17,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from argonne import files
+from argonne import files, layout
 from argonne.errors import InputError
 from argonne.prepare import encoders
 from argonne.prepare.encode import Job, record_path
@@ -162,7 +162,7 @@ def _is_queued(identifier: str) -> bool:
 
 def array_task(out: str, encoder: str, shard_tokens: int, task: int, tasks: int) -> None:
     """One task of the array: every `tasks`-th unit from `task` on that is not finished."""
-    units = len(files.read_json(Path(out) / "plan.json")["units"])
+    units = len(files.read_json(Path(out) / layout.UNITS_PLAN)["units"])
     mine = [number for number in range(task, units, tasks) if not record_path(Path(out), number).exists()]
     try:
         for _ in local(Job(out, encoder, shard_tokens), mine, int(os.environ.get("SLURM_CPUS_PER_TASK", "1"))):

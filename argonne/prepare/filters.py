@@ -15,6 +15,7 @@ from typing import IO, Any
 import numpy as np
 
 from argonne.errors import InputError
+from argonne.prepare import columnar
 from argonne.prepare.documents import InputFile, find_files
 from argonne.prepare.texts import READ_BYTES, LongText, Text, first_line, read_faults
 from argonne.prepare.textual import open_file
@@ -153,38 +154,13 @@ def _values(file: InputFile) -> Iterator[Any]:
     import pyarrow as pa
 
     try:
-        if file.format == "parquet":
-            yield from _table_rows(_parquet(file.path))
-        elif file.format == "arrow":
-            yield from _table_rows(_arrow(file.path))
+        if file.format in ("parquet", "arrow"):
+            yield from columnar.every_row(file.path, file.format)
         else:
             with open_file(file.path) as source:
                 yield from _text_values(file, source)
     except (pa.ArrowException, csv.Error, RecursionError, *read_faults(file.path)) as error:
         raise InputError(f"--decontaminate {file.path}: cannot be read ({first_line(error)}); restore it or leave it out") from None
-
-
-def _table_rows(table: Any) -> Iterator[Any]:
-    for batch in table.to_batches(max_chunksize=1024):
-        yield from batch.to_pylist()
-
-
-def _parquet(path: str) -> Any:
-    import fsspec
-    import pyarrow.parquet as parquet
-
-    with fsspec.open(path, "rb") as source:
-        return parquet.read_table(source)
-
-
-def _arrow(path: str) -> Any:
-    import fsspec
-    import pyarrow as pa
-
-    with fsspec.open(path, "rb") as source:
-        random_access = source.read(6) == b"ARROW1"
-        source.seek(0)
-        return (pa.ipc.open_file if random_access else pa.ipc.open_stream)(source).read_all()
 
 
 def _text_values(file: InputFile, source: IO[bytes]) -> Iterator[Any]:

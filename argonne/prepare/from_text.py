@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from argonne import files
+from argonne import files, layout
 from argonne.config import DataSection
 from argonne.errors import InputError
 from argonne.prepare import documents, encode, planning, prepare
@@ -27,7 +27,6 @@ from argonne.prepare.options import PrepareOptions
 from argonne.tokens import shards as tokens
 from argonne.tokens.shards import Shard, TokenSet, TokenStream
 
-FOLDER = "data"
 FAILURE = "failure.json"
 POLL_SECONDS = 0.2
 RESTARTS = 3
@@ -42,8 +41,8 @@ def options_of(data: DataSection, run_folder: Path | None) -> PrepareOptions:
     if data.tokenizer is None:
         raise InputError("data.tokenizer: not set, and data.input needs one; give the tokenizer's folder")
     return PrepareOptions(
-        input=(_begun_with(data.input, run_folder / FOLDER) or first_match(data.input),),
-        out=run_folder / FOLDER,
+        input=(_begun_with(data.input, run_folder / layout.RUN_TOKENS) or first_match(data.input),),
+        out=run_folder / layout.RUN_TOKENS,
         tokenizer=Path(data.tokenizer),
         text_column=data.text_column,
         filter=("quality",) if data.quality_filter else (),
@@ -55,7 +54,7 @@ def options_of(data: DataSection, run_folder: Path | None) -> PrepareOptions:
 
 def _begun_with(patterns: Sequence[str], folder: Path) -> str | None:
     """The pattern that the run began with, where it is still asked for: text that is tokenised may be gone, another pattern may match by now."""
-    for name in (planning.PLAN, tokens.MANIFEST):  # the plan goes once the manifest is there, perhaps between two looks
+    for name in (layout.UNITS_PLAN, layout.MANIFEST):  # the plan goes once the manifest is there, perhaps between two looks
         if not (folder / name).exists():
             continue
         try:
@@ -163,7 +162,7 @@ class TextWork:
 
     @property
     def complete(self) -> bool:
-        return (self.out / tokens.MANIFEST).exists()
+        return (self.out / layout.MANIFEST).exists()
 
     def _plan(self) -> dict[str, Any]:
         """Empty when nothing is left to do."""
@@ -220,7 +219,7 @@ class TextWork:
             return True
         self._process = None
         if code:
-            units = len(list((self.out / encode.RECORDS).glob("[0-9]*.json")))
+            units = len(list((self.out / layout.UNITS).glob("[0-9]*.json")))
             self._deaths = self._deaths + 1 if units == self._units_at_death else 1
             self._units_at_death = units
         return False
@@ -259,7 +258,7 @@ def open_text(data: DataSection, run_folder: Path | None) -> tuple[TokenSet, Tex
             fingerprint=files.fingerprint(work.plan),
             train=stream,
             held_out=TokenStream([]),
-            tokenizer_folder=work.out / "tokenizer",
+            tokenizer_folder=work.out / layout.TOKENIZER,
             tokenizer_fingerprint=work.plan["tokenizer"]["fingerprint"],
             eos_id=work.plan["tokenizer"]["eos_id"],
             manifest={},
@@ -277,7 +276,7 @@ def work_in_background(request: str) -> None:
     try:
         prepare.prepare(options)
     except InputError as error:
-        done_by_another = "another `argonne prepare` is writing" in str(error) or (options.out / tokens.MANIFEST).exists()
+        done_by_another = "another `argonne prepare` is writing" in str(error) or (options.out / layout.MANIFEST).exists()
         if not done_by_another:
             files.write_json(options.out / FAILURE, {"message": str(error)})
 

@@ -11,15 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from argonne import files
+from argonne import files, layout
 from argonne.errors import InputError
 from argonne.prepare import documents, filters, messages
 from argonne.prepare.documents import InputFile, Unit
 from argonne.prepare.options import PrepareOptions, TokenizerOptions
-from argonne.tokens import shards as tokens
 from argonne.tokens.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 
-PLAN = "plan.json"
 PLAN_VERSION = 1
 TOKENIZER_CHARACTERS = 500_000_000
 
@@ -30,11 +28,11 @@ def turn(out: Path) -> Iterator[None]:
     made = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     try:
-        with open(out / tokens.TURN, "w") as lock:
+        with open(out / layout.TOKENS_TURN, "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
     finally:
-        if made and {entry.name for entry in out.iterdir()} <= {tokens.TURN}:
+        if made and {entry.name for entry in out.iterdir()} <= {layout.TOKENS_TURN}:
             shutil.rmtree(out, ignore_errors=True)
 
 
@@ -43,16 +41,16 @@ def open_plan(options: PrepareOptions, out: Path) -> dict[str, Any] | None:
 
     Raises InputError before anything is written where the input, the options or the folder are wrong.
     """
-    if (out / PLAN).exists():
+    if (out / layout.UNITS_PLAN).exists():
         with turn(out):
             if (plan := _known_plan(options, out)) is not None:
                 return plan
-    if (out / tokens.MANIFEST).exists():
+    if (out / layout.MANIFEST).exists():
         return None
-    ours = {tokens.LOCK, tokens.TURN, "tokenizer"}
+    ours = {layout.TOKENS_LOCK, layout.TOKENS_TURN, layout.TOKENIZER}
     foreign = out.exists() and any(entry.name not in ours and not entry.name.startswith(files.TEMPORARY) for entry in out.iterdir())
     # Looked for once more: another process may have planned, or finished, since the first look.
-    if foreign and not (out / PLAN).exists() and not (out / tokens.MANIFEST).exists():
+    if foreign and not (out / layout.UNITS_PLAN).exists() and not (out / layout.MANIFEST).exists():
         raise InputError(f"{out}: exists and holds no plan of `argonne prepare`; choose another --out or remove it")
     found = documents.find_files(options.input, outside=out)
     units, bad = _cut_all(options, found)
@@ -61,20 +59,20 @@ def open_plan(options: PrepareOptions, out: Path) -> dict[str, Any] | None:
     filters.build(options.recipe(), evaluation)  # those that cannot be read are refused here
     tokenizer = None if options.tokenizer is None else load_tokenizer(options.tokenizer, options.added_tokens)
     with turn(out):
-        if (plan := _known_plan(options, out)) is not None or (out / tokens.MANIFEST).exists():
+        if (plan := _known_plan(options, out)) is not None or (out / layout.MANIFEST).exists():
             return plan
         tokenizer = _checked(options, tokenizer or _train(options, found, units, out))
         plan = _new_plan(options, found, units, bad, evaluation, tokenizer)
         if options.tokenizer is not None:
-            tokenizer.save(out / "tokenizer")
-        files.write_json(out / PLAN, plan)
+            tokenizer.save(out / layout.TOKENIZER)
+        files.write_json(out / layout.UNITS_PLAN, plan)
         return plan
 
 
 def _known_plan(options: PrepareOptions, out: Path) -> dict[str, Any] | None:
-    if not (out / PLAN).exists() or (out / tokens.MANIFEST).exists():
+    if not (out / layout.UNITS_PLAN).exists() or (out / layout.MANIFEST).exists():
         return None
-    plan: dict[str, Any] = files.read_json(out / PLAN)
+    plan: dict[str, Any] = files.read_json(out / layout.UNITS_PLAN)
     _check_plan(options, plan, out)
     return plan
 
@@ -123,7 +121,7 @@ def _cut_all(options: PrepareOptions, found: list[InputFile]) -> tuple[list[Unit
     bad: list[dict[str, str]] = []
     for number, file in enumerate(found):
         try:
-            pieces = documents.cut(number, file, target, options.text_column, options.split)
+            pieces = documents.cut(file, target, options.text_column)
         except InputError as error:
             if not options.skip_bad_shards:
                 raise
@@ -144,10 +142,10 @@ def _check_text(options: PrepareOptions, found: list[InputFile], units: list[Uni
 
 def _train(options: PrepareOptions, found: list[InputFile], units: list[Unit], out: Path) -> TextTokenizer:
     assert options.train_tokenizer is not None
-    if not (out / "tokenizer" / "tokenizer.json").exists():
+    if not (out / layout.TOKENIZER / layout.TOKENIZER_FILE).exists():
         texts = sample_texts(found, units, options.text_column, options.split, options.skip_bad_shards)
-        train_tokenizer(texts, options.train_tokenizer, out / "tokenizer", bare=options.bare)
-    return load_tokenizer(out / "tokenizer", options.added_tokens)
+        train_tokenizer(texts, options.train_tokenizer, out / layout.TOKENIZER, bare=options.bare)
+    return load_tokenizer(out / layout.TOKENIZER, options.added_tokens)
 
 
 def sample_texts(
@@ -182,7 +180,7 @@ def train_tokenizer_on_files(flags: TokenizerOptions) -> Path:
 def _check_plan(options: PrepareOptions, plan: dict[str, Any], out: Path) -> None:
     if plan.get("format_version") != PLAN_VERSION:
         raise InputError(
-            f"{out / PLAN}: version {plan.get('format_version')}, this argonne writes {PLAN_VERSION}; remove {out} and start again"
+            f"{out / layout.UNITS_PLAN}: version {plan.get('format_version')}, this argonne writes {PLAN_VERSION}; remove {out} and start again"
         )
     changed = [name for name, value in options.recipe().items() if plan["recipe"].get(name) != value]
     if changed:

@@ -16,13 +16,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from argonne import files
+from argonne import files, layout
 from argonne.errors import InputError
 from argonne.prepare import assemble, encode, encoders, engines, messages
 from argonne.prepare.documents import InputFile, Unit
 from argonne.prepare.manifest import build_manifest, check_drops
 from argonne.prepare.options import PrepareOptions, check_options
-from argonne.prepare.planning import PLAN, open_plan, sample_texts, turn, unit_weights
+from argonne.prepare.planning import open_plan, sample_texts, turn, unit_weights
 from argonne.prepare.progress import Progress
 from argonne.tokens import shards as tokens
 from argonne.tokens.tokenizer import load_tokenizer
@@ -40,7 +40,7 @@ def prepare(options: PrepareOptions, progress: Progress | None = None) -> Path:
     out = Path(options.out)
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: is a file; give a folder")
-    if (out / tokens.MANIFEST).exists() and not (out / PLAN).exists():
+    if (out / layout.MANIFEST).exists() and not (out / layout.UNITS_PLAN).exists():
         _check_complete(options, out)  # without a lock: it may lie where nothing can be written
         return out
     try:
@@ -54,7 +54,7 @@ def _prepare(options: PrepareOptions, out: Path, progress: Progress | None) -> P
     say = (progress or Progress("prepare", 0)).say
     with ExitStack() as held:
         with turn(out):
-            if (out / tokens.MANIFEST).exists() or plan is None:
+            if (out / layout.MANIFEST).exists() or plan is None:
                 _check_complete(options, out)
                 return out
             held.enter_context(sole_writer(out, shared=options.part is not None))
@@ -74,7 +74,7 @@ def _finish_last(options: PrepareOptions, plan: dict[str, Any], out: Path, say: 
     """Of several parts the one that ends last finishes the set."""
     assert options.part is not None
     part = f"part {options.part[0]}/{options.part[1]} is done"
-    if (out / tokens.MANIFEST).exists():
+    if (out / layout.MANIFEST).exists():
         say(f"{part}; another part has finished the set")
         return None
     if missing := len(plan["units"]) - len(encode.finished(out, len(plan["units"]))):
@@ -99,14 +99,14 @@ def _check_complete(options: PrepareOptions, out: Path) -> None:
         )
     if options.tokenizer is not None and load_tokenizer(options.tokenizer).fingerprint != manifest["tokenizer"]["fingerprint"]:
         raise InputError(f"{out}: holds a finished token set of another tokenizer; choose another --out or remove it")
-    if (out / PLAN).exists():
+    if (out / layout.UNITS_PLAN).exists():
         _clean(out)
 
 
 @contextmanager
 def sole_writer(out: Path, *, shared: bool) -> Iterator[None]:
     """Hold the folder's lock while units are encoded; several `--part`s hold it together. The kernel frees it when a process dies."""
-    with open(out / tokens.LOCK, "w") as lock:
+    with open(out / layout.TOKENS_LOCK, "w") as lock:
         try:
             fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except OSError:
@@ -151,7 +151,7 @@ def _encoder(options: PrepareOptions, plan: dict[str, Any], out: Path, progress:
     """Name of the encoder, after gigatoken was compared with the reference on hard probes and on the first documents of the input."""
     units = [Unit(**unit) for unit in plan["units"]]
     found = [InputFile(**file) for file in plan["files"]]
-    tokenizer = load_tokenizer(out / "tokenizer", plan["tokenizer"]["added_tokens"])
+    tokenizer = load_tokenizer(out / layout.TOKENIZER, plan["tokenizer"]["added_tokens"])
     probes: list[str] = []
     if options.encoder != "tokenizers":
         recipe = plan["recipe"]
@@ -183,5 +183,5 @@ def _clean(out: Path) -> None:
     encode.remove_records(out)
     assemble.remove_parts(out)
     shutil.rmtree(out / "slurm", ignore_errors=True)
-    (out / PLAN).unlink(missing_ok=True)
+    (out / layout.UNITS_PLAN).unlink(missing_ok=True)
     files.fsync_path(out)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from argonne import layout
 from argonne.errors import InputError
 from argonne.files import atomic_directory
 from argonne.model.load import LoadedModel, load_model, no_progress_bar
@@ -22,7 +23,6 @@ from argonne.publish.native import Native, native_twin
 
 TOLERANCE = 1e-4  # of the largest logit
 GREEDY_TOKENS = 16
-GENERATION_FILE = "generation_config.json"
 
 
 def export_model(model_path: Path, out: Path, *, kind: str = "hf") -> dict[str, Any]:
@@ -45,7 +45,7 @@ def export_model(model_path: Path, out: Path, *, kind: str = "hf") -> dict[str, 
             save_model_folder(model, folder, **ids)
         else:
             save_native(native, folder, ids, model.dtype)
-        keep_generation_settings(loaded.folder / GENERATION_FILE, folder / GENERATION_FILE)
+        keep_generation_settings(loaded.folder / layout.GENERATION_CONFIG, folder / layout.GENERATION_CONFIG)
         files = copy_tokenizer(loaded.tokenizer_folder, folder)
         proof = prove(folder, model)
     return {
@@ -62,7 +62,7 @@ def export_model(model_path: Path, out: Path, *, kind: str = "hf") -> dict[str, 
 
 def generation_ids(loaded: LoadedModel) -> dict[str, Any]:
     """End, begin and pad ids of a model, from its generation config, its config or its tokenizer."""
-    folder = loaded.folder if (loaded.folder / GENERATION_FILE).is_file() else loaded.tokenizer_folder or loaded.folder
+    folder = loaded.folder if (loaded.folder / layout.GENERATION_CONFIG).is_file() else loaded.tokenizer_folder or loaded.folder
     return stop_ids(folder, loaded.model.config.to_dict())
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from argonne.errors import InputError
-from argonne.model.configuration_argonne import SLIDING, ArgonneConfig
+from argonne.model.configuration_argonne import FULL, SLIDING, ArgonneConfig
 from argonne.model.modeling_argonne import ArgonneForCausalLM
 
 GPT2_NAMES = {
@@ -109,7 +109,7 @@ def to_gpt2(config: ArgonneConfig, state: dict[str, Tensor]) -> Native:
         n_layer=config.num_hidden_layers,
         n_head=config.num_attention_heads,
         n_inner=config.intermediate_size,
-        activation_function="gelu" if config.hidden_act == "gelu" else "silu",
+        activation_function=config.hidden_act,
         layer_norm_epsilon=config.rms_norm_eps,
         resid_pdrop=config.hidden_dropout,
         embd_pdrop=config.hidden_dropout,
@@ -159,33 +159,24 @@ def why_not_mistral(config: ArgonneConfig) -> str | None:
     )
 
 
+def _rotary(config: ArgonneConfig) -> dict[str, Any]:
+    """Config fields that Llama and Mistral name as we do."""
+    rope, dropout = dict(config.rope_parameters or {}), config.attention_dropout
+    return {**_common(config), "hidden_act": config.hidden_act, "rope_parameters": rope, "attention_dropout": dropout}
+
+
 def to_llama(config: ArgonneConfig, state: dict[str, Tensor]) -> Native:
     """The same tensors under the same names."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    twin = LlamaConfig(
-        **_common(config),
-        hidden_act="silu" if config.hidden_act == "silu" else "gelu",
-        rope_parameters=dict(config.rope_parameters or {}),
-        attention_bias=config.attention_bias,
-        mlp_bias=config.mlp_bias,
-        attention_dropout=config.attention_dropout,
-    )
-    return Native(LlamaForCausalLM, twin, state)
+    return Native(LlamaForCausalLM, LlamaConfig(**_rotary(config), attention_bias=config.attention_bias, mlp_bias=config.mlp_bias), state)
 
 
 def to_mistral(config: ArgonneConfig, state: dict[str, Tensor]) -> Native:
     """Llama with one window for all layers, and with no word about how heads divide the hidden size."""
     from transformers import MistralConfig, MistralForCausalLM
 
-    twin = MistralConfig(
-        **_common(config),
-        hidden_act="silu" if config.hidden_act == "silu" else "gelu",
-        rope_parameters=dict(config.rope_parameters or {}),
-        sliding_window=config.sliding_window,
-        attention_dropout=config.attention_dropout,
-    )
-    return Native(MistralForCausalLM, twin, state)
+    return Native(MistralForCausalLM, MistralConfig(**_rotary(config), sliding_window=config.sliding_window), state)
 
 
 # --- 3.x ------------------------------------------------------------------------------------------------------------------------------
@@ -235,8 +226,8 @@ def to_gemma4(config: ArgonneConfig, state: dict[str, Tensor]) -> Native:
     twin = Gemma4TextConfig(
         **_common(config),
         global_head_dim=config.head_dim,  # type: ignore[call-arg]
-        hidden_activation="silu" if config.hidden_act == "silu" else "gelu",
-        rope_parameters={kind: dict(rope) for kind in ("full_attention", "sliding_attention")},
+        hidden_activation=config.hidden_act,
+        rope_parameters={kind: dict(rope) for kind in (FULL, SLIDING)},
         layer_types=list(config.layer_types or []),
         sliding_window=config.sliding_window or 512,  # read by local layers only
         final_logit_softcapping=config.final_logit_softcapping,

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from argonne import layout
 from argonne.errors import InputError
 from argonne.files import HASH_LIST, read_json, verify_directory
+from argonne.layout import Kind
 
 Facts = dict[str, Any]
-RAW_PREFIXES = ("raw-uint16:", "raw-uint32:")  # tokens without a header: nothing in the file tells
-TOKEN_FILES = (".bin", ".idx", ".ds", ".json")
 EXPECTED = "expected a token set, a tokenizer, a run, a checkpoint or a model folder"
 
 
@@ -19,35 +21,23 @@ def inspect_path(path: Path) -> Facts:
 
     Raises InputError where nothing is there or it is no artifact of ours.
     """
-    if str(path).startswith(RAW_PREFIXES) or any(character in str(path) for character in "*?["):
+    kind = layout.kind_of(path)
+    if kind in _READERS:
+        return _READERS[kind](path)
+    if layout.is_pattern(path):
         return _tokens(path)
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
-    if path.is_file() and path.suffix not in TOKEN_FILES:
+    if path.is_file():
         raise InputError(f"{path}: a {path.suffix or 'plain'} file; {EXPECTED}")
-    if path.is_dir() and _is_checkpoint(path):
-        return _checkpoint(path)
-    if path.is_dir() and (path / "config.toml").is_file():
-        return _run(path)
-    if path.is_dir() and (path / "config.json").is_file():
-        return _exported(path)
-    if path.is_dir() and not any((path / name).exists() for name in ("manifest.json", "plan.json", "tokens-00000.bin")):
-        if (path / "tokenizer.json").is_file():
-            return _tokenizer(path)
-        found = ", ".join(sorted(item.name for item in path.iterdir())[:5]) or "nothing"
-        raise InputError(f"{path}: found {found} in it; {EXPECTED}")
-    return _tokens(path)
+    found = ", ".join(sorted(item.name for item in path.iterdir())[:5]) or "nothing"
+    raise InputError(f"{path}: found {found} in it; {EXPECTED}")
 
 
 def _tokens(path: Path) -> Facts:
     from argonne.tokens.inspection import inspect_tokens
 
     return inspect_tokens(path)
-
-
-def _is_checkpoint(path: Path) -> bool:
-    """state.json is there, or the hash list says that it was."""
-    return (path / "state.json").is_file() or any("state.json" in problem for problem in _sealed(path))
 
 
 def _tokenizer(path: Path) -> Facts:
@@ -63,7 +53,7 @@ def _sealed(path: Path) -> list[str]:
 
 
 def _shape(path: Path) -> Facts:
-    config = read_json(path / "config.json")
+    config = read_json(path / layout.MODEL_CONFIG)
     names = (
         "model_type",
         "hidden_size",
@@ -85,7 +75,7 @@ def _checkpoint(path: Path) -> Facts:
         return facts
     state = read_state(path)
     shapes = stored_shapes(path)
-    parameters = sum(_size(shape) for name, shape in shapes.items() if name.startswith("model."))
+    parameters = sum(math.prod(shape) for name, shape in shapes.items() if name.startswith("model."))
     return facts | {
         "step": state["step"],
         "tokens": state["tokens"],
@@ -98,24 +88,18 @@ def _checkpoint(path: Path) -> Facts:
     }
 
 
-def _size(shape: tuple[int, ...]) -> int:
-    total = 1
-    for length in shape:
-        total *= length
-    return total
-
-
 def _run(path: Path) -> Facts:
     from argonne.report.records import read_metrics
     from argonne.train.checkpoint import list_checkpoints
 
-    manifest = read_json(path / "manifest.json")
+    manifest = read_json(path / layout.MANIFEST)
     saved = list_checkpoints(path)
     problems = [problem for item in saved for problem in verify_directory(item.path)]
-    if (path / "final_model").is_dir():
-        problems += _sealed(path / "final_model")
-    status = next((name.lower() for name in ("COMPLETE", "STOPPED") if (path / name).exists()), "neither stopped nor complete")
-    metrics = read_metrics(path) if (path / "metrics.jsonl").is_file() else None
+    if (path / layout.FINAL_MODEL).is_dir():
+        problems += _sealed(path / layout.FINAL_MODEL)
+    ending = layout.ending_of(path)
+    status = ending.lower() if ending else "neither stopped nor complete"
+    metrics = read_metrics(path) if (path / layout.METRICS).is_file() else None
     last = metrics.last("step") if metrics else None
     return {
         "kind": "run",
@@ -132,35 +116,49 @@ def _run(path: Path) -> Facts:
 def _planned(path: Path, metrics: Any) -> list[Facts] | None:
     from argonne.plan import compare_plan
 
-    if metrics is None or not (path / "plan.json").is_file():
+    names = (layout.COMPUTE_PLAN, layout.EARLIER_COMPUTE_PLAN)
+    plan = next((path / name for name in names if (path / name).is_file()), None)
+    if metrics is None or plan is None:
         return None
-    return compare_plan(read_json(path / "plan.json"), list(metrics.records))
+    return compare_plan(read_json(plan), list(metrics.records))
 
 
 def _exported(path: Path) -> Facts:
     from safetensors import SafetensorError, safe_open
 
-    from argonne.model.load import resolve_model
+    from argonne.model.load import family_config
 
-    resolve_model(path)  # another family is refused by name
+    family_config(path)  # another family is refused by name
     problems, parameters = _sealed(path), 0
-    for file in sorted(path.glob("*.safetensors")):
+    for file in sorted(path.glob(layout.WEIGHTS)):
         try:
             with safe_open(file, "pt") as tensors:
-                parameters += sum(_size(tuple(tensors.get_slice(name).get_shape())) for name in tensors.keys())  # noqa: SIM118 - not a dict
+                parameters += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118 - not a dict
         except SafetensorError as error:
             problems.append(f"{file}: {error}")
-    if not any(path.glob("*.safetensors")):
+    if not any(path.glob(layout.WEIGHTS)):
         problems.append(f"{path}: no safetensors file, so it holds no weights")
     return {
         "kind": "exported model",
         "path": str(path),
         "parameters": parameters,
         "model": _shape(path),
-        "has_tokenizer": (path / "tokenizer.json").is_file(),
+        "has_tokenizer": layout.tokenizer_of(path) is not None,
         "verified_by_hashes": (path / HASH_LIST).exists(),
         "problems": problems,
     }
+
+
+_READERS: dict[Kind, Callable[[Path], Facts]] = {
+    Kind.TOKEN_SET: _tokens,
+    Kind.UNFINISHED_TOKEN_SET: _tokens,
+    Kind.TOKEN_FILE: _tokens,
+    Kind.TOKENIZER: _tokenizer,
+    Kind.RUN: _run,
+    Kind.CHECKPOINT: _checkpoint,
+    Kind.MODEL_FOLDER: _exported,
+    Kind.LEGACY_FOLDER: _exported,
+}
 
 
 def render(facts: Facts) -> str:

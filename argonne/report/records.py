@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from argonne import layout
 from argonne.errors import InputError
 
-METRICS_FILE = "metrics.jsonl"
 Record = dict[str, Any]
 
 
@@ -55,9 +55,9 @@ class Metrics:
 
 def read_metrics(path: Path) -> Metrics:
     """Read a run folder's `metrics.jsonl` (or the file itself). Raises InputError where there is none, or a line is not such a record."""
-    file = path / METRICS_FILE if path.is_dir() else path
+    file = path / layout.METRICS if path.is_dir() else path
     if not file.is_file():
-        raise InputError(f"{path}: no {METRICS_FILE} there; give a run folder that a training verb wrote")
+        raise InputError(f"{path}: no {layout.METRICS} there; give a run folder that a training verb wrote")
     problems: list[str] = []
     kept: dict[tuple[str, int, str], Record] = {}
     lines = 0

@@ -12,14 +12,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from argonne import files
+from argonne import files, layout
 from argonne.errors import InputError
 from argonne.recipe import differences
 from argonne.report import report_page as page
 from argonne.report.records import Metrics, read_metrics, smoothed
 from argonne.report.report_plots import Curve, Mark, Panel
 
-REPORT_FILE = "report.html"
 _KEY_TO_MARKS = "Horizontal axis: step. Vertical lines: resumed (dashed), stopped (dotted), step skipped (solid), warning (dotted)."
 _MARKS = ("resume", "stop", "skip", "warning")
 
@@ -45,7 +44,7 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
     if not runs:
         raise InputError("report: no run given; name at least one run folder")
     records = [_read_run(Path(run), _names(runs)[number]) for number, run in enumerate(runs)]
-    target = out or Path(runs[0]) / REPORT_FILE
+    target = out or Path(runs[0]) / layout.REPORT
     title = " and ".join(record.name for record in records) if len(records) < 3 else f"{len(records)} runs"
     body = [page.heading(title, 1)]
     for record in records:
@@ -73,7 +72,7 @@ def _read_run(folder: Path, name: str) -> RunRecord:
         raise InputError(f"{metrics.path}: no step logged yet ({metrics.lines} lines); wait for the first log line")
     folder = metrics.path.parent
     problems = list(metrics.problems)
-    config, manifest = folder / "config.toml", folder / "manifest.json"
+    config, manifest = folder / layout.CONFIG, folder / layout.MANIFEST
     problems += [f"{file.name} is missing" for file in (config, manifest) if not file.is_file()]
     found = files.read_json(manifest) if manifest.is_file() else {}
     return RunRecord(name, folder, metrics, config.read_text() if config.is_file() else "", found, _state(folder, metrics), tuple(problems))
@@ -82,9 +81,8 @@ def _read_run(folder: Path, name: str) -> RunRecord:
 def _state(folder: Path, metrics: Metrics) -> str:
     """From the run's markers, never from its name: complete, stopped, or neither yet."""
     step = metrics.records[-1]["step"]
-    if (folder / "COMPLETE").exists():
-        return f"complete at step {step:,}"
-    return f"stopped at step {step:,}" if (folder / "STOPPED").exists() else f"not complete, last record at step {step:,}"
+    ending = layout.ending_of(folder)
+    return f"{ending.lower()} at step {step:,}" if ending else f"not complete, last record at step {step:,}"
 
 
 # ---------------------------------------------------------------------------------------------------------------- facts
@@ -269,7 +267,7 @@ def _details(record: RunRecord, named: bool) -> list[str]:
             page.folded(f"{len(facts)} facts", page.table(["key", "value"], facts), is_open=len(facts) <= 30),
         ]
     if record.config_text:
-        parts += [page.heading(f"{prefix}Configuration"), page.folded("config.toml", page.code(record.config_text))]
+        parts += [page.heading(f"{prefix}Configuration"), page.folded(layout.CONFIG, page.code(record.config_text))]
     return parts
 
 

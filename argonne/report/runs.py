@@ -6,9 +6,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from argonne import layout
 from argonne.errors import InputError
-from argonne.report.records import METRICS_FILE, read_metrics
-from argonne.train.run import COMPLETE, LOCK, STOPPED, RunFolder, lock_is_stale
+from argonne.layout import Kind
+from argonne.report.records import read_metrics
+from argonne.train.run import RunFolder, lock_is_stale
 
 
 def list_runs(folder: Path) -> list[dict[str, Any]]:
@@ -16,16 +18,16 @@ def list_runs(folder: Path) -> list[dict[str, Any]]:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; give the one that holds the runs")
     candidates = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
-    rows = [_row(path) for path in candidates if (path / "manifest.json").is_file() and (path / "config.toml").is_file()]
+    rows = [_row(path) for path in candidates if layout.kind_of(path) is Kind.RUN and RunFolder(path).exists()]
     return sorted(rows, key=lambda row: -row["last_activity"])
 
 
 def _row(path: Path) -> dict[str, Any]:
     run = RunFolder(path)
-    metrics = read_metrics(path) if (path / METRICS_FILE).is_file() else None
+    metrics = read_metrics(path) if (path / layout.METRICS).is_file() else None
     last = (metrics.last("step") if metrics else None) or {}
     manifest = run.manifest()
-    activity = max(file.stat().st_mtime for file in (path / "manifest.json", path / METRICS_FILE, path / LOCK) if file.exists())
+    activity = max(file.stat().st_mtime for file in map(path.joinpath, (layout.MANIFEST, layout.METRICS, layout.LOCK)) if file.exists())
     return {
         "name": path.name,
         "path": str(path),
@@ -40,12 +42,12 @@ def _row(path: Path) -> dict[str, Any]:
 
 
 def _status(run: RunFolder) -> str:
-    lock = run.path / LOCK
+    lock = run.path / layout.LOCK
     if lock.exists() and not lock_is_stale(lock):
         return "running"
-    if run.marker(COMPLETE):
+    if run.marker(layout.COMPLETE):
         return "complete"
-    if stopped := run.marker(STOPPED):
+    if stopped := run.marker(layout.STOPPED):
         return f"stopped ({stopped['reason']})"
     return "failed"
 

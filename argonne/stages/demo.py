@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from argonne import layout
 from argonne.errors import InputError
 from argonne.stages.corpus import MODULES, Corpus, write_corpus
 
@@ -98,7 +99,7 @@ class _Demo:
         command = f"argonne eval {shlex.quote(str(self.run))} --tasks bpb"
         self.heading(4, "How well it predicts text it has never seen, in bits per byte (lower is better)", command)
         found = evaluate(self.run, ["bpb"], self.tokens)["tasks"]["bpb"]
-        others = baseline_results(self.tokens, load_tokenizer(self.tokens / "tokenizer"))
+        others = baseline_results(self.tokens, load_tokenizer(self.tokens / layout.TOKENIZER))
         self.say(f"      on {found['documents']:,} held-out documents, {found['bytes']:,} bytes:")
         for name, value in (
             (f"all {VOCABULARY:,} tokens as likely", others["uniform"]),

@@ -14,6 +14,7 @@ from argonne.config import Recipe, TrainSection
 from argonne.data.loader import Loader
 from argonne.errors import InputError
 from argonne.files import read_json, write_json
+from argonne.layout import COMPUTE_PLAN
 from argonne.legacy.training import restore
 from argonne.model.build import check_attention
 from argonne.parallel.compile import compile_blocks
@@ -140,7 +141,7 @@ def build(session: Session, opened: Opened, run: RunFolder, mesh: Mesh, say: Cal
     )
     plan = plan_of(recipe, choice, loader.micro_rows, mesh)
     if mesh.is_main:
-        write_json(run.path / "plan.json", plan)
+        write_json(run.path / COMPUTE_PLAN, plan)
     if returns_memory(recipe.train, mesh.device.type, plan["memory_total"]):
         return_freed_memory()
     compiled = recipe.train.compile == "on" or (recipe.train.compile == "auto" and mesh.device.type == "cuda")

@@ -14,12 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from argonne import files
+from argonne import files, layout
 from argonne.errors import InputError
 from argonne.tokens.file_kinds import format_of, natural_key
 from argonne.tokens.shards import Shard, TokenSet, TokenStream, open_folder, read_header
 
-RAW = {"raw-uint16:": "uint16", "raw-uint32:": "uint32"}
 MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
 MEGATRON_DTYPES = {8: "uint16", 4: "int32", 3: "int16", 5: "int64", 1: "uint8"}
 SAMPLES, SAMPLE_BYTES = 64, 4096
@@ -31,13 +30,13 @@ def open_tokens(path: Path | str) -> TokenSet:
     Raises InputError naming the file that is missing, truncated, of another format or not what the manifest says.
     """
     text = str(path)
-    for prefix, dtype in RAW.items():
+    for prefix, dtype in layout.RAW_TOKENS.items():
         if text.startswith(prefix):
             return _raw(Path(text[len(prefix) :]), dtype)
     path = Path(text)
     if path.is_dir():
         return open_folder(path)
-    if any(character in text for character in "*?["):
+    if layout.is_pattern(text):
         return _headed([Path(name) for name in sorted(glob.glob(text), key=natural_key)], text)
     if not path.exists():
         raise InputError(f"token set {text}: no such file or folder; write one with `argonne prepare`")
@@ -68,7 +67,7 @@ def _headed(paths: Sequence[Path], text: str) -> TokenSet:
         raise InputError(f"token set {text}: uint16 and uint32 files together; name them as two sources")
     shards = []
     for path, dtype, tokens in found:
-        index = path.with_suffix(".idx")
+        index = layout.index_of(path)
         ours = index.exists() and index.stat().st_size % 8 == 0 and not _begins_with(index, MEGATRON_MAGIC)
         shards.append(Shard(path, dtype, tokens, index=index if ours else None))
     return _foreign(paths[0], "train.bin", shards)
@@ -146,7 +145,7 @@ def _document_manifest(path: Path) -> TokenSet:
 
 def _foreign(path: Path, kind: str, shards: list[Shard], documents: int | None = None) -> TokenSet:
     """A token set without a manifest of ours: its fingerprint is taken from sizes and samples, its tokenizer from the folder beside it."""
-    folder = path.parent / "tokenizer"
+    folder = path.parent / layout.TOKENIZER
     stream = TokenStream(shards, documents)
     return TokenSet(
         path=path,

@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from argonne import files
+from argonne import files, layout
 from argonne.errors import InputError
-from argonne.tokens import shards as tokens
 from argonne.tokens.formats import open_tokens
 from argonne.tokens.shards import TokenSet
 
@@ -60,11 +59,11 @@ def _facts(opened: TokenSet) -> dict[str, Any]:
 def _damaged(folder: Path, verify: bool) -> list[str]:
     """Lines for files of a token set folder that differ from the hash list. The list itself is checked by writing it anew."""
     hash_list = folder / files.HASH_LIST
-    if not (folder / tokens.MANIFEST).exists() and not hash_list.exists():
+    if not (folder / layout.MANIFEST).exists() and not hash_list.exists():
         return []
-    problems = _unsealed(folder, verify, tokens.MANIFEST)
-    if (folder / "tokenizer" / files.HASH_LIST).exists():  # of a tokenizer that was trained here; the set's own list does not name it
-        problems += _unsealed(folder / "tokenizer", verify)
+    problems = _unsealed(folder, verify, layout.MANIFEST)
+    if (folder / layout.TOKENIZER / files.HASH_LIST).exists():  # of a tokenizer that was trained here; the set's own list does not name it
+        problems += _unsealed(folder / layout.TOKENIZER, verify)
     return problems
 
 
@@ -91,9 +90,11 @@ def _unsealed(folder: Path, verify: bool, *others: str) -> list[str]:
 def _strangers(folder: Path, listed: dict[str, Any]) -> list[str]:
     """Lines for files that the hash list does not name: a damaged name in it, or somebody else's file."""
     found = {
-        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() and path.name not in (tokens.LOCK, tokens.TURN)
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name not in (layout.TOKENS_LOCK, layout.TOKENS_TURN)
     }
-    unknown = found - {files.HASH_LIST, f"tokenizer/{files.HASH_LIST}"} - set(listed["files"])
+    unknown = found - {files.HASH_LIST, f"{layout.TOKENIZER}/{files.HASH_LIST}"} - set(listed["files"])
     return [f"{folder / name}: is not named in {files.HASH_LIST}; if it is yours, move it elsewhere" for name in sorted(unknown)]
 
 

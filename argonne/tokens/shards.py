@@ -22,9 +22,8 @@ import numpy as np
 
 from argonne import files
 from argonne.errors import InputError
+from argonne.layout import MANIFEST, TOKENIZER, UNITS_PLAN, index_of
 
-MANIFEST = "manifest.json"
-LOCK, TURN = ".lock", ".turn"  # of `argonne prepare`; empty files that stay and belong to no set
 FORMAT, FORMAT_VERSION = "argonne-tokens", 1
 HEADER_BYTES = 1024
 MAGIC = {"uint32": (20240801, 7), "uint16": (20240520, 1)}
@@ -117,7 +116,7 @@ class ShardWriter:
         os.fsync(self._file.fileno())
         self._file.close()
         ends = np.concatenate(self._ends) if self._ends else np.zeros(0, np.uint64)
-        index = self.path.with_suffix(".idx")
+        index = index_of(self.path)
         files.write_bytes(index, ends.astype("<u8").tobytes())
         entry = {
             "file": self.path.name,
@@ -338,7 +337,7 @@ def _open(folder: Path, manifest: dict[str, Any]) -> TokenSet:
         fingerprint=manifest_fingerprint(manifest),
         train=train,
         held_out=held_out,
-        tokenizer_folder=folder / "tokenizer",
+        tokenizer_folder=folder / TOKENIZER,
         tokenizer_fingerprint=tokenizer["fingerprint"],
         eos_id=tokenizer["eos_id"],
         manifest=manifest,
@@ -348,7 +347,7 @@ def _open(folder: Path, manifest: dict[str, Any]) -> TokenSet:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a finished folder; InputError when it is unfinished, foreign or of a later version."""
     if not (folder / MANIFEST).is_file():
-        unfinished = "; `argonne prepare` was interrupted here: run it again to finish" if (folder / "plan.json").exists() else ""
+        unfinished = "; `argonne prepare` was interrupted here: run it again to finish" if (folder / UNITS_PLAN).exists() else ""
         advice = unfinished or "; name a folder that `argonne prepare` wrote, or a token file in it"
         raise InputError(f"{folder}: no {MANIFEST} in this folder, so it is no finished token set{advice}")
     manifest = files.read_json(folder / MANIFEST)
@@ -374,7 +373,7 @@ def shard_of(folder: Path, entry: dict[str, Any], dtype: str) -> Shard:
         raise InputError(
             f"{path}: holds {tokens:,} {found_dtype} tokens, the manifest says {entry['tokens']:,} {dtype}; restore it or prepare again"
         )
-    index = path.with_suffix(".idx")
+    index = index_of(path)
     if (size := _size(index)) != 8 * entry["documents"]:
         raise InputError(
             f"{index}: {size:,} bytes, expected {8 * entry['documents']:,} for {entry['documents']:,} documents; "
@@ -390,9 +389,9 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     entries: dict[str, Any] = {MANIFEST: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}}
     for entry in [*manifest["shards"], *manifest["held_out"]["shards"]]:
         entries[entry["file"]] = {"bytes": entry["bytes"], "sha256": entry["sha256"]}
-        index = Path(entry["file"]).with_suffix(".idx").name
+        index = index_of(Path(entry["file"])).name
         entries[index] = {"bytes": 8 * entry["documents"], "sha256": entry["index_sha256"]}
-    for path in sorted((folder / "tokenizer").iterdir()):
+    for path in sorted((folder / TOKENIZER).iterdir()):
         if path.name != files.HASH_LIST:
             files.fsync_path(path)
             entries[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": files.sha256_of_file(path)}

@@ -11,19 +11,15 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from argonne import files
 from argonne.errors import InputError
-from argonne.tokens.tokenizer_file import TOKENIZER_FILE, ParsedTokenizer, parse_tokenizer
+from argonne.layout import MERGES, TOKENIZER_CONFIG, TOKENIZER_FILE, TOKENIZER_FILES, VOCABULARY
+from argonne.tokens.tokenizer_file import ParsedTokenizer, parse_tokenizer
 
-if TYPE_CHECKING:
-    pass
-
-CONFIG_FILE = "tokenizer_config.json"
-COMPANION_FILES = (CONFIG_FILE, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt")
 ADDED_TOKENS = ("library", "plain")
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>")
 TURN_TOKENS = ("<|im_start|>", "<|im_end|>")
@@ -69,7 +65,7 @@ class TextTokenizer:
                 return int(token_id)
             if name is not None and name == content:
                 raise InputError(
-                    f"{self.folder}: {CONFIG_FILE} names the {role} {name!r}, which is not in {TOKENIZER_FILE}; mend one of them"
+                    f"{self.folder}: {TOKENIZER_CONFIG} names the {role} {name!r}, which is not in {TOKENIZER_FILE}; mend one of them"
                 )
         return None
 
@@ -117,11 +113,11 @@ class TextTokenizer:
             shutil.copyfile(original, folder / TOKENIZER_FILE)
         else:
             (folder / TOKENIZER_FILE).write_text(json.dumps(self._parsed.specification(), ensure_ascii=False))
-        for name in COMPANION_FILES:
-            if (self.folder / name).is_file():
+        for name in TOKENIZER_FILES:
+            if name != TOKENIZER_FILE and (self.folder / name).is_file():
                 shutil.copyfile(self.folder / name, folder / name)
-        if not (folder / CONFIG_FILE).exists():
-            files.write_json(folder / CONFIG_FILE, self.config)
+        if not (folder / TOKENIZER_CONFIG).exists():
+            files.write_json(folder / TOKENIZER_CONFIG, self.config)
 
 
 def load_tokenizer(folder: Path | str, added_tokens: str = "library") -> TextTokenizer:
@@ -134,12 +130,12 @@ def load_tokenizer(folder: Path | str, added_tokens: str = "library") -> TextTok
         folder = folder.parent
     if not folder.is_dir():
         raise InputError(f"tokenizer {folder}: no such folder; give a local folder that holds {TOKENIZER_FILE}")
-    config = files.read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
+    config = files.read_json(folder / TOKENIZER_CONFIG) if (folder / TOKENIZER_CONFIG).is_file() else {}
     if not isinstance(config, dict):
-        raise InputError(f"{folder / CONFIG_FILE}: found a {type(config).__name__}, expected an object of settings; restore the file")
+        raise InputError(f"{folder / TOKENIZER_CONFIG}: found a {type(config).__name__}, expected an object of settings; restore the file")
     if (folder / TOKENIZER_FILE).is_file():
         text = (folder / TOKENIZER_FILE).read_bytes().decode(errors="replace")
-    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+    elif (folder / VOCABULARY).is_file() and (folder / MERGES).is_file():
         text, config = _convert(folder, config)
     else:
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
@@ -208,7 +204,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path, *, bare: b
     config = {"tokenizer_class": "PreTrainedTokenizerFast", **names, "clean_up_tokenization_spaces": False, "model_max_length": 10**9}
     with files.atomic_directory(out) as temporary:
         (temporary / TOKENIZER_FILE).write_text(json.dumps(specification, ensure_ascii=False))
-        (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+        (temporary / TOKENIZER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     return out
 
 

@@ -16,11 +16,10 @@ import numpy as np
 
 from argonne import files
 from argonne.errors import InputError
+from argonne.layout import TOKENIZER_FILE
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-
-TOKENIZER_FILE = "tokenizer.json"
 
 
 class ParsedTokenizer:

@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from argonne import files
+from argonne import files, layout
 from argonne.tokens.shards import Shard
 
 CHUNK = 1 << 22
-RECORD = "verified_data.json"
 
 
 class Verification:
@@ -25,7 +24,7 @@ class Verification:
             for path, digest in ((shard.path, shard.sha256), (shard.index, shard.index_sha256))
             if path and digest
         ]
-        self._record = folder / RECORD if folder is not None else None
+        self._record = folder / layout.VERIFIED if folder is not None else None
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self.problem: str | None = None

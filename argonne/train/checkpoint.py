@@ -6,7 +6,6 @@ Order of a save: temporary folder, tensors, state, fsync, hashes, re-read, renam
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import warnings
 from collections.abc import Callable
@@ -35,12 +34,9 @@ from argonne.files import (
     verify_directory,
     write_json,
 )
+from argonne.layout import LAST, METRICS, STATE, STATE_VERSION, WEIGHTS, checkpoint_name, step_in_name
 from argonne.parallel.mesh import Mesh
 from argonne.train.optim import optimizer_tensors
-
-STATE, LAST = "state.json", "checkpoint_last"
-FORMAT_VERSION = 1
-_NAME = re.compile(r"checkpoint_step_(\d+)")
 
 
 @dataclass(frozen=True)
@@ -52,7 +48,7 @@ class Saved:
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
-    return run / f"checkpoint_step_{step}"
+    return run / checkpoint_name(step)
 
 
 def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -109,12 +105,12 @@ def save_checkpoint(
         temporary.mkdir(parents=True)
 
     def complete() -> None:
-        write_json(temporary / STATE, {"format_version": FORMAT_VERSION, "step": step, **state})
+        write_json(temporary / STATE, {"format_version": STATE_VERSION, "step": step, **state})
         add_files(temporary)
         seal_directory(temporary)
         if problems := verify_directory(temporary) + unreadable_tensors(temporary, names):
             raise OSError(f"{target}: what was written does not read back: {'; '.join(problems[:3])}")
-        if (metrics := run / "metrics.jsonl").exists():
+        if (metrics := run / METRICS).exists():
             fsync_path(metrics)  # the records of the steps that this checkpoint ends are as safe as it is
         publish_directory(temporary, target)
         point_last(run, target)
@@ -174,7 +170,7 @@ def write_tensors(folder: Path, tensors: dict[str, torch.Tensor], mesh: Mesh) ->
 def unreadable_tensors(folder: Path, expected: set[str]) -> list[str]:
     """Open every safetensors file again; return what is missing or cannot be read."""
     found: set[str] = set()
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(folder.glob(WEIGHTS)):
         try:
             with safe_open(path, "pt") as file:
                 found |= set(file.keys())
@@ -193,13 +189,12 @@ def point_last(run: Path, target: Path) -> None:
 
 def checkpoint_step(path: Path) -> int | None:
     """The step in a checkpoint's name, links followed; None for another name or a link that leads nowhere."""
-    match = _NAME.fullmatch(path.resolve().name) if path.exists() else None
-    return int(match[1]) if match else None
+    return step_in_name(path.resolve()) if path.exists() else None
 
 
 def list_checkpoints(run: Path) -> list[Saved]:
     """Folders with a checkpoint's name, oldest first; completeness is `verify`'s to say."""
-    found = [(int(match[1]), path) for path in run.glob("checkpoint_step_*") if (match := _NAME.fullmatch(path.name))]
+    found = [(step, path) for path in run.glob(checkpoint_name("*")) if (step := step_in_name(path)) is not None]
     return [Saved(path, step) for step, path in sorted(found)]
 
 
@@ -219,15 +214,15 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         raise InputError(f"{checkpoint}: not an argonne checkpoint ({STATE} is missing); give a checkpoint_step_<N> folder")
     state = read_json(checkpoint / STATE)
     version = state.get("format_version") if isinstance(state, dict) else None
-    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
-        raise InputError(f"{checkpoint / STATE}: format version {version!r}, expected at most {FORMAT_VERSION}; a newer argonne wrote it")
+    if not isinstance(version, int) or not 1 <= version <= STATE_VERSION:
+        raise InputError(f"{checkpoint / STATE}: format version {version!r}, expected at most {STATE_VERSION}; a newer argonne wrote it")
     return state
 
 
 def stored_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
     """Full shape of every tensor in a checkpoint, joined over the shards that several ranks may have written."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for path in sorted(checkpoint.glob("*.safetensors")):
+    for path in sorted(checkpoint.glob(WEIGHTS)):
         try:
             with safe_open(path, "pt") as file:
                 offsets = _sharding(file.metadata())

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from argonne import layout
 from argonne.config import LogSection
 
 
@@ -25,11 +26,11 @@ class MetricsLog:
         self._writers: dict[str, Any] = {}
         if not enabled:
             return
-        path = folder / "metrics.jsonl"
+        path = folder / layout.METRICS
         _end_half_line(path)
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - open for the life of the run
         if log.tensorboard:
-            self._open("tensorboard", lambda: _tensorboard(folder / "tensorboard"))
+            self._open("tensorboard", lambda: _tensorboard(folder / layout.TENSORBOARD))
         if log.wandb:
             self._open("wandb", lambda: _wandb(log.wandb or "", run_name, folder))
 

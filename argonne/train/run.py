@@ -18,8 +18,8 @@ from typing import Any
 from argonne import __version__
 from argonne.errors import InputError
 from argonne.files import TEMPORARY, fingerprint, read_json, write_json, write_text
+from argonne.layout import COMPLETE, CONFIG, LOCK, MANIFEST, METRICS, SAMPLES, STOPPED
 
-LOCK, STOPPED, COMPLETE = "run.lock", "STOPPED", "COMPLETE"
 _SILENT_SECONDS = 600.0
 
 
@@ -31,7 +31,7 @@ class RunFolder:
         self._locked = False
 
     def manifest(self) -> dict[str, Any]:
-        found: dict[str, Any] = read_json(self.path / "manifest.json")
+        found: dict[str, Any] = read_json(self.path / MANIFEST)
         return found
 
     @property
@@ -39,7 +39,7 @@ class RunFolder:
         return str(self.manifest()["run_id"])
 
     def exists(self) -> bool:
-        return (self.path / "manifest.json").exists()
+        return (self.path / MANIFEST).exists()
 
     def marker(self, name: str) -> dict[str, Any] | None:
         """The content of the STOPPED or COMPLETE marker, None where there is none."""
@@ -94,7 +94,7 @@ class RunFolder:
 
     def write_manifest(self, facts: dict[str, Any]) -> None:
         """What ran: versions, hardware, commit, and the facts the stage hands over. Identity survives a resume; sessions are counted."""
-        path = self.path / "manifest.json"
+        path = self.path / MANIFEST
         old = read_json(path) if path.exists() else {}
         manifest = {
             "format_version": 1,
@@ -107,14 +107,14 @@ class RunFolder:
         write_json(path, manifest)
 
     def update_manifest(self, **facts: Any) -> None:
-        path = self.path / "manifest.json"
+        path = self.path / MANIFEST
         write_json(path, {**read_json(path), **facts})
 
     def write_config(self, text: str) -> None:
-        write_text(self.path / "config.toml", text)
+        write_text(self.path / CONFIG, text)
 
     def add_sample(self, step: int, prompt: str, text: str) -> None:
-        with open(self.path / "samples.md", "a", encoding="utf-8") as file:
+        with open(self.path / SAMPLES, "a", encoding="utf-8") as file:
             file.write(f"## Step {step}\n\n**{prompt}**{text}\n\n")
 
 
@@ -175,7 +175,7 @@ def lock_is_stale(path: Path) -> bool:
 def _locked_message(path: Path) -> str:
     try:
         owner = json.loads(path.read_text())
-        metrics = path.with_name("metrics.jsonl")  # each logged step is a sign of life
+        metrics = path.with_name(METRICS)  # each logged step is a sign of life
         silent = time.time() - max(file.stat().st_mtime for file in (path, metrics) if file.exists())
     except (OSError, ValueError):
         return f"{path}: another process is taking this run; try again"

@@ -11,12 +11,12 @@ on a rate of zero and the last step of the run really uses the final rate:
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import TYPE_CHECKING
 
 from argonne.config import OptimSection, ScheduleSection
 from argonne.errors import InputError
+from argonne.recipe import check_rates
 
 if TYPE_CHECKING:
     import torch
@@ -34,11 +34,6 @@ def learning_rate(step: int, total_steps: int, optim: OptimSection, schedule: Sc
     if step < 0:
         raise ValueError(f"step is {step}; steps count from 0")
     return warmup_share(step, schedule.warmup) * _after_warmup(step, total_steps, optim, schedule)
-
-
-def rate_factor(step: int, total_steps: int, optim: OptimSection, schedule: ScheduleSection) -> float:
-    """`learning_rate` divided by `optim.lr`: what a second peak rate, as Muon's, is multiplied with."""
-    return learning_rate(step, total_steps, optim, schedule) / optim.lr
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float, peak: float) -> None:
@@ -98,61 +93,17 @@ def check_schedule(total_steps: int, optim: OptimSection, schedule: ScheduleSect
     """Raise InputError where the schedule contradicts itself or does not fit into `total_steps`."""
     if total_steps < 1:
         raise InputError(f"train: the run has {total_steps} steps, expected at least 1; give more train.steps, tokens or epochs")
-    if schedule.kind not in ("cosine", "wsd", "constant", "steps"):
-        raise InputError(f"schedule.kind: found {schedule.kind!r}, expected cosine, wsd, constant or steps")
-    if schedule.warmup < 0:
-        raise InputError(f"schedule.warmup: found {schedule.warmup}, expected 0 or more steps")
+    check_rates(optim, schedule)
     if schedule.warmup > total_steps:
         raise InputError(f"schedule.warmup: found {schedule.warmup} steps, more than the run's {total_steps}; lower it or train longer")
-    _check_decay(total_steps, schedule)
-    _check_final_rate(optim, schedule)
-    _check_table(schedule)
-
-
-def _check_decay(total_steps: int, schedule: ScheduleSection) -> None:
-    decay = schedule.decay
     if schedule.kind != "wsd":
-        if decay is not None:
-            raise InputError(
-                f"schedule.decay: found {decay:g}, but kind {schedule.kind!r} has no decay of its own; remove it or choose wsd"
-            )
         return
-    if decay is None:
-        raise InputError(
-            "schedule.decay: not set, and a wsd schedule without decay never lowers the rate; give steps, a share, or 0 on purpose"
-        )
-    if decay < 0 or not math.isfinite(decay) or (decay > 1 and decay != int(decay)):
-        raise InputError(f"schedule.decay: found {decay:g}, expected a whole number of steps, a share below 1, or 0")
     length = decay_steps(total_steps, schedule)
-    if decay and not length:
+    if schedule.decay and not length:
         raise InputError(
-            f"schedule.decay: a share of {decay:g} of {total_steps} steps is less than one step; give at least 1 step, or 0 on purpose"
+            f"schedule.decay: a share of {schedule.decay:g} of {total_steps} steps is less than one step; give at least 1 step, or 0 on purpose"
         )
     if schedule.warmup + length > total_steps:
         raise InputError(
             f"schedule: {schedule.warmup} steps of warmup and {length} of decay do not fit into the run's {total_steps}; shorten one"
         )
-
-
-def _check_final_rate(optim: OptimSection, schedule: ScheduleSection) -> None:
-    if schedule.min_lr is not None and schedule.min_ratio is not None:
-        raise InputError("schedule.min_lr and schedule.min_ratio are both set; keep one")
-    if schedule.min_ratio is not None and not 0 <= schedule.min_ratio <= 1:
-        raise InputError(f"schedule.min_ratio: found {schedule.min_ratio:g}, expected a share from 0 to 1")
-    if schedule.min_lr is not None and not 0 <= schedule.min_lr <= optim.lr:
-        raise InputError(f"schedule.min_lr: found {schedule.min_lr:g}, expected from 0 to optim.lr = {optim.lr:g}")
-
-
-def _check_table(schedule: ScheduleSection) -> None:
-    if schedule.kind != "steps":
-        if schedule.steps:
-            raise InputError(f'schedule.steps: has entries, but kind is {schedule.kind!r}; remove them or choose "steps"')
-        return
-    if not schedule.steps:
-        raise InputError('schedule.steps: empty, and kind "steps" needs [{ step, lr }]')
-    starts = [change.step for change in schedule.steps]
-    if starts[0] < 0 or any(later <= earlier for earlier, later in itertools.pairwise(starts)):
-        raise InputError(f"schedule.steps: found steps {starts}, expected rising numbers from 0 on")
-    for change in schedule.steps:
-        if change.lr <= 0:
-            raise InputError(f"schedule.steps: found lr {change.lr:g} from step {change.step}, expected more than 0")

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from functools import partial
 from typing import Any
 
 import pytest
@@ -122,8 +123,14 @@ def test_steps_within_is_the_largest_number_of_steps_that_the_tokens_pay_for(
     start: int, changes: list[tuple[int, int]], tokens: int
 ) -> None:
     batch = BatchSection(tokens_per_step=start, steps=tuple(BatchChange(step, per_step) for step, per_step in sorted(changes)))
-    steps = steps_within(batch, tokens)
+    steps = steps_within(partial(tokens_before, batch), tokens)
     assert tokens_before(batch, steps) <= tokens < tokens_before(batch, steps + 1)
+
+
+def test_a_length_that_makes_no_whole_step_is_refused() -> None:
+    length = {"train.steps": "none", "train.tokens": "100"}
+    with pytest.raises(InputError, match=r"100 tokens make no whole step of batch\.tokens_per_step = 4,096"):
+        make_plan(load_recipe("nano-3.0", length))
 
 
 def test_argonne_1_0_counts_both_batches() -> None:

@@ -207,7 +207,7 @@ def texts_of(pattern: str | Sequence[str], split: str = "file", target: int = 1 
     """The documents of files, read unit by unit."""
     found = []
     for number, file in enumerate(find_files([pattern] if isinstance(pattern, str) else pattern)):
-        for start, stop in cut(number, file, target, "text", split):
+        for start, stop in cut(file, target, "text"):
             for batch in read_unit(file, Unit(0, number, start, stop), "text", split):
                 found += [text if isinstance(text, str) else "".join(text.blocks()) for text in batch.texts]
     return found

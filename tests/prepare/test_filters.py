@@ -6,9 +6,12 @@ import dataclasses
 import hashlib
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from argonne.errors import InputError
+from argonne.prepare import filters
 from argonne.prepare.options import PrepareOptions
 from argonne.prepare.prepare import prepare
 from argonne.tokens.formats import open_tokens
@@ -85,3 +88,34 @@ def test_evaluation_files_that_changed_since_the_work_began_are_refused(tokenize
         prepare(options, QUIET)
     jsonl(tmp_path / "eval.jsonl", [{"q": text}])
     assert prepare(options, QUIET) == tmp_path / "out"
+
+
+def evaluation_table(path: Path) -> str:
+    """Three batches of rows at `path`, a parquet file, an Arrow file or a stream; returns a text of the last one."""
+    texts = [f"{words(20, number)} {number}" for number in range(3)]
+    table = pa.table({"id": [0, 1, 2], "row": [{"question": text} for text in texts]})
+    if path.suffix == ".parquet":
+        parquet.write_table(table, path, row_group_size=1)
+        return texts[-1]
+    make = pa.ipc.new_stream if path.name == "stream.arrow" else pa.ipc.new_file
+    with make(path, table.schema) as writer:
+        writer.write_table(table, max_chunksize=1)
+    return texts[-1]
+
+
+@pytest.mark.parametrize("name", ["table.parquet", "file.arrow", "stream.arrow"])
+def test_tables_of_evaluation_text_are_read_to_their_last_row(name: str, tmp_path: Path) -> None:
+    text = evaluation_table(tmp_path / name)
+    found = filters.build({"filter": [], "decontaminate": ["yes"]}, filters.evaluation_files([str(tmp_path / name)]))
+    assert found["contaminated"](f"so it says: {text}")
+    assert not found["contaminated"](words(60, 7))
+
+
+@pytest.mark.parametrize("name", ["table.parquet", "file.arrow", "stream.arrow"])
+def test_a_table_of_evaluation_text_that_was_cut_off_is_refused(name: str, tmp_path: Path) -> None:
+    evaluation_table(tmp_path / name)
+    content = (tmp_path / name).read_bytes()
+    stream_end = 8  # without it every batch can still be read, and nothing tells that there were no more
+    (tmp_path / name).write_bytes(content[:-stream_end])
+    with pytest.raises(InputError, match=rf"^--decontaminate .*{name}: cannot be read .*; restore it or leave it out$"):
+        filters.build({"filter": [], "decontaminate": ["yes"]}, filters.evaluation_files([str(tmp_path / name)]))

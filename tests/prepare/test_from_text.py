@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from argonne import layout
 from argonne.config import BatchSection, DataSection, SourceSection
 from argonne.data.dataset import TrainingData, open_training_data
 from argonne.data.loader import Loader
@@ -176,7 +177,7 @@ def starts_until_refused(text: DataSection, run: Path, monkeypatch: pytest.Monke
         for _ in range(9):
             work.keep_going()
             for _ in range(units_between):
-                number = len(list((work.out / encode.RECORDS).glob("*.json")))
+                number = len(list((work.out / layout.UNITS).glob("*.json")))
                 encode.Job(str(work.out)).run(number)
         return len(started)
     assert all(process.code for process in started)

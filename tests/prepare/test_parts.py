@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
+from argonne import layout
 from argonne.prepare import planning
 from argonne.prepare import prepare as preparing
 from argonne.prepare.options import PrepareOptions
 from argonne.prepare.prepare import prepare, sole_writer
-from argonne.tokens import shards as tokens
 from tests.prepare.helpers import QUIET, content
 from tests.tokensets import words
 
@@ -57,7 +57,7 @@ def test_one_process_at_a_time_plans_and_finishes(
     original: Callable[..., Any] = getattr(module, name)
 
     def watched(*arguments: Any) -> Any:
-        held.append(is_held(out / tokens.TURN))
+        held.append(is_held(out / layout.TOKENS_TURN))
         return original(*arguments)
 
     monkeypatch.setattr(module, name, watched)
@@ -73,19 +73,19 @@ def test_a_part_leaves_the_end_to_one_that_still_works(
     prepare(PrepareOptions((corpus,), out, tokenizer_folder, part=(1, 2)), QUIET)
     with sole_writer(out, shared=True):
         prepare(PrepareOptions((corpus,), out, tokenizer_folder, part=(2, 2)), QUIET)
-        assert not (out / tokens.MANIFEST).exists()
+        assert not (out / layout.MANIFEST).exists()
     assert said[-1] == "part 2/2 is done; a part that still works here will finish the set"
     prepare(PrepareOptions((corpus,), out, tokenizer_folder, part=(1, 2)), QUIET)
-    assert (out / tokens.MANIFEST).exists()
+    assert (out / layout.MANIFEST).exists()
 
 
 def test_a_finished_set_that_cannot_be_written_to_is_still_found_complete(corpus: str, tokenizer_folder: Path, tmp_path: Path) -> None:
     options = PrepareOptions((corpus,), tmp_path / "out", tokenizer_folder, workers=1)
     before = content(prepare(options, QUIET))
-    for name in (tokens.LOCK, tokens.TURN):
+    for name in (layout.TOKENS_LOCK, layout.TOKENS_TURN):
         (tmp_path / "out" / name).unlink()
     assert content(prepare(options, QUIET)) == before
-    assert not (tmp_path / "out" / tokens.TURN).exists()
+    assert not (tmp_path / "out" / layout.TOKENS_TURN).exists()
 
 
 def test_input_that_cannot_be_planned_leaves_no_folder_behind(tokenizer_folder: Path, tmp_path: Path) -> None:

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from argonne.prepare.encode import RECORDS
-from argonne.tokens import shards as tokens
+from argonne import layout
 from argonne.train.checkpoint import LAST
 from tests.crash.killing import Watcher, _wait_a_moment
 from tests.prepare.commands import Commands, tokenisers, wait_for_end
@@ -108,7 +107,9 @@ class Session(Watcher):
 
     def units(self) -> int:
         """Finished units; all of them once the manifest has replaced their records."""
-        return UNITS if (self.run / "data" / tokens.MANIFEST).exists() else len(list((self.run / "data" / RECORDS).glob("[0-9]*.json")))
+        return (
+            UNITS if (self.run / "data" / layout.MANIFEST).exists() else len(list((self.run / "data" / layout.UNITS).glob("[0-9]*.json")))
+        )
 
     def wait_for_units(self, count: int) -> bool:
         return self._wait(lambda: self.units() >= count)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import tomllib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from argonne.plan import device_names, make_plan
-from argonne.plan.length import total_steps
+from argonne.plan.length import tokens_before, total_steps
 from argonne.plan.published import published
 from argonne.presets import presets
 from argonne.recipe import RECIPES, load_recipe, recipe_names, to_toml, to_tree
@@ -70,7 +71,7 @@ def test_a_packaged_recipe_loads_and_survives_being_saved(name: str, tmp_path: P
 @pytest.mark.parametrize("name", recipe_names())
 def test_the_schedule_of_a_recipe_fits_its_length(name: str) -> None:
     recipe = load_recipe(name)
-    steps = total_steps(recipe, None)
+    steps = total_steps(recipe, partial(tokens_before, recipe.batch), lambda: None)
     assert steps is not None
     check_schedule(steps, recipe.optim, recipe.schedule)
     assert curve(steps, recipe.optim, recipe.schedule)[0][1] > 0

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from argonne.errors import InputError
 from argonne.model.build import build_model, config_from_fields
-from argonne.model.load import choose_device
 from argonne.presets import preset
 from argonne.serve.engine import complete_ids, prompt_ids, stop_ids, stream_ids, stream_text
 from argonne.serve.options import SamplingOptions
@@ -175,17 +174,6 @@ def test_a_model_with_broken_weights_is_refused() -> None:
 def test_options_out_of_range_are_named(wrong: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=f"{next(iter(wrong))}: found .*, expected"):
         SamplingOptions(**wrong)
-
-
-@pytest.mark.parametrize("device", ["gpu", "cuda:one", "cuda:99", "tpu"])
-def test_a_device_that_is_not_here_is_named(device: str) -> None:
-    with pytest.raises(InputError, match=f"device: found '{device}'"):
-        choose_device(device)
-
-
-def test_auto_takes_what_is_here() -> None:
-    assert choose_device("auto") == ("cuda" if torch.cuda.is_available() else "cpu")
-    assert choose_device("cpu") == "cpu"
 
 
 # -------------------------------------------------------------------------------------------------------- sampling

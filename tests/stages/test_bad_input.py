@@ -12,8 +12,6 @@ import pytest
 
 from argonne.cli import main
 from argonne.files import seal_directory
-from argonne.model.load import CHECKPOINT_FORMAT
-from argonne.train.checkpoint import FORMAT_VERSION
 
 RECIPE = """
 base = "nano-3.0"
@@ -310,7 +308,3 @@ def test_a_resumed_run_refuses_data_of_another_tokenizer_even_where_the_sources_
 
 def test_evaluation_on_tokens_of_another_tokenizer_is_refused(trained: Path, other_tokens: Path, refused: Refused) -> None:
     assert "another tokenizer" in refused("eval", trained, "--data", other_tokens)
-
-
-def test_reader_and_writer_of_checkpoints_know_the_same_format() -> None:
-    assert CHECKPOINT_FORMAT == FORMAT_VERSION

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from argonne.config import OptimSection, RateChange, ScheduleSection
 from argonne.errors import InputError
-from argonne.train.schedule import curve, decay_steps, final_rate, learning_rate, rate_factor
+from argonne.train.schedule import curve, decay_steps, final_rate, learning_rate
 
 PEAK = OptimSection(lr=3e-4)
 
@@ -106,11 +106,6 @@ def test_the_printed_curve_covers_the_first_and_the_last_step() -> None:
     points = curve(1000, PEAK, ScheduleSection(kind="wsd", warmup=100, decay=0.2))
     assert [step for step, _ in points] == [0, 250, 500, 749, 999]
     assert [rate for _, rate in points] == pytest.approx([3e-6, 3e-4, 3e-4, 3e-4, 3e-5])
-
-
-def test_the_factor_of_a_second_rate_follows_the_first() -> None:
-    schedule = ScheduleSection(kind="cosine", warmup=3)
-    assert rate_factor(1, 30, PEAK, schedule) == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize(
