@@ -12,7 +12,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from argonne import architecture, presets
+from argonne import presets
 from argonne.config import BatchSection, OptimSection, Recipe, ScheduleSection
 from argonne.errors import InputError
 
@@ -223,7 +223,7 @@ def resolve(recipe: Recipe) -> Recipe:
 def check(recipe: Recipe) -> None:
     """Raise InputError where single values are out of range or contradict one another."""
     _check_ranges(recipe)
-    architecture.check(dataclasses.asdict(recipe.model))
+    presets.check(dataclasses.asdict(recipe.model))
     check_rates(recipe.optim, recipe.schedule)
     train, batch, data = recipe.train, recipe.batch, recipe.data
     lengths = [name for name in ("steps", "tokens", "epochs") if getattr(train, name) is not None]

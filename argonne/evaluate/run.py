@@ -36,7 +36,7 @@ def evaluate(
     million by default). `progress` is called with (requests done, requests in all). Raises InputError for anything that cannot be measured.
     """
     from argonne.model.load import load_model
-    from argonne.parallel.device import choose_device
+    from argonne.parallel.mesh import choose_device
 
     chosen = make_tasks(tasks)
     loaded = load_model(model_path, device=choose_device(device))

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from argonne import architecture, layout
+from argonne import layout, presets
 from argonne.config import ModelSection
 from argonne.errors import InputError
 
@@ -85,7 +85,7 @@ class ModelShape:
 
     def windows(self) -> list[int | None]:
         """Keys a query sees at most, by layer; None where it sees all before it."""
-        return [self.sliding_window if kind == architecture.SLIDING else None for kind in self.layer_types]
+        return [self.sliding_window if kind == presets.SLIDING else None for kind in self.layer_types]
 
     def flops_per_token(self, sequence_length: int) -> float:
         """Training FLOPs a token, forward and backward, at this row length (convention: the module's docstring)."""
@@ -120,8 +120,8 @@ def shape_of(model: ModelSection | Mapping[str, Any], sequence_length: int = 0) 
     for name in _NEEDED:
         if not isinstance(fields.get(name), int):
             raise InputError(f"model.{name}: not set, and neither model.preset nor model.init_from gives it; add one of them")
-    architecture.check(fields)
-    full = architecture.filled(fields)
+    presets.check(fields)
+    full = presets.filled(fields)
     full["max_position_embeddings"] = max(full["max_position_embeddings"], sequence_length)
     return ModelShape(**{name: full[name] for name in ModelShape.__dataclass_fields__})
 

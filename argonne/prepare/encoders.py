@@ -15,8 +15,7 @@ import numpy as np
 
 from argonne.errors import InputError
 from argonne.prepare.newer_characters import any_newer
-from argonne.tokens.tokenizer import TextTokenizer
-from argonne.tokens.tokenizer_file import forget_parsed, give_memory_back
+from argonne.tokens.tokenizer import TextTokenizer, forget_parsed, give_memory_back
 
 PIECE_BYTES = 1 << 20
 WHOLE_WITHIN_BYTES = 16 << 20

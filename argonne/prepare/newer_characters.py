@@ -1,7 +1,7 @@
 """Characters on whose class or combining order gigatoken and `tokenizers` disagree, because their Unicode tables are of different years.
 
 gigatoken knows Unicode 17, `tokenizers` older tables: NFC then orders marks otherwise, and a letter is cut off as a symbol. The ranges were found
-by encoding every code point in three surroundings with Qwen's tokenizer (the campaign test in tests/tokens/test_tokenizer.py does it again).
+by encoding every code point in three surroundings with Qwen's tokenizer (the campaign test in tests/prepare/test_encoders.py does it again).
 """
 
 from __future__ import annotations

@@ -149,7 +149,7 @@ class Engine:
 def open_engine(model_path: str | Path, *, device: str = "auto") -> Engine:
     """Load a run, a checkpoint or an exported folder for generation. Raises InputError where it is none, or its tokenizer is missing."""
     from argonne.model.load import load_model
-    from argonne.parallel.device import choose_device
+    from argonne.parallel.mesh import choose_device
 
     loaded = load_model(Path(model_path), device=choose_device(device))
     if loaded.tokenizer_folder is None:

@@ -28,9 +28,8 @@ CURVE_POINTS = (0, 25, 50, 75, 100)
 def learning_rate(step: int, total_steps: int, optim: OptimSection, schedule: ScheduleSection) -> float:
     """The rate that optimizer step `step` (from 0) of a run of `total_steps` applies.
 
-    Raises InputError for a schedule that contradicts itself or does not fit into the run (see `check_schedule`).
+    The schedule is one that `check_schedule` has passed.
     """
-    check_schedule(total_steps, optim, schedule)
     if step < 0:
         raise ValueError(f"step is {step}; steps count from 0")
     return warmup_share(step, schedule.warmup) * _after_warmup(step, total_steps, optim, schedule)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from argonne.errors import InputError
-from argonne.parallel.device import choose_device
+from argonne.parallel.mesh import choose_device
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:one", "cuda:99", "tpu"])

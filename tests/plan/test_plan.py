@@ -26,7 +26,7 @@ from argonne.plan import (
     plan_of_run,
     shape_of,
 )
-from argonne.plan.length import steps_within, tokens_before
+from argonne.plan.build import steps_within, tokens_before
 from argonne.plan.memory import Setup, memory_of
 from argonne.plan.shape import mean_keys
 from argonne.presets import presets

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from argonne.plan import device_names, make_plan
-from argonne.plan.length import tokens_before, total_steps
+from argonne.plan.build import tokens_before, total_steps
 from argonne.plan.published import published
 from argonne.presets import presets
 from argonne.recipe import RECIPES, load_recipe, recipe_names, to_toml, to_tree

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from argonne import architecture
+from argonne import presets as architecture
 from argonne.errors import InputError
 from argonne.model import Argonne1Config
 from argonne.model.build import config_from_fields
@@ -97,5 +97,5 @@ def test_a_plan_refuses_what_a_section_and_the_model_it_starts_from_contradict(t
 
 
 def test_the_architecture_loads_nothing_of_other_libraries() -> None:
-    code = "import sys, argonne.architecture; print([name for name in ('torch', 'numpy', 'transformers') if name in sys.modules])"
+    code = "import sys, argonne.presets; print([name for name in ('torch', 'numpy', 'transformers') if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
