@@ -132,4 +132,4 @@ def test_the_printed_curve_covers_the_first_and_the_last_step() -> None:
 )
 def test_a_schedule_that_cannot_be_meant_is_refused(total: int, schedule: ScheduleSection, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        learning_rate(0, total, PEAK, schedule)
+        check_schedule(total, PEAK, schedule)
