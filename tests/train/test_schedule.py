@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from argonne.config import OptimSection, RateChange, ScheduleSection
 from argonne.errors import InputError
-from argonne.train.schedule import curve, decay_steps, final_rate, learning_rate
+from argonne.train.schedule import check_schedule, curve, decay_steps, final_rate, learning_rate
 
 PEAK = OptimSection(lr=3e-4)
 
