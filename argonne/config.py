@@ -5,19 +5,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+# What a number may be: how it is told, and whether it holds. Any number must be finite.
+BOUNDS: Mapping[str, Callable[[float], bool]] = {
+    "at least 1": lambda value: value >= 1,
+    "at least 0": lambda value: value >= 0,
+    "more than 0": lambda value: value > 0,
+    "from 0 to below 1": lambda value: 0 <= value < 1,
+    "from 0 to 1": lambda value: 0 <= value <= 1,
+}
+
 
 def key(
-    default: Any, meaning: str, choices: tuple[Any, ...] = (), metavar: str | None = None, parse: Callable[[str], Any] | None = None
+    default: Any,
+    meaning: str,
+    choices: tuple[Any, ...] = (),
+    *,
+    bounds: str = "",
+    needs: str = "",
+    changes: str = "weights",
+    free: bool = False,
+    metavar: str | None = None,
+    parse: Callable[[str], Any] | None = None,
 ) -> Any:
-    """A recipe key or a flag: its default (MISSING = required), its meaning (shown by --help and written into the saved config), its choices.
+    """All that is known of a recipe key, or of a flag, in one line. `default` MISSING = required; choices: all it can be, where that is closed.
 
-    metavar, parse: how a flag's value is called in the help and read from its text.
+    bounds: a name of BOUNDS, for each number in it. needs: the mode in which it acts, as `acts` reads it; given outside of it, it is refused.
+    changes: what another value may change ("weights", "order" of the data, "files", "speed", "text" of samples, "end" of the session), most first.
+    free: it may differ on resume. metavar, parse: how a flag's value is called in the help, and read from its text.
     """
-    return field(default=default, metadata={"meaning": meaning, "choices": choices, "metavar": metavar, "parse": parse})
+    facts = {"meaning": meaning, "choices": choices, "bounds": bounds, "needs": needs, "changes": changes, "free": free}
+    return field(default=default, metadata={**facts, "metavar": metavar, "parse": parse})
 
 
 @dataclass(frozen=True)
@@ -27,185 +48,275 @@ class ModelSection:
     preset: str | None = key(None, "model preset by name (`argonne models` lists them)")
     init_from: str | None = key(None, "start from this run, checkpoint, exported folder or Hub id: weights and config")
     initializer: str = key(
-        "scaled", "fresh weights: normal 0.02 with scaled residual projections, or the earlier code's widths", ("scaled", "argonne")
+        "scaled",
+        "fresh weights: normal 0.02 with scaled residual projections, or the earlier code's widths",
+        ("scaled", "argonne"),
+        needs="not model.init_from",
     )
-    vocab_size: int | None = key(None, "entries of the embedding table")
-    hidden_size: int | None = key(None, "width of the residual stream")
-    num_hidden_layers: int | None = key(None, "decoder layers")
-    num_attention_heads: int | None = key(None, "query heads")
-    num_key_value_heads: int | None = key(None, "key and value heads; query heads must be a multiple")
-    head_dim: int | None = key(None, "width of a head; hidden_size need not equal heads x head_dim")
-    intermediate_size: int | None = key(None, "width of the MLP; unset in a preset-less model: 8/3 hidden, rounded up to 256")
-    max_position_embeddings: int | None = key(None, "longest context; raised to data.sequence_length in training")
+    vocab_size: int | None = key(None, "entries of the embedding table", bounds="at least 1")
+    hidden_size: int | None = key(None, "width of the residual stream", bounds="at least 1")
+    num_hidden_layers: int | None = key(None, "decoder layers", bounds="at least 1")
+    num_attention_heads: int | None = key(None, "query heads", bounds="at least 1")
+    num_key_value_heads: int | None = key(None, "key and value heads; query heads must be a multiple", bounds="at least 1")
+    head_dim: int | None = key(None, "width of a head; hidden_size need not equal heads x head_dim", bounds="at least 1")
+    intermediate_size: int | None = key(
+        None, "width of the MLP; unset in a preset-less model: 8/3 hidden, rounded up to 256", bounds="at least 1"
+    )
+    max_position_embeddings: int | None = key(None, "longest context; raised to data.sequence_length in training", bounds="at least 1")
     position_embedding: str | None = key(None, "how positions enter", ("rope", "learned"))
-    rope_theta: float | None = key(None, "base of the rotary frequencies")
+    rope_theta: float | None = key(None, "base of the rotary frequencies", bounds="more than 0", needs="model.position_embedding = rope")
     norm_type: str | None = key(None, "kind of every norm", ("rms", "layer"))
-    rms_norm_eps: float | None = key(None, "epsilon of every norm")
+    rms_norm_eps: float | None = key(None, "epsilon of every norm", bounds="more than 0")
     hidden_act: str | None = key(None, "MLP activation", ("silu", "gelu"))
     mlp_gated: bool | None = key(None, "SwiGLU-style gate in the MLP")
     attention_bias: bool | None = key(None, "biases in the attention projections")
     mlp_bias: bool | None = key(None, "biases in the MLP projections")
-    attention_dropout: float | None = key(None, "dropout on attention probabilities in training")
-    hidden_dropout: float | None = key(None, "dropout on embeddings and on the outputs of attention and MLP in training")
+    attention_dropout: float | None = key(None, "dropout on attention probabilities in training", bounds="from 0 to below 1")
+    hidden_dropout: float | None = key(
+        None, "dropout on embeddings and on the outputs of attention and MLP in training", bounds="from 0 to below 1"
+    )
     tie_word_embeddings: bool | None = key(None, "head shares the embedding's weight")
     q_norm: bool | None = key(None, "RMS norm of each query head before RoPE")
     k_norm: bool | None = key(None, "RMS norm of each key head before RoPE")
     v_norm: bool | None = key(None, "RMS norm of each value head")
     sandwich_norm: bool | None = key(None, "norms after attention and after the MLP as well")
     layer_types: tuple[str, ...] | None = key(None, "full_attention or sliding_attention, one a layer")
-    sliding_window: int | None = key(None, "keys a query of a sliding layer sees, itself included")
-    final_logit_softcapping: float | None = key(None, "logits become cap * tanh(logits / cap); 0 = none")
+    sliding_window: int | None = key(
+        None, "keys a query of a sliding layer sees, itself included", bounds="at least 0", needs="model.layer_types has sliding_attention"
+    )
+    final_logit_softcapping: float | None = key(None, "logits become cap * tanh(logits / cap); 0 = none", bounds="at least 0")
 
 
 @dataclass(frozen=True)
 class SourceSection:
     """One source of a mixture."""
 
-    path: str = key("", "token set: a folder written by `argonne prepare`, or a token file of a known format")
-    weight: float = key(1.0, "share of the tokens, relative to the other sources")
-    max_epochs: float = key(1.0, "passes over the source before the run is refused")
+    path: str = key("", "token set: a folder written by `argonne prepare`, or a token file of a known format", changes="order")
+    weight: float = key(1.0, "share of the tokens, relative to the other sources", bounds="at least 0", changes="order")
+    max_epochs: float = key(1.0, "passes over the source before the run is refused", bounds="more than 0", changes="end")
 
 
 @dataclass(frozen=True)
 class DataSection:
-    sources: tuple[SourceSection, ...] = key((), "token sets and their weights: [{ path, weight, max_epochs }]")
-    input: tuple[str, ...] = key((), "globs of text files, instead of sources: the first that matches is tokenised ahead of the trainer")
-    tokenizer: str | None = key(None, "folder of the tokenizer (with `input`; otherwise the token set's own)")
-    text_column: str = key("text", "column or field that holds the text (with `input`)")
-    sequence_length: int = key(1024, "tokens of a training row")
-    order: str = key("sequential", "order of the windows", ("sequential", "shuffled"))
+    sources: tuple[SourceSection, ...] = key((), "token sets and their weights: [{ path, weight, max_epochs }]", changes="order")
+    input: tuple[str, ...] = key(
+        (), "globs of text files, instead of sources: the first that matches is tokenised ahead of the trainer", changes="order"
+    )
+    tokenizer: str | None = key(None, "folder of the tokenizer (with `input`; otherwise the token set's own)", changes="order")
+    text_column: str = key("text", "column or field that holds the text (with `input`)", needs="data.input", changes="order")
+    sequence_length: int = key(1024, "tokens of a training row", bounds="at least 1", changes="order")
+    order: str = key("sequential", "order of the windows", ("sequential", "shuffled"), changes="order")
     document_mask: bool = key(False, "attention and targets do not cross documents")
-    documents: str = key("packed", "windows across documents, within long ones, or the first of each", ("packed", "within", "first-window"))
-    reader: str = key("every-rank", "who reads the shards", ("every-rank", "rank-0"))
-    verify: str = key("background", "when the shards' hashes are checked", ("background", "before", "off"))
-    prefetch: str = key("steps", "with `input`: start when the first steps' tokens are there, or wait for all", ("steps", "all"))
-    hold_out: float = key(0.0, "with `input`: share of the documents held out (a token set brings its own)")
-    max_drop_fraction: float = key(0.1, "abort when more rows than this were dropped")
-    quality_filter: bool = key(False, "with `input`: drop text that is mostly digits or symbols")
-    bos: bool = key(False, "with `input`: begin each document with the tokenizer's BOS")
+    documents: str = key(
+        "packed", "windows across documents, within long ones, or the first of each", ("packed", "within", "first-window"), changes="order"
+    )
+    reader: str = key(
+        "every-rank", "who reads the shards", ("every-rank", "rank-0"), changes="speed", needs="parallel.nproc != 1", free=True
+    )
+    verify: str = key("background", "when the shards' hashes are checked", ("background", "before", "off"), changes="speed", free=True)
+    prefetch: str = key(
+        "steps",
+        "with `input`: start when the first steps' tokens are there, or wait for all",
+        ("steps", "all"),
+        changes="speed",
+        needs="data.input",
+        free=True,
+    )
+    hold_out: float = key(
+        0.0,
+        "with `input`: share of the documents held out (a token set brings its own)",
+        bounds="from 0 to below 1",
+        needs="data.input",
+        changes="order",
+    )
+    max_drop_fraction: float = key(
+        0.1, "abort when more rows than this were dropped", bounds="from 0 to 1", needs="data.input", changes="end"
+    )
+    quality_filter: bool = key(False, "with `input`: drop text that is mostly digits or symbols", needs="data.input", changes="order")
+    bos: bool = key(False, "with `input`: begin each document with the tokenizer's BOS", needs="data.input", changes="order")
 
 
 @dataclass(frozen=True)
 class BatchChange:
     """The batch from one step on."""
 
-    step: int = key(0, "first step with these values")
-    tokens_per_step: int | None = key(None, "tokens of the global batch from there")
-    sequence_length: int | None = key(None, "tokens of a row from there")
+    step: int = key(0, "first step with these values", bounds="at least 1", changes="order")
+    tokens_per_step: int | None = key(None, "tokens of the global batch from there", bounds="at least 1", changes="order")
+    sequence_length: int | None = key(None, "tokens of a row from there", bounds="at least 1", changes="order")
 
 
 @dataclass(frozen=True)
 class BatchSection:
-    tokens_per_step: int = key(65536, "tokens of the global batch: a multiple of the sequence length")
-    micro: int | str = key("auto", "rows a forward pass holds on one device, or auto")
-    steps: tuple[BatchChange, ...] = key((), "changes during the run: [{ step, tokens_per_step, sequence_length }]")
+    tokens_per_step: int = key(65536, "tokens of the global batch: a multiple of the sequence length", bounds="at least 1", changes="order")
+    micro: int | str = key("auto", "rows a forward pass holds on one device, or auto", changes="speed", free=True)
+    steps: tuple[BatchChange, ...] = key((), "changes during the run: [{ step, tokens_per_step, sequence_length }]", changes="order")
 
 
 @dataclass(frozen=True)
 class OptimSection:
     name: str = key("adamw", "optimizer; muon: matrices by Muon, the rest by AdamW", ("adamw", "muon"))
-    lr: float = key(3e-4, "peak learning rate")
-    betas: tuple[float, float] = key((0.9, 0.95), "AdamW's decay rates of the moments")
-    eps: float = key(1e-8, "AdamW's epsilon")
-    weight_decay: float = key(0.1, "decoupled weight decay")
-    decay_all: bool = key(False, "decay norms, biases and embeddings too, as the family's own runs did")
-    grad_clip: float = key(1.0, "largest global gradient norm; 0 = no clipping")
-    muon_lr: float = key(0.02, "peak learning rate of the matrices under Muon")
-    muon_momentum: float = key(0.95, "Muon's momentum")
-    muon_dtype: str = key("float32", "dtype of Muon's orthogonalisation", ("float32", "bfloat16"))
-    max_skipped: int = key(10, "steps in a row with a non-finite gradient before the run aborts")
+    lr: float = key(3e-4, "peak learning rate", bounds="more than 0")
+    betas: tuple[float, float] = key((0.9, 0.95), "AdamW's decay rates of the moments", bounds="from 0 to below 1")
+    eps: float = key(1e-8, "AdamW's epsilon", bounds="more than 0")
+    weight_decay: float = key(0.1, "decoupled weight decay", bounds="at least 0")
+    decay_all: bool = key(False, "decay norms, biases and embeddings too, as the family's own runs did", needs="optim.weight_decay != 0")
+    grad_clip: float = key(1.0, "largest global gradient norm; 0 = no clipping", bounds="at least 0")
+    muon_lr: float = key(0.02, "peak learning rate of the matrices under Muon", bounds="more than 0", needs="optim.name = muon")
+    muon_momentum: float = key(0.95, "Muon's momentum", bounds="from 0 to below 1", needs="optim.name = muon")
+    muon_dtype: str = key("float32", "dtype of Muon's orthogonalisation", ("float32", "bfloat16"), needs="optim.name = muon")
+    max_skipped: int = key(10, "steps in a row with a non-finite gradient before the run aborts", bounds="at least 0", changes="end")
 
 
 @dataclass(frozen=True)
 class RateChange:
     """The learning rate from one step on (schedule kind `steps`)."""
 
-    step: int = key(0, "first step with this rate")
-    lr: float = key(0.0, "learning rate from there")
+    step: int = key(0, "first step with this rate", bounds="at least 0")
+    lr: float = key(0.0, "learning rate from there", bounds="more than 0")
 
 
 @dataclass(frozen=True)
 class ScheduleSection:
     kind: str = key("wsd", "shape of the learning rate", ("cosine", "wsd", "constant", "steps"))
-    warmup: int = key(0, "steps of linear warmup")
+    warmup: int = key(0, "steps of linear warmup", bounds="at least 0")
     decay: float | None = key(
-        None, "wsd: steps of the final decay (whole number from 1 on) or share of the run (below 1); 0 = none, on purpose"
+        None,
+        "wsd: steps of the final decay (whole number from 1 on) or share of the run (below 1); 0 = none, on purpose",
+        bounds="at least 0",
+        needs="schedule.kind = wsd",
     )
-    min_ratio: float | None = key(None, "final rate as a share of the peak (default 0.1)")
-    min_lr: float | None = key(None, "final rate, instead of min_ratio")
-    steps: tuple[RateChange, ...] = key((), "kind steps: [{ step, lr }]")
+    min_ratio: float | None = key(
+        None,
+        "final rate as a share of the peak (default 0.1)",
+        bounds="from 0 to 1",
+        needs="schedule.kind = cosine | wsd and schedule.decay != 0",
+    )
+    min_lr: float | None = key(
+        None, "final rate, instead of min_ratio", bounds="at least 0", needs="schedule.kind = cosine | wsd and schedule.decay != 0"
+    )
+    steps: tuple[RateChange, ...] = key((), "kind steps: [{ step, lr }]", needs="schedule.kind = steps")
 
 
 @dataclass(frozen=True)
 class TrainSection:
-    steps: int | None = key(None, "length of the run in optimizer steps")
-    tokens: int | None = key(None, "length of the run in tokens, instead of steps")
-    epochs: float | None = key(None, "length of the run in passes over the data, instead of steps")
+    steps: int | None = key(None, "length of the run in optimizer steps", bounds="at least 1", changes="weights")
+    tokens: int | None = key(None, "length of the run in tokens, instead of steps", bounds="at least 1")
+    epochs: float | None = key(None, "length of the run in passes over the data, instead of steps", bounds="more than 0")
     precision: str = key("auto", "auto: bf16 on CUDA, fp32 on the CPU", ("auto", "bf16", "fp16", "fp32", "bf16_full"))
     device: str = key("auto", "where to train", ("auto", "cpu", "cuda", "mps"))
-    compile: str = key("auto", "compile each block; auto: on CUDA", ("auto", "on", "off"))
-    activation_checkpointing: str = key("auto", "recompute layers in the backward pass", ("auto", "none", "every_nth", "full"))
-    checkpointing_stride: int = key(2, "every_nth: recompute one layer in this many")
+    compile: str = key("auto", "compile each block; auto: on CUDA", ("auto", "on", "off"), changes="speed", free=True)
+    activation_checkpointing: str = key(
+        "auto", "recompute layers in the backward pass", ("auto", "none", "every_nth", "full"), changes="speed", free=True
+    )
+    checkpointing_stride: int = key(
+        2,
+        "every_nth: recompute one layer in this many",
+        bounds="at least 1",
+        needs="train.activation_checkpointing = every_nth | auto",
+        changes="speed",
+        free=True,
+    )
     attention: str = key("auto", "attention kernel", ("auto", "flash", "varlen", "flex", "sdpa", "math"))
-    loss: str = key("auto", "cross-entropy over whole logits or in chunks", ("auto", "full", "chunked"))
-    loss_chunk: int = key(0, "rows of a chunk; 0 = chosen")
-    z_loss: float = key(0.0, "weight of the squared log-partition penalty")
-    deterministic: bool = key(False, "bit-identical results on a GPU, slower")
-    threads: int = key(0, "CPU threads a worker; 0 = cores divided by workers")
-    return_memory: str = key("auto", "CPU: give freed memory back at once, slower; auto: in runs planned above 1 GB", ("auto", "on", "off"))
+    loss: str = key("auto", "cross-entropy over whole logits or in chunks", ("auto", "full", "chunked"), changes="speed", free=True)
+    loss_chunk: int = key(
+        0, "rows of a chunk; 0 = chosen", bounds="at least 0", needs="train.loss = chunked | auto", changes="speed", free=True
+    )
+    z_loss: float = key(0.0, "weight of the squared log-partition penalty", bounds="at least 0")
+    deterministic: bool = key(False, "bit-identical results on a GPU, slower", changes="speed")
+    threads: int = key(0, "CPU threads a worker; 0 = cores divided by workers", bounds="at least 0", changes="speed", free=True)
+    return_memory: str = key(
+        "auto",
+        "CPU: give freed memory back at once, slower; auto: in runs planned above 1 GB",
+        ("auto", "on", "off"),
+        changes="speed",
+        free=True,
+    )
 
 
 @dataclass(frozen=True)
 class CheckpointSection:
-    every_steps: int = key(0, "save after this many steps; 0 = not by steps")
-    every_minutes: float = key(30.0, "save after this many minutes; 0 = not by time")
-    keep_last: int = key(2, "newest checkpoints kept")
-    keep_every: int = key(0, "checkpoints whose step is a multiple are kept for good; 0 = none")
-    keep_best: bool = key(False, "the checkpoint with the lowest held-out loss is kept too")
-    asynchronous: bool = key(False, "write while training goes on")
-    sample_prompt: str = key("Long long time ago", "prompt of the text sampled at each checkpoint; empty = none")
-    sample_tokens: int = key(100, "tokens sampled at each checkpoint")
+    every_steps: int = key(0, "save after this many steps; 0 = not by steps", bounds="at least 0", changes="files", free=True)
+    every_minutes: float = key(30.0, "save after this many minutes; 0 = not by time", bounds="at least 0", changes="files", free=True)
+    keep_last: int = key(2, "newest checkpoints kept", bounds="at least 1", changes="files", free=True)
+    keep_every: int = key(
+        0, "checkpoints whose step is a multiple are kept for good; 0 = none", bounds="at least 0", changes="files", free=True
+    )
+    keep_best: bool = key(
+        False,
+        "the checkpoint with the lowest held-out loss is kept too",
+        changes="files",
+        needs="held-out data and eval.every_steps != 0",
+        free=True,
+    )
+    asynchronous: bool = key(False, "write while training goes on", changes="speed", free=True)
+    sample_prompt: str = key("Long long time ago", "prompt of the text sampled at each checkpoint; empty = none", changes="text", free=True)
+    sample_tokens: int = key(
+        100, "tokens sampled at each checkpoint", bounds="at least 1", changes="text", needs="checkpoint.sample_prompt", free=True
+    )
 
 
 @dataclass(frozen=True)
 class EvalSection:
-    every_steps: int = key(0, "held-out loss after this many steps; 0 = at the end only")
-    windows: int = key(64, "held-out windows read each time; 0 = none")
-    tasks: tuple[str, ...] = key((), "tasks measured at the end")
+    every_steps: int = key(
+        0,
+        "held-out loss after this many steps; 0 = at the end only",
+        bounds="at least 0",
+        changes="files",
+        needs="held-out data and eval.windows != 0",
+        free=True,
+    )
+    windows: int = key(
+        64, "held-out windows read each time; 0 = none", bounds="at least 0", changes="files", needs="held-out data", free=True
+    )
+    tasks: tuple[str, ...] = key(
+        (),
+        "tasks measured at the end",
+        changes="files",
+        needs="tasks that a run can measure, and there are none yet (use argonne eval)",
+        free=True,
+    )
 
 
 @dataclass(frozen=True)
 class LogSection:
-    every_steps: int = key(10, "steps between log lines")
-    tensorboard: bool = key(True, "write TensorBoard files where tensorboard is installed")
-    wandb: str | None = key(None, "Weights & Biases project; unset = off")
-    telemetry_limit: str = key("5m", "a sample or a held-out evaluation that takes longer is given up; training goes on")
+    every_steps: int = key(10, "steps between log lines", bounds="at least 1", changes="files", free=True)
+    tensorboard: bool = key(True, "write TensorBoard files where tensorboard is installed", changes="files", free=True)
+    wandb: str | None = key(None, "Weights & Biases project; unset = off", changes="files", free=True)
+    telemetry_limit: str = key(
+        "5m", "a sample or a held-out evaluation that takes longer is given up; training goes on", changes="files", free=True
+    )
 
 
 @dataclass(frozen=True)
 class ParallelSection:
-    nproc: int = key(0, "local worker processes; 0 = one a GPU, one on the CPU")
-    replicate: int = key(0, "data-parallel degree; 0 = what is left")
-    shard: int = key(1, "degree of fully sharded data parallelism")
-    tensor: int = key(1, "degree of tensor parallelism")
-    context: int = key(1, "degree of context parallelism")
-    pipeline: int = key(1, "degree of pipeline parallelism")
-    max_restarts: int = key(3, "restarts of failed workers")
-    timeout: str = key("20m", "a worker that makes no step for this long is taken for hung: stacks are written and all stop")
-    async_tensor: bool = key(False, "overlap tensor-parallel collectives with compute (CUDA)")
+    nproc: int = key(0, "local worker processes; 0 = one a GPU, one on the CPU", bounds="at least 0", changes="speed", free=True)
+    replicate: int = key(0, "data-parallel degree; 0 = what is left", bounds="at least 0", changes="speed", free=True)
+    shard: int = key(1, "degree of fully sharded data parallelism", bounds="at least 1", changes="speed", free=True)
+    tensor: int = key(1, "degree of tensor parallelism", bounds="at least 1", changes="speed", free=True)
+    context: int = key(1, "degree of context parallelism", bounds="at least 1", changes="speed", free=True)
+    pipeline: int = key(1, "degree of pipeline parallelism", bounds="at least 1", changes="speed", free=True)
+    max_restarts: int = key(3, "restarts of failed workers", bounds="at least 0", changes="end", needs="parallel.nproc != 1", free=True)
+    timeout: str = key(
+        "20m",
+        "a worker that makes no step for this long is taken for hung: stacks are written and all stop",
+        changes="end",
+        needs="parallel.nproc != 1",
+        free=True,
+    )
+    async_tensor: bool = key(False, "overlap tensor-parallel collectives with compute (CUDA)", changes="speed", free=True)
 
 
 @dataclass(frozen=True)
 class StopSection:
-    wall_time: str | None = key(None, "stop and save after this long: seconds, or 90m, 12h, 1-12:00:00")
-    deadline: str | None = key(None, "stop and save before this moment: ISO 8601, or Unix seconds")
-    grace: str = key("15m", "time a stopping run has for its save")
+    wall_time: str | None = key(None, "stop and save after this long: seconds, or 90m, 12h, 1-12:00:00", changes="end", free=True)
+    deadline: str | None = key(None, "stop and save before this moment: ISO 8601, or Unix seconds", changes="end", free=True)
+    grace: str = key("15m", "time a stopping run has for its save", changes="end", needs="parallel.nproc != 1", free=True)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    stage: str = key("pretrain", "which stage this recipe runs", ("pretrain", "midtrain", "sft", "cot-sft", "dpo"))
-    seed: int = key(444, "seed of weights, order and dropout")
+    stage: str = key("pretrain", "which stage this recipe runs", ("pretrain", "midtrain", "sft", "cot-sft", "dpo"), changes="order")
+    seed: int = key(444, "seed of weights, order and dropout", bounds="at least 0")
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)
     batch: BatchSection = field(default_factory=BatchSection)
@@ -217,3 +328,5 @@ class Recipe:
     log: LogSection = field(default_factory=LogSection)
     parallel: ParallelSection = field(default_factory=ParallelSection)
     stop: StopSection = field(default_factory=StopSection)
+    # Keys that a person wrote, in the recipe's own file or on the command line: no key itself, and no part of what a recipe says.
+    given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)

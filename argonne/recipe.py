@@ -4,41 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import itertools
-import math
 import tomllib
 import types
 import typing
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from argonne import presets
-from argonne.config import BatchSection, OptimSection, Recipe, ScheduleSection
+from argonne.config import Recipe
 from argonne.errors import InputError
+from argonne.keys import all_keys, check, unmet, value_of, with_value, without_idle_keys
 
 Tree = dict[str, Any]
 RECIPES = Path(__file__).with_name("recipes")
-
-# What single numbers may be; `section.key` without a value is unset and not checked.
-_AT_LEAST_1 = (
-    *(f"model.{name}" for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")),
-    *(f"model.{name}" for name in ("head_dim", "intermediate_size", "max_position_embeddings")),
-    *("train.steps", "train.tokens", "train.checkpointing_stride", "checkpoint.keep_last", "checkpoint.sample_tokens", "log.every_steps"),
-    *(f"parallel.{name}" for name in ("shard", "tensor", "context", "pipeline")),
-)
-_AT_LEAST_0 = (
-    *("seed", "model.sliding_window", "model.final_logit_softcapping", "optim.weight_decay", "optim.grad_clip", "optim.max_skipped"),
-    *("train.loss_chunk", "train.z_loss", "train.threads", "checkpoint.every_steps", "checkpoint.every_minutes", "checkpoint.keep_every"),
-    *("eval.every_steps", "eval.windows", "parallel.nproc", "parallel.replicate", "parallel.max_restarts"),
-)
-_ABOVE_0 = ("model.rope_theta", "model.rms_norm_eps", "optim.lr", "optim.eps", "optim.muon_lr", "train.epochs")
-_BELOW_1 = ("model.attention_dropout", "model.hidden_dropout", "optim.betas", "optim.muon_momentum", "data.hold_out")
-_RANGES: tuple[tuple[tuple[str, ...], str, typing.Callable[[float], bool]], ...] = (
-    (_AT_LEAST_1, "at least 1", lambda value: value >= 1),
-    (_AT_LEAST_0, "at least 0", lambda value: value >= 0),
-    (_ABOVE_0, "more than 0", lambda value: value > 0),
-    (_BELOW_1, "from 0 to below 1", lambda value: 0 <= value < 1),
-    (("data.max_drop_fraction",), "from 0 to 1", lambda value: 0 <= value <= 1),
+ALTERNATIVES = (
+    ("data.sources", "data.input"),
+    ("train.steps", "train.tokens", "train.epochs"),
+    ("schedule.min_lr", "schedule.min_ratio"),
 )
 
 
@@ -46,15 +29,41 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.toml"))
 
 
-def load_recipe(name_or_path: str, overrides: dict[str, str] | None = None) -> Recipe:
+def load_recipe(name_or_path: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """The checked and resolved recipe of a packaged name or a TOML file, with `section.key -> text` overrides applied last.
 
-    Raises InputError for an unknown name, key or choice, a wrong type, or values that contradict one another.
+    What a person wrote counts as given: the overrides, and the keys of a file of their own; not those of a packaged recipe, a base or a preset.
+    Raises InputError for an unknown name, key or choice, a wrong type, values that contradict one another, or a given key that would do nothing.
     """
     tree = read_tree(name_or_path)
-    for path, text in (overrides or {}).items():
-        _set(tree, path, _parse_value(text))
-    return resolve(build(Recipe, tree))
+    given = set() if is_packaged(name_or_path) else set(leaves(_own_tree(name_or_path)))
+    for path, value in (overrides or {}).items():
+        _set(tree, path, parse_value(path, value) if isinstance(value, str) else value)
+        given.add(path)
+    return resolve(_chosen(dataclasses.replace(build(Recipe, tree), given=frozenset(given))))
+
+
+def _chosen(recipe: Recipe) -> Recipe:
+    """Of keys that say one thing in several ways, a given one takes the place of those that a base or a packaged recipe says."""
+    for ways in ALTERNATIVES:
+        if recipe.given & set(ways) and any(value_of(recipe, path) for path in recipe.given & set(ways)):
+            for path in set(ways) - recipe.given:
+                recipe = with_value(recipe, path, all_keys()[path].default)
+    return recipe
+
+
+def is_packaged(name_or_path: str) -> bool:
+    return name_or_path in recipe_names()
+
+
+def leaves(tree: Tree, where: str = "") -> Iterator[str]:
+    """The keys of a tree as `section.key`."""
+    for name, value in tree.items():
+        path = f"{where}.{name}" if where else name
+        if isinstance(value, dict):
+            yield from leaves(value, path)
+        else:
+            yield path
 
 
 def read_tree(name_or_path: str, seen: tuple[str, ...] = ()) -> Tree:
@@ -62,10 +71,7 @@ def read_tree(name_or_path: str, seen: tuple[str, ...] = ()) -> Tree:
     path = _find(name_or_path)
     if str(path) in seen:
         raise InputError(f"{path}: base recipes form a circle: {' -> '.join([*seen, str(path)])}")
-    try:
-        tree = tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid TOML: {error}") from None
+    tree = _own_tree(name_or_path)
     base = tree.pop("base", None)
     if base is None:
         return tree
@@ -73,17 +79,26 @@ def read_tree(name_or_path: str, seen: tuple[str, ...] = ()) -> Tree:
     return _merge(read_tree(str(beside) if beside.is_file() else str(base), (*seen, str(path))), tree)
 
 
+def _own_tree(name_or_path: str) -> Tree:
+    path = _find(name_or_path)
+    try:
+        return tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid TOML: {error}") from None
+
+
 def _find(name_or_path: str) -> Path:
     path = Path(name_or_path)
     if path.suffix == ".toml" or "/" in name_or_path:
         if not path.is_file():
             what = "is a folder, expected a .toml file" if path.is_dir() else "no such file"
-            raise InputError(f"recipe {name_or_path}: {what}; packaged recipes: {', '.join(recipe_names())}")
+            near = f"did you mean the packaged recipe {path.stem!r}? " if is_packaged(path.stem) else ""
+            raise InputError(f"recipe {name_or_path}: {what}; {near}packaged recipes: {', '.join(recipe_names())}")
         return path
     packaged = RECIPES / f"{name_or_path}.toml"
     if not packaged.is_file():
-        near = difflib.get_close_matches(name_or_path, recipe_names(), n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        alike = difflib.get_close_matches(name_or_path, recipe_names(), n=1)
+        hint = f"did you mean {alike[0]!r}? " if alike else ""
         raise InputError(f"no recipe {name_or_path!r}; {hint}give a .toml file or one of: {', '.join(recipe_names())}")
     return packaged
 
@@ -96,12 +111,18 @@ def _merge(base: Tree, top: Tree) -> Tree:
     return merged
 
 
-def _parse_value(text: str) -> Any:
-    """A command-line value as TOML, or else as a plain string: `3e-4`, `true`, `[1, 2]`, `cosine`."""
+def parse_value(path: str, text: str) -> Any:
+    """A command-line value as TOML, or else as a plain string: `3e-4`, `true`, `[1, 2]`, `cosine`. Raises InputError for half a table."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        return text
+        if not text.lstrip().startswith(("[", "{")):
+            return text
+        example = (
+            '[{ path = "tokens/a", weight = 0.7 }], the whole in single quotes' if path.endswith("sources") else '[1, 2] or ["a", "b"]'
+        )
+        shorter = ", or shorter as --data.sources tokens/a:0.7 tokens/b:0.3" if path == "data.sources" else ""
+        raise InputError(f"--{path}: found {text}, expected TOML such as {example}{shorter}") from None
 
 
 def _set(tree: Tree, path: str, value: Any) -> None:
@@ -119,7 +140,7 @@ def build(kind: type, tree: Any, where: str = "") -> Any:
         names = ", ".join(f"{item.name} = .." for item in dataclasses.fields(kind)[:2])
         raise InputError(f"{where or 'recipe'}: found {tree!r}, expected a table such as {{ {names} }}")
     hints = typing.get_type_hints(kind)
-    known = {item.name: item for item in dataclasses.fields(kind)}
+    known = {item.name: item for item in dataclasses.fields(kind) if item.name != "given"}
     values = {}
     for name, value in tree.items():
         path = f"{where}.{name}" if where else name
@@ -132,23 +153,22 @@ def build(kind: type, tree: Any, where: str = "") -> Any:
     return kind(**values)
 
 
-def _unknown(path: str, name: str, known: dict[str, Any], where: str) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    if near:
-        return f"unknown recipe key {path!r}; did you mean {f'{where}.{near[0]}' if where else near[0]!r}?"
+def _unknown(path: str, name: str, known: Mapping[str, Any], where: str) -> str:
     keys = all_keys()
-    elsewhere = [other for other in keys if other.split(".")[-1] == name]
+    # The same name in another section, a table last (train.steps before schedule.steps); then what is written alike, here or anywhere.
+    same = sorted((other for other in keys if other.rpartition(".")[2] == name), key=lambda other: keys[other].default == ())
+    near = [f"{where}.{other}" if where else other for other in difflib.get_close_matches(name, known, n=1)]
     words = name.replace("_", " ")  # another library's name for it: learning_rate for lr
-    elsewhere += [other for other in keys if words in keys[other].metadata["meaning"] and other.startswith(where)]
-    if elsewhere:
-        return f"unknown recipe key {path!r}; did you mean {elsewhere[0]!r}?"
+    meant = [other for other in keys if words in keys[other].metadata["meaning"] and other.startswith(where)]
+    if found := [*same, *near, *meant]:
+        return f"unknown recipe key {path!r}; did you mean {found[0]!r}?"
     return f"unknown recipe key {path!r}; known here: {', '.join(known)}"
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        if value is None or (value == "none" and type(None) in arguments):
+        if value is None or (value in ("none", "unset") and type(None) in arguments):
             return None
         return _convert_union([item for item in arguments if item is not type(None)], value, path)
     if dataclasses.is_dataclass(hint):
@@ -192,19 +212,6 @@ def _type_name(hint: Any) -> str:
     return names.get(hint, getattr(hint, "__name__", str(hint)))
 
 
-def all_keys(kind: type = Recipe, where: str = "") -> dict[str, dataclasses.Field[Any]]:
-    """Every key of the recipe as `section.key`, in order."""
-    hints = typing.get_type_hints(kind)
-    found: dict[str, dataclasses.Field[Any]] = {}
-    for item in dataclasses.fields(kind):
-        path = f"{where}.{item.name}" if where else item.name
-        if dataclasses.is_dataclass(hints[item.name]):
-            found |= all_keys(typing.cast(type, hints[item.name]), path)
-        else:
-            found[path] = item
-    return found
-
-
 def resolve(recipe: Recipe) -> Recipe:
     """Fill the model from its preset and check what keys say together."""
     if recipe.model.preset is not None:
@@ -216,113 +223,26 @@ def resolve(recipe: Recipe) -> Recipe:
             count = model.num_hidden_layers or 0
             model = dataclasses.replace(model, layer_types=tuple(pattern[layer % len(pattern)] for layer in range(count)))
         recipe = dataclasses.replace(recipe, model=model)
+    recipe = without_idle_keys(recipe)
     check(recipe)
     return recipe
-
-
-def check(recipe: Recipe) -> None:
-    """Raise InputError where single values are out of range or contradict one another."""
-    _check_ranges(recipe)
-    presets.check(dataclasses.asdict(recipe.model))
-    check_rates(recipe.optim, recipe.schedule)
-    train, batch, data = recipe.train, recipe.batch, recipe.data
-    lengths = [name for name in ("steps", "tokens", "epochs") if getattr(train, name) is not None]
-    if len(lengths) != 1:
-        raise InputError(f"train: found {' and '.join(lengths) or 'no length'}, expected exactly one of steps, tokens, epochs")
-    if data.sources and data.input:
-        raise InputError("data.sources and data.input are both set; keep one")
-    if data.input and not data.tokenizer:
-        raise InputError("data.tokenizer: not set, and data.input needs one; give the tokenizer's folder")
-    for name, value in (("data.sequence_length", data.sequence_length), ("batch.tokens_per_step", batch.tokens_per_step)):
-        if value < 1:
-            raise InputError(f"{name}: found {value}, expected at least 1")
-    for where, _, tokens, rows in batches(batch, data.sequence_length):
-        if tokens % rows:
-            raise InputError(
-                f"{where}.tokens_per_step: found {tokens}, expected a multiple of the sequence length {rows}, as {tokens // rows * rows or rows}"
-            )
-    if isinstance(batch.micro, str) and batch.micro != "auto":
-        raise InputError(f'batch.micro: found {batch.micro!r}, expected "auto" or a number of rows')
-    if isinstance(batch.micro, int) and batch.micro < 1:
-        raise InputError(f"batch.micro: found {batch.micro}, expected at least 1")
-
-
-def batches(batch: BatchSection, sequence_length: int = 0) -> list[tuple[str, int, int, int]]:
-    """(key, first step, tokens of a step, tokens of a row) of each part of a run. What a change leaves unset goes on from the part before."""
-    found = [("batch", 0, batch.tokens_per_step, sequence_length)]
-    for index, change in sorted(enumerate(batch.steps), key=lambda pair: pair[1].step):
-        _, _, tokens, rows = found[-1]
-        found.append((f"batch.steps[{index}]", change.step, change.tokens_per_step or tokens, change.sequence_length or rows))
-    return found
-
-
-def _check_ranges(recipe: Recipe) -> None:
-    for paths, expected, holds in _RANGES:
-        for path in paths:
-            value: Any = recipe
-            for name in path.split("."):
-                value = getattr(value, name)
-            for item in value if isinstance(value, tuple) else (value,):
-                if item is not None and not holds(item):
-                    raise InputError(f"{path}: found {item}, expected {expected}")
-
-
-def check_rates(optim: OptimSection, schedule: ScheduleSection) -> None:
-    """Raise InputError for a schedule that contradicts itself, however long the run is (`argonne.train.schedule` asks whether it fits)."""
-    if schedule.kind not in ("cosine", "wsd", "constant", "steps"):
-        raise InputError(f"schedule.kind: found {schedule.kind!r}, expected cosine, wsd, constant or steps")
-    if schedule.warmup < 0:
-        raise InputError(f"schedule.warmup: found {schedule.warmup}, expected 0 or more steps")
-    _check_decay(schedule.kind, schedule.decay)
-    if schedule.min_lr is not None and schedule.min_ratio is not None:
-        raise InputError("schedule.min_lr and schedule.min_ratio are both set; keep one")
-    if schedule.min_ratio is not None and not 0 <= schedule.min_ratio <= 1:
-        raise InputError(f"schedule.min_ratio: found {schedule.min_ratio:g}, expected a share from 0 to 1")
-    if schedule.min_lr is not None and not 0 <= schedule.min_lr <= optim.lr:
-        raise InputError(f"schedule.min_lr: found {schedule.min_lr:g}, expected from 0 to optim.lr = {optim.lr:g}")
-    _check_table(schedule)
-
-
-def _check_decay(kind: str, decay: float | None) -> None:
-    if kind != "wsd":
-        if decay is not None:
-            raise InputError(f"schedule.decay: found {decay:g}, but kind {kind!r} has no decay of its own; remove it or choose wsd")
-        return
-    if decay is None:
-        raise InputError(
-            "schedule.decay: not set, and a wsd schedule without decay never lowers the rate; give steps, a share, or 0 on purpose"
-        )
-    if decay < 0 or not math.isfinite(decay) or (decay > 1 and decay != int(decay)):
-        raise InputError(f"schedule.decay: found {decay:g}, expected a whole number of steps, a share below 1, or 0")
-
-
-def _check_table(schedule: ScheduleSection) -> None:
-    if schedule.kind != "steps":
-        if schedule.steps:
-            raise InputError(f'schedule.steps: has entries, but kind is {schedule.kind!r}; remove them or choose "steps"')
-        return
-    if not schedule.steps:
-        raise InputError('schedule.steps: empty, and kind "steps" needs [{ step, lr }]')
-    starts = [change.step for change in schedule.steps]
-    if starts[0] < 0 or any(later <= earlier for earlier, later in itertools.pairwise(starts)):
-        raise InputError(f"schedule.steps: found steps {starts}, expected rising numbers from 0 on")
-    for change in schedule.steps:
-        if change.lr <= 0:
-            raise InputError(f"schedule.steps: found lr {change.lr:g} from step {change.step}, expected more than 0")
 
 
 def to_tree(value: Any) -> Any:
     """Plain dicts and lists, None left out: what TOML and JSON can hold."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        pairs = ((item.name, getattr(value, item.name)) for item in dataclasses.fields(value))
+        pairs = ((item.name, getattr(value, item.name)) for item in dataclasses.fields(value) if item.name != "given")
         return {name: to_tree(inner) for name, inner in pairs if inner is not None}
     if isinstance(value, list | tuple):
         return [to_tree(item) for item in value]
     return value
 
 
-def to_toml(recipe: Recipe) -> str:
-    """The complete recipe as TOML, each key with its meaning as a comment; unset keys are commented out."""
+def to_toml(recipe: Recipe, idle: Collection[str] = ()) -> str:
+    """The complete recipe as TOML, each key with its meaning as a comment; keys that are unset or do nothing here are comments themselves.
+
+    idle: keys of which only the data tells that they do nothing. What is written is a recipe that is accepted.
+    """
     lines: list[str] = ["# Resolved and complete: what ran. `argonne pretrain config.toml` runs it again."]
     section = ""
     for path, item in all_keys().items():
@@ -330,11 +250,11 @@ def to_toml(recipe: Recipe) -> str:
         if (head := ".".join(parents)) != section:
             section = head
             lines += ["", f"[{section}]"]
-        value: Any = recipe
-        for part in path.split("."):
-            value = getattr(value, part)
-        meaning = f"  # {item.metadata['meaning']}"
-        lines.append(f"# {name} = unset{meaning}" if value is None else f"{name} = {_toml(to_tree(value))}{meaning}")
+        value, need = value_of(recipe, path), unmet(recipe, path)
+        off = f", acts with {need or item.metadata['needs']}" if need or path in idle else ""
+        meaning = f"  # {item.metadata['meaning']}{off}"
+        shown = '"unset"' if value is None else _toml(to_tree(value))
+        lines.append(f"{'# ' if value is None or off else ''}{name} = {shown}{meaning}")
     return "\n".join(lines) + "\n"
 
 

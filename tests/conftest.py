@@ -48,6 +48,10 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return prepare(PrepareOptions(input=(str(text),), out=folder / "set", train_tokenizer=512, hold_out=0.1, workers=1))
 
 
+# Keys of the nano recipe that do nothing where others say so.
+IDLE = {"checkpoint.sample_tokens": {"checkpoint.sample_prompt": ("", '""')}, "eval.every_steps": {"eval.windows": ("0",)}}
+
+
 @pytest.fixture
 def nano(tokens: Path) -> Callable[..., Recipe]:
     """Makes recipes of very small runs on `tokens`: `nano(**{"optim.lr": "1e-3"})`."""
@@ -68,7 +72,6 @@ def nano(tokens: Path) -> Callable[..., Recipe]:
             "batch.tokens_per_step": "256",
             "batch.micro": "4",
             "train.steps": "12",
-            "train.tokens": "none",
             "train.threads": "1",
             "schedule.warmup": "3",
             "log.every_steps": "1",
@@ -78,7 +81,9 @@ def nano(tokens: Path) -> Callable[..., Recipe]:
             "eval.every_steps": "6",
             "eval.windows": "4",
         }
-        return load_recipe("nano-3.0", {**base, **overrides})
+        asked = {**base, **overrides}
+        idle = [key for key, off in IDLE.items() if key not in overrides and all(asked.get(name) in values for name, values in off.items())]
+        return load_recipe("nano-3.0", {key: value for key, value in asked.items() if key not in idle})
 
     return make
 

@@ -66,7 +66,7 @@ def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_help_of_a_training_verb_lists_every_recipe_key_with_its_meaning(capsys: pytest.CaptureFixture[str]) -> None:
-    from argonne.recipe import all_keys
+    from argonne.keys import all_keys
 
     with pytest.raises(SystemExit):
         main(["pretrain", "--help"])

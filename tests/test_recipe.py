@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from argonne import recipe
+from argonne import keys, recipe
 from argonne.config import CheckpointSection, Recipe
 from argonne.errors import InputError
 
@@ -48,7 +48,7 @@ def test_any_prompt_survives_being_saved(prompt: str) -> None:
 
 
 def test_every_key_has_a_meaning() -> None:
-    assert [name for name, item in recipe.all_keys().items() if len(item.metadata["meaning"]) < 8] == []
+    assert [name for name, item in keys.all_keys().items() if len(item.metadata["meaning"]) < 8] == []
 
 
 def test_the_preset_fills_the_model_and_given_fields_win(path: Path) -> None:
@@ -116,7 +116,7 @@ def test_differences_name_each_changed_key() -> None:
 def test_what_a_change_of_batch_leaves_unset_goes_on_from_the_change_before(path: Path) -> None:
     changes = "[{ step = 8, sequence_length = 3072 }, { step = 4, tokens_per_step = 6144 }]"
     found = recipe.load_recipe(str(path), {"batch.steps": changes})
-    assert recipe.batches(found.batch, 256) == [
+    assert keys.batches(found.batch, 256) == [
         ("batch", 0, 2048, 256),
         ("batch.steps[1]", 4, 6144, 256),
         ("batch.steps[0]", 8, 6144, 3072),
@@ -130,9 +130,9 @@ def test_what_a_change_of_batch_leaves_unset_goes_on_from_the_change_before(path
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("schedule.kind", "cosine", "schedule.decay: found 0.2, but kind 'cosine' has no decay of its own"),
+        ("schedule.kind", "cosine", "schedule.decay: found 0.2, but it acts only with schedule.kind = wsd"),
         ("schedule.min_lr", "1.0", "from 0 to optim.lr"),
-        ("schedule.steps", "[{ step = 1, lr = 1e-4 }]", "schedule.steps: has entries, but kind is 'wsd'"),
+        ("schedule.steps", "[{ step = 1, lr = 1e-4 }]", "but it acts only with schedule.kind = steps"),
     ],
 )
 def test_a_schedule_that_contradicts_itself_is_refused_before_a_length_is_known(path: Path, key: str, value: str, message: str) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from argonne.cli.command import Verbs, parse_overrides, recipe_argument
 from argonne.errors import InputError
-from argonne.recipe import all_keys, load_recipe, recipe_names, to_toml
+from argonne.keys import all_keys
+from argonne.recipe import load_recipe, recipe_names, to_toml
 
 # Flags that are recipe keys under a shorter name.
 SHORT = {"init_from": "model.init_from", "wall_time": "stop.wall_time", "deadline": "stop.deadline"}

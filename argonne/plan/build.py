@@ -13,11 +13,11 @@ from typing import Any
 from argonne import layout
 from argonne.config import BatchSection, DataSection, Recipe
 from argonne.errors import InputError
+from argonne.keys import batches
 from argonne.plan import devices
 from argonne.plan.devices import Choice, Device, best_choice, expected_rate, running_device, usable_memory, what_would_fit
 from argonne.plan.published import published, released_source_tokens
 from argonne.plan.shape import shape_of
-from argonne.recipe import batches
 
 CONVENTION = "6 FLOPs a weight of a matrix product and token (head counted, embedding look-up not) + 12 x query width x keys seen a layer"
 SMALL = 50_000_000  # parameters under which a plan without --gpu is one for the CPU

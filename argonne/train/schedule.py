@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from argonne.config import OptimSection, ScheduleSection
 from argonne.errors import InputError
-from argonne.recipe import check_rates
+from argonne.keys import check_rates
 
 if TYPE_CHECKING:
     import torch

@@ -129,9 +129,9 @@ def at_nano_width(name: str, tokens: Path) -> dict[str, str]:
     recipe = load_recipe(name)
     overrides = {
         "model.preset": f'"{preset}"', "model.init_from": "none", "model.vocab_size": "512", "model.max_position_embeddings": "64",
-        "model.num_hidden_layers": "2", "data.input": "[]", "data.tokenizer": "none", "data.bos": "false", "data.quality_filter": "false",
+        "model.num_hidden_layers": "2", "data.tokenizer": "none",
         "data.sources": f"[{{ path = {json.dumps(str(tokens))}, max_epochs = 99 }}]", "data.sequence_length": "64",
-        "batch.tokens_per_step": "128", "batch.steps": "[]", "train.steps": "3", "train.tokens": "none", "train.precision": "fp32",
+        "batch.tokens_per_step": "128", "batch.steps": "[]", "train.steps": "3", "train.precision": "fp32",
         "train.threads": "1", "checkpoint.every_steps": "2", "checkpoint.sample_tokens": "4", "eval.windows": "0", "log.tensorboard": "false",
     }  # fmt: skip
     if recipe.schedule.kind == "steps":
@@ -188,10 +188,9 @@ def test_every_option_of_the_earlier_scripts_has_a_key_that_is_accepted(earlier:
 
     key, value = EARLIER_OPTIONS[earlier]
     section, field = key.split(".")
-    extra = {"data.input": ["--data.sources", "[]", "--data.tokenizer", "tok"], "schedule.min_lr": ["--schedule.min_ratio", "none"]}.get(
+    extra = {"data.input": ["--data.tokenizer", "tok"], "data.prefetch": ["--data.input", '["a.txt"]', "--data.tokenizer", "tok"]}.get(
         key, []
     )
-    extra += ["--train.tokens", "none"] if key == "train.steps" else []
     extra += ["--batch.tokens_per_step", "245760"] if key == "data.sequence_length" else []
     assert main(["pretrain", "argonne-3.0-pretrain", f"--{key}", value, *extra, "--dry-run"]) == 0
     assert tomllib.loads(capsys.readouterr().out)[section][field] == tomllib.loads(f"x = {value}")["x"]

@@ -1,0 +1,153 @@
+"""The rules of the recipe's keys: which there are, which act under a recipe, and what they may say alone and together."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+import typing
+from typing import Any
+
+from argonne import presets
+from argonne.config import BOUNDS, BatchSection, OptimSection, Recipe, ScheduleSection
+from argonne.errors import InputError
+
+
+def all_keys(kind: type = Recipe, where: str = "") -> dict[str, dataclasses.Field[Any]]:
+    """Every key of the recipe as `section.key`, in order."""
+    hints = typing.get_type_hints(kind)
+    found: dict[str, dataclasses.Field[Any]] = {}
+    for item in dataclasses.fields(kind):
+        path = f"{where}.{item.name}" if where else item.name
+        if item.name == "given":
+            continue
+        if dataclasses.is_dataclass(hints[item.name]):
+            found |= all_keys(typing.cast(type, hints[item.name]), path)
+        else:
+            found[path] = item
+    return found
+
+
+def value_of(recipe: Recipe, path: str) -> Any:
+    """The value of `section.key`."""
+    return functools.reduce(getattr, path.split("."), recipe)
+
+
+def with_value(recipe: Recipe, path: str, value: Any) -> Recipe:
+    """The recipe with another value of `section.key`."""
+    section, dot, name = path.partition(".")
+    return dataclasses.replace(recipe, **{section: dataclasses.replace(getattr(recipe, section), **{name: value}) if dot else value})
+
+
+def unmet(recipe: Recipe, path: str) -> str | None:
+    """The need of a key that the recipe does not meet, so that the key does nothing; None where it acts.
+
+    A need is conditions joined by " and ": `section.key` (set), `not section.key`, `section.key = a | b`, `!= a`, `has a`. "held-out data" is the
+    data's to say (`argonne.stages.setup`); any other words are never met.
+    """
+    for condition in filter(None, all_keys()[path].metadata["needs"].split(" and ")):
+        words = condition.removeprefix("not ").split(" ", 2)
+        if condition == "held-out data":
+            continue
+        if words[0] not in all_keys():
+            return condition
+        value = value_of(recipe, words[0])
+        if len(words) == 1:
+            met = bool(value) != condition.startswith("not ")
+        elif words[1] == "has":
+            met = words[2] in (value or ())
+        else:
+            met = any(_is(value, word) for word in words[2].split(" | ")) == (words[1] == "=")
+        if not met:
+            return condition
+    return None
+
+
+def _is(value: Any, word: str) -> bool:
+    return str(value) == word or (isinstance(value, int | float) and word.isdigit() and value == int(word))
+
+
+def without_idle_keys(recipe: Recipe) -> Recipe:
+    """Keys that do nothing back at their defaults: what a recipe says is what acts. One that was given is refused."""
+    for path, item in all_keys().items():
+        if (need := unmet(recipe, path)) is None:
+            continue
+        if path in recipe.given:
+            raise InputError(f"{path}: found {value_of(recipe, path)!r}, but it acts only with {need}; remove it, or set that")
+        recipe = with_value(recipe, path, item.default)
+    return recipe
+
+
+def check(recipe: Recipe) -> None:
+    """Raise InputError where single values are out of range or contradict one another."""
+    _check_bounds(recipe)
+    presets.check(dataclasses.asdict(recipe.model))
+    check_rates(recipe.optim, recipe.schedule)
+    train, batch, data = recipe.train, recipe.batch, recipe.data
+    lengths = [name for name in ("steps", "tokens", "epochs") if getattr(train, name) is not None]
+    if len(lengths) != 1:
+        raise InputError(f"train: found {' and '.join(lengths) or 'no length'}, expected exactly one of steps, tokens, epochs")
+    if data.sources and data.input:
+        raise InputError("data.sources and data.input are both set; keep one")
+    if data.input and not data.tokenizer:
+        raise InputError("data.tokenizer: not set, and data.input needs one; give the tokenizer's folder")
+    _check_changes("batch.steps", sorted(change.step for change in batch.steps))
+    for index, change in enumerate(batch.steps):
+        if change.tokens_per_step is None and change.sequence_length is None:
+            raise InputError(f"batch.steps[{index}]: changes nothing; give tokens_per_step or sequence_length, or remove it")
+    for where, _, tokens, rows in batches(batch, data.sequence_length):
+        if tokens % rows:
+            raise InputError(
+                f"{where}.tokens_per_step: found {tokens}, expected a multiple of the sequence length {rows}, as {tokens // rows * rows or rows}"
+            )
+    if isinstance(batch.micro, str) and batch.micro != "auto":
+        raise InputError(f'batch.micro: found {batch.micro!r}, expected "auto" or a number of rows')
+    if isinstance(batch.micro, int) and batch.micro < 1:
+        raise InputError(f"batch.micro: found {batch.micro}, expected at least 1")
+
+
+def batches(batch: BatchSection, sequence_length: int = 0) -> list[tuple[str, int, int, int]]:
+    """(key, first step, tokens of a step, tokens of a row) of each part of a run. What a change leaves unset goes on from the part before."""
+    found = [("batch", 0, batch.tokens_per_step, sequence_length)]
+    for index, change in sorted(enumerate(batch.steps), key=lambda pair: pair[1].step):
+        _, _, tokens, rows = found[-1]
+        found.append((f"batch.steps[{index}]", change.step, change.tokens_per_step or tokens, change.sequence_length or rows))
+    return found
+
+
+def _check_bounds(section: Any, where: str = "") -> None:
+    """Every number finite and within the bounds of its key, those in tables too."""
+    for item in dataclasses.fields(section):
+        value, path = getattr(section, item.name), f"{where}.{item.name}" if where else item.name
+        for index, part in enumerate(value) if isinstance(value, tuple) else [(None, value)]:
+            place = path if index is None else f"{path}[{index}]"
+            if dataclasses.is_dataclass(part):
+                _check_bounds(part, place)
+            elif isinstance(part, int | float) and not isinstance(part, bool):
+                expected = item.metadata["bounds"]
+                if not math.isfinite(part) or (expected and not BOUNDS[expected](part)):
+                    raise InputError(f"{path}: found {part}, expected {expected or 'a finite number'}")
+
+
+def _check_changes(path: str, starts: list[int]) -> None:
+    if any(later <= earlier for earlier, later in itertools.pairwise(starts)):
+        raise InputError(f"{path}: found steps {starts}, expected rising numbers, each once")
+
+
+def check_rates(optim: OptimSection, schedule: ScheduleSection) -> None:
+    """Raise InputError for a schedule that contradicts itself, however long the run is (`argonne.train.schedule` asks whether it fits)."""
+    decay = schedule.decay
+    if schedule.kind == "wsd" and decay is None:
+        raise InputError(
+            "schedule.decay: not set, and a wsd schedule without decay never lowers the rate; give steps, a share, or 0 on purpose"
+        )
+    if decay is not None and decay > 1 and decay != int(decay):
+        raise InputError(f"schedule.decay: found {decay:g}, expected a whole number of steps, a share below 1, or 0")
+    if schedule.min_lr is not None and schedule.min_ratio is not None:
+        raise InputError("schedule.min_lr and schedule.min_ratio are both set; keep one")
+    if schedule.min_lr is not None and schedule.min_lr > optim.lr:
+        raise InputError(f"schedule.min_lr: found {schedule.min_lr:g}, expected from 0 to optim.lr = {optim.lr:g}")
+    if schedule.kind == "steps" and not schedule.steps:
+        raise InputError('schedule.steps: empty, and kind "steps" needs [{ step, lr }]')
+    _check_changes("schedule.steps", [change.step for change in schedule.steps])
