@@ -272,7 +272,7 @@ class EvalSection:
         (),
         "tasks measured at the end",
         changes="files",
-        needs="tasks that a run can measure, and there are none yet (use argonne eval)",
+        needs="tasks within a run (none yet: use argonne eval)",
         free=True,
     )
 

@@ -6,10 +6,12 @@ import argparse
 import dataclasses
 import difflib
 import importlib
+import itertools
 import json
-import re
 import sys
+import tempfile
 import time
+import traceback
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +30,7 @@ PAGES = (
     ("use", "use and measure a model", ("generate", "eval")),
     ("move", "hand it on", ("import", "export")),
 )
+ALL_VERBS = tuple(verb for _, _, verbs in PAGES for verb in verbs)
 RECIPE_VERBS = ("pretrain", "continue", "plan")
 Verbs = Callable[..., "Parser"]
 
@@ -37,10 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
+        if arguments[:1] == ["completion"]:
+            return print_completion(arguments[1:])
         options, rest = build_parser(arguments).parse_known_args(arguments)
         options.started, options.rest = started, rest
         if rest and options.verb not in RECIPE_VERBS:
-            raise InputError(f"{options.verb}: unknown argument {rest[0]!r}; see `argonne {options.verb} --help`")
+            said = options.parser.not_known(rest[0]) if rest[0].startswith("-") else f"unknown argument {rest[0]!r}"
+            raise InputError(f"{options.verb}: {said}; see `argonne {options.verb} --help`")
         return int(options.function(options) or 0)
     except (InputError, Stopped) as error:
         print(f"argonne: {error}", file=sys.stderr)
@@ -51,6 +57,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 1
+    except Exception as error:  # whatever is left: a person sees one line, and who looks for the cause finds it
+        print(f"argonne: {type(error).__name__}: {first_line(error)}{saved_traceback()}", file=sys.stderr)
+        return 1
+
+
+def saved_traceback() -> str:
+    """Where the traceback of the exception at hand was written, as the end of a message."""
+    try:
+        handle, name = tempfile.mkstemp(prefix="argonne-", suffix="-traceback.txt")
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(traceback.format_exc())
+    except OSError as problem:
+        return f" (its traceback could not be saved: {problem})"
+    return f" (traceback: {name})"
+
+
+def print_completion(arguments: Sequence[str]) -> int:
+    """`argonne completion SHELL`: the script that completes verbs, flags, recipe keys and packaged recipes."""
+    import shtab
+
+    from argonne.keys import all_keys
+    from argonne.recipe import recipe_names
+
+    if len(arguments) != 1 or arguments[0] not in shtab.SUPPORTED_SHELLS:
+        raise InputError(f"completion: found {' '.join(arguments) or 'nothing'!r}, expected one of {', '.join(shtab.SUPPORTED_SHELLS)}")
+    parser = build_parser((), whole=True)
+    (verbs,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    for name in RECIPE_VERBS:
+        verb = verbs.choices[name]
+        for path, item in all_keys().items():
+            verb.add_argument(f"--{path}", help=item.metadata["meaning"], choices=item.metadata["choices"] or None)
+        for action in verb._actions:
+            if action.dest == "recipe":
+                action.choices = recipe_names()
+    print(shtab.complete(parser, shell=arguments[0]))
+    return 0
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):
@@ -66,24 +108,28 @@ class Parser(argparse.ArgumentParser):
 
     given: Sequence[str] = ()
 
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = [str(choice) for choice in (ALL_VERBS if action.dest == "verb" else action.choices)]
+            alike = difflib.get_close_matches(str(value), known, n=1)
+            name = "/".join(action.option_strings) or action.metavar or action.dest
+            hint = f"did you mean {alike[0]!r}? " if alike else ""
+            self.error(f"{name}: found {value!r}, expected one of {', '.join(map(repr, known))}; {hint}".rstrip("; "))
+
     def error(self, message: str) -> NoReturn:
-        hint, verb = "", self.prog.removeprefix("argonne").strip()
-        if choice := re.fullmatch(r"argument (\S+): invalid choice: '(.*)' \(choose from (.*)\)", message):
-            near = difflib.get_close_matches(choice[2], re.findall(r"[\w.-]+", choice[3]), n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            message = f"{choice[1]}: found {choice[2]!r}, expected one of {choice[3]}"
-        elif "required" in message and verb not in RECIPE_VERBS:
-            flags = [item.partition("=")[0] for item in self.given if item.startswith("--")]
-            if unknown := [flag for flag in flags if flag not in self._option_string_actions]:
-                near = difflib.get_close_matches(unknown[0], self._option_string_actions, n=1)
-                hint = f"{unknown[0]!r} is not known{f', did you mean {near[0]!r}?' if near else ';'} "
-        raise InputError(f"{f'{verb}: ' if verb else ''}{message}; {hint}see `{self.prog} --help`")
+        verb = self.prog.removeprefix("argonne").strip()
+        flags = [] if verb in RECIPE_VERBS else [item.partition("=")[0] for item in self.given if item.startswith("--")]
+        hint = next((f"; {self.not_known(flag)}" for flag in flags if flag not in self._option_string_actions), "")
+        raise InputError(f"{f'{verb}: ' if verb else ''}{message}{hint}; see `{self.prog} --help`")
+
+    def not_known(self, flag: str) -> str:
+        alike = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+        return f"{flag!r} is not known{f', did you mean {alike[0]!r}?' if alike else ''}"
 
 
 def build_parser(arguments: Sequence[str], *, whole: bool = False) -> argparse.ArgumentParser:
     """The parser of the verb that `arguments` begin with; of every verb where `whole`, or where they begin with none."""
-    names = {name for _, _, verbs in PAGES for name in verbs}
-    asked = arguments[0] if arguments and arguments[0] in names and not whole else None
+    asked = arguments[0] if arguments and arguments[0] in ALL_VERBS and not whole else None
     parser = Parser(
         prog="argonne",
         description="From raw text to a published chat model: every stage, each resumable exactly.",
@@ -98,7 +144,7 @@ def build_parser(arguments: Sequence[str], *, whole: bool = False) -> argparse.A
     def verb(name: str, text: str, function: Callable[[argparse.Namespace], int | None], *, within: Any = parsers, **more: Any) -> Parser:
         described = text[0].upper() + text[1:] + "."
         made: Parser = within.add_parser(name, help=text, description=described, allow_abbrev=False, formatter_class=Formatter, **more)
-        made.set_defaults(function=function)
+        made.set_defaults(function=function, parser=made)
         made.given = arguments
         return made
 
@@ -179,9 +225,13 @@ def progress_bar(unit: str) -> Iterator[Callable[[int, int], None]]:
         yield show
 
 
-def parse_overrides(rest: Sequence[str]) -> dict[str, str]:
-    """`--section.key VALUE` and `--section.key=VALUE` as a dict. Raises InputError for anything else."""
-    found: dict[str, str] = {}
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0]
+
+
+def parse_overrides(rest: Sequence[str]) -> dict[str, Any]:
+    """`--section.key VALUE` and `--section.key=VALUE` as a dict; `--data.sources PATH[:WEIGHT] ..` too. Raises InputError for anything else."""
+    found: dict[str, Any] = {}
     items = list(rest)
     while items:
         item = items.pop(0)
@@ -193,4 +243,16 @@ def parse_overrides(rest: Sequence[str]) -> dict[str, str]:
                 raise InputError(f"--{name}: a value is missing")
             value = items.pop(0)
         found[name] = value
+        if name == "data.sources" and not value.lstrip().startswith(("[", "{")):
+            more = [items.pop(0) for _ in itertools.takewhile(lambda item: not item.startswith("--"), list(items))]
+            found[name] = [_source(text) for text in (value, *more)]
     return found
+
+
+def _source(text: str) -> dict[str, Any]:
+    """`tokens/a:0.7` as a table of `data.sources`; what is no number behind the colon belongs to the path."""
+    path, _, weight = text.rpartition(":")
+    try:
+        return {"path": path, "weight": float(weight)} if path else {"path": text}
+    except ValueError:
+        return {"path": text}
