@@ -13,6 +13,8 @@ from argonne import presets
 from argonne.config import BOUNDS, BatchSection, OptimSection, Recipe, ScheduleSection
 from argonne.errors import InputError
 
+HELD_OUT = "held-out data"
+
 
 def all_keys(kind: type = Recipe, where: str = "") -> dict[str, dataclasses.Field[Any]]:
     """Every key of the recipe as `section.key`, in order."""
@@ -27,6 +29,23 @@ def all_keys(kind: type = Recipe, where: str = "") -> dict[str, dataclasses.Fiel
         else:
             found[path] = item
     return found
+
+
+def is_free(path: str) -> bool:
+    """May this key differ on resume?"""
+    return path in all_keys() and bool(all_keys()[path].metadata["free"])
+
+
+def idle_without_held_out(recipe: Recipe) -> list[str]:
+    """Keys that do nothing where nothing is held out. Raises InputError for one that was given and asks for something."""
+    idle = [path for path, item in all_keys().items() if HELD_OUT in item.metadata["needs"].split(" and ")]
+    for path in idle:
+        if path in recipe.given and (value := value_of(recipe, path)) and value != all_keys()[path].default:
+            raise InputError(
+                f"{path}: found {value!r}, but it acts only with {HELD_OUT}, and the data holds nothing out; remove it, or prepare the text "
+                "with --hold-out"
+            )
+    return idle
 
 
 def value_of(recipe: Recipe, path: str) -> Any:
@@ -48,7 +67,7 @@ def unmet(recipe: Recipe, path: str) -> str | None:
     """
     for condition in filter(None, all_keys()[path].metadata["needs"].split(" and ")):
         words = condition.removeprefix("not ").split(" ", 2)
-        if condition == "held-out data":
+        if condition == HELD_OUT:
             continue
         if words[0] not in all_keys():
             return condition

@@ -87,8 +87,8 @@ def initialize(model: ArgonneForCausalLM, initializer: str, seed: int) -> None:
                 module.bias.zero_()
 
 
-def check_attention(model: ArgonneForCausalLM, kernel: str, dtype: torch.dtype, *, documents: bool = False) -> None:
-    """Raise InputError when the kernel that a recipe forces cannot train this model on its device in `dtype`, before anything runs.
+def check_attention(model: ArgonneForCausalLM, kernel: str, dtype: torch.dtype, *, documents: bool = False) -> set[str]:
+    """The kernels that train this model on its device in `dtype`. Raises InputError when one that a recipe forces cannot, before anything runs.
 
     documents: rows will be packed with a document mask.
     """
@@ -96,11 +96,11 @@ def check_attention(model: ArgonneForCausalLM, kernel: str, dtype: torch.dtype, 
     sizes = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
     query, key, value = (torch.empty(1, heads, 4, config.head_dim, device=device, dtype=dtype, requires_grad=True) for heads in sizes)
     segments = Segments.of(torch.tensor([0, 2, 4]), 4, device) if documents else None
-    for window in {None, config.sliding_window}:
-        try:
-            choose_kernel(kernel, query, key, value, MaskPlan(window, segments), config.attention_dropout)
-        except ValueError as error:
-            raise InputError(f"train.attention: {error}") from None
+    try:
+        plans = [MaskPlan(window, segments) for window in {None, config.sliding_window}]
+        return {choose_kernel(kernel, query, key, value, plan, config.attention_dropout) for plan in plans}
+    except ValueError as error:
+        raise InputError(f"train.attention: {error}") from None
 
 
 def count_parameters(config: ArgonneConfig) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,6 +135,7 @@ def _ranges(numbers: list[int]) -> str:
 def record_start(
     run: RunFolder,
     recipe: Recipe,
+    idle: Collection[str],
     data: Data,
     start: Start,
     mesh: Mesh,
@@ -146,7 +147,7 @@ def record_start(
 
     parameters = shape_of(recipe.model, recipe.data.sequence_length).parameters()
     run.clear_markers()
-    run.write_config(to_toml(recipe))
+    run.write_config(to_toml(recipe, idle))
     run.write_manifest(
         {
             "stage": recipe.stage,

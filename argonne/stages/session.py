@@ -12,11 +12,12 @@ import torch
 
 from argonne.config import Recipe
 from argonne.errors import InputError, Stopped
+from argonne.keys import is_free
 from argonne.model.kernels import KernelUnavailable
 from argonne.parallel.launch import let_the_cause_speak_first, run_workers
 from argonne.parallel.mesh import Mesh, open_mesh, worker_count
 from argonne.stages.hooks import banner, checkpoint_files, export_final, record_start, run_state
-from argonne.stages.setup import FREE_KEYS, Session, build, changes, open_run
+from argonne.stages.setup import Session, build, changes, open_run
 from argonne.stages.start import Start
 from argonne.train.checkpoint import LAST, STATE, read_state
 from argonne.train.guard import StopWatch, parse_duration
@@ -120,9 +121,9 @@ def _train(session: Session, run: RunFolder, mesh: Mesh, watch: StopWatch) -> Ou
     metrics: MetricsLog | None = None
     try:
         built = build(session, opened, run, mesh, say)
-        progress = built.progress
+        recipe, progress = built.recipe, built.progress
         if mesh.is_main:
-            record_start(run, recipe, data, start, mesh, built.loader.micro_rows, opened.total_steps, say)
+            record_start(run, recipe, opened.idle, data, start, mesh, built.loader.micro_rows, opened.total_steps, say)
         mesh.barrier()
         metrics = MetricsLog(run.path, recipe.log, enabled=mesh.is_main, run_name=run.run_id)
         metrics.write("resume" if start.checkpoint is not None and start.own else "start", progress.step, parent=start.parent)
@@ -172,7 +173,7 @@ def _check_finished(session: Session, step: int) -> None:
     if not (last / STATE).is_file():
         return
     found = changes(Start("", recipe_tree=read_state(last)["recipe"]), session.recipe)
-    changed = [f"{path}: {old!r} -> {new!r}" for path, (old, new) in found.items() if not path.startswith(FREE_KEYS)]
+    changed = [f"{path}: {old!r} -> {new!r}" for path, (old, new) in found.items() if not is_free(path)]
     if changed:
         raise InputError(
             f"{session.folder}: complete at step {step}, with another recipe ({'; '.join(changed)}); a finished run is not trained "

@@ -14,6 +14,7 @@ from argonne.config import Recipe, TrainSection
 from argonne.data.loader import Loader
 from argonne.errors import InputError
 from argonne.files import read_json, write_json
+from argonne.keys import all_keys, idle_without_held_out, is_free, unmet, without_idle_keys
 from argonne.layout import COMPUTE_PLAN
 from argonne.legacy.training import restore
 from argonne.model.build import check_attention
@@ -36,12 +37,6 @@ from argonne.train.run import RunFolder
 from argonne.train.schedule import check_schedule
 from argonne.train.trainer import Progress, Trained
 
-# Keys that cannot change what is trained: they may differ on resume, and are listed.
-FREE_KEYS = (
-    "log.", "stop.", "parallel.", "checkpoint.", "eval.", "batch.micro", "train.threads", "train.compile", "train.activation_checkpointing",
-    "train.checkpointing_stride", "train.loss", "train.loss_chunk", "train.return_memory", "data.reader", "data.verify", "data.prefetch",
-)  # fmt: skip
-
 
 @dataclass(frozen=True)
 class Session:
@@ -61,18 +56,23 @@ class Session:
 
 @dataclass(frozen=True)
 class Opened:
-    """What is known once the run, its start and its data are open."""
+    """What is known once the run, its start and its data are open. `idle`: keys that do nothing with this data."""
 
     recipe: Recipe
     start: Start
     data: StageData
     total_steps: int
+    idle: list[str]
 
 
 @dataclass(frozen=True)
 class Built:
-    """The model as it will be trained, what it is trained with, where it stands, and the batches of this rank."""
+    """The model as it will be trained, what it is trained with, where it stands, and the batches of this rank.
 
+    recipe: with every `auto` as it came out here.
+    """
+
+    recipe: Recipe
     trained: Trained
     progress: Progress
     loader: Loader
@@ -83,15 +83,17 @@ def open_run(session: Session, run: RunFolder, mesh: Mesh, say: Callable[[str], 
     if mesh.is_main:
         clean_leftovers(run.path, say)
     mesh.barrier()
-    given = session.recipe
-    start = find_start(run, given, session.resume_from, say, data_from_start=session.data_from_start)
-    _compare_config(start, session, say)
+    start = find_start(run, session.recipe, session.resume_from, say, data_from_start=session.data_from_start)
+    _compare_config(start, session, mesh, say)
+    train = start.settled(session.recipe).train
+    given = dataclasses.replace(session.recipe, train=train)
     data = _open_data(session, start, run, mesh)
     check_tokenizer(start, data.tokenizer.fingerprint, data.tokenizer_folder, session.allow)
     recipe = dataclasses.replace(given, model=fit_model_section(given, data.vocab_size, start))
     total_steps = steps_of(recipe, data)
     check_schedule(total_steps, recipe.optim, recipe.schedule)
-    return Opened(recipe, start, data, total_steps)
+    held_out = next(data.held_out(1, 1), None) is not None or bool(recipe.data.input and recipe.data.hold_out)
+    return Opened(recipe, start, data, total_steps, [] if held_out else idle_without_held_out(recipe))
 
 
 def _reads_alone(recipe: Recipe, mesh: Mesh) -> bool:
@@ -118,10 +120,8 @@ def build(session: Session, opened: Opened, run: RunFolder, mesh: Mesh, say: Cal
     """The model on its mesh, the optimizer over what will really be trained, the restored state; then what only changes speed and memory."""
     recipe, start, data, stage = opened.recipe, opened.start, opened.data, session.stage
     model = stage.weights(recipe, start).to(mesh.device).train()  # type: ignore[arg-type] # nn.Module.to takes a device
-    if recipe.train.attention != "auto":
-        check_attention(
-            model, recipe.train.attention, compute_dtype(recipe.train.precision, mesh.device), documents=recipe.data.document_mask
-        )
+    dtype = compute_dtype(recipe.train.precision, mesh.device)
+    kernels = check_attention(model, recipe.train.attention, dtype, documents=recipe.data.document_mask)
     choice = choose(recipe, mesh)
     configure_model(model, recipe, choice)
     objective = stage.objective(recipe, data)
@@ -142,22 +142,36 @@ def build(session: Session, opened: Opened, run: RunFolder, mesh: Mesh, say: Cal
     plan = plan_of(recipe, choice, loader.micro_rows, mesh)
     if mesh.is_main:
         write_json(run.path / COMPUTE_PLAN, plan)
-    if returns_memory(recipe.train, mesh.device.type, plan["memory_total"]):
+    if returned := returns_memory(recipe.train, mesh.device.type, plan["memory_total"]):
         return_freed_memory()
     compiled = recipe.train.compile == "on" or (recipe.train.compile == "auto" and mesh.device.type == "cuda")
     if compiled:
         compile_blocks(parallelised.plain)
-    return Built(Trained(parallelised, optimizer, precision, compiled), progress, loader)
+    settled = dataclasses.replace(
+        recipe.train,
+        precision=precision.name,
+        device=mesh.device.type,
+        attention=kernels.pop() if len(kernels) == 1 else "auto",
+        compile="on" if compiled else "off",
+        activation_checkpointing=choice.activation_checkpointing,
+        loss=choice.loss,
+        return_memory="on" if returned else "off",
+    )
+    batch = dataclasses.replace(recipe.batch, micro=loader.micro_rows)
+    settled_recipe = without_idle_keys(dataclasses.replace(recipe, train=settled, batch=batch, given=frozenset()))
+    return Built(settled_recipe, Trained(parallelised, optimizer, precision, compiled), progress, loader)
 
 
-def _compare_config(start: Start, session: Session, say: Callable[[str], None]) -> None:
+def _compare_config(start: Start, session: Session, mesh: Mesh, say: Callable[[str], None]) -> None:
     """List every key that differs from the checkpoint's recipe; in its own run, one that changes what is trained needs `--allow`."""
     if start.recipe_tree is None:
         return
     found = changes(start, session.recipe)
+    if start.own and (device := start.recipe_tree["train"]["device"]) not in ("auto", mesh.device.type):
+        found["train.device"] = (device, mesh.device.type)
     refused = []
     for path, (old, new) in found.items():
-        free = path.startswith(FREE_KEYS) or not start.own
+        free = is_free(path) or not start.own
         allowed = free or any(path == name or path.startswith(f"{name}.") for name in session.allow)
         say(f"changed since the checkpoint: {path}: {old!r} -> {new!r}{'' if allowed else '  (refused)'}")
         if not allowed:
@@ -168,8 +182,10 @@ def _compare_config(start: Start, session: Session, say: Callable[[str], None]) 
 
 
 def changes(start: Start, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
-    """The keys in which a recipe differs from the one of a checkpoint."""
-    return differences(start.recipe_tree or {}, to_tree(dataclasses.replace(recipe, model=start.stored_model(recipe.model))))
+    """The keys in which a recipe differs from the one of a checkpoint, without those that do nothing, or leave it to the run."""
+    found = differences(start.recipe_tree or {}, to_tree(start.settled(recipe)))
+    keys = all_keys()
+    return {path: pair for path, pair in found.items() if path not in keys or (pair[1] != "auto" and unmet(recipe, path) is None)}
 
 
 def returns_memory(train: TrainSection, device_type: str, planned_bytes: float) -> bool:

@@ -23,6 +23,8 @@ from argonne.train.checkpoint import list_checkpoints, newest_complete, read_sta
 from argonne.train.run import RunFolder
 
 FAMILY_SUFFIXES = (".pt", ".pth")
+# `auto` that decides about the arithmetic: settled when a run is created, for good.
+SETTLED = ("precision", "device", "attention")
 NOT_ARCHITECTURE = ("preset", "init_from", "initializer")
 
 
@@ -41,6 +43,12 @@ class Start:
     parent: dict[str, Any] | None = None
     tokenizer_fingerprint: str | None = None
     family_file: TrainingFile | None = None
+
+    def settled(self, given: Recipe) -> Recipe:
+        """The recipe with what it leaves open, and what would change the arithmetic, as the checkpoint settled it."""
+        stored = (self.recipe_tree or {}).get("train", {})
+        left = {name: stored[name] for name in SETTLED if name in stored and getattr(given.train, name) == "auto"} if self.own else {}
+        return dataclasses.replace(given, model=self.stored_model(given.model), train=dataclasses.replace(given.train, **left))
 
     def stored_model(self, given: ModelSection) -> ModelSection:
         """The recipe's model section with what it leaves unset taken from the checkpoint (resolved values are not changes)."""
