@@ -143,7 +143,6 @@ def record_start(
     say: Callable[[str], None],
 ) -> None:
     """Write config and manifest, print what is about to run."""
-
     parameters = shape_of(recipe.model, recipe.data.sequence_length).parameters()
     run.clear_markers()
     run.write_config(to_toml(recipe))
@@ -178,7 +177,6 @@ def record_start(
 
 def run_state(step: int, recipe: Recipe, data: Data, run: RunFolder, progress: Progress, mesh: Mesh, start: Start) -> dict[str, Any]:
     """state.json: counts and identities, never buffers."""
-
     return {
         "run_id": run.run_id,
         "tokens": data.tokens_before(step),

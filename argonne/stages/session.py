@@ -30,7 +30,6 @@ PRELOADED = ("torch.distributed", "transformers", "argonne.stages.session")
 
 def run_session(session: Session) -> Outcome:
     """Run one session to its end, on local workers of its own where the recipe or the GPUs of this machine ask for several."""
-
     parallel = session.recipe.parallel
     session.mode.check(parallel)
     count = worker_count(parallel.nproc, session.recipe.train.device)
@@ -54,7 +53,6 @@ def run_session(session: Session) -> Outcome:
 
 def _work(session: Session) -> Outcome | InputError:
     """One worker's part. Wrong input is a result, not a failure: it is the same on every try."""
-
     try:
         return train_session(session)
     except InputError as error:
@@ -66,7 +64,6 @@ def _work(session: Session) -> Outcome | InputError:
 
 def train_session(session: Session) -> Outcome:
     """This process's part of a session. Raises InputError for wrong input before any work is done."""
-
     watch = StopWatch(session.recipe.stop, started=session.started)
     run = RunFolder(session.folder)
     timeout = parse_duration(session.recipe.parallel.timeout, "parallel.timeout")
@@ -91,7 +88,6 @@ def train_session(session: Session) -> Outcome:
 @contextmanager
 def _determinism(wanted: bool) -> Iterator[None]:
     """Ask torch for algorithms that give the same bits each time, while the block runs; an operation that has none is an error."""
-
     if not wanted:
         yield
         return
@@ -167,7 +163,6 @@ def _set_threads(recipe: Recipe, mesh: Mesh) -> None:
 
 def _check_finished(session: Session, step: int) -> None:
     """A finished run does nothing more; asked to train something else, it says so instead of doing nothing."""
-
     last = session.folder / LAST
     if not (last / STATE).is_file():
         return

@@ -211,13 +211,11 @@ def _steps_within(data: Data, tokens: int) -> int:
 
 def choose(recipe: Recipe, mesh: Mesh) -> StepChoice:
     """What `auto` comes to here: micro-batch, activation checkpointing and loss, by the memory of one of the run's devices."""
-
     return choose_step(recipe, **_device_facts(mesh), world_size=mesh.world_size)
 
 
 def plan_of(recipe: Recipe, choice: StepChoice, micro_rows: int, mesh: Mesh) -> dict[str, Any]:
     """The plan of the run as it starts: `inspect` sets it beside what was measured."""
-
     settled = dataclasses.replace(choice, micro_rows=micro_rows)
     return plan_of_run(recipe, settled, **_device_facts(mesh), world_size=mesh.world_size)
 

@@ -62,7 +62,6 @@ def find_start(
 
     `data_from_start`: what a `.pt` of the family says of its place in the data is left aside.
     """
-
     if list_checkpoints(run.path):
         newest = newest_complete(run.path, say)
         if newest is None:
@@ -101,7 +100,6 @@ def _whole_state(path: Path, *, own: bool) -> Start:
 
 def _family_file(path: Path, recipe: Recipe, *, from_start: bool) -> Start:
     """The whole state of a `checkpoint_step_<N>.pt` of the family's earlier trainer."""
-
     file = read_training_file(path, architecture_fields(recipe.model))
     carried = carried_position(file, recipe, from_start=from_start)
     return Start(
@@ -180,7 +178,6 @@ def architecture_fields(model: ModelSection) -> dict[str, Any]:
 
 def build_weights(recipe: Recipe, start: Start) -> ArgonneForCausalLM:
     """The model on the CPU in its training dtype: fresh from the seed, or from given weights. A checkpoint is loaded into it afterwards."""
-
     dtype = torch.bfloat16 if recipe.train.precision == "bf16_full" else torch.float32
     try:
         config = config_from_fields(architecture_fields(recipe.model))
