@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import torch
 
-from argonne.config import Recipe
 from argonne.errors import InputError, Stopped
 from argonne.model.kernels import KernelUnavailable
 from argonne.parallel.launch import let_the_cause_speak_first, run_workers
@@ -35,20 +35,18 @@ def run_session(session: Session) -> Outcome:
     count = worker_count(parallel.nproc, session.recipe.train.device)
     if count == 1:
         return train_session(session)
-    grace = parse_duration(session.recipe.stop.grace, "stop.grace")
     found = run_workers(
         _work,
         (session,),
         count=count,
         max_restarts=parallel.max_restarts,
-        grace_seconds=grace,
+        grace_seconds=parse_duration(session.recipe.stop.grace, "stop.grace"),
         name=session.folder.name or "run",
         preload=PRELOADED,
     )
     if isinstance(found, InputError):
         raise found
-    outcome: Outcome = found
-    return outcome
+    return cast(Outcome, found)
 
 
 def _work(session: Session) -> Outcome | InputError:
@@ -100,17 +98,20 @@ def _determinism(wanted: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def _say(mesh: Mesh) -> Callable[[str], None]:
-    return lambda text: print(text, file=sys.stderr, flush=True) if mesh.is_main else None
-
-
 def _train(session: Session, run: RunFolder, mesh: Mesh, watch: StopWatch) -> Outcome:
-    say = _say(mesh)
+    def say(text: str) -> None:
+        if mesh.is_main:
+            print(text, file=sys.stderr, flush=True)
+
     if (done := run.marker(COMPLETE)) is not None:
         _check_finished(session, int(done["step"]))
         say(f"{run.path}: complete at step {done['step']}; nothing to do (final model in {run.path / 'final_model'})")
         return Outcome(int(done["step"]), "complete")
-    _set_threads(session.recipe, mesh)
+    if session.recipe.train.threads:
+        torch.set_num_threads(session.recipe.train.threads)
+    elif mesh.world_size > 1 and mesh.device.type == "cpu":
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", mesh.world_size))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
     opened = open_run(session, run, mesh, say)
     recipe, start, data = opened.recipe, opened.start, opened.data
     metrics: MetricsLog | None = None
@@ -150,15 +151,6 @@ def _train(session: Session, run: RunFolder, mesh: Mesh, watch: StopWatch) -> Ou
         if metrics is not None:
             metrics.close()
         data.close()
-
-
-def _set_threads(recipe: Recipe, mesh: Mesh) -> None:
-
-    if recipe.train.threads:
-        torch.set_num_threads(recipe.train.threads)
-    elif mesh.world_size > 1 and mesh.device.type == "cpu":
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", mesh.world_size))
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
 
 
 def _check_finished(session: Session, step: int) -> None:
