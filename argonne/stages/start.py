@@ -53,7 +53,8 @@ class Start:
 
 def _left_unset(model: ModelSection, stored: dict[str, Any]) -> dict[str, Any]:
     """The stored values of what `model` leaves unset; a list of JSON is a tuple there."""
-    found = {name: value for name, value in stored.items() if getattr(model, name, value) is None}
+    names = [item.name for item in dataclasses.fields(model) if item.name in stored and getattr(model, item.name) is None]
+    found = {name: stored[name] for name in names}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
 
 

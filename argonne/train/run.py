@@ -31,7 +31,7 @@ class RunFolder:
         self._locked = False
 
     def manifest(self) -> dict[str, Any]:
-        return dict(read_json(self.path / MANIFEST))
+        return read_json(self.path / MANIFEST)
 
     @property
     def run_id(self) -> str:
