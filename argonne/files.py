@@ -22,15 +22,11 @@ from argonne.errors import InputError
 HASH_LIST = "sha256.json"
 TEMPORARY = ".tmp-"
 _ASIDE = re.compile(re.escape(TEMPORARY) + r"(.+)-old-\d+")
-_CHUNK = 1 << 22
 
 
 def sha256_of_file(path: Path) -> str:
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fingerprint(value: Any) -> str:
@@ -81,13 +77,9 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path}: not a JSON file ({error}); restore it or write it again") from None
 
 
-def _files_below(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != HASH_LIST)
-
-
 def seal_directory(folder: Path) -> None:
     """Fsync every file, write their sizes and hashes into `sha256.json`, fsync the folders."""
-    files = _files_below(folder)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != HASH_LIST)
     entries = {}
     for path in files:
         fsync_path(path)

@@ -90,7 +90,6 @@ def kind_of(path: Path | str) -> Kind:
 
 def _kind_of_folder(folder: Path) -> Kind:
     """More telling names first: a run and a token set share manifest.json, a checkpoint and a model folder config.json."""
-
     has = partial(_has, folder)
     if has(STATE) or _lost(folder, STATE):
         return Kind.CHECKPOINT

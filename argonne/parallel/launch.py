@@ -57,7 +57,9 @@ def run_workers(
             results = elastic_launch(config, work)(*arguments)
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
-            raise RuntimeError(f"worker {rank} failed (exit code {failure.exitcode}): {_message(failure)}") from None
+            found: Any = failure.message
+            message = str(found.get("message", found) if isinstance(found, dict) else found).strip() or "no message"
+            raise RuntimeError(f"worker {rank} failed (exit code {failure.exitcode}): {message}") from None
     return results[0]
 
 
@@ -65,13 +67,6 @@ def let_the_cause_speak_first(error: RuntimeError) -> None:
     """A collective broke because another worker failed: give that one a moment, since the agent reports the first failure it sees."""
     if any(word in str(error) for word in ("gloo", "Gloo", "NCCL", "Connection closed", "Connection reset")):
         time.sleep(2.0)
-
-
-def _message(failure: Any) -> str:
-    message = failure.message
-    if isinstance(message, dict):
-        message = message.get("message", message)
-    return str(message).strip() or "no message"
 
 
 @contextmanager

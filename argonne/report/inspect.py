@@ -73,15 +73,13 @@ def _checkpoint(path: Path) -> Facts:
     facts: Facts = {"kind": "checkpoint", "path": str(path), "problems": problems}
     if problems:
         return facts
-    state = read_state(path)
-    shapes = stored_shapes(path)
-    parameters = sum(math.prod(shape) for name, shape in shapes.items() if name.startswith("model."))
+    state, shapes = read_state(path), stored_shapes(path)
     return facts | {
         "step": state["step"],
         "tokens": state["tokens"],
         "run_id": state["run_id"],
         "parent": state.get("parent"),
-        "parameters": parameters,
+        "parameters": sum(math.prod(shape) for name, shape in shapes.items() if name.startswith("model.")),
         "tensors": len(shapes),
         "tokenizer_fingerprint": state["tokenizer_fingerprint"],
         "model": _shape(path),
@@ -89,38 +87,25 @@ def _checkpoint(path: Path) -> Facts:
 
 
 def _run(path: Path) -> Facts:
+    from argonne.plan import compare_plan
     from argonne.report.records import read_metrics
     from argonne.train.checkpoint import list_checkpoints
 
-    manifest = read_json(path / layout.MANIFEST)
     saved = list_checkpoints(path)
-    problems = [problem for item in saved for problem in verify_directory(item.path)]
-    if (path / layout.FINAL_MODEL).is_dir():
-        problems += _sealed(path / layout.FINAL_MODEL)
-    ending = layout.ending_of(path)
-    status = ending.lower() if ending else "neither stopped nor complete"
+    problems = [problem for item in saved for problem in verify_directory(item.path)] + _sealed(path / layout.FINAL_MODEL)
     metrics = read_metrics(path) if (path / layout.METRICS).is_file() else None
     last = metrics.last("step") if metrics else None
+    plan = next((path / name for name in (layout.COMPUTE_PLAN, layout.EARLIER_COMPUTE_PLAN) if (path / name).is_file()), None)
     return {
         "kind": "run",
         "path": str(path),
-        "status": status,
-        "manifest": manifest,
+        "status": (layout.ending_of(path) or "neither stopped nor complete").lower(),
+        "manifest": read_json(path / layout.MANIFEST),
         "checkpoints": [item.path.name for item in saved],
-        "plan_against_measured": _planned(path, metrics),
+        "plan_against_measured": compare_plan(read_json(plan), list(metrics.records)) if metrics and plan else None,
         "last_step": {name: last[name] for name in ("step", "tokens", "loss", "tokens_per_second")} if last else None,
         "problems": problems,
     }
-
-
-def _planned(path: Path, metrics: Any) -> list[Facts] | None:
-    from argonne.plan import compare_plan
-
-    names = (layout.COMPUTE_PLAN, layout.EARLIER_COMPUTE_PLAN)
-    plan = next((path / name for name in names if (path / name).is_file()), None)
-    if metrics is None or plan is None:
-        return None
-    return compare_plan(read_json(plan), list(metrics.records))
 
 
 def _exported(path: Path) -> Facts:

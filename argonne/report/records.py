@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,21 +60,6 @@ def read_metrics(path: Path) -> Metrics:
     problems: list[str] = []
     kept: dict[tuple[str, int, str], Record] = {}
     lines = 0
-    for number, record in _parse(file, problems):
-        lines += 1
-        event, step = record.get("event"), record.get("step")
-        if not isinstance(event, str) or not isinstance(step, int):
-            raise InputError(
-                f"{file}, line {number}: found keys {sorted(record)}, expected an object with event and step: another program's file"
-            )
-        key = (event, step, str(record.get("message", "")) if event == "warning" else "")
-        kept.pop(key, None)
-        kept[key] = record
-    ordered = sorted(kept.values(), key=lambda record: record["step"])
-    return Metrics(file, tuple(ordered), lines, tuple(problems))
-
-
-def _parse(file: Path, problems: list[str]) -> Iterator[tuple[int, Record]]:
     for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
         if not line.strip():
             continue
@@ -84,11 +68,16 @@ def _parse(file: Path, problems: list[str]) -> Iterator[tuple[int, Record]]:
         except ValueError:
             problems.append(f"{file.name}, line {number}: cut in the middle ({len(line)} bytes), left out")
             continue
-        if not isinstance(record, dict):
-            raise InputError(
-                f"{file}, line {number}: found {type(record).__name__}, expected an object with event and step: another program's file"
-            )
-        yield number, record
+        lines += 1
+        event, step = (record.get("event"), record.get("step")) if isinstance(record, dict) else (None, None)
+        if not isinstance(event, str) or not isinstance(step, int):
+            found = f"keys {sorted(record)}" if isinstance(record, dict) else type(record).__name__
+            raise InputError(f"{file}, line {number}: found {found}, expected an object with event and step: another program's file")
+        key = (event, step, str(record.get("message", "")) if event == "warning" else "")
+        kept.pop(key, None)
+        kept[key] = record
+    ordered = sorted(kept.values(), key=lambda record: record["step"])
+    return Metrics(file, tuple(ordered), lines, tuple(problems))
 
 
 def smoothed(values: list[float], share: float = 0.02) -> list[float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -43,13 +43,14 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
     """
     if not runs:
         raise InputError("report: no run given; name at least one run folder")
-    records = [_read_run(Path(run), _names(runs)[number]) for number, run in enumerate(runs)]
+    names = [Path(run).resolve().name for run in runs]  # the whole path where two runs share one
+    records = [_read_run(Path(run), name if names.count(name) == 1 else str(run)) for name, run in zip(names, runs, strict=True)]
     target = out or Path(runs[0]) / layout.REPORT
     title = " and ".join(record.name for record in records) if len(records) < 3 else f"{len(records)} runs"
     body = [page.heading(title, 1)]
     for record in records:
         body += [page.paragraph(f"{record.name}: {problem}", "alert") for problem in record.problems]
-    body += _single_head(records[0]) if len(records) == 1 else _compared_head(records)
+    body += _compared_head(records) if len(records) > 1 else [page.paragraph(records[0].state), page.cards(_facts(records[0]))]
     last_step = max(record.metrics.records[-1]["step"] for record in records)
     body += [page.heading("Curves"), page.paragraph(_KEY_TO_MARKS)]
     body += ['<div class="panels">', *(page.figure(panel, last_step) for panel in _panels(records)), "</div>"]
@@ -60,12 +61,6 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
     return target
 
 
-def _names(runs: Sequence[Path]) -> list[str]:
-    """Folder names; the whole path where two runs share one."""
-    names = [Path(run).resolve().name for run in runs]
-    return [name if names.count(name) == 1 else str(run) for name, run in zip(names, runs, strict=True)]
-
-
 def _read_run(folder: Path, name: str) -> RunRecord:
     metrics = read_metrics(folder)
     if not metrics.of("step"):
@@ -74,15 +69,10 @@ def _read_run(folder: Path, name: str) -> RunRecord:
     problems = list(metrics.problems)
     config, manifest = folder / layout.CONFIG, folder / layout.MANIFEST
     problems += [f"{file.name} is missing" for file in (config, manifest) if not file.is_file()]
+    ending = layout.ending_of(folder)  # the run's markers, never its name
+    state = f"{ending.lower() if ending else 'not complete, last record'} at step {metrics.records[-1]['step']:,}"
     found = files.read_json(manifest) if manifest.is_file() else {}
-    return RunRecord(name, folder, metrics, config.read_text() if config.is_file() else "", found, _state(folder, metrics), tuple(problems))
-
-
-def _state(folder: Path, metrics: Metrics) -> str:
-    """From the run's markers, never from its name: complete, stopped, or neither yet."""
-    step = metrics.records[-1]["step"]
-    ending = layout.ending_of(folder)
-    return f"{ending.lower()} at step {step:,}" if ending else f"not complete, last record at step {step:,}"
+    return RunRecord(name, folder, metrics, config.read_text() if config.is_file() else "", found, state, tuple(problems))
 
 
 # ---------------------------------------------------------------------------------------------------------------- facts
@@ -104,8 +94,10 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
         facts.append(("MFU, median", f"{statistics.median(use):.1%}"))
     memory = metrics.series("step", "memory_gb")[1]
     facts.append(("peak memory, GB", f"{max(memory):.2f}" if memory else "n/a"))
-    seconds = _seconds_at_work(metrics)
-    facts.append(("time at work", _duration(seconds)))
+    # From each record to the next of the same session: the time between a stop and the next resume does not count.
+    rows = sorted((row for row in metrics.records if isinstance(row.get("time"), int | float)), key=lambda row: row["time"])
+    worked = sum(late["time"] - early["time"] for early, late in pairwise(rows) if late["event"] not in ("start", "resume"))
+    facts.append(("time at work", _duration(worked)))
     waited = [_duration(_summed(metrics.series("step", name)[1])) for name in ("wait_data_seconds", "wait_save_seconds")]
     facts.append(("waiting: data, saves", ", ".join(waited)))
     facts.append(("resumed, skipped", f"{len(metrics.of('resume'))}, {len(metrics.of('skip'))}"))
@@ -117,12 +109,6 @@ def _summed(counter: list[float]) -> float:
     return sum(late - early if late >= early else late for early, late in pairwise([0.0, *counter]))
 
 
-def _seconds_at_work(metrics: Metrics) -> float:
-    """Seconds between records that follow one another in one session: the time between a stop and the next resume does not count."""
-    rows = sorted((row for row in metrics.records if isinstance(row.get("time"), int | float)), key=lambda row: row["time"])
-    return float(sum(late["time"] - early["time"] for early, late in pairwise(rows) if late["event"] not in ("start", "resume")))
-
-
 def _duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.1f} s"
@@ -132,10 +118,6 @@ def _duration(seconds: float) -> str:
 
 def _number(value: Any, form: str) -> str:
     return format(value, form) if isinstance(value, int | float) else "n/a"
-
-
-def _single_head(record: RunRecord) -> list[str]:
-    return [page.paragraph(record.state), page.cards(_facts(record))]
 
 
 def _compared_head(records: list[RunRecord]) -> list[str]:
@@ -164,38 +146,37 @@ def _panels(records: list[RunRecord]) -> list[Panel]:
         for kind in _MARKS
         for row in record.metrics.of(kind)
     ]
-    panels = [_loss_panel(records, marks)]
-    simple: list[tuple[str, str, str, tuple[str, ...], dict[str, Any]]] = [
-        ("Held-out bits per byte", "", "held_out", ("bits_per_byte",), {}),
-        ("Learning rate", "", "step", ("lr",), {"from_zero": True}),
-        ("Gradient norm", "before clipping", "step", ("grad_norm",), {"marks": marks, "logarithmic": True}),
-        ("Throughput", "tokens/s", "step", ("tokens_per_second",), {"marks": marks, "from_zero": True}),
-        ("MFU", "share of the device's peak", "step", ("mfu",), {"from_zero": True}),
-        ("Memory", "GB", "step", ("memory_gb",), {"from_zero": True}),
+
+    def plain(event: str, name: str) -> list[Curve]:
+        return [curve for number, record in enumerate(records) for curve in _curve(record, number, event, (name,), record.name)]
+
+    def by_source(event: str, name: str) -> list[Curve]:
+        sources = dict.fromkeys(source for record in records for source in record.metrics.sources())
+        return _told_apart(records, event, {source: ("sources", source, name) for source in sources})
+
+    stalls = {"for data": ("wait_data_seconds",), "for saves": ("wait_save_seconds",)}
+    panels = [
+        _loss_panel(records, marks),
+        Panel("Held-out bits per byte", "", plain("held_out", "bits_per_byte")),
+        Panel("Learning rate", "", plain("step", "lr"), from_zero=True),
+        Panel("Gradient norm", "before clipping", plain("step", "grad_norm"), marks, logarithmic=True),
+        Panel("Throughput", "tokens/s", plain("step", "tokens_per_second"), marks, from_zero=True),
+        Panel("MFU", "share of the device's peak", plain("step", "mfu"), from_zero=True),
+        Panel("Memory", "GB", plain("step", "memory_gb"), from_zero=True),
+        Panel("Waiting", "seconds since the session began", _told_apart(records, "step", stalls), marks, from_zero=True),
+        Panel("Tokens per source", "tokens", by_source("step", "tokens"), from_zero=True),
+        Panel("Loss per source", "nats per token", by_source("step", "loss")),
+        Panel("Held-out loss per source", "nats per token", by_source("held_out", "loss")),
+        Panel("Passes per source", "epochs", by_source("step", "passes"), from_zero=True),
     ]
-    for title, unit, event, names, options in simple:
-        curves = [curve for number, record in enumerate(records) for curve in _curve(record, number, event, names, record.name)]
-        if curves:
-            panels.append(Panel(title, unit, curves, **options))
-    if stalls := _stalls(records):
-        panels.append(Panel("Waiting", "seconds since the session began", stalls, marks=marks, from_zero=True))
-    for title, unit, event, name, options in (
-        ("Tokens per source", "tokens", "step", "tokens", {"from_zero": True}),
-        ("Loss per source", "nats per token", "step", "loss", {}),
-        ("Held-out loss per source", "nats per token", "held_out", "loss", {}),
-        ("Passes per source", "epochs", "step", "passes", {"from_zero": True}),
-    ):
-        if curves := _source_curves(records, event, name):
-            panels.append(Panel(title, unit, curves, **options))  # type: ignore[arg-type]
-    return panels
+    return [panel for panel in panels if panel.curves]
 
 
 def _curve(record: RunRecord, number: int, event: str, names: tuple[str, ...], label: str, **looks: Any) -> list[Curve]:
     """The curve of one field of one run, or none where the field never held a number."""
     steps, values = record.metrics.series(event, *names)
-    looks.setdefault("colour", number)
-    points = event == "held_out"
-    return [Curve(f"curve-{number}-{event}-{'-'.join(names)}", steps, values, label=label, points=points, **looks)] if steps else []
+    name, looks = f"curve-{number}-{event}-{'-'.join(names)}", {"colour": number, **looks}
+    return [Curve(name, steps, values, label=label, points=event == "held_out", **looks)] if steps else []
 
 
 def _loss_panel(records: list[RunRecord], marks: list[Mark]) -> Panel:
@@ -203,40 +184,22 @@ def _loss_panel(records: list[RunRecord], marks: list[Mark]) -> Panel:
     alone = len(records) == 1
     for number, record in enumerate(records):
         steps, values = record.metrics.series("step", "loss")
-        prefix = "" if alone else f"{record.name}: "
+        label = "training, smoothed" if alone else f"{record.name}: training"
         curves.append(Curve(f"curve-{number}-step-loss", steps, values, number, label="training" if alone else "", faint=True))
-        curves.append(
-            Curve(
-                f"curve-{number}-smoothed-loss",
-                steps,
-                smoothed(values),
-                number,
-                label="training, smoothed" if alone else f"{prefix}training",
-            )
-        )
-        curves += _curve(record, number, "held_out", ("loss",), f"{prefix}held-out", colour=1 if alone else number, dash=0 if alone else 1)
-    return Panel("Loss", "nats per token", curves, marks=marks)
+        curves.append(Curve(f"curve-{number}-smoothed-loss", steps, smoothed(values), number, label))
+        label, looks = ("held-out", {"colour": 1}) if alone else (f"{record.name}: held-out", {"dash": 1})
+        curves += _curve(record, number, "held_out", ("loss",), label, **looks)
+    return Panel("Loss", "nats per token", curves, marks)
 
 
-def _stalls(records: list[RunRecord]) -> list[Curve]:
-    curves: list[Curve] = []
+def _told_apart(records: list[RunRecord], event: str, fields: Mapping[str, tuple[str, ...]]) -> list[Curve]:
+    """A curve a run and field, by label. One run: a colour a field. Several: a colour a run, a dash a field."""
     alone = len(records) == 1
-    for number, record in enumerate(records):
-        for dash, (name, label) in enumerate((("wait_data_seconds", "for data"), ("wait_save_seconds", "for saves"))):
-            looks = {"colour": dash} if alone else {"dash": dash}
-            curves += _curve(record, number, "step", (name,), label if alone else f"{record.name}: {label}", **looks)
-    return curves
-
-
-def _source_curves(records: list[RunRecord], event: str, name: str) -> list[Curve]:
-    """One run: a colour a source. Several: a colour a run, a dash a source."""
-    alone = len(records) == 1
-    sources = list(dict.fromkeys(source for record in records for source in record.metrics.sources()))
     curves: list[Curve] = []
     for number, record in enumerate(records):
-        for index, source in enumerate(sources):
+        for index, (label, names) in enumerate(fields.items()):
             looks = {"colour": index} if alone else {"dash": index}
-            curves += _curve(record, number, event, ("sources", source, name), source if alone else f"{record.name}: {source}", **looks)
+            curves += _curve(record, number, event, names, label if alone else f"{record.name}: {label}", **looks)
     return curves
 
 
@@ -254,18 +217,13 @@ def _details(record: RunRecord, named: bool) -> list[str]:
             shown = page.preformatted(text.removeprefix(prompt), lead=prompt)
             parts.append(page.folded(f"step {row['step']:,}", shown, is_open=number in (0, len(samples) - 1)))
     parts.append(page.heading(f"{prefix}Events"))
-    rows = [
-        [_clock(row), f"{row['step']:,}", row["event"], _event_text(row)]
-        for row in record.metrics.records
-        if row["event"] not in ("step", "sample")
-    ]
+    events = [row for row in record.metrics.records if row["event"] not in ("step", "sample")]
+    rows = [[_clock(row), f"{row['step']:,}", row["event"], _event_text(row)] for row in events]
     parts.append(page.folded(f"{len(rows)} events", page.table(["UTC", "step", "event", ""], rows, numbers=[1]), is_open=len(rows) <= 12))
     if record.manifest:
-        facts = [[key, value] for key, value in _flat(record.manifest)]
-        parts += [
-            page.heading(f"{prefix}Manifest"),
-            page.folded(f"{len(facts)} facts", page.table(["key", "value"], facts), is_open=len(facts) <= 30),
-        ]
+        facts = _flat(record.manifest)
+        parts.append(page.heading(f"{prefix}Manifest"))
+        parts.append(page.folded(f"{len(facts)} facts", page.table(["key", "value"], facts), is_open=len(facts) <= 30))
     if record.config_text:
         parts += [page.heading(f"{prefix}Configuration"), page.folded(layout.CONFIG, page.code(record.config_text))]
     return parts
@@ -292,5 +250,4 @@ def _flat(value: Any, where: str = "") -> list[tuple[str, str]]:
         return [pair for key, inner in value.items() for pair in _flat(inner, f"{where}.{key}" if where else str(key))]
     if isinstance(value, list) and any(isinstance(item, dict) for item in value):
         return [pair for index, item in enumerate(value) for pair in _flat(item, f"{where}[{index}]")]
-    join: Callable[[list[str]], str] = ", ".join
-    return [(where, join([str(item) for item in value]) if isinstance(value, list) else str(value))]
+    return [(where, ", ".join(map(str, value)) if isinstance(value, list) else str(value))]

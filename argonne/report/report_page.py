@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
-from argonne.report.report_plots import Curve, Panel, colour_variable, draw
+from argonne.report.report_plots import Panel, colour_variable, draw
 
 STYLE = Path(__file__).with_name("report.css")
 
@@ -23,11 +23,8 @@ def page(title: str, body: Iterable[str]) -> str:
 
 def cards(facts: Sequence[tuple[str, str]]) -> str:
     """(label, value) pairs as tiles."""
-    return (
-        '<div class="cards">'
-        + "".join(f'<div class="card"><b>{escape(value)}</b><span>{escape(name)}</span></div>' for name, value in facts)
-        + "</div>"
-    )
+    tiles = [f'<div class="card"><b>{escape(value)}</b><span>{escape(name)}</span></div>' for name, value in facts]
+    return f'<div class="cards">{"".join(tiles)}</div>'
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[int] = (), swatches: bool = False) -> str:
@@ -49,10 +46,6 @@ def _swatch(colour: int, kind: str = "") -> str:
     return f'<i class="swatch {kind}" style="color: var({colour_variable(colour)})"></i>'
 
 
-def _looks(curve: Curve) -> str:
-    return f"dash{curve.dash % 4} faint" if curve.faint else f"dash{curve.dash % 4}"
-
-
 def paragraph(text: str, kind: str = "quiet") -> str:
     return f'<p class="{kind}">{escape(text)}</p>'
 
@@ -62,7 +55,10 @@ def heading(text: str, level: int = 2) -> str:
 
 
 def figure(panel: Panel, last_step: int) -> str:
-    keys = "".join(f'<span class="key">{_swatch(curve.colour, _looks(curve))}{escape(curve.label)}</span>' for curve in panel.legend())
+    keys = ""
+    for curve in panel.legend():
+        looks = f"dash{curve.dash % 4} faint" if curve.faint else f"dash{curve.dash % 4}"
+        keys += f'<span class="key">{_swatch(curve.colour, looks)}{escape(curve.label)}</span>'
     unit = f"<span>{escape(panel.unit)}</span>" if panel.unit else ""
     return f"<figure><figcaption><h3>{escape(panel.title)}</h3>{unit}{keys}</figcaption>{draw(panel, last_step)}</figure>"
 

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from argonne.train.metrics import human
+
 RUN_COLOURS = 6
 # Stand-ins that cannot occur by chance; `_themed` turns them into variables of the page.
 _STAND_INS = {
@@ -22,6 +24,7 @@ _STAND_INS = {
 }
 _BY_VARIABLE = {variable: colour for colour, variable in _STAND_INS.items()}
 _DASHES = ("-", "--", ":", "-.")
+_MARKS = {"resume": ("--muted", "--"), "stop": ("--muted", ":"), "skip": ("--alert", "-"), "warning": ("--alert", ":")}
 
 
 @dataclass(frozen=True)
@@ -86,11 +89,28 @@ def draw(panel: Panel, last_step: int) -> str:
         figure = Figure(figsize=(5.6, 2.9))
         axes = figure.add_axes((0.115, 0.13, 0.85, 0.83))
         _axes_style(axes, panel, last_step)
-        for curve in panel.curves:
-            _draw_curve(axes, curve)
+        for curve in panel.curves:  # steps that were never finite leave a gap, not a line across it
+            (line,) = axes.plot(
+                curve.steps,
+                curve.values,
+                color=_BY_VARIABLE[colour_variable(curve.colour)],
+                linewidth=0.9 if curve.faint else 1.4,
+                alpha=0.4 if curve.faint else 1.0,
+                linestyle=_DASHES[curve.dash % len(_DASHES)],
+                marker="o" if curve.points or len(curve.steps) == 1 else None,
+                markersize=3.6,
+                solid_joinstyle="round",
+                clip_on=not curve.points,
+            )
+            line.set_gid(curve.name)
         if panel.from_zero:
             axes.set_ylim(bottom=0)
-        _draw_marks(axes, panel.marks)
+        for number, mark in enumerate(panel.marks):
+            variable, dash = _MARKS[mark.kind]
+            if mark.colour is not None:
+                variable = colour_variable(mark.colour)
+            line = axes.axvline(mark.step, color=_BY_VARIABLE[variable], linestyle=dash, linewidth=1.0, alpha=0.9, zorder=1.5)
+            line.set_gid(f"mark-{mark.kind}-{mark.step}-{number}")
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     return _themed(buffer.getvalue(), panel.title)
@@ -112,43 +132,13 @@ def _axes_style(axes: Any, panel: Panel, last_step: int) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
 
 
-def _draw_curve(axes: Any, curve: Curve) -> None:
-    """Steps that were never finite leave a gap, not a line across it."""
-    lone = len(curve.steps) == 1
-    (line,) = axes.plot(
-        curve.steps,
-        curve.values,
-        color=_BY_VARIABLE[colour_variable(curve.colour)],
-        linewidth=0.9 if curve.faint else 1.4,
-        alpha=0.4 if curve.faint else 1.0,
-        linestyle=_DASHES[curve.dash % len(_DASHES)],
-        marker="o" if curve.points or lone else None,
-        markersize=3.6,
-        solid_joinstyle="round",
-        clip_on=not curve.points,
-    )
-    line.set_gid(curve.name)
-
-
-def _draw_marks(axes: Any, marks: Sequence[Mark]) -> None:
-    styles = {"resume": ("--muted", "--"), "stop": ("--muted", ":"), "skip": ("--alert", "-"), "warning": ("--alert", ":")}
-    for number, mark in enumerate(marks):
-        variable, dash = styles[mark.kind]
-        if mark.colour is not None:
-            variable = colour_variable(mark.colour)
-        line = axes.axvline(mark.step, color=_BY_VARIABLE[variable], linestyle=dash, linewidth=1.0, alpha=0.9, zorder=1.5)
-        line.set_gid(f"mark-{mark.kind}-{mark.step}-{number}")
-
-
 def compact(value: float) -> str:
     """A short axis label: 1.5k, 20M, 3e-4."""
-    size = abs(value)
-    if size == 0:
+    if value == 0:
         return "0"
-    for limit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if size >= limit:
-            return f"{value / limit:.3g}{letter}"
-    if size < 1e-3:
+    if abs(value) >= 1e3:
+        return human(value)
+    if abs(value) < 1e-3:
         mantissa, _, exponent = f"{value:.2e}".partition("e")
         return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
     return f"{value:.4g}"

@@ -18,20 +18,26 @@ def list_runs(folder: Path) -> list[dict[str, Any]]:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; give the one that holds the runs")
     candidates = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
-    rows = [_row(path) for path in candidates if layout.kind_of(path) is Kind.RUN and RunFolder(path).exists()]
+    runs = [RunFolder(path) for path in candidates if layout.kind_of(path) is Kind.RUN]
+    rows = [_row(run) for run in runs if run.exists()]
     return sorted(rows, key=lambda row: -row["last_activity"])
 
 
-def _row(path: Path) -> dict[str, Any]:
-    run = RunFolder(path)
+def _row(run: RunFolder) -> dict[str, Any]:
+    path, manifest, lock = run.path, run.manifest(), run.path / layout.LOCK
+    if lock.exists() and not lock_is_stale(lock):
+        status = "running"
+    elif run.marker(layout.COMPLETE):
+        status = "complete"
+    else:
+        status = f"stopped ({stopped['reason']})" if (stopped := run.marker(layout.STOPPED)) else "failed"
     metrics = read_metrics(path) if (path / layout.METRICS).is_file() else None
     last = (metrics.last("step") if metrics else None) or {}
-    manifest = run.manifest()
-    activity = max(file.stat().st_mtime for file in map(path.joinpath, (layout.MANIFEST, layout.METRICS, layout.LOCK)) if file.exists())
+    activity = max(file.stat().st_mtime for file in (path / layout.MANIFEST, path / layout.METRICS, lock) if file.exists())
     return {
         "name": path.name,
         "path": str(path),
-        "status": _status(run),
+        "status": status,
         "step": last.get("step", 0),
         "total_steps": manifest.get("total_steps"),
         "loss": last.get("loss"),
@@ -39,17 +45,6 @@ def _row(path: Path) -> dict[str, Any]:
         "sessions": manifest.get("sessions"),
         "last_activity": activity,
     }
-
-
-def _status(run: RunFolder) -> str:
-    lock = run.path / layout.LOCK
-    if lock.exists() and not lock_is_stale(lock):
-        return "running"
-    if run.marker(layout.COMPLETE):
-        return "complete"
-    if stopped := run.marker(layout.STOPPED):
-        return f"stopped ({stopped['reason']})"
-    return "failed"
 
 
 def runs_table(rows: list[dict[str, Any]]) -> str:

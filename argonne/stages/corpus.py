@@ -78,7 +78,12 @@ def write_corpus(path: Path, *, modules: Sequence[str] = MODULES, library: Path 
 
 def _documents(library: Path, modules: Sequence[str]) -> Iterator[tuple[str, str]]:
     """(where it comes from, text) in a fixed order."""
-    yield from _topics(library / TOPICS)
+    if (topics := library / TOPICS).is_file():
+        # The help topics (`help("if")`): a dict literal in a module, evaluated as a literal and never run.
+        for node in ast.parse(topics.read_bytes(), filename=str(topics)).body:
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
+                for name, text in ast.literal_eval(node.value).items():
+                    yield f"topic {name}", text.strip()
     for module in modules:
         for file in _sources(library, module):
             relative = file.relative_to(library).with_suffix("")
@@ -93,16 +98,6 @@ def _sources(library: Path, module: str) -> Iterator[Path]:
     for file in sorted(package.rglob("*.py")) if package.is_dir() else ():
         if not SKIPPED_FOLDERS.intersection(file.relative_to(library).parts):
             yield file
-
-
-def _topics(file: Path) -> Iterator[tuple[str, str]]:
-    """The help topics (`help("if")`): a dict literal in a module, evaluated as a literal and never run."""
-    if not file.is_file():
-        return
-    for node in ast.parse(file.read_bytes(), filename=str(file)).body:
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
-            for name, text in ast.literal_eval(node.value).items():
-                yield f"topic {name}", text.strip()
 
 
 def _docstrings(tree: ast.Module, module: str) -> Iterator[tuple[str, str]]:

@@ -6,11 +6,12 @@ import json
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from argonne import layout
 from argonne.errors import InputError
-from argonne.stages.corpus import MODULES, Corpus, write_corpus
+from argonne.stages.corpus import MODULES, write_corpus
 
 RECIPE = "nano-3.0-demo"
 VOCABULARY = 2048
@@ -25,17 +26,13 @@ def run_demo(
 
     Interrupted, it goes on where it was. `overrides`: recipe keys, as on the command line. Raises InputError where `out` is something else.
     """
-    demo = _Demo(Path(out), dict(overrides or {}), modules, say or _print)
+    demo = _Demo(Path(out), dict(overrides or {}), modules, say or partial(print, flush=True))
     demo.corpus()
     demo.prepare()
     demo.train()
     demo.measure()
     demo.generate()
     demo.report()
-
-
-def _print(text: str) -> None:
-    print(text, flush=True)
 
 
 class _Demo:
@@ -54,7 +51,12 @@ class _Demo:
 
     def corpus(self) -> None:
         self.heading(1, "A corpus: the documentation that this Python carries")
-        found = _keep_or_write(self.out / "corpus.jsonl", self.modules)
+        path = self.out / "corpus.jsonl"
+        found = write_corpus(self.out / "corpus.jsonl.new", modules=self.modules)
+        if path.exists() and path.read_bytes() == found.path.read_bytes():
+            found.path.unlink()  # the one that is there keeps its date, so that an interrupted demo goes on
+        else:
+            found.path.replace(path)
         self.say(
             f"      {found.documents:,} documents, {found.bytes / 1e6:.2f} MB of text, from {found.modules} modules (parsed, not imported)"
         )
@@ -131,12 +133,8 @@ class _Demo:
         page = write_report([self.run])
         self.say(f"      open {page} in a browser: loss, rate, gradient norm, throughput, samples, configuration")
         self.say(f"\nDone in {time.monotonic() - self.started:.0f} s. What to try next:")
-        for command, meaning in self._next_steps():
-            self.say(f"  {command}\n      {meaning}")
-
-    def _next_steps(self) -> list[tuple[str, str]]:
         run, sources = shlex.quote(str(self.run)), shlex.quote(self.overrides["data.sources"])
-        return [
+        for command, meaning in (
             (f"argonne generate {run} --prompt 'class ' --temperature 0.5", "your own prompt"),
             (f"argonne inspect {run}", "what the run is: hashes verified, where it came from"),
             ("argonne prepare --input 'YOUR/*.txt' --train-tokenizer 2048 --hold-out 0.05 --out tokens/mine", "your own text, then:"),
@@ -147,14 +145,5 @@ class _Demo:
             (f"argonne report {run} runs/mine --out both.html", "two runs in the same axes"),
             (f"argonne pretrain nano-2.5 --run runs/older --data.sources {sources}", "an earlier architecture on the same text"),
             ("argonne models", "the architectures of all generations, with their exact sizes"),
-        ]
-
-
-def _keep_or_write(path: Path, modules: Sequence[str]) -> Corpus:
-    """The corpus at `path`. One that is there already keeps its date, so that an interrupted demo goes on."""
-    fresh = write_corpus(path.with_name("corpus.jsonl.new"), modules=modules)
-    if path.exists() and path.read_bytes() == fresh.path.read_bytes():
-        fresh.path.unlink()
-    else:
-        fresh.path.replace(path)
-    return fresh
+        ):
+            self.say(f"  {command}\n      {meaning}")

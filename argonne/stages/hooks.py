@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch import nn
 
 from argonne.config import Recipe
 from argonne.files import atomic_directory, write_json, write_text
+from argonne.layout import CONFIG
 from argonne.model.build import config_from_fields
 from argonne.model.load import load_model
 from argonne.model.save import save_model_folder
@@ -77,10 +79,8 @@ def held_out_loss(model: Parallelised, recipe: Recipe, data: Data, micro_rows: i
     if sums:
         found["metrics"] = {name: value / number if number else None for name, (value, number) in sums.items()}
     if len(by_source) > 1:
-        names = data.source_names
-        found["sources"] = {
-            names[source]: {"loss": loss / max(1, counted), data.unit: counted} for source, (loss, counted) in by_source.items()
-        }
+        means = {source: {"loss": loss / max(1, counted), data.unit: counted} for source, (loss, counted) in by_source.items()}
+        found["sources"] = {data.source_names[source]: mean for source, mean in means.items()}
     return found
 
 
@@ -123,13 +123,8 @@ def banner(model: Any, run: RunFolder, recipe: Recipe, mesh: Mesh) -> list[str]:
 
 def _ranges(numbers: list[int]) -> str:
     """[0, 2, 4, 5, 6] -> 0, 2, 4-6."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1].append(number)
-        else:
-            parts.append([number])
-    return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
+    runs = [[number for _, number in run] for _, run in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def record_start(
@@ -144,10 +139,9 @@ def record_start(
     say: Callable[[str], None],
 ) -> None:
     """Write config and manifest, print what is about to run."""
-
     parameters = shape_of(recipe.model, recipe.data.sequence_length).parameters()
     run.clear_markers()
-    run.write_config(to_toml(recipe, idle))
+    write_text(run.path / CONFIG, to_toml(recipe, idle))
     run.write_manifest(
         {
             "stage": recipe.stage,
@@ -179,7 +173,6 @@ def record_start(
 
 def run_state(step: int, recipe: Recipe, data: Data, run: RunFolder, progress: Progress, mesh: Mesh, start: Start) -> dict[str, Any]:
     """state.json: counts and identities, never buffers."""
-
     return {
         "run_id": run.run_id,
         "tokens": data.tokens_before(step),

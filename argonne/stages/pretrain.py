@@ -55,7 +55,6 @@ def run(
     `started`: monotonic seconds when the command began, for the wall time. `profile`: write a trace of a few steps.
     `data_from_start`: with a `.pt` of the family as `resume_from`, begin the data at its start whatever the file says.
     """
-
     session = Session(
         recipe=recipe,
         folder=run_folder,

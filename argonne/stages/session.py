@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import torch
 
-from argonne.config import Recipe
 from argonne.errors import InputError, Stopped
 from argonne.keys import is_free
 from argonne.model.kernels import KernelUnavailable
@@ -31,31 +31,27 @@ PRELOADED = ("torch.distributed", "transformers", "argonne.stages.session")
 
 def run_session(session: Session) -> Outcome:
     """Run one session to its end, on local workers of its own where the recipe or the GPUs of this machine ask for several."""
-
     parallel = session.recipe.parallel
     session.mode.check(parallel)
     count = worker_count(parallel.nproc, session.recipe.train.device)
     if count == 1:
         return train_session(session)
-    grace = parse_duration(session.recipe.stop.grace, "stop.grace")
     found = run_workers(
         _work,
         (session,),
         count=count,
         max_restarts=parallel.max_restarts,
-        grace_seconds=grace,
+        grace_seconds=parse_duration(session.recipe.stop.grace, "stop.grace"),
         name=session.folder.name or "run",
         preload=PRELOADED,
     )
     if isinstance(found, InputError):
         raise found
-    outcome: Outcome = found
-    return outcome
+    return cast(Outcome, found)
 
 
 def _work(session: Session) -> Outcome | InputError:
     """One worker's part. Wrong input is a result, not a failure: it is the same on every try."""
-
     try:
         return train_session(session)
     except InputError as error:
@@ -67,7 +63,6 @@ def _work(session: Session) -> Outcome | InputError:
 
 def train_session(session: Session) -> Outcome:
     """This process's part of a session. Raises InputError for wrong input before any work is done."""
-
     watch = StopWatch(session.recipe.stop, started=session.started)
     run = RunFolder(session.folder)
     timeout = parse_duration(session.recipe.parallel.timeout, "parallel.timeout")
@@ -92,7 +87,6 @@ def train_session(session: Session) -> Outcome:
 @contextmanager
 def _determinism(wanted: bool) -> Iterator[None]:
     """Ask torch for algorithms that give the same bits each time, while the block runs; an operation that has none is an error."""
-
     if not wanted:
         yield
         return
@@ -105,17 +99,20 @@ def _determinism(wanted: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def _say(mesh: Mesh) -> Callable[[str], None]:
-    return lambda text: print(text, file=sys.stderr, flush=True) if mesh.is_main else None
-
-
 def _train(session: Session, run: RunFolder, mesh: Mesh, watch: StopWatch) -> Outcome:
-    say = _say(mesh)
+    def say(text: str) -> None:
+        if mesh.is_main:
+            print(text, file=sys.stderr, flush=True)
+
     if (done := run.marker(COMPLETE)) is not None:
         _check_finished(session, int(done["step"]))
         say(f"{run.path}: complete at step {done['step']}; nothing to do (final model in {run.path / 'final_model'})")
         return Outcome(int(done["step"]), "complete")
-    _set_threads(session.recipe, mesh)
+    if session.recipe.train.threads:
+        torch.set_num_threads(session.recipe.train.threads)
+    elif mesh.world_size > 1 and mesh.device.type == "cpu":
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", mesh.world_size))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
     opened = open_run(session, run, mesh, say)
     recipe, start, data = opened.recipe, opened.start, opened.data
     metrics: MetricsLog | None = None
@@ -157,18 +154,8 @@ def _train(session: Session, run: RunFolder, mesh: Mesh, watch: StopWatch) -> Ou
         data.close()
 
 
-def _set_threads(recipe: Recipe, mesh: Mesh) -> None:
-
-    if recipe.train.threads:
-        torch.set_num_threads(recipe.train.threads)
-    elif mesh.world_size > 1 and mesh.device.type == "cpu":
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", mesh.world_size))
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
-
-
 def _check_finished(session: Session, step: int) -> None:
     """A finished run does nothing more; asked to train something else, it says so instead of doing nothing."""
-
     last = session.folder / LAST
     if not (last / STATE).is_file():
         return

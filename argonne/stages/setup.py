@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -87,7 +88,18 @@ def open_run(session: Session, run: RunFolder, mesh: Mesh, say: Callable[[str], 
     _compare_config(start, session, mesh, say)
     train = start.settled(session.recipe).train
     given = dataclasses.replace(session.recipe, train=train)
-    data = _open_data(session, start, run, mesh)
+    alone = _reads_alone(given, mesh)
+    found: StageData | InputError | None = None
+    if mesh.is_main or not alone:
+        try:
+            found = session.stage.open_data(given, start.data_state, run.path, session.allow)
+        except InputError as error:
+            found = error
+    if alone:
+        found = mesh.broadcast(found)
+    if isinstance(found, InputError):
+        raise found
+    data = cast(StageData, found)
     check_tokenizer(start, data.tokenizer.fingerprint, data.tokenizer_folder, session.allow)
     recipe = dataclasses.replace(given, model=fit_model_section(given, data.vocab_size, start))
     total_steps = steps_of(recipe, data)
@@ -97,23 +109,8 @@ def open_run(session: Session, run: RunFolder, mesh: Mesh, say: Callable[[str], 
 
 
 def _reads_alone(recipe: Recipe, mesh: Mesh) -> bool:
+    """Does rank 0 open the data for all (`data.reader = "rank-0"`), so that the other nodes need no shards?"""
     return recipe.data.reader == "rank-0" and mesh.world_size > 1
-
-
-def _open_data(session: Session, start: Start, run: RunFolder, mesh: Mesh) -> StageData:
-    """The data as every rank reads it; with `data.reader = "rank-0"` opened there alone, so that the other nodes need no shards."""
-    alone = _reads_alone(session.recipe, mesh)
-    found: StageData | InputError | None = None
-    if mesh.is_main or not alone:
-        try:
-            found = session.stage.open_data(session.recipe, start.data_state, run.path, session.allow)
-        except InputError as error:
-            found = error
-    if alone:
-        found = mesh.broadcast(found)
-    if isinstance(found, InputError):
-        raise found
-    return cast(StageData, found)
 
 
 def build(session: Session, opened: Opened, run: RunFolder, mesh: Mesh, say: Callable[[str], None]) -> Built:
@@ -139,8 +136,9 @@ def build(session: Session, opened: Opened, run: RunFolder, mesh: Mesh, say: Cal
     loader.set_micro_rows(
         choose_micro_rows(parallelised, objective, precision, recipe, data, loader, progress.step, mesh, choice, run.path)
     )
-    plan = plan_of(recipe, choice, loader.micro_rows, mesh)
-    if mesh.is_main:
+    settled = dataclasses.replace(choice, micro_rows=loader.micro_rows)
+    plan = plan_of_run(recipe, settled, **_device_facts(mesh), world_size=mesh.world_size)
+    if mesh.is_main:  # `inspect` sets it beside what was measured
         write_json(run.path / COMPUTE_PLAN, plan)
     if returned := returns_memory(recipe.train, mesh.device.type, plan["memory_total"]):
         return_freed_memory()
@@ -202,7 +200,8 @@ def steps_of(recipe: Recipe, data: Data) -> int:
         total = train.steps
     else:
         tokens = train.tokens if train.tokens is not None else int((train.epochs or 0) * data.tokens_per_epoch)
-        total = _steps_within(data, tokens)
+        # The most steps that draw no more, whatever changes of batch lie between; each draws a token at least.
+        total = bisect.bisect_right(range(tokens + 2), tokens, key=data.tokens_before) - 1
         if total < 1:
             raise InputError(
                 f"train: {tokens:,} tokens make no whole step of batch.tokens_per_step = {recipe.batch.tokens_per_step:,}; "
@@ -214,32 +213,12 @@ def steps_of(recipe: Recipe, data: Data) -> int:
     return total
 
 
-def _steps_within(data: Data, tokens: int) -> int:
-    """The most steps that draw at most `tokens` tokens, whatever changes of batch lie between."""
-    low, high = 0, 1
-    while data.tokens_before(high) <= tokens:
-        high *= 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if data.tokens_before(middle) <= tokens else (low, middle)
-    return low
-
-
 def choose(recipe: Recipe, mesh: Mesh) -> StepChoice:
     """What `auto` comes to here: micro-batch, activation checkpointing and loss, by the memory of one of the run's devices."""
-
     return choose_step(recipe, **_device_facts(mesh), world_size=mesh.world_size)
 
 
-def plan_of(recipe: Recipe, choice: StepChoice, micro_rows: int, mesh: Mesh) -> dict[str, Any]:
-    """The plan of the run as it starts: `inspect` sets it beside what was measured."""
-
-    settled = dataclasses.replace(choice, micro_rows=micro_rows)
-    return plan_of_run(recipe, settled, **_device_facts(mesh), world_size=mesh.world_size)
-
-
 def _device_facts(mesh: Mesh) -> dict[str, Any]:
-
     if mesh.device.type == "cuda":
         facts = torch.cuda.get_device_properties(mesh.device)
         return {"device_name": facts.name, "device_memory": float(facts.total_memory)}

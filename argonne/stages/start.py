@@ -13,6 +13,7 @@ import torch
 from argonne.config import ModelSection, Recipe
 from argonne.errors import InputError
 from argonne.files import verify_directory
+from argonne.layout import LEGACY_SUFFIXES
 from argonne.legacy.position import carried_position
 from argonne.legacy.training import TrainingFile, read_training_file
 from argonne.model.build import build_model, config_from_fields
@@ -22,7 +23,6 @@ from argonne.tokens.tokenizer import load_tokenizer
 from argonne.train.checkpoint import list_checkpoints, newest_complete, read_state
 from argonne.train.run import RunFolder
 
-FAMILY_SUFFIXES = (".pt", ".pth")
 # `auto` that decides about the arithmetic: settled when a run is created, for good.
 SETTLED = ("precision", "device", "attention")
 NOT_ARCHITECTURE = ("preset", "init_from", "initializer")
@@ -53,14 +53,17 @@ class Start:
     def stored_model(self, given: ModelSection) -> ModelSection:
         """The recipe's model section with what it leaves unset taken from the checkpoint (resolved values are not changes)."""
         stored = (self.recipe_tree or {}).get("model", {})
-        unset = {name: _tuple(stored[name]) for name in stored if getattr(given, name) is None}
+        unset = _left_unset(given, stored)
         if (context := stored.get("max_position_embeddings")) and given.max_position_embeddings is not None:
             unset["max_position_embeddings"] = max(context, given.max_position_embeddings)
         return dataclasses.replace(given, **unset)
 
 
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def _left_unset(model: ModelSection, stored: dict[str, Any]) -> dict[str, Any]:
+    """The stored values of what `model` leaves unset; a list of JSON is a tuple there."""
+    names = [item.name for item in dataclasses.fields(model) if item.name in stored and getattr(model, item.name) is None]
+    found = {name: stored[name] for name in names}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
 
 
 def find_start(
@@ -70,27 +73,44 @@ def find_start(
 
     `data_from_start`: what a `.pt` of the family says of its place in the data is left aside.
     """
-
     if list_checkpoints(run.path):
         newest = newest_complete(run.path, say)
         if newest is None:
             raise InputError(f"{run.path}: none of its checkpoints is complete; restore one, or remove the run to start again")
         return _whole_state(newest.path, own=True)
-    if resume_from is not None and resume_from.suffix in FAMILY_SUFFIXES:
-        return _family_file(resume_from.resolve(), recipe, from_start=data_from_start)
+    if resume_from is not None and resume_from.suffix in LEGACY_SUFFIXES:
+        path = resume_from.resolve()
+        file = read_training_file(path, architecture_fields(recipe.model))
+        carried = carried_position(file, recipe, from_start=data_from_start)
+        return Start(
+            description=f"going on from {path} at step {file.step:,} ({file.tokens:,} tokens); {carried.description}",
+            weights_config=file.fields,
+            progress={"step": file.step},
+            data_state=carried.state,
+            parent={"run_id": None, "checkpoint": path.name, "step": file.step},
+            tokenizer_fingerprint=load_tokenizer(file.tokenizer_folder).fingerprint if file.tokenizer_folder else None,
+            family_file=file,
+        )
     if data_from_start:
         raise InputError(
             "--data-from-start: is for --resume-from checkpoint_step_<N>.pt; without such a file there is no place in the data to leave aside"
         )
     if resume_from is not None:
         return _whole_state(resume_from.resolve(), own=False)
-    if recipe.model.init_from is not None:
-        return _from_weights(recipe)
-    return Start(f"starting from fresh weights (seed {recipe.seed})")
+    if recipe.model.init_from is None:
+        return Start(f"starting from fresh weights (seed {recipe.seed})")
+    found = resolve_model(recipe.model.init_from)
+    return Start(
+        description=f"starting from the weights of {found.folder}, with a schedule of its own",
+        weights=str(found.folder),
+        weights_config=found.fields,
+        parent={"model": recipe.model.init_from, "run_id": found.run_id, "step": found.step},
+        data_state=carried_data(found.data_state, recipe) if found.data_state else None,
+        tokenizer_fingerprint=load_tokenizer(found.tokenizer_folder).fingerprint if found.tokenizer_folder else None,
+    )
 
 
 def _whole_state(path: Path, *, own: bool) -> Start:
-
     state = read_state(path)
     if not own and (problems := verify_directory(path)):
         raise InputError(f"{path}: the checkpoint is damaged: {problems[0]}; give another one")
@@ -104,36 +124,6 @@ def _whole_state(path: Path, *, own: bool) -> Start:
         recipe_tree=state["recipe"],
         parent=parent,
         tokenizer_fingerprint=state["tokenizer_fingerprint"],
-    )
-
-
-def _family_file(path: Path, recipe: Recipe, *, from_start: bool) -> Start:
-    """The whole state of a `checkpoint_step_<N>.pt` of the family's earlier trainer."""
-
-    file = read_training_file(path, architecture_fields(recipe.model))
-    carried = carried_position(file, recipe, from_start=from_start)
-    return Start(
-        description=f"going on from {path} at step {file.step:,} ({file.tokens:,} tokens); {carried.description}",
-        weights_config=file.fields,
-        progress={"step": file.step},
-        data_state=carried.state,
-        parent={"run_id": None, "checkpoint": path.name, "step": file.step},
-        tokenizer_fingerprint=load_tokenizer(file.tokenizer_folder).fingerprint if file.tokenizer_folder else None,
-        family_file=file,
-    )
-
-
-def _from_weights(recipe: Recipe) -> Start:
-
-    name = str(recipe.model.init_from)
-    found = resolve_model(name)
-    return Start(
-        description=f"starting from the weights of {found.folder}, with a schedule of its own",
-        weights=str(found.folder),
-        weights_config=found.fields,
-        parent={"model": name, "run_id": found.run_id, "step": found.step},
-        data_state=carried_data(found.data_state, recipe) if found.data_state else None,
-        tokenizer_fingerprint=load_tokenizer(found.tokenizer_folder).fingerprint if found.tokenizer_folder else None,
     )
 
 
@@ -163,10 +153,8 @@ def check_tokenizer(start: Start, found: str, data_tokenizer: Path, allow: froze
 def fit_model_section(recipe: Recipe, vocabulary: int, start: Start) -> ModelSection:
     """The complete architecture: preset or source of the weights, the data's vocabulary where none is given, the context at least the row length."""
     model = recipe.model
-    known = {item.name for item in dataclasses.fields(ModelSection)}
-    stored = dict(start.weights_config or (start.recipe_tree or {}).get("model", {}))
-    unset = {name: _tuple(value) for name, value in stored.items() if name in known and getattr(model, name) is None}
-    model = dataclasses.replace(model, **unset)
+    stored = start.weights_config or (start.recipe_tree or {}).get("model", {})
+    model = dataclasses.replace(model, **_left_unset(model, stored))
     if model.vocab_size is None:
         model = dataclasses.replace(model, vocab_size=vocabulary)
     if model.num_hidden_layers is None or model.hidden_size is None:
@@ -188,7 +176,6 @@ def architecture_fields(model: ModelSection) -> dict[str, Any]:
 
 def build_weights(recipe: Recipe, start: Start) -> ArgonneForCausalLM:
     """The model on the CPU in its training dtype: fresh from the seed, or from given weights. A checkpoint is loaded into it afterwards."""
-
     dtype = torch.bfloat16 if recipe.train.precision == "bf16_full" else torch.float32
     try:
         config = config_from_fields(architecture_fields(recipe.model))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Generator
+from contextlib import closing
 from typing import TypeVar
 
 from argonne.parallel.mesh import Mesh
@@ -31,7 +32,11 @@ def drive_alone(make: Callable[[], Work[Result]], watch: StopWatch, seconds: flo
 
     def run() -> None:
         try:
-            box.append((_driven(make(), leave.is_set), None))
+            with closing(make()) as work:
+                while not leave.is_set():
+                    next(work)
+        except StopIteration as end:
+            box.append((end.value, None))
         except Exception as error:
             box.append((None, error))
 
@@ -51,26 +56,13 @@ def drive_alone(make: Callable[[], Work[Result]], watch: StopWatch, seconds: flo
     return value  # type: ignore[return-value]
 
 
-def _driven(work: Work[Result], leave: Callable[[], bool]) -> Result:
-    try:
-        while not leave():
-            next(work)
-    except StopIteration as end:
-        result: Result = end.value
-        return result
-    finally:
-        work.close()
-    raise LeftBehind("given up")
-
-
 def drive_together(make: Callable[[], Work[Result]], mesh: Mesh, watch: StopWatch, seconds: float) -> Result:
     """The same on all ranks in step: between forward passes they agree on failure, time and requests to stop.
 
     Raises LeftBehind or TimeoutError on every rank where any has to leave; the rank that failed raises its own error.
     """
     end = time.monotonic() + seconds
-    work = make()
-    try:
+    with closing(make()) as work:  # its contexts end here, not when the generator is collected
         while True:
             problem: Exception | None = None
             finished: list[Result] = []
@@ -92,5 +84,3 @@ def drive_together(make: Callable[[], Work[Result]], mesh: Mesh, watch: StopWatc
                 raise LeftBehind("asked to stop")
             if late:
                 raise TimeoutError(f"took longer than {seconds:g} s and was given up")
-    finally:
-        work.close()  # its contexts end here, not when the generator is collected

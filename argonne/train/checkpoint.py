@@ -5,6 +5,7 @@ Order of a save: temporary folder, tensors, state, fsync, hashes, re-read, renam
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import warnings
@@ -51,30 +52,25 @@ def checkpoint_path(run: Path, step: int) -> Path:
     return run / checkpoint_name(step)
 
 
-def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and persistent buffers under `model.<name>`; a tied weight once, under its first name. Live tensors, not copies."""
+def run_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers under `model.<name>` (a tied weight once, under its first name), and the optimizer's: live, not copies."""
     kept = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
     state = model.state_dict()
-    return {f"model.{name}": state[name] for name in state if name in kept}
-
-
-def run_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, torch.Tensor]:
-    return model_tensors(model) | (optimizer_tensors(optimizer) if optimizer is not None else {})
+    found = {f"model.{name}": state[name] for name in state if name in kept}
+    return found | (optimizer_tensors(optimizer) if optimizer is not None else {})
 
 
 class NonFiniteWeights(RuntimeError):
     """A weight is not finite: the save is refused and the last good checkpoint stays."""
 
 
-def _local(parameter: nn.Parameter) -> torch.Tensor:
-    """What this rank holds of it."""
-    detached = parameter.detach()
-    return detached.to_local() if isinstance(detached, DTensor) else detached
-
-
 def check_finite(model: nn.Module, mesh: Mesh) -> None:
     """Raise NonFiniteWeights naming the first parameters that hold NaN or infinity: on every rank, when it is so on any of them."""
-    mine = [name for name, parameter in model.named_parameters() if not bool(torch.isfinite(_local(parameter)).all())]
+    mine = []
+    for name, parameter in model.named_parameters():
+        held = parameter.detach()
+        if not bool(torch.isfinite(held.to_local() if isinstance(held, DTensor) else held).all()):
+            mine.append(name)
     for rank, names in enumerate(mesh.gather(mine)):
         if names:
             where = f" on rank {rank}" if mesh.world_size > 1 else ""
@@ -91,7 +87,7 @@ def save_checkpoint(
     mesh: Mesh,
     *,
     add_files: Callable[[Path], None] = lambda folder: None,
-) -> Saved:
+) -> None:
     """Write `checkpoint_step_<step>` on all ranks together and point `checkpoint_last` at it. `add_files` puts config and tokenizer beside.
 
     Raises OSError (disk full, read-only) after removing the temporary; earlier checkpoints are untouched.
@@ -103,6 +99,12 @@ def save_checkpoint(
     def prepare() -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
+
+    def write() -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch announces its own internal deprecations here
+            writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
+            dcp.save(dict(tensors), storage_writer=writer, process_group=mesh.agreement, no_dist=mesh.world_size == 1)
 
     def complete() -> None:
         write_json(temporary / STATE, {"format_version": STATE_VERSION, "step": step, **state})
@@ -117,7 +119,7 @@ def save_checkpoint(
 
     try:
         _together(mesh, prepare if mesh.is_main else None)
-        _together(mesh, lambda: write_tensors(temporary, tensors, mesh))
+        _together(mesh, write)
         _together(mesh, complete if mesh.is_main else None)
     except BaseException as error:
         if mesh.is_main:
@@ -125,7 +127,6 @@ def save_checkpoint(
         if isinstance(error, OSError):
             raise OSError(f"{error}{_shortage(run, tensors)}") from error
         raise
-    return Saved(target, step)
 
 
 def _shortage(run: Path, tensors: dict[str, torch.Tensor]) -> str:
@@ -142,29 +143,17 @@ def _shortage(run: Path, tensors: dict[str, torch.Tensor]) -> str:
 def _together(mesh: Mesh, action: Callable[[], None] | None) -> None:
     """Run one phase on the ranks that have a part in it; when it fails anywhere it fails everywhere, and no rank waits for another."""
     problem: BaseException | None = None
-    if action is not None:
-        try:
+    reason = ""
+    try:
+        if action is not None:
             action()
-        except (OSError, CheckpointException) as error:
-            problem = error
-    messages = [message for message in mesh.gather(None if problem is None else _reason(problem)) if message]
-    if messages:
-        raise OSError(messages[0]) from problem
-
-
-def _reason(error: BaseException) -> str:
-    """The first cause that a checkpoint exception of torch carries, or the error itself."""
-    if isinstance(error, CheckpointException):
-        inner = next(iter(error.failures.values()))[0]
-        return f"{type(inner).__name__}: {inner}"
-    return str(error)
-
-
-def write_tensors(folder: Path, tensors: dict[str, torch.Tensor], mesh: Mesh) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch announces its own internal deprecations here
-        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-        dcp.save(dict(tensors), storage_writer=writer, process_group=mesh.agreement, no_dist=mesh.world_size == 1)
+    except OSError as error:
+        problem, reason = error, str(error)
+    except CheckpointException as error:  # torch's, which carries the failures of all ranks
+        first = next(iter(error.failures.values()))[0]
+        problem, reason = error, f"{type(first).__name__}: {first}"
+    if reasons := [found for found in mesh.gather(reason) if found]:
+        raise OSError(reasons[0]) from problem
 
 
 def unreadable_tensors(folder: Path, expected: set[str]) -> list[str]:
@@ -185,11 +174,6 @@ def point_last(run: Path, target: Path) -> None:
     temporary.symlink_to(target.name)
     os.replace(temporary, run / LAST)
     fsync_path(run)
-
-
-def checkpoint_step(path: Path) -> int | None:
-    """The step in a checkpoint's name, links followed; None for another name or a link that leads nowhere."""
-    return step_in_name(path.resolve()) if path.exists() else None
 
 
 def list_checkpoints(run: Path) -> list[Saved]:
@@ -225,43 +209,34 @@ def stored_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
     for path in sorted(checkpoint.glob(WEIGHTS)):
         try:
             with safe_open(path, "pt") as file:
-                offsets = _sharding(file.metadata())
+                sharding = json.loads((file.metadata() or {}).get("DCP_SHARDING_INFO", "{}"))
                 for name in file.keys():  # noqa: SIM118 - not a dict
                     part = tuple(file.get_slice(name).get_shape())
-                    end = tuple(start + size for start, size in zip(offsets.get(name, [0] * len(part)), part, strict=True))
+                    offsets = sharding[name]["saved_offsets"] if name in sharding else [0] * len(part)
+                    end = tuple(start + size for start, size in zip(offsets, part, strict=True))
                     shapes[name] = tuple(map(max, shapes.get(name, end), end))
         except (SafetensorError, OSError) as error:
             raise InputError(f"{path}: cannot be read as safetensors ({error}); the checkpoint is damaged") from None
     return shapes
 
 
-def _sharding(metadata: dict[str, str] | None) -> dict[str, list[int]]:
-    import json
+def load_tensors(checkpoint: Path, tensors: dict[str, torch.Tensor], mesh: Mesh) -> None:
+    """Fill live tensors in place from a checkpoint of any number of ranks.
 
-    stored = json.loads((metadata or {}).get("DCP_SHARDING_INFO", "{}"))
-    return {name: list(entry["saved_offsets"]) for name, entry in stored.items()}
-
-
-def check_matches(checkpoint: Path, wanted: dict[str, tuple[int, ...]]) -> None:
-    """All or nothing: every tensor is there with its full shape and nothing is left over, else InputError naming the first differences."""
+    All or nothing: every tensor is there with its full shape and nothing is left over, else InputError naming the first differences.
+    """
+    shapes = mesh.gather({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    wanted = {name: shape for part in shapes for name, shape in part.items()}
     stored = stored_shapes(checkpoint)
-    missing, unknown = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
-    shapes = [
-        f"{name} is {stored[name]}, expected {wanted[name]}"
-        for name in sorted(wanted.keys() & stored.keys())
-        if stored[name] != wanted[name]
-    ]
-    problems = [f"{name} is missing" for name in missing] + [f"{name} is unknown here" for name in unknown] + shapes
+    problems = [f"{name} is missing" for name in sorted(wanted.keys() - stored.keys())]
+    problems += [f"{name} is unknown here" for name in sorted(stored.keys() - wanted.keys())]
+    for name in sorted(wanted.keys() & stored.keys()):
+        if stored[name] != wanted[name]:
+            problems.append(f"{name} is {stored[name]}, expected {wanted[name]}")
     if problems:
         raise InputError(
             f"{checkpoint}: not a checkpoint of this model and optimizer: {'; '.join(problems[:3])} ({len(problems)} differences)"
         )
-
-
-def load_tensors(checkpoint: Path, tensors: dict[str, torch.Tensor], mesh: Mesh) -> None:
-    """Fill live tensors in place from a checkpoint of any number of ranks. Raises InputError before anything is changed if they differ."""
-    shapes = mesh.gather({name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    check_matches(checkpoint, {name: shape for part in shapes for name, shape in part.items()})
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         reader = HuggingFaceStorageReader(str(checkpoint))
@@ -274,7 +249,7 @@ def prune(run: Path, keep: CheckpointSection, best_step: int | None, say: Callab
     `keep_last` counts complete checkpoints up to the newest save: a damaged one that the run resumed before never takes the place of a good
     one, wherever its step is. Those beyond the newest save stay until the run gets there.
     """
-    newest = checkpoint_step(run / LAST)
+    newest = step_in_name((run / LAST).resolve()) if (run / LAST).exists() else None
     saved = [item for item in list_checkpoints(run) if newest is None or item.step <= newest]
     whole = [item.step for item in saved if not verify_directory(item.path, hashes=False)]
     kept = set(whole[-max(1, keep.keep_last) :])

@@ -10,7 +10,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
@@ -34,10 +34,8 @@ def parse_duration(text: str, where: str) -> float:
 
 def parse_moment(text: str, where: str) -> float:
     """Unix seconds of an ISO 8601 moment (local time where no zone is given) or of a number of Unix seconds."""
-    try:
+    with suppress(ValueError):
         return float(text)
-    except ValueError:
-        pass
     try:
         return datetime.fromisoformat(text).timestamp()
     except ValueError:
@@ -69,15 +67,6 @@ class StopWatch:
                 self._reason = "deadline"
         return self._reason
 
-    def seconds_left(self) -> float:
-        """Seconds until the wall time or the deadline; infinite without either."""
-        ends = [float("inf")]
-        if self._wall_end is not None:
-            ends.append(self._wall_end - time.monotonic())
-        if self._deadline is not None:
-            ends.append(self._deadline - time.time())
-        return min(ends)
-
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Turn SIGTERM, SIGUSR1 and Ctrl-C into requests while the block runs; a second Ctrl-C interrupts at once."""
@@ -88,11 +77,9 @@ class StopWatch:
             self.request(signal.Signals(number).name)
 
         previous: dict[signal.Signals, Any] = {}
-        try:
+        with suppress(ValueError):  # not the main thread: whoever owns it forwards requests
             for asked in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
                 previous[asked] = signal.signal(asked, handle)
-        except ValueError:  # not the main thread: whoever owns it forwards requests
-            pass
         try:
             yield
         finally:

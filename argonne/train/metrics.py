@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,19 +27,22 @@ class MetricsLog:
         self._writers: dict[str, Any] = {}
         if not enabled:
             return
-        path = folder / layout.METRICS
-        _end_half_line(path)
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - open for the life of the run
+        self._file = open(folder / layout.METRICS, "a+b", buffering=0)  # noqa: SIM115 - open for the life of the run
+        # A killed process may have left half a line: end it, so that the next record starts on its own.
+        if size := self._file.seek(0, 2):
+            self._file.seek(size - 1)
+            if self._file.read(1) != b"\n":
+                self._file.write(b"\n")
+        makers: dict[str, Callable[[], Any]] = {}
         if log.tensorboard:
-            self._open("tensorboard", lambda: _tensorboard(folder / layout.TENSORBOARD))
+            makers["tensorboard"] = lambda: _tensorboard(folder / layout.TENSORBOARD)
         if log.wandb:
-            self._open("wandb", lambda: _wandb(log.wandb or "", run_name, folder))
-
-    def _open(self, name: str, make: Any) -> None:
-        try:
-            self._writers[name] = make()
-        except Exception as error:  # telemetry never stops a run
-            self.write("warning", 0, message=f"{name} is off: {error}")
+            makers["wandb"] = lambda: _wandb(log.wandb or "", run_name, folder)
+        for name, make in makers.items():
+            try:
+                self._writers[name] = make()
+            except Exception as error:  # telemetry never stops a run
+                self.write("warning", 0, message=f"{name} is off: {error}")
 
     def write(self, event: str, step: int, **values: Any) -> None:
         """Record `event` at `step` (completed optimizer steps)."""
@@ -74,15 +78,6 @@ class MetricsLog:
             lines = self._waiting.count(b"\n")
             print(f"warning: metrics.jsonl: the last {lines:,} records could not be written and are lost", file=sys.stderr, flush=True)
         self._file.close()
-
-
-def _end_half_line(path: Path) -> None:
-    """A killed process may have left half a line: end it, so that the next record starts on its own."""
-    if path.exists() and path.stat().st_size:
-        with open(path, "rb+") as file:
-            file.seek(-1, 2)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
 
 
 def _scalars(event: str, values: dict[str, Any]) -> dict[str, float]:

@@ -65,11 +65,7 @@ class MuonAdamW(torch.optim.Optimizer):
         self._adamw = torch.optim.AdamW(others, betas=betas, eps=eps, fused=True) if others else None
         if self._adamw is not None:
             # One set of groups and one state: AdamW steps this optimizer's own.
-            self._adamw.param_groups = [group for group in self.param_groups if not group["use_muon"]]
-            for group in self._adamw.param_groups:
-                for name, value in self._adamw.defaults.items():
-                    group.setdefault(name, value)
-            self._adamw.state = self.state
+            self._adamw.param_groups, self._adamw.state = others, self.state
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]

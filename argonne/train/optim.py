@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,11 +12,6 @@ from argonne.parallel.mesh import Mesh
 from argonne.train.muon import MuonAdamW
 
 
-def named_trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Trainable parameters by name; a tied weight appears once, under its first name."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
 def parameter_groups(model: nn.Module, optim: OptimSection) -> list[dict[str, Any]]:
     """AdamW's groups, decayed and not, and for Muon a group of the layers' matrices before them. Each keeps its own peak rate.
 
@@ -26,7 +20,9 @@ def parameter_groups(model: nn.Module, optim: OptimSection) -> list[dict[str, An
     muon: dict[str, nn.Parameter] = {}
     decayed: dict[str, nn.Parameter] = {}
     plain: dict[str, nn.Parameter] = {}
-    for name, parameter in named_trainable(model).items():
+    for name, parameter in model.named_parameters():  # a tied weight once, under its first name
+        if not parameter.requires_grad:
+            continue
         if optim.name == "muon" and parameter.ndim == 2 and ".layers." in name:
             muon[name] = parameter
         else:
@@ -67,29 +63,21 @@ def build_optimizer(model: nn.Module, optim: OptimSection, mesh: Mesh | None = N
         optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            optimizer.state[parameter] = _empty_state(parameter, muon=group["use_muon"])
+            state = optimizer.state[parameter]
+            if group["use_muon"]:
+                state["momentum"] = torch.zeros_like(parameter)
+            else:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
     return optimizer
-
-
-def _empty_state(parameter: nn.Parameter, *, muon: bool) -> dict[str, torch.Tensor]:
-    if muon:
-        return {"momentum": torch.zeros_like(parameter)}
-    return {
-        "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-        "exp_avg": torch.zeros_like(parameter),
-        "exp_avg_sq": torch.zeros_like(parameter),
-    }
-
-
-def named_state_owners(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, nn.Parameter]]:
-    for group in optimizer.param_groups:
-        yield from zip(group["names"], group["params"], strict=True)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Every state tensor under `optim.<state>.<parameter>`: the live tensors, not copies."""
     return {
         f"optim.{state}.{name}": tensor
-        for name, parameter in named_state_owners(optimizer)
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["names"], group["params"], strict=True)
         for state, tensor in optimizer.state[parameter].items()
     }

@@ -51,10 +51,9 @@ class Precision:
         """Update where finite; returns 1.0 where the step was skipped, on the device."""
         if self._scaler is None:
             return step_where_finite(optimizer, norm)
-        skipped = torch.logical_not(torch.isfinite(norm)).to(torch.float32)
         self._scaler.step(optimizer)
         self._scaler.update()
-        return skipped
+        return torch.logical_not(torch.isfinite(norm)).to(torch.float32)
 
     def state(self) -> dict[str, Any]:
         """The loss scale and its growth count, as JSON values."""

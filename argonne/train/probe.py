@@ -48,31 +48,28 @@ def probe_micro_rows(
     micro_of(rows): a micro-batch of so many rows. Two passes a try, without touching weights, gradients, moments or the generators' state.
     """
 
+    total = torch.cuda.get_device_properties(mesh.device).total_memory
+
     def fits(rows: int) -> bool:
-        return mesh.largest(int(not _fits_here(model, objective, precision, mesh, micro_of(rows)))) == 0
+        micro, failed = micro_of(rows), False
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(mesh.device)
+        try:
+            for _ in range(2):
+                with precision.autocast():
+                    loss = loss_of(model, placed(micro, mesh.device), objective).total
+                (loss / micro["input_ids"].numel()).backward()
+                del loss
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            failed = True
+        model.zero_grad(set_to_none=True)
+        gc.collect()
+        used = torch.cuda.max_memory_reserved(mesh.device)
+        with contextlib.suppress(torch.OutOfMemoryError):
+            torch.cuda.empty_cache()
+        return mesh.largest(int(failed or used > HEADROOM * total)) == 0
 
     with torch.random.fork_rng(devices=[mesh.device]):
         return largest_that_fits(fits, guess, most)
-
-
-def _fits_here(model: nn.Module, objective: Objective, precision: Precision, mesh: Mesh, micro: MicroBatch) -> bool:
-    total = torch.cuda.get_device_properties(mesh.device).total_memory
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(mesh.device)
-    failed = False
-    try:
-        for _ in range(2):
-            with precision.autocast():
-                loss = loss_of(model, placed(micro, mesh.device), objective).total
-            (loss / micro["input_ids"].numel()).backward()
-            del loss
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        failed = True
-    model.zero_grad(set_to_none=True)
-    gc.collect()
-    used = torch.cuda.max_memory_reserved(mesh.device)
-    with contextlib.suppress(torch.OutOfMemoryError):
-        torch.cuda.empty_cache()
-    return not failed and used <= HEADROOM * total

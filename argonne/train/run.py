@@ -17,8 +17,8 @@ from typing import Any
 
 from argonne import __version__
 from argonne.errors import InputError
-from argonne.files import TEMPORARY, fingerprint, read_json, write_json, write_text
-from argonne.layout import COMPLETE, CONFIG, LOCK, MANIFEST, METRICS, SAMPLES, STOPPED
+from argonne.files import TEMPORARY, read_json, write_json
+from argonne.layout import COMPLETE, LOCK, MANIFEST, METRICS, SAMPLES, STOPPED
 
 _SILENT_SECONDS = 600.0
 
@@ -31,8 +31,7 @@ class RunFolder:
         self._locked = False
 
     def manifest(self) -> dict[str, Any]:
-        found: dict[str, Any] = read_json(self.path / MANIFEST)
-        return found
+        return read_json(self.path / MANIFEST)
 
     @property
     def run_id(self) -> str:
@@ -47,11 +46,9 @@ class RunFolder:
         return read_json(path) if path.exists() else None
 
     def write_marker(self, name: str, *, step: int, reason: str, config_hash: str) -> None:
-        other = self.path / (COMPLETE if name == STOPPED else STOPPED)
-        write_json(
-            self.path / name, {"run_id": self.run_id, "step": step, "reason": reason, "config_hash": config_hash, "time": time.time()}
-        )
-        other.unlink(missing_ok=True)
+        told = {"run_id": self.run_id, "step": step, "reason": reason, "config_hash": config_hash, "time": time.time()}
+        write_json(self.path / name, told)
+        (self.path / (COMPLETE if name == STOPPED else STOPPED)).unlink(missing_ok=True)
 
     def clear_markers(self) -> None:
         for name in (STOPPED, COMPLETE):
@@ -94,24 +91,35 @@ class RunFolder:
 
     def write_manifest(self, facts: dict[str, Any]) -> None:
         """What ran: versions, hardware, commit, and the facts the stage hands over. Identity survives a resume; sessions are counted."""
-        path = self.path / MANIFEST
-        old = read_json(path) if path.exists() else {}
+        import torch
+        import transformers
+
+        old = self.manifest() if self.exists() else {}
+        package = Path(__file__).resolve().parents[2]
+        git = subprocess.run(["git", "-C", str(package), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
         manifest = {
             "format_version": 1,
             "run_id": old.get("run_id") or f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}",
             "name": self.path.name,
             "sessions": int(old.get("sessions", 0)) + 1,
-            **environment(),
+            "versions": {
+                "argonne": __version__,
+                "python": platform.python_version(),
+                "torch": str(torch.__version__),
+                "transformers": transformers.__version__,
+            },
+            "hardware": {
+                "host": socket.gethostname(),
+                "cpu_cores": os.cpu_count(),
+                "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+            },
+            "git_commit": git.stdout.strip() or None,
             **facts,
         }
-        write_json(path, manifest)
+        write_json(self.path / MANIFEST, manifest)
 
     def update_manifest(self, **facts: Any) -> None:
-        path = self.path / MANIFEST
-        write_json(path, {**read_json(path), **facts})
-
-    def write_config(self, text: str) -> None:
-        write_text(self.path / CONFIG, text)
+        write_json(self.path / MANIFEST, self.manifest() | facts)
 
     def add_sample(self, step: int, prompt: str, text: str) -> None:
         with open(self.path / SAMPLES, "a", encoding="utf-8") as file:
@@ -139,10 +147,6 @@ def _link(source: Path, target: Path) -> None:
     except OSError:
         with open(target, "x", encoding="utf-8") as file:
             file.write(source.read_text())
-
-
-def config_hash(tree: dict[str, Any]) -> str:
-    return fingerprint(tree)[:16]
 
 
 def _process_start(pid: int) -> str:
@@ -185,26 +189,3 @@ def _locked_message(path: Path) -> str:
         f"{path.parent}: the run is in use by process {owner['pid']} on {owner['host']}, started {since}.{hint} "
         f"Wait for it, or if it is surely dead remove {path}"
     )
-
-
-def environment() -> dict[str, Any]:
-    """Versions, hardware and the git commit of the code that runs."""
-    import torch
-    import transformers
-
-    package = Path(__file__).resolve().parents[2]
-    git = subprocess.run(["git", "-C", str(package), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return {
-        "versions": {
-            "argonne": __version__,
-            "python": platform.python_version(),
-            "torch": str(torch.__version__),
-            "transformers": transformers.__version__,
-        },
-        "hardware": {
-            "host": socket.gethostname(),
-            "cpu_cores": os.cpu_count(),
-            "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
-        },
-        "git_commit": git.stdout.strip() or None,
-    }

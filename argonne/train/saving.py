@@ -62,7 +62,18 @@ class Saver:
         tensors = checkpoint.run_tensors(self.model, self.optimizer)
         if self.keep.asynchronous and not final:
             copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-            self._begin(step, copies, state, start)
+            # In a thread, whose ranks agree on a group of their own, so that nothing mixes with the loop's agreements.
+            mesh = dataclasses.replace(self.mesh, agreement=self.mesh.saving)
+
+            def work() -> None:
+                try:
+                    self._write(step, copies, state, mesh)
+                except BaseException as error:
+                    self._problem = error
+
+            self._writing = (step, start, time.monotonic() - start)
+            self._thread = threading.Thread(target=work, name="checkpoint")
+            self._thread.start()
             return True
         try:
             self._write(step, tensors, state, self.mesh)
@@ -74,21 +85,6 @@ class Saver:
 
     def _write(self, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any], mesh: Mesh) -> None:
         checkpoint.save_checkpoint(self.run, step, tensors, state, mesh, add_files=self.add_files)
-
-    def _begin(self, step: int, copies: dict[str, torch.Tensor], state: dict[str, Any], start: float) -> None:
-        """Write copies in a thread. Its ranks agree on a group of their own, so that nothing mixes with the loop's agreements."""
-        mesh = dataclasses.replace(self.mesh, agreement=self.mesh.saving)
-
-        def work() -> None:
-            try:
-                self._write(step, copies, state, mesh)
-            except BaseException as error:
-                self._problem = error
-
-        blocked = time.monotonic() - start
-        self._writing = (step, start, blocked)
-        self._thread = threading.Thread(target=work, name="checkpoint")
-        self._thread.start()
 
     def poll(self) -> None:
         """Record a background save that has ended, without waiting for one that has not."""

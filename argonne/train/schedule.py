@@ -32,7 +32,17 @@ def learning_rate(step: int, total_steps: int, optim: OptimSection, schedule: Sc
     """
     if step < 0:
         raise ValueError(f"step is {step}; steps count from 0")
-    return warmup_share(step, schedule.warmup) * _after_warmup(step, total_steps, optim, schedule)
+    warmed = min(1.0, (step + 1) / schedule.warmup) if schedule.warmup else 1.0
+    if schedule.kind == "steps":
+        changes = [(0, optim.lr), *((change.step, change.lr) for change in schedule.steps if change.step <= step)]
+        return warmed * max(changes, key=lambda pair: pair[0])[1]
+    length = decay_steps(total_steps, schedule)
+    done = step - (total_steps - length) + 1
+    if length == 0 or done <= 0:
+        return warmed * optim.lr
+    progress, final = min(1.0, done / length), final_rate(optim, schedule)
+    share = (1 + math.cos(math.pi * progress)) / 2 if schedule.kind == "cosine" else 1 - progress
+    return warmed * (final + (optim.lr - final) * share)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float, peak: float) -> None:
@@ -67,25 +77,6 @@ def decay_steps(total_steps: int, schedule: ScheduleSection) -> int:
         return 0
     decay = schedule.decay or 0.0
     return round(decay) if decay >= 1 else round(decay * total_steps)
-
-
-def warmup_share(step: int, warmup: int) -> float:
-    """The share of the rate that warmup lets through at `step`."""
-    return min(1.0, (step + 1) / warmup) if warmup else 1.0
-
-
-def _after_warmup(step: int, total_steps: int, optim: OptimSection, schedule: ScheduleSection) -> float:
-    if schedule.kind == "steps":
-        return max(
-            ((0, optim.lr), *((change.step, change.lr) for change in schedule.steps if change.step <= step)), key=lambda pair: pair[0]
-        )[1]
-    length = decay_steps(total_steps, schedule)
-    done = step - (total_steps - length) + 1
-    if length == 0 or done <= 0:
-        return optim.lr
-    progress, final = min(1.0, done / length), final_rate(optim, schedule)
-    share = (1 + math.cos(math.pi * progress)) / 2 if schedule.kind == "cosine" else 1 - progress
-    return final + (optim.lr - final) * share
 
 
 def check_schedule(total_steps: int, optim: OptimSection, schedule: ScheduleSection) -> None:

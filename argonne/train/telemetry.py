@@ -67,7 +67,10 @@ class Telemetry:
         self._wait_data = 0.0
         self._spikes = SpikeWatch()
         self._started: float | None = None
-        self._flops_per_token, self._peak_flops = _speed_of(recipe, mesh)
+        self._flops_per_token = flops_per_token(recipe.model, recipe.data.sequence_length)
+        name = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "cpu"
+        # Of one device; None where it is not known.
+        self._peak_flops = device_peak_flops(name, resolve_precision(recipe.train.precision, mesh.device))
         self._metrics: dict[str, torch.Tensor] = {}
         count = len(data.source_names)
         self._source_loss = torch.zeros(count, device=mesh.device, dtype=torch.float64 if mesh.device.type != "mps" else torch.float32)
@@ -102,15 +105,13 @@ class Telemetry:
             found.append((reading.step, skipped > 0))
             about = loss * self.mesh.data_size / max(1, reading.count)  # of this rank's rows: the others' are not waited for
             if usual := self._spikes.observe(about):
-                self._tell_spike(reading.step, about, usual)
+                step = reading.step
+                before, after = self.data.tokens_by_source(step - 1), self.data.tokens_by_source(step)
+                read = [name for name in self.data.source_names if after[name] > before[name]]
+                message = f"loss spike: {about:.4f} at step {step}, lately {usual:.4f}; read from {', '.join(read)}"
+                self.line.say(f"warning: {message}")
+                self.metrics.write("warning", step, message=message, loss=about, usual=usual, sources=read)
         return found
-
-    def _tell_spike(self, step: int, loss: float, usual: float) -> None:
-        before, after = self.data.tokens_by_source(step - 1), self.data.tokens_by_source(step)
-        read = [name for name in self.data.source_names if after[name] > before[name]]
-        message = f"loss spike: {loss:.4f} at step {step}, lately {usual:.4f}; read from {', '.join(read)}"
-        self.line.say(f"warning: {message}")
-        self.metrics.write("warning", step, message=message, loss=loss, usual=usual, sources=read)
 
     def log(self, step: int, save_seconds: float) -> None:
         """Write the record of `step`: its own loss, norm and rate (so that a resumed run writes the same), and this session's speed."""
@@ -126,6 +127,10 @@ class Telemetry:
         session_tokens = self.data.tokens_before(step) - self.data.tokens_before(self.first_step)
         speed = session_tokens / seconds if seconds > 0 else 0.0
         mfu = speed * self._flops_per_token / (self._peak_flops * self.mesh.world_size) if self._peak_flops else None
+        if self.mesh.device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated(self.mesh.device)
+        else:
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         record = {
             "tokens": self.data.tokens_before(step),
             "loss": loss,
@@ -133,7 +138,7 @@ class Telemetry:
             "grad_norm": norm,
             "tokens_per_second": round(speed, 1),
             "mfu": mfu,
-            "memory_gb": round(self._memory(), 4),
+            "memory_gb": round(memory / 1e9, 4),  # the peak of this process: allocated on a GPU, resident on the CPU
             "wait_data_seconds": round(self._wait_data, 4),
             "wait_save_seconds": round(save_seconds, 4),
             "sources": sources,
@@ -151,21 +156,11 @@ class Telemetry:
         self._source_loss.zero_()
         self._source_count.zero_()
         tokens, passes = self.data.tokens_by_source(step), self.data.passes(step)
+        means = [loss / count if count else None for loss, count in zip(losses, counts, strict=True)]
         return {
-            name: {
-                "tokens": tokens[name],
-                "passes": passes[name],
-                "loss": losses[index] / counts[index] if counts[index] else None,
-            }
-            for index, name in enumerate(self.data.source_names)
+            name: {"tokens": tokens[name], "passes": passes[name], "loss": mean}
+            for name, mean in zip(self.data.source_names, means, strict=True)
         }
-
-    def _memory(self) -> float:
-        """Peak memory of this process in GB: allocated on a GPU, resident on the CPU."""
-        if self.mesh.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.mesh.device) / 1e9
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9
 
 
 def _means(parts: list[dict[str, list[float]]]) -> dict[str, float | None]:
@@ -173,10 +168,3 @@ def _means(parts: list[dict[str, list[float]]]) -> dict[str, float | None]:
     names = dict.fromkeys(name for part in parts for name in part)
     totals = {name: [sum(part[name][place] for part in parts if name in part) for place in (0, 1)] for name in names}
     return {name: value / count if count else None for name, (value, count) in totals.items()}
-
-
-def _speed_of(recipe: Recipe, mesh: Mesh) -> tuple[float, float | None]:
-    """(FLOPs a token, peak FLOP/s of one device); None where the device's peak is not known."""
-    name = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "cpu"
-    peak = device_peak_flops(name, resolve_precision(recipe.train.precision, mesh.device))
-    return flops_per_token(recipe.model, recipe.data.sequence_length), peak

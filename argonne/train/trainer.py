@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from argonne.config import Recipe
+from argonne.files import fingerprint
 from argonne.parallel.compile import eager_blocks, is_compiler_error, undo_compile
 from argonne.parallel.mesh import Mesh
 from argonne.parallel.parallelise import Parallelised
@@ -23,7 +24,7 @@ from argonne.train.metrics import MetricsLog, ProgressLine
 from argonne.train.precision import Precision
 from argonne.train.profiling import start_profiler
 from argonne.train.recovery import back_off, first_line, is_out_of_memory
-from argonne.train.run import COMPLETE, STOPPED, RunFolder, config_hash
+from argonne.train.run import COMPLETE, STOPPED, RunFolder
 from argonne.train.saving import Saver
 from argonne.train.schedule import applied_rate, learning_rate, set_learning_rate
 from argonne.train.telemetry import StepResult, Telemetry
@@ -146,7 +147,12 @@ class Trainer:
 
         `stop_after`: end this session after that many completed steps, as a request to stop would. `profile`: write a trace of three steps.
         """
-        self._check_first_rate(self.progress.step)
+        if (step := self.progress.step) < self.total_steps:
+            # The rate about to be applied is the requested curve's, whatever a restored state says.
+            expected = learning_rate(step, self.total_steps, self.recipe.optim, self.recipe.schedule)
+            set_learning_rate(self.optimizer, expected, self.recipe.optim.lr)
+            if (found := applied_rate(self.optimizer)) != expected:
+                raise RuntimeError(f"the rate of the first step is {found}, the schedule says {expected}")
         profiler = start_profiler(self.run.path, self.line.say) if profile and self.mesh.is_main else None
         try:
             agreed = self._fetch(self.progress.step)
@@ -154,7 +160,7 @@ class Trainer:
                 self._hang_watch.alive()
                 upcoming = agreed()
                 if upcoming.stop:
-                    return self._stop(self.watch.reason() or "another worker was asked to stop")
+                    return self._end(self.watch.reason() or "another worker was asked to stop")
                 if upcoming.save:
                     self._save()
                 agreed = self._train_step(upcoming.batch, upcoming.count)
@@ -162,24 +168,15 @@ class Trainer:
                     profiler.step()
                 self._after_step()
                 if stop_after is not None and self.progress.step >= stop_after < self.total_steps:
-                    return self._stop(f"asked to stop after step {stop_after}")
-            return self._finish()
+                    return self._end(f"asked to stop after step {stop_after}")
+            self._held_out()
+            return self._end("complete")
         finally:
             self._hang_watch.close()
             if profiler is not None:
                 profiler.stop()
             self.loader.close()
             self.line.close()
-
-    def _check_first_rate(self, step: int) -> None:
-        """The rate about to be applied is the requested curve's, whatever a restored state says."""
-        if step >= self.total_steps:
-            return
-        expected = learning_rate(step, self.total_steps, self.recipe.optim, self.recipe.schedule)
-        set_learning_rate(self.optimizer, expected, self.recipe.optim.lr)
-        found = applied_rate(self.optimizer)
-        if found != expected:
-            raise RuntimeError(f"the rate of the first step is {found}, the schedule says {expected}")
 
     def _fetch(self, step: int) -> Callable[[], Upcoming] | None:
         """Take the batch of `step` and start agreeing on it; None past the last step. Ranks that read the same rows count them once."""
@@ -341,23 +338,17 @@ class Trainer:
             self.metrics.write("sample", self.progress.step, prompt=prompt, text=text)
             self.line.say(f"sample: {prompt}{text}")
 
-    def _stop(self, reason: str) -> Outcome:
+    def _end(self, reason: str) -> Outcome:
+        """Leave a complete checkpoint, and say why the session ends: "complete", or what asked it to stop."""
         self._save(final=True)
+        step, complete = self.progress.step, reason == "complete"
         if self.mesh.is_main:
-            self._mark(STOPPED, reason)
-            self.metrics.write("stop", self.progress.step, reason=reason)
+            if complete:
+                self.hooks.export(self.parallelised)
+                self.metrics.write("complete", step)  # before the marker, after which no session writes anything
+            else:
+                self.metrics.write("stop", step, reason=reason)
+            found = fingerprint(to_tree(self.recipe))[:16]
+            self.run.write_marker(COMPLETE if complete else STOPPED, step=step, reason=reason, config_hash=found)
         self.mesh.barrier()
-        return Outcome(self.progress.step, reason)
-
-    def _finish(self) -> Outcome:
-        self._held_out()
-        self._save(final=True)
-        if self.mesh.is_main:
-            self.hooks.export(self.parallelised)
-            self.metrics.write("complete", self.progress.step)  # before the marker, after which no session writes anything
-            self._mark(COMPLETE, "complete")
-        self.mesh.barrier()
-        return Outcome(self.progress.step, "complete")
-
-    def _mark(self, name: str, reason: str) -> None:
-        self.run.write_marker(name, step=self.progress.step, reason=reason, config_hash=config_hash(to_tree(self.recipe)))
+        return Outcome(step, reason)
