@@ -39,7 +39,7 @@ def load_recipe(name_or_path: str, overrides: Mapping[str, Any] | None = None) -
     given = set() if is_packaged(name_or_path) else set(leaves(_own_tree(name_or_path)))
     for path, value in (overrides or {}).items():
         _set(tree, path, parse_value(path, value) if isinstance(value, str) else value)
-        given.add(path)
+        given = given - {path} if value in ("none", "unset") else given | {path}
     return resolve(_chosen(dataclasses.replace(build(Recipe, tree), given=frozenset(given))))
 
 

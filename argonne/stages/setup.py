@@ -136,8 +136,8 @@ def build(session: Session, opened: Opened, run: RunFolder, mesh: Mesh, say: Cal
     loader.set_micro_rows(
         choose_micro_rows(parallelised, objective, precision, recipe, data, loader, progress.step, mesh, choice, run.path)
     )
-    settled = dataclasses.replace(choice, micro_rows=loader.micro_rows)
-    plan = plan_of_run(recipe, settled, **_device_facts(mesh), world_size=mesh.world_size)
+    chosen = dataclasses.replace(choice, micro_rows=loader.micro_rows)
+    plan = plan_of_run(recipe, chosen, **_device_facts(mesh), world_size=mesh.world_size)
     if mesh.is_main:  # `inspect` sets it beside what was measured
         write_json(run.path / COMPUTE_PLAN, plan)
     if returned := returns_memory(recipe.train, mesh.device.type, plan["memory_total"]):

@@ -264,3 +264,21 @@ def test_input_that_matches_nothing_names_all_patterns(text: DataSection, tmp_pa
     section = dataclasses.replace(text, input=("a/*.txt", "b/*.txt"))
     with pytest.raises(InputError, match="none of 'a/"):
         open_training_data(section, BATCH, 1, run_folder=tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "option"),
+    [
+        ("text_column", "content", ("text_column", "content")),
+        ("quality_filter", True, ("filter", ("quality",))),
+        ("hold_out", 0.25, ("hold_out", 0.25)),
+        ("bos", True, ("bos", True)),
+        ("max_drop_fraction", 0.5, ("max_drop_fraction", 0.5)),
+    ],
+)
+def test_what_a_recipe_says_of_text_reaches_the_tokeniser(
+    text: DataSection, tmp_path: Path, key: str, value: Any, option: tuple[str, Any]
+) -> None:
+    name, expected = option
+    plain, asked = (from_text.options_of(section, tmp_path / "run") for section in (text, dataclasses.replace(text, **{key: value})))
+    assert (getattr(asked, name), getattr(plain, name) == expected) == (expected, False)
