@@ -205,7 +205,7 @@ def attention_kept(shape: ModelShape, setup: Setup, window: int | None) -> float
         return projections + narrow * 3 * heads * length
     if window is None or window >= length:
         return projections + 4 * heads
-    block = max(32, window)  # argonne/model/kernels.py, block_size: blocks of queries, each with its own and the block's keys before it
+    block = max(32, window)  # argonne/model/kernels.py, _windowed: blocks of queries, each with its own and the block's keys before it
     if block >= length:
         return projections + 4 * heads
     others = (-(-length // block) - 1) * block / length
