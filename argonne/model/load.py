@@ -134,7 +134,7 @@ def family_config(folder: Path) -> dict[str, Any]:
     kind = config.get("model_type")
     if kind not in FAMILY:
         raise InputError(
-            f"{folder}: a model of another family (model_type {kind!r}, {', '.join(config.get('architectures') or ['no class named'])}); "
+            f"{folder}: a model of another family: model_type is {kind!r} ({', '.join(config.get('architectures') or ['no class named'])}); "
             f"expected one of Argonne's ({' or '.join(FAMILY)})"
         )
     return config
