@@ -250,15 +250,6 @@ def flex_attention(query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, sc
 # --- any of them ----------------------------------------------------------------------------------------------------------------------
 
 
-def why_not(kernel: str, query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, dropout: float) -> str | None:
-    """Why this kernel cannot run this call, or None when it can. sdpa and math always can."""
-    if kernel == "flash":
-        return why_not_flash(query, key, plan, dropout)
-    if kernel == "varlen":
-        return why_not_varlen(query, key, plan, dropout)
-    return why_not_flex(query, key, value, plan, dropout) if kernel == "flex" else None
-
-
 def run_fused(kernel: str, query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, scale: float, dropout: float) -> tuple[Tensor, str]:
     """`kernels.run_kernel` for flash, varlen and flex."""
     words = (["documents"] if plan.segments is not None else []) + (["window"] if plan.window is not None else [])

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .fused import HALF, MaskPlan, Segments, mask_function, pad_heads, run_fused, why_not
+from .fused import HALF, MaskPlan, Segments, mask_function, pad_heads, run_fused, why_not_flash, why_not_flex, why_not_varlen
 
 ORDER = ("flash", "varlen", "flex", "sdpa", "math")
 # Flex runs forward only on the CPU: training and evaluation shall not take different paths there by themselves.
@@ -41,6 +41,15 @@ def choose_kernel(wanted: str, query: Tensor, key: Tensor, value: Tensor, plan: 
         return wanted
     order = ORDER_ON_CPU if query.device.type == "cpu" else ORDER
     return next(kernel for kernel in order if why_not(kernel, query, key, value, plan, dropout) is None)
+
+
+def why_not(kernel: str, query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, dropout: float) -> str | None:
+    """Why this kernel cannot run this call, or None when it can. sdpa and math always can."""
+    if kernel == "flash":
+        return why_not_flash(query, key, plan, dropout)
+    if kernel == "varlen":
+        return why_not_varlen(query, key, plan, dropout)
+    return why_not_flex(query, key, value, plan, dropout) if kernel == "flex" else None
 
 
 def run_kernel(kernel: str, query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, scale: float, dropout: float) -> tuple[Tensor, str]:
