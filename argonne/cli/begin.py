@@ -28,7 +28,7 @@ def show_demo(options: argparse.Namespace) -> None:
 
 
 def list_models(options: argparse.Namespace) -> None:
-    from argonne.model.describe import describe_presets
+    from argonne.model.build import describe_presets
 
     rows = describe_presets()
     if options.json:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from argonne import layout
 from argonne.errors import InputError
 from argonne.evaluate import baselines
 from argonne.evaluate.requests import TaskContext
 from argonne.evaluate.scorer import score
 from argonne.evaluate.tasks import make_tasks
-from argonne.evaluate.texts import byte_count, open_texts, sources_of_run
+from argonne.evaluate.texts import byte_count, open_texts
 from argonne.tokens.formats import open_tokens
 from argonne.tokens.tokenizer import TextTokenizer, load_tokenizer
 
@@ -47,27 +49,19 @@ def evaluate(
     results = {}
     for task in chosen:
         requests = task.requests(context)
-        results[task.name] = task.measure(score(loaded.model, requests, progress=_counted(progress, len(requests))))
-    parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
+        results[task.name] = task.measure(score(loaded.model, requests, progress=progress))
+    parameters = loaded.model.num_parameters()
     return {"model": str(model_path), "folder": str(loaded.folder), "parameters": parameters, "tasks": results}
 
 
-def _counted(progress: Callable[[int, int], None] | None, total: int) -> Callable[[int], None] | None:
-    if progress is None:
-        return None
-    done = 0
-
-    def report(count: int) -> None:
-        nonlocal done
-        done += count
-        progress(done, total)
-
-    return report
-
-
 def _own_data(run: Path) -> str | None:
-    """The one token set that a run was trained on. Raises InputError where there are several: which one is the question to answer."""
-    sources = sources_of_run(run)
+    """The one token set that a run was trained on, from its saved configuration; None where it has none.
+
+    Raises InputError where there are several: which one is the question to answer.
+    """
+    config = run / layout.CONFIG
+    tree = tomllib.loads(config.read_text()) if config.is_file() else {}
+    sources: list[str] = [source["path"] for source in tree.get("data", {}).get("sources", [])]
     if len(sources) > 1:
         raise InputError(f"{run}: trained on {len(sources)} token sets ({', '.join(sources)}); choose one with --data")
     return sources[0] if sources else None

@@ -16,12 +16,13 @@ LOGITS_A_BATCH = 1 << 27
 
 
 def score(
-    model: Any, requests: Sequence[ScoreRequest], *, tokens_a_batch: int | None = None, progress: Callable[[int], None] | None = None
+    model: Any, requests: Sequence[ScoreRequest], *, tokens_a_batch: int | None = None, progress: Callable[[int, int], None] | None = None
 ) -> list[Score]:
     """Answer every request, in the order given. The model's mode is put back after.
 
     `tokens_a_batch`: by default at most 4,096, and fewer where the vocabulary is so large that the logits would not fit into half a GB.
-    Raises InputError where a request is longer than the model's context plus one, or the model's log-probabilities are not finite.
+    `progress` is called with (requests done, requests in all). Raises InputError where a request is longer than the model's context plus one,
+    or the model's log-probabilities are not finite.
     """
     longest = int(model.config.max_position_embeddings)
     for request in requests:
@@ -35,10 +36,9 @@ def score(
     model.eval()
     try:
         for batch in _batches(requests, tokens_a_batch):
-            for number, answer in zip(batch, _score_batch(model, [requests[number] for number in batch]), strict=True):
-                answers[number] = answer
+            answers.update(zip(batch, _score_batch(model, [requests[number] for number in batch]), strict=True))
             if progress is not None:
-                progress(len(batch))
+                progress(len(answers), len(requests))
     finally:
         model.train(training)
     return [answers[number] for number in range(len(requests))]

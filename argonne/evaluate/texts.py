@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tomllib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,14 +48,6 @@ def open_texts(data: str | Path, tokenizer: TextTokenizer, limit: int | None = N
     return _from_files(str(data), tokenizer, limit)
 
 
-def sources_of_run(run: Path) -> list[str]:
-    """Token sets that a run trained on, from its saved configuration; empty where it has none."""
-    config = run / layout.CONFIG
-    if not config.is_file():
-        return []
-    return [source["path"] for source in tomllib.loads(config.read_text()).get("data", {}).get("sources", [])]
-
-
 def _held_out(tokens: TokenSet, tokenizer: TextTokenizer, limit: int) -> EvaluationText:
     if tokens.tokenizer_fingerprint is not None and tokens.tokenizer_fingerprint != tokenizer.fingerprint:
         raise InputError(
@@ -64,21 +56,15 @@ def _held_out(tokens: TokenSet, tokenizer: TextTokenizer, limit: int) -> Evaluat
         )
     if not tokens.held_out.tokens:
         raise InputError(f"{tokens.path}: holds no held-out documents; prepare it with --hold-out 0.02, or give text files")
-    documents = list(_documents(tokens, limit))
-    return EvaluationText(
-        str(tokens.path), documents, [byte_count(tokenizer, ids) for ids in documents], len(tokens.held_out.document_ends)
-    )
-
-
-def _documents(tokens: TokenSet, limit: int) -> Iterator[np.ndarray]:
-    start = 0
-    for end in tokens.held_out.document_ends.tolist():
+    documents: list[np.ndarray] = []
+    ends = tokens.held_out.document_ends.tolist()
+    for start, end in itertools.pairwise([0, *ends]):
         if start and end > limit:
-            return
+            break
         ids = np.empty(end - start, dtype=np.int64)
         tokens.held_out.copy(start, ids)
-        yield ids
-        start = end
+        documents.append(ids)
+    return EvaluationText(str(tokens.path), documents, [byte_count(tokenizer, ids) for ids in documents], len(ends))
 
 
 def byte_count(tokenizer: TextTokenizer, ids: np.ndarray) -> int:

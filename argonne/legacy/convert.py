@@ -84,17 +84,14 @@ def modern_config(earlier: Earlier, attention: str) -> ArgonneConfig:
     if "layer_types" not in raw:
         raw = {name: value for name, value in raw.items() if name not in ("local_attention_window", "sliding_window")}
     kind = Argonne1Config if raw.get("model_type") == "argonne" else ArgonneConfig
-    raw.pop("model_type", None)
-    raw.pop("transformers_version", None)
-    raw.pop("auto_map", None)
-    raw.pop("architectures", None)
+    for name in ("model_type", "transformers_version", "auto_map", "architectures"):
+        raw.pop(name, None)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
             config = kind(**raw)
             if on and attention == "as-config" and "layer_types" not in raw:
-                layers = range(config.num_hidden_layers)
-                config.layer_types = [SLIDING if everywhere or layer % 2 else FULL for layer in layers]
+                config.layer_types = [SLIDING if everywhere or layer % 2 else FULL for layer in range(config.num_hidden_layers)]
                 config.sliding_window = int(window or 0) + 1
             config.check_architecture()
     except (ValueError, TypeError, UserWarning) as error:
@@ -129,34 +126,23 @@ def modern_state(earlier: Earlier, config: ArgonneConfig, vocabulary: int | None
                 f"{earlier.folder}: parameter {name} is unknown in this architecture; config.json and weights belong to different models"
             )
         tensor = tensor[0] if new == "model.embed_positions.weight" and tensor.dim() == 3 else tensor
-        state[new] = _fit(earlier, name, tensor, expected[new], config.vocab_size)
-    _check_tie(earlier, config, state)
-    missing = sorted(set(expected) - set(state))
-    if missing:
-        raise InputError(f"{earlier.folder}: parameter {missing[0]} is missing from the weights ({len(missing)} of {len(expected)} are)")
-    return state
-
-
-def _fit(earlier: Earlier, name: str, tensor: Tensor, shape: torch.Size, vocabulary: int) -> Tensor:
-    if tensor.shape == shape:
-        return tensor
-    is_table = shape[0] == vocabulary and tensor.dim() == 2 and tensor.shape[1:] == shape[1:]
-    if is_table and shape[0] < tensor.shape[0] <= -(-shape[0] // 512) * 512:
-        earlier.messages.append(f"{name}: {tensor.shape[0]} rows trimmed to the vocabulary of {shape[0]}")
-        return tensor[: shape[0]].clone()
-    raise InputError(f"{earlier.folder}: parameter {name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
-
-
-def _check_tie(earlier: Earlier, config: ArgonneConfig, state: dict[str, Tensor]) -> None:
-    """A tied head may be stored twice or once. Stored twice with different values it is not tied."""
-    if not config.tie_word_embeddings or "model.embed_tokens.weight" not in state:
-        return
-    table = state["model.embed_tokens.weight"]
-    if not torch.equal(state.setdefault("lm_head.weight", table), table):
-        raise InputError(
+        rows = expected[new][0]
+        is_table = rows == config.vocab_size and tensor.dim() == 2 and tensor.shape[1:] == expected[new][1:]
+        if is_table and rows < tensor.shape[0] <= -(-rows // 512) * 512:
+            earlier.messages.append(f"{name}: {tensor.shape[0]} rows trimmed to the vocabulary of {rows}")
+            tensor = tensor[:rows].clone()
+        if tensor.shape != expected[new]:
+            raise InputError(f"{earlier.folder}: parameter {name} has shape {tuple(tensor.shape)}, expected {tuple(expected[new])}")
+        state[new] = tensor
+    table = state.get("model.embed_tokens.weight")
+    if config.tie_word_embeddings and table is not None and not torch.equal(state.setdefault("lm_head.weight", table), table):
+        raise InputError(  # a tied head may be stored twice or once; stored twice with different values it is not tied
             f"{earlier.folder}: lm_head.weight differs from embed_tokens.weight though tie_word_embeddings is true; "
             "set it to false in config.json if the head was trained by itself"
         )
+    if missing := sorted(set(expected) - set(state)):
+        raise InputError(f"{earlier.folder}: parameter {missing[0]} is missing from the weights ({len(missing)} of {len(expected)} are)")
+    return state
 
 
 def load_earlier(path: Path, attention: str = "full") -> tuple[ArgonneForCausalLM, Earlier]:
@@ -165,7 +151,12 @@ def load_earlier(path: Path, attention: str = "full") -> tuple[ArgonneForCausalL
         raise InputError(f"--attention is {attention!r}; expected full or as-config")
     earlier = read_earlier(path)
     config = modern_config(earlier, attention)
-    state = modern_state(earlier, config, _tokenizer_size(earlier.folder))
+    tokenizer, entries = layout.tokenizer_of(earlier.folder), None
+    if tokenizer is not None and (tokenizer / layout.TOKENIZER_FILE).is_file():
+        from tokenizers import Tokenizer
+
+        entries = int(Tokenizer.from_file(str(tokenizer / layout.TOKENIZER_FILE)).get_vocab_size(with_added_tokens=True))
+    state = modern_state(earlier, config, entries)
     floating = {tensor.dtype for tensor in state.values()}
     if len(floating) != 1:
         raise InputError(f"{path}: tensors of several dtypes ({', '.join(sorted(map(str, floating)))}); expected one")
@@ -174,16 +165,6 @@ def load_earlier(path: Path, attention: str = "full") -> tuple[ArgonneForCausalL
     model.load_state_dict(state, assign=True)
     model.tie_weights()
     return model.eval(), earlier
-
-
-def _tokenizer_size(folder: Path) -> int | None:
-    """Entries of the tokenizer beside the weights, added ones included; None without one."""
-    source = layout.tokenizer_of(folder)
-    if source is None or not (source / layout.TOKENIZER_FILE).is_file():
-        return None
-    from tokenizers import Tokenizer
-
-    return int(Tokenizer.from_file(str(source / layout.TOKENIZER_FILE)).get_vocab_size(with_added_tokens=True))
 
 
 def import_checkpoint(path: Path, out: Path, *, attention: str = "full") -> dict[str, Any]:
@@ -202,12 +183,11 @@ def import_checkpoint(path: Path, out: Path, *, attention: str = "full") -> dict
         files = copy_tokenizer(layout.tokenizer_of(earlier.folder), folder)
         if not files:
             earlier.messages.append("no tokenizer beside the weights: add its files to the folder")
-    parameters = {id(p): p.numel() for p in model.parameters()}
     return {
         "path": str(out),
         "source": str(path),
         "model_type": model.config.model_type,
-        "parameters": sum(parameters.values()),
+        "parameters": model.num_parameters(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "layer_types": list(model.config.layer_types or []),
         "sliding_window": model.config.sliding_window,

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from argonne import layout
 from argonne.errors import InputError
+from argonne.model.load import family_config
 from argonne.presets import presets
 
-FAMILY = ("argonne", "argonne2")
-WRAPPERS = ("_orig_mod.", "module.")
 _STAGE = re.compile(r"pipeline_stages\.(\d+)\.(\d+)\.(.+)")
 
 
@@ -36,19 +35,16 @@ def read_earlier(path: Path) -> Earlier:
         raise InputError(f"{path}: no such file or folder; give a checkpoint of earlier Argonne code")
     messages: list[str] = []
     if path.is_dir():
-        config, tensors = read_config(path / layout.MODEL_CONFIG), _read_folder(path)
-        folder = path
-    else:
-        content = unpickle(path)
-        tensors = _weights_in(path, content)
-        if isinstance(content, dict) and "model_state_dict" in content:
-            step, tokens = content.get("global_step"), content.get("tokens_processed")
-            messages.append(f"{path.name}: training checkpoint of step {step}, {tokens} tokens; optimizer and schedule are left behind")
-        folder = path.parent
-    tensors = _plain(path, tensors, messages)
-    if not path.is_dir():
-        config = config_of_file(path, tensors, messages)
-    return Earlier(folder, config, tensors, messages)
+        if not (path / layout.MODEL_CONFIG).is_file():
+            raise InputError(f"{path / layout.MODEL_CONFIG}: no such file; an earlier checkpoint needs its config.json")
+        config = family_config(path)
+        return Earlier(path, config, _plain(path, _read_folder(path), messages), messages)
+    content = unpickle(path)
+    if isinstance(content, dict) and "model_state_dict" in content:
+        step, tokens = content.get("global_step"), content.get("tokens_processed")
+        messages.append(f"{path.name}: training checkpoint of step {step}, {tokens} tokens; optimizer and schedule are left behind")
+    tensors = weights_of_file(path, content, messages)
+    return Earlier(path.parent, config_of_file(path, tensors, messages), tensors, messages)
 
 
 def weights_of_file(path: Path, content: Any, messages: list[str]) -> dict[str, Tensor]:
@@ -56,8 +52,16 @@ def weights_of_file(path: Path, content: Any, messages: list[str]) -> dict[str, 
     return _plain(path, _weights_in(path, content), messages)
 
 
-def _plain(path: Path, tensors: dict[str, Tensor], messages: list[str]) -> dict[str, Tensor]:
-    tensors = _without_wrappers(tensors)
+def _plain(path: Path, stored: dict[str, Tensor], messages: list[str]) -> dict[str, Tensor]:
+    """Names as the plain module has them: torch.compile and DDP put prefixes in front of and between the parts."""
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in stored.items():
+        plain = name.replace("_orig_mod.", "").replace("module.", "")
+        if plain in tensors and not torch.equal(tensors[plain], tensor):
+            raise InputError(
+                f"{name}: another tensor of the same name without its prefix has other values; the checkpoint contradicts itself"
+            )
+        tensors[plain] = tensor
     _unfold_pipeline(path, tensors, messages)
     if any(name.startswith("model.layers.") for name in tensors):
         raise InputError(f"{path}: its tensors have today's names already; use the folder as it is, nothing needs importing")
@@ -67,24 +71,16 @@ def _plain(path: Path, tensors: dict[str, Tensor], messages: list[str]) -> dict[
     return tensors
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """A config.json of this family. Raises InputError when it is missing, broken, or of another family."""
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; an earlier checkpoint needs its config.json") from None
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error})") from None
-    kind = config.get("model_type") if isinstance(config, dict) else type(config).__name__
-    if kind not in FAMILY:
-        raise InputError(f"{path}: model_type is {kind!r}; expected {' or '.join(FAMILY)}: this is no Argonne model")
-    return dict(config)
-
-
 def _read_folder(folder: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     tensors: dict[str, Tensor] = {}
     for path in _weight_files(folder):
-        part = _read_safetensors(path) if path.suffix == ".safetensors" else _weights_in(path, unpickle(path))
+        try:
+            part = load_file(path) if path.suffix == ".safetensors" else _weights_in(path, unpickle(path))
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path}: cannot be read as safetensors ({error}); it is truncated or damaged, copy it again") from None
         for name in part.keys() & tensors.keys():
             raise InputError(f"{path}: {name} is in an earlier file of this folder too; keep one set of weights")
         tensors.update(part)
@@ -92,10 +88,21 @@ def _read_folder(folder: Path) -> dict[str, Tensor]:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The weights of a folder: what an index file names, else the usual file names, else the only file of a kind."""
+    """The weights of a folder: what an index file names, else the usual file names, else the only file of a kind.
+
+    A missing shard of an index is named here, not found out later as missing tensors.
+    """
     for index in (folder / "model.safetensors.index.json", folder / "pytorch_model.bin.index.json"):
-        if index.is_file():
-            return _indexed(index)
+        if not index.is_file():
+            continue
+        try:
+            wanted = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise InputError(f"{index}: cannot be read as a weight index ({error!r})") from None
+        for name in wanted:
+            if Path(name).name != name or not (folder / name).is_file():
+                raise InputError(f"{folder}: {name} is missing; {index.name} names {len(wanted)} files")
+        return [folder / name for name in wanted]
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).is_file():
             return [folder / name]
@@ -108,28 +115,6 @@ def _weight_files(folder: Path) -> list[Path]:
     raise InputError(f"{folder}: no weights in it; expected model.safetensors or pytorch_model.bin")
 
 
-def _indexed(index: Path) -> list[Path]:
-    """An index file names its shards: a missing one is named here, not found out later as missing tensors."""
-    try:
-        wanted = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise InputError(f"{index}: cannot be read as a weight index ({error!r})") from None
-    for name in wanted:
-        if Path(name).name != name or not (index.parent / name).is_file():
-            raise InputError(f"{index.parent}: {name} is missing; {index.name} names {len(wanted)} files")
-    return [index.parent / name for name in wanted]
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: cannot be read as safetensors ({error}); it is truncated or damaged, copy it again") from None
-
-
 def unpickle(path: Path) -> Any:
     """What a PyTorch file holds, mapped into memory where its format allows; nothing in it is executed. Raises InputError naming the cause.
 
@@ -140,11 +125,8 @@ def unpickle(path: Path) -> Any:
     import numpy
 
     scalar = numpy.float64(0).__reduce__()[0]
-    numbers: list[Any] = [
-        numpy.dtype,
-        numpy.dtypes.Float64DType,
-        *((scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
-    ]
+    named = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    numbers: list[Any] = [numpy.dtype, numpy.dtypes.Float64DType, *named]
     try:
         with open(path, "rb") as file:
             is_zip = file.read(4) == b"PK\x03\x04"
@@ -172,25 +154,9 @@ def _weights_in(path: Path, content: Any) -> dict[str, Tensor]:
     return dict(state)
 
 
-def _without_wrappers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names as the plain module has them: torch.compile and DDP put prefixes in front of and between the parts."""
-    plain: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        short = name
-        for wrapper in WRAPPERS:
-            short = short.replace(wrapper, "")
-        if short in plain and not torch.equal(plain[short], tensor):
-            raise InputError(
-                f"{name}: another tensor of the same name without its prefix has other values; the checkpoint contradicts itself"
-            )
-        plain[short] = tensor
-    return plain
-
-
 def _unfold_pipeline(path: Path, tensors: dict[str, Tensor], messages: list[str]) -> None:
     """pipeline_stages.{s}.{j}.* is layer s * blocks_per_stage + j; it may repeat blocks.*, and must then agree with it."""
-    staged = {name: _STAGE.fullmatch(name) for name in tensors if name.startswith("pipeline_stages.")}
-    matches = {name: match for name, match in staged.items() if match}
+    matches = {name: match for name in tensors if (match := _STAGE.fullmatch(name))}
     if not matches:
         return
     per_stage = 1 + max(int(match[2]) for match in matches.values())
@@ -207,27 +173,31 @@ def _unfold_pipeline(path: Path, tensors: dict[str, Tensor], messages: list[str]
     messages.append(f"pipelined checkpoint: {len(matches)} stage tensors, {per_stage} blocks a stage, {repeated} of them repeats")
 
 
+def config_folder(path: Path) -> Path | None:
+    """Where the config of a `.pt` lies, if it does: beside it, or a folder up."""
+    return next((folder for folder in (path.parent, path.parent.parent) if (folder / layout.MODEL_CONFIG).is_file()), None)
+
+
 def config_of_file(path: Path, tensors: dict[str, Tensor], messages: list[str]) -> dict[str, Any]:
     """The config that lies beside a `.pt`, or that of the released model whose shapes these are."""
-    for folder in (path.parent, path.parent.parent):
-        if (folder / layout.MODEL_CONFIG).is_file():
-            return read_config(folder / layout.MODEL_CONFIG)
+    if folder := config_folder(path):
+        return family_config(folder)
     fitting = [name for name, preset in presets().items() if _shapes_fit(preset.fields, tensors)]
     if len(fitting) != 1:
         what = f"fits {' and '.join(fitting)}" if fitting else "is the shape of no released model"
         raise InputError(f"{path}: a training checkpoint has no config, and it {what}; put the config.json of the model beside it")
     messages.append(f"no config.json beside {path.name}: its shapes are those of {fitting[0]}")
     fields = presets()[fitting[0]].fields
-    first = fields["position_embedding"] == "learned"
-    return {"model_type": "argonne" if first else "argonne2", **{name: value for name, value in fields.items() if value is not None}}
+    kind = "argonne" if fields["position_embedding"] == "learned" else "argonne2"
+    return {"model_type": kind, **{name: value for name, value in fields.items() if value is not None}}
 
 
 def _shapes_fit(fields: dict[str, Any], tensors: dict[str, Tensor]) -> bool:
     layers = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
     first = fields["position_embedding"] == "learned"
-    up = tensors.get("blocks.0.mlp.fc1.weight" if first else "blocks.0.mlp.up_proj.weight")
-    query = tensors.get("blocks.0.attn.query.weight" if first else "blocks.0.attn.q_proj.weight")
-    table = tensors.get("token_embedding.weight" if first else "embed_tokens.weight")
+    names = ("blocks.0.mlp.up_proj", "blocks.0.attn.q_proj", "embed_tokens")
+    names = ("blocks.0.mlp.fc1", "blocks.0.attn.query", "token_embedding") if first else names
+    up, query, table = (tensors.get(f"{name}.weight") for name in names)
     if up is None or query is None or table is None or layers != fields["num_hidden_layers"]:
         return False
     untied = first or not torch.equal(tensors.get("lm_head.weight", table), table)

@@ -58,10 +58,20 @@ def export_pt(model: Path, out: Path) -> dict[str, Any]:
         raise InputError(f"{out / layout.MODEL_CONFIG}: is the config of another model; choose another folder")
     content = _content(checkpoint, state, recipe, config)
     out.mkdir(parents=True, exist_ok=True)
-    _copy_tokenizer(checkpoint, out)
+    if not (out / layout.TOKENIZER).exists():
+        (out / layout.TOKENIZER).mkdir()
+        copy_tokenizer(checkpoint / layout.TOKENIZER, out / layout.TOKENIZER)
     write_json(out / layout.MODEL_CONFIG, earlier)
     _write(target, content)
-    position = content["data_position"]
+    position, messages = content["data_position"], []
+    if not isinstance(position, int):
+        messages.append(
+            "the data of this run is not one file read in order, which a cursor cannot describe: resume from it with --data-from-start"
+        )
+    if not recipe.optim.decay_all and recipe.optim.weight_decay:
+        messages.append(
+            f"one optimizer group: the earlier trainer decays norms too, by the {recipe.optim.weight_decay:g} that only matrices had here"
+        )
     return {
         "path": str(target),
         "source": str(checkpoint),
@@ -69,25 +79,12 @@ def export_pt(model: Path, out: Path) -> dict[str, Any]:
         "tokens_processed": content["tokens_processed"],
         "data_position": position,
         "parameters": sum(tensor.numel() for name, tensor in content["model_state_dict"].items() if not _is_copy(name, config)),
-        "messages": _messages(recipe, position),
+        "messages": messages,
     }
 
 
 def _is_copy(name: str, config: ArgonneConfig) -> bool:
     return config.tie_word_embeddings and name in HEADS
-
-
-def _messages(recipe: Recipe, position: Any) -> list[str]:
-    found = []
-    if not isinstance(position, int):
-        found.append(
-            "the data of this run is not one file read in order, which a cursor cannot describe: resume from it with --data-from-start"
-        )
-    if not recipe.optim.decay_all and recipe.optim.weight_decay:
-        found.append(
-            f"one optimizer group: the earlier trainer decays norms too, by the {recipe.optim.weight_decay:g} that only matrices had here"
-        )
-    return found
 
 
 def _checkpoint_of(model: Path) -> Path:
@@ -149,13 +146,16 @@ def _content(checkpoint: Path, state: dict[str, Any], recipe: Recipe, config: Ar
     weights = {earlier: tensors[f"model.{name}"] for earlier, name in names.items()}
     if config.tie_word_embeddings:
         weights["lm_head.weight"] = weights["embed_tokens.weight"]
-    rate, loss = _rate(checkpoint, state, recipe), _loss(checkpoint, state["step"])
-    group, schedule = _group_and_schedule(recipe, rate, state["step"])
+    # The rate of the next step: the schedule's where the length of the run is known, else the peak.
+    manifest, step = checkpoint.parent / layout.MANIFEST, state["step"]
+    total = read_json(manifest).get("total_steps") if manifest.is_file() else recipe.train.steps
+    rate = learning_rate(step, int(total), recipe.optim, recipe.schedule) if total else recipe.optim.lr
+    group, schedule = _group_and_schedule(recipe, rate, step)
     moments = {number: {key: tensors[f"optim.{key}.{name}"] for key in ("step", *MOMENTS)} for number, name in enumerate(names.values())}
     return {
-        "global_step": state["step"],
+        "global_step": step,
         "tokens_processed": state["tokens"],
-        "loss": loss,
+        "loss": _loss(checkpoint, step),
         "data_position": None,
         "model_state_dict": weights,
         "optimizer_state_dict": {"state": moments, "param_groups": [{**group, "params": list(range(len(names)))}]},
@@ -179,13 +179,6 @@ def _earlier_names(checkpoint: Path, tensors: dict[str, Tensor], config: Argonne
     if frozen:
         raise InputError(f"{checkpoint}: {frozen[0]} has no optimizer state, which the earlier trainer needs for every parameter")
     return {name: names[name] for name in class_order(names, CLASSES[0])}
-
-
-def _rate(checkpoint: Path, state: dict[str, Any], recipe: Recipe) -> float:
-    """The rate of the next step: the schedule's where the length of the run is known, else the peak."""
-    manifest = checkpoint.parent / layout.MANIFEST
-    total = read_json(manifest).get("total_steps") if manifest.is_file() else recipe.train.steps
-    return learning_rate(state["step"], int(total), recipe.optim, recipe.schedule) if total else recipe.optim.lr
 
 
 def _loss(checkpoint: Path, step: int) -> float | None:
@@ -230,12 +223,6 @@ def _position(state: dict[str, Any]) -> dict[str, Any]:
         "dataset_base_global_step": phases[first]["first_step"] if first else 0,
         "dataset_base_tokens_processed": before,
     }
-
-
-def _copy_tokenizer(checkpoint: Path, out: Path) -> None:
-    if not (out / layout.TOKENIZER).exists():
-        (out / layout.TOKENIZER).mkdir()
-        copy_tokenizer(checkpoint / layout.TOKENIZER, out / layout.TOKENIZER)
 
 
 def _write(target: Path, content: dict[str, Any]) -> None:

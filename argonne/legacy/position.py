@@ -51,13 +51,12 @@ def carried_position(file: TrainingFile, recipe: Recipe, *, from_start: bool) ->
     past = f"before {file.path.name}"
     earlier = PhaseSource(past, f"earlier:{past}", "1", Position())
     length = batch_at(recipe.batch, recipe.data, file.step)[1]
-    everything = [_Part(file.step, file.tokens, earlier)]
     shown = _shown(file.content.get("data_position"))
     if from_start:
         _check_length_key(file, recipe)
-        return Carried(
-            _state(file, recipe, everything, length, {}, mask=recipe.data.document_mask), f"the data from its start (was at {shown})"
-        )
+        parts = [_Part(file.step, file.tokens, earlier)]
+        state = _state(file, recipe, parts, length, {}, mask=recipe.data.document_mask)
+        return Carried(state, f"the data from its start (was at {shown})")
     try:
         if recipe.data.input or len(recipe.data.sources) != 1:
             raise _Unknown("the recipe's data is not one token file")
@@ -75,19 +74,16 @@ def carried_position(file: TrainingFile, recipe: Recipe, *, from_start: bool) ->
     if len(parts) != 1 or parts[0].source is earlier:
         _check_length_key(file, recipe)
     source = data.sources[0]
-    places = {source.tokens.fingerprint: dataclasses.asdict(position)}
+    state = _state(file, recipe, parts, length, {source.tokens.fingerprint: dataclasses.asdict(position)}, mask=False)
     passes = f" of pass {position.epoch + 1}" if position.epoch else ""
-    return Carried(
-        _state(file, recipe, parts, length, places, mask=False),
-        f"{source.name} goes on at token {position.used:,}{passes}, row {position.used // length:,} of {length:,} tokens",
-    )
+    at = f"token {position.used:,}{passes}, row {position.used // length:,} of {length:,} tokens"
+    return Carried(state, f"{source.name} goes on at {at}")
 
 
 def _shown(position: Any) -> str:
     if isinstance(position, dict):
-        return (
-            ", ".join(f"{name} = {value!r}" for name, value in position.items() if isinstance(value, int | float | str))[:300] or "a table"
-        )
+        plain = [f"{name} = {value!r}" for name, value in position.items() if isinstance(value, int | float | str)]
+        return ", ".join(plain)[:300] or "a table"
     return f"token {position:,}" if isinstance(position, int) else repr(position)[:300]
 
 

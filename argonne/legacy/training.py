@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from argonne import layout
 from argonne.errors import InputError
 from argonne.legacy.convert import modern_config, modern_name, modern_state
-from argonne.legacy.earlier import Earlier, config_of_file, read_config, unpickle, weights_of_file
+from argonne.legacy.earlier import Earlier, config_folder, config_of_file, unpickle, weights_of_file
 from argonne.model.configuration_argonne import ArgonneConfig
 from argonne.train.checkpoint import run_tensors
 
@@ -102,7 +102,10 @@ def read_training_file(path: Path, given: Mapping[str, Any]) -> TrainingFile:
             f"{path}: {missing[0]} is missing, so training cannot go on from it; for its weights alone: `argonne import {path} --out DIR`, "
             "then --init-from DIR"
         )
-    step, tokens = (_count(path, content, name) for name in ("global_step", "tokens_processed"))
+    step, tokens = content["global_step"], content["tokens_processed"]
+    for name, value in (("global_step", step), ("tokens_processed", tokens)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise InputError(f"{path}: {name} is {value!r}, expected a whole number from 0 on")
     if tokens < step:
         raise InputError(
             f"{path}: tokens_processed is {tokens:,}, fewer than the {step:,} steps of global_step; the file contradicts itself"
@@ -115,20 +118,12 @@ def read_training_file(path: Path, given: Mapping[str, Any]) -> TrainingFile:
     return TrainingFile(path, step, tokens, content, tensors, config, messages)
 
 
-def _count(path: Path, content: dict[str, Any], name: str) -> int:
-    value = content[name]
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise InputError(f"{path}: {name} is {value!r}, expected a whole number from 0 on")
-    return value
-
-
 def _config_of(path: Path, tensors: dict[str, Tensor], given: Mapping[str, Any], messages: list[str]) -> ArgonneConfig | None:
     """The config beside the file; else none where the recipe gives the sizes, or that of the released model of these shapes."""
-    place = next((folder for folder in (path.parent, path.parent.parent) if (folder / layout.MODEL_CONFIG).is_file()), None)
+    place = config_folder(path)
     if place is None and "hidden_size" in given:
         return None
-    raw = read_config(place / layout.MODEL_CONFIG) if place is not None else config_of_file(path, tensors, messages)
-    earlier = Earlier(place or path, raw, tensors)
+    earlier = Earlier(place or path, config_of_file(path, tensors, messages), tensors)
     config = modern_config(earlier, "as-config" if given.get("sliding_window") else "full")
     if earlier.messages and "layer_types" not in given:
         messages.append(
@@ -180,9 +175,17 @@ def training_tensors(file: TrainingFile, config: ArgonneConfig) -> dict[str, Ten
         entry = state.get(number)
         if not isinstance(entry, dict):
             raise InputError(f"{file.path}: optimizer_state_dict has no state of parameter {number} ({earlier_name})")
-        values[f"optim.step.{name}"] = _step_count(file.path, entry, number, earlier_name)
+        what = f"of parameter {number} ({earlier_name}) is"
+        step = torch.tensor(float(entry["step"])) if isinstance(entry.get("step"), int | float) else entry.get("step")
+        if not isinstance(step, Tensor) or step.numel() != 1:
+            raise InputError(f"{file.path}: optimizer_state_dict: the step {what} {step!r}, expected one number")
+        values[f"optim.step.{name}"] = step.reshape(())
+        shape = tuple(file.tensors[earlier_name].shape)
         for moment in MOMENTS:
-            tensor = _moment(file, entry, moment, number, earlier_name)
+            tensor = entry.get(moment)
+            found = tuple(tensor.shape) if isinstance(tensor, Tensor) else tensor
+            if not isinstance(tensor, Tensor) or found != shape:
+                raise InputError(f"{file.path}: optimizer_state_dict: {moment} {what} {found}, expected shape {shape}")
             values[f"optim.{moment}.{name}"] = tensor.reshape(-1, *tensor.shape[-1:])[: len(weights[name])] if tensor.dim() > 1 else tensor
     return values
 
@@ -204,28 +207,13 @@ def _optimizer_state(file: TrainingFile, count: int) -> dict[Any, Any]:
     return state
 
 
-def _step_count(path: Path, entry: dict[str, Any], number: int, name: str) -> Tensor:
-    value = entry.get("step")
-    if isinstance(value, Tensor) and value.numel() == 1:
-        return value.reshape(())
-    if isinstance(value, int | float):
-        return torch.tensor(float(value))
-    raise InputError(f"{path}: optimizer_state_dict: the step of parameter {number} ({name}) is {value!r}, expected one number")
-
-
-def _moment(file: TrainingFile, entry: dict[str, Any], moment: str, number: int, name: str) -> Tensor:
-    value, expected = entry.get(moment), tuple(file.tensors[name].shape)
-    if isinstance(value, Tensor) and tuple(value.shape) == expected:
-        return value
-    found = tuple(value.shape) if isinstance(value, Tensor) else value
-    raise InputError(f"{file.path}: optimizer_state_dict: {moment} of parameter {number} ({name}) is {found}, expected shape {expected}")
-
-
 def restore(file: TrainingFile, model: nn.Module, optimizer: torch.optim.Optimizer, say: Callable[[str], None]) -> None:
     """Fill the model and AdamW of a run from the file, all or nothing; say what was trimmed and what of the optimizer's settings differs.
 
     What was read is let go: a file of the old, unmapped format lies in memory whole.
     """
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
     wanted = run_tensors(model, optimizer)
     if any(name.startswith("optim.momentum.") for name in wanted):
         raise InputError(
@@ -239,20 +227,14 @@ def restore(file: TrainingFile, model: nn.Module, optimizer: torch.optim.Optimiz
             raise InputError(f"{file.path}: found {found} for {name}, expected shape {tuple(target.shape)}")
     with torch.no_grad():
         for name, target in wanted.items():
-            _fill(target, values[name])
+            value = values[name]
+            if isinstance(target, DTensor):  # sharded: this rank's part of the whole
+                value = distribute_tensor(value.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
+            target.copy_(value)
     for message in [*file.messages, *_differences(file, optimizer)]:
         say(message)
     file.tensors.clear()
     file.content.clear()
-
-
-def _fill(target: Tensor, value: Tensor) -> None:
-    """Copy a whole tensor into a plain one, or this rank's part of it into a sharded one."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    if isinstance(target, DTensor):
-        value = distribute_tensor(value.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
-    target.copy_(value)
 
 
 def _differences(file: TrainingFile, optimizer: torch.optim.Optimizer) -> list[str]:

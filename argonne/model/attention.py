@@ -8,7 +8,7 @@ part of a row). Only cached decoding, and masks that fit no plan, carry a dense 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,26 +18,10 @@ from transformers.masking_utils import AttentionMaskInterface, create_causal_mas
 from transformers.modeling_utils import AttentionInterface
 
 from .configuration_argonne import FULL, SLIDING
-from .fused import Segments
+from .fused import MaskPlan, Segments
 from .kernels import choose_kernel, run_kernel
 
 IMPLEMENTATION = "argonne"
-
-
-@dataclass(frozen=True)
-class MaskPlan:
-    """What a query sees besides "not the future".
-
-    window: keys it sees, itself included (None = all). segments: what it may not look out of. dense: (B, 1, Tq, Tk) bool, True = visible,
-    replaces all else. own_keys: attend to this call's keys and values, not to what the cache returns (training, and the first call with an
-    empty cache of any class). memo: what a kernel makes of the plan once and reads in every layer.
-    """
-
-    window: int | None = None
-    segments: Segments | None = None
-    dense: Tensor | None = None
-    own_keys: bool = True
-    memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -76,10 +60,7 @@ def segments_of(
             return "dense"
         # Positions of padding mean nothing: generation gives them all the same, which would make each a document.
         starts = edges if starts is None else edges | (starts & before & after)
-    if starts is None:
-        return None
-    found = starts.nonzero()
-    if found.shape[0] == 0:
+    if starts is None or (found := starts.nonzero()).shape[0] == 0:
         return None
     inner = found[:, 0] * length + found[:, 1] + 1
     whole = torch.arange(rows + 1, device=inner.device) * length
@@ -94,44 +75,24 @@ def plan_masks(
     attention_mask: None, (B, Tk) with 1 = real token, a finished 4-D mask, or what `generate` prepares (a dict by layer type).
     """
     kinds = dict.fromkeys(config.layer_types)
+    ours = config._attn_implementation == IMPLEMENTATION
     if isinstance(attention_mask, dict):
-        prepared = {kind: attention_mask.get(kind) for kind in kinds}
-        return _from_prepared(prepared, cache) if config._attn_implementation == IMPLEMENTATION else prepared
-    if config._attn_implementation != IMPLEMENTATION:
-        return _stock_masks(config, kinds, hidden, attention_mask, position_ids, cache)
-    if attention_mask is not None and attention_mask.dim() == 4:
-        return {kind: MaskPlan(dense=attention_mask, own_keys=cache is None) for kind in kinds}
-    past = 0 if cache is None else int(cache.get_seq_length())
-    mask = None if attention_mask is None else attention_mask.to(torch.bool)
-    if mask is not None and bool(mask.all()):
-        mask = None
-    if past == 0 and (mask is None or mask.shape[1] == hidden.shape[1]):
-        shape = (hidden.shape[0], hidden.shape[1])
-        segments = segments_of(position_ids if explicit_positions else None, mask, shape, hidden.device)
-        if not isinstance(segments, str):
-            return {kind: MaskPlan(config.sliding_window if kind == SLIDING else None, segments) for kind in kinds}
-    return _from_prepared(_stock_masks(config, kinds, hidden, attention_mask, position_ids, cache), cache)
-
-
-def _from_prepared(masks: Mapping[str, Any], cache: Cache | None) -> dict[str, Any]:
-    return {kind: MaskPlan(dense=mask, own_keys=cache is None) for kind, mask in masks.items()}
-
-
-def _stock_masks(
-    config: Any, kinds: Mapping[str, None], hidden: Tensor, attention_mask: Any, position_ids: Tensor, cache: Cache | None
-) -> dict[str, Any]:
-    """transformers' own masks: 4-D tensors, block masks or None, whatever the named implementation wants."""
-    makers = {FULL: create_causal_mask, SLIDING: create_sliding_window_causal_mask}
-    return {
-        kind: makers[kind](
-            config=config,
-            inputs_embeds=hidden,
-            attention_mask=attention_mask,
-            past_key_values=cache,
-            position_ids=position_ids.to(hidden.device),
-        )
-        for kind in kinds
-    }
+        masks = {kind: attention_mask.get(kind) for kind in kinds}
+    elif ours and attention_mask is not None and attention_mask.dim() == 4:
+        masks = dict.fromkeys(kinds, attention_mask)
+    else:
+        mask = None if not ours or attention_mask is None or bool(attention_mask.all()) else attention_mask.to(torch.bool)
+        empty = cache is None or int(cache.get_seq_length()) == 0
+        if ours and empty and (mask is None or mask.shape[1] == hidden.shape[1]):
+            shape = (hidden.shape[0], hidden.shape[1])
+            segments = segments_of(position_ids if explicit_positions else None, mask, shape, hidden.device)
+            if not isinstance(segments, str):
+                return {kind: MaskPlan(config.sliding_window if kind == SLIDING else None, segments) for kind in kinds}
+        # transformers' own: 4-D tensors, block masks or None, whatever the named implementation wants.
+        makers = {FULL: create_causal_mask, SLIDING: create_sliding_window_causal_mask}
+        given = {"config": config, "inputs_embeds": hidden, "attention_mask": attention_mask, "past_key_values": cache}
+        masks = {kind: makers[kind](**given, position_ids=position_ids.to(hidden.device)) for kind in kinds}
+    return {kind: MaskPlan(dense=mask, own_keys=cache is None) for kind, mask in masks.items()} if ours else masks
 
 
 def argonne_attention(
@@ -155,18 +116,12 @@ def argonne_attention(
     if plan.window is not None and plan.window >= query.shape[2]:
         plan = replace(plan, window=None)  # it hides nothing
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    wanted = getattr(module, "attention_kernel", "auto")
-    kernel = choose_kernel(wanted, query, key, value, plan, dropout)
+    kernel = choose_kernel(getattr(module, "attention_kernel", "auto"), query, key, value, plan, dropout)
     output, path = run_kernel(kernel, query, key, value, plan, scale, dropout)
     if getattr(module, "attention_path", None) != path:
         module.attention_path = path  # type: ignore[assignment]
     return output, None
 
 
-def register_attention() -> None:
-    """Make `argonne` a name of transformers' attention interface. Without its mask function masks would arrive as None unnoticed."""
-    AttentionInterface.register(IMPLEMENTATION, argonne_attention)
-    AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
-
-
-__all__ = ["IMPLEMENTATION", "LayerInputs", "MaskPlan", "argonne_attention", "plan_masks", "register_attention", "segments_of"]
+AttentionInterface.register(IMPLEMENTATION, argonne_attention)
+AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)  # without it masks would arrive as None unnoticed

@@ -1,4 +1,4 @@
-"""Fields to config, config to model, config to a parameter count."""
+"""Fields to config, config to model, config to a parameter count, and the presets as `argonne models` shows them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from argonne.model.configuration_argonne import Argonne1Config, ArgonneConfig
 from argonne.model.fused import Segments
 from argonne.model.kernels import choose_kernel
 from argonne.model.modeling_argonne import ArgonneForCausalLM
+from argonne.presets import presets
 
 RESIDUAL = ("o_proj", "down_proj")
 
@@ -40,6 +41,7 @@ def config_from_fields(fields: Mapping[str, Any]) -> ArgonneConfig:
         raise InputError(f"model: {error}") from None
 
 
+@torch.no_grad()
 def build_model(
     config: ArgonneConfig,
     *,
@@ -48,43 +50,33 @@ def build_model(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> ArgonneForCausalLM:
-    """A fresh model whose weights depend on the seed and the config alone, not on the global random state or the device."""
+    """A fresh model whose weights depend on the seed and the config alone, not on the global random state or the device.
+
+    They are filled in the order of the parameters' names. scaled: normal 0.02, residual output projections 0.02 / sqrt(2 L) (GPT-2).
+    argonne: the earlier code's widths, normal H^-0.5 and (2 L)^-0.5 for the residual ones (1.x: 0.02 everywhere). Norms 1, biases 0.
+    """
     if initializer not in ("scaled", "argonne"):
         raise InputError(f"model.initializer is {initializer!r}; expected scaled or argonne")
     with torch.device("meta"):
         model = ArgonneForCausalLM(config)
     model.to_empty(device="cpu")
     model.tie_weights()
-    initialize(model, initializer, seed)
-    nn.Module.to(model, device=device, dtype=dtype)
-    return model
-
-
-@torch.no_grad()
-def initialize(model: ArgonneForCausalLM, initializer: str, seed: int) -> None:
-    """Fill the weights in place, in the order of the parameters' names.
-
-    scaled: normal 0.02, residual output projections 0.02 / sqrt(2 L) (GPT-2). argonne: the earlier code's widths, normal H^-0.5 and
-    (2 L)^-0.5 for the residual ones (1.x: 0.02 everywhere). Norms 1, biases 0.
-    """
-    config = model.config
     generator = torch.Generator().manual_seed(seed)
     depth = 2 * config.num_hidden_layers
     first_generation = isinstance(config, Argonne1Config)
     std = config.initializer_range if initializer == "scaled" or first_generation else config.hidden_size**-0.5
     residual = std / math.sqrt(depth) if initializer == "scaled" else (std if first_generation else depth**-0.5)
     for name, module in sorted(model.named_modules()):
+        if name == "lm_head" and config.tie_word_embeddings:
+            continue
         if isinstance(module, nn.Linear | nn.Embedding):
-            if name == "lm_head" and config.tie_word_embeddings:
-                continue
-            width = residual if name.rsplit(".", 1)[-1] in RESIDUAL else std
-            module.weight.normal_(0.0, width, generator=generator)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                module.bias.zero_()
+            module.weight.normal_(0.0, residual if name.rsplit(".", 1)[-1] in RESIDUAL else std, generator=generator)
         elif getattr(module, "weight", None) is not None:
             module.weight.fill_(1.0)
-            if getattr(module, "bias", None) is not None:
-                module.bias.zero_()
+        if getattr(module, "bias", None) is not None:
+            module.bias.zero_()
+    nn.Module.to(model, device=device, dtype=dtype)
+    return model
 
 
 def check_attention(model: ArgonneForCausalLM, kernel: str, dtype: torch.dtype, *, documents: bool = False) -> set[str]:
@@ -108,4 +100,29 @@ def count_parameters(config: ArgonneConfig) -> int:
     with torch.device("meta"):
         model = ArgonneForCausalLM(config)
     model.tie_weights()
-    return sum(parameter.numel() for parameter in {id(p): p for p in model.parameters()}.values())
+    return int(model.num_parameters())
+
+
+def describe_presets() -> list[dict[str, Any]]:
+    """One dictionary a preset; `parameters` is counted from real modules on the meta device."""
+    rows = []
+    for preset in presets().values():
+        config = config_from_fields(preset.fields)
+        rows.append(
+            {
+                "name": preset.name,
+                "parameters": count_parameters(config),
+                "layers": config.num_hidden_layers,
+                "hidden": config.hidden_size,
+                "heads": config.num_attention_heads,
+                "kv_heads": config.num_key_value_heads,
+                "head_dim": config.head_dim,
+                "mlp": config.intermediate_size,
+                "context": config.max_position_embeddings,
+                "vocabulary": config.vocab_size,
+                "window": config.sliding_window,
+                "status": preset.status,
+                "tokenizer": preset.tokenizer,
+            }
+        )
+    return rows

@@ -20,13 +20,8 @@ _ALIASES = {
 }
 # Training switches and unused fields of earlier configs: no architecture, so they are not carried along.
 _NOT_ARCHITECTURE = (
-    "use_flash_attention",
-    "use_flash_attn",
-    "use_gradient_checkpointing",
-    "z_loss_weight",
-    "mtp_horizon",
-    "mtp_loss_weight",
-    "loss_chunk_size",
+    *("use_flash_attention", "use_flash_attn", "use_gradient_checkpointing"),
+    *("z_loss_weight", "mtp_horizon", "mtp_loss_weight", "loss_chunk_size"),
 )
 
 
@@ -107,7 +102,20 @@ class ArgonneConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // max(1, self.num_attention_heads)
         if self.intermediate_size is None:
             self.intermediate_size = -(-int(8 * self.hidden_size / 3) // 256) * 256 if self.mlp_gated else 4 * self.hidden_size
-        self._resolve_window(kwargs)
+        # No layer_types means full attention: earlier configs advertise a window that no released weights were trained with.
+        advertised = kwargs.pop("local_attention_window", None) or self.sliding_window
+        interleaved = kwargs.pop("interleaved_local_attention", True)
+        if self.layer_types is None:
+            if advertised and interleaved:
+                warnings.warn(
+                    f"this config names a window of {advertised} but no layer_types: read as full attention on every layer, as released "
+                    "weights were trained (`argonne import --attention as-config` keeps the window)",
+                    stacklevel=2,
+                )
+            self.layer_types = [FULL] * self.num_hidden_layers
+        self.layer_types = list(self.layer_types)
+        if SLIDING not in self.layer_types:
+            self.sliding_window = None
         if not self.final_logit_softcapping:
             self.final_logit_softcapping = None
         super().__post_init__(**kwargs)
@@ -126,22 +134,6 @@ class ArgonneConfig(PreTrainedConfig):
         for name in _NOT_ARCHITECTURE:
             kwargs.pop(name, None)
 
-    def _resolve_window(self, kwargs: dict[str, Any]) -> None:
-        """No `layer_types` means full attention: earlier configs advertise a window that no released weights were trained with."""
-        advertised = kwargs.pop("local_attention_window", None) or self.sliding_window
-        interleaved = kwargs.pop("interleaved_local_attention", True)
-        if self.layer_types is None:
-            if advertised and interleaved:
-                warnings.warn(
-                    f"this config names a window of {advertised} but no layer_types: read as full attention on every layer, as released "
-                    "weights were trained (`argonne import --attention as-config` keeps the window)",
-                    stacklevel=2,
-                )
-            self.layer_types = [FULL] * self.num_hidden_layers
-        self.layer_types = list(self.layer_types)
-        if SLIDING not in self.layer_types:
-            self.sliding_window = None
-
     def check_architecture(self) -> None:
         """Raise ValueError naming the first field that cannot be, its value and what it must be."""
         sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
@@ -153,16 +145,18 @@ class ArgonneConfig(PreTrainedConfig):
             raise ValueError(
                 f"num_attention_heads is {self.num_attention_heads}, not a multiple of num_key_value_heads = {self.num_key_value_heads}"
             )
-        choices = {
-            "position_embedding": ("rope", "learned"),
-            "norm_type": ("rms", "layer"),
-            "hidden_act": ("silu", "gelu"),
-        }
+        choices = {"position_embedding": ("rope", "learned"), "norm_type": ("rms", "layer"), "hidden_act": ("silu", "gelu")}
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(known)}")
         if self.position_embedding == "rope":
-            self._check_rotary()
+            if self.head_dim % 2:
+                raise ValueError(f"head_dim is {self.head_dim}; rotary positions need an even number")
+            rope = self.rope_parameters or {}
+            if rope.get("rope_type", "default") != "default":
+                raise ValueError(f"rope_parameters.rope_type is {rope['rope_type']!r}; Argonne models know 'default' only")
+            if not rope.get("rope_theta") or rope["rope_theta"] <= 0:
+                raise ValueError(f"rope_parameters.rope_theta is {rope.get('rope_theta')!r}; expected a positive number")
         assert self.layer_types is not None
         if len(self.layer_types) != self.num_hidden_layers:
             raise ValueError(f"layer_types has {len(self.layer_types)} entries; expected num_hidden_layers = {self.num_hidden_layers}")
@@ -173,16 +167,6 @@ class ArgonneConfig(PreTrainedConfig):
             raise ValueError(f"sliding_window is {self.sliding_window!r}; a {SLIDING} layer needs a whole number of keys from 1 on")
         if self.final_logit_softcapping is not None and self.final_logit_softcapping < 0:
             raise ValueError(f"final_logit_softcapping is {self.final_logit_softcapping!r}; expected a positive number, or 0 for none")
-
-    def _check_rotary(self) -> None:
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim is {self.head_dim}; rotary positions need an even number")
-        kind = (self.rope_parameters or {}).get("rope_type", "default")
-        if kind != "default":
-            raise ValueError(f"rope_parameters.rope_type is {kind!r}; Argonne models know 'default' only")
-        theta = (self.rope_parameters or {}).get("rope_theta")
-        if not theta or theta <= 0:
-            raise ValueError(f"rope_parameters.rope_theta is {theta!r}; expected a positive number")
 
 
 class Argonne1Config(ArgonneConfig):
@@ -214,6 +198,3 @@ class Argonne1Config(ArgonneConfig):
         if dropout is not None:
             self.attention_dropout = self.hidden_dropout = dropout
         super()._read_earlier_names(kwargs)
-
-
-__all__ = ["Argonne1Config", "ArgonneConfig"]

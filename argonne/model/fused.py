@@ -9,9 +9,9 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,29 +39,21 @@ class Segments:
         longest = max(lengths) if lengths is not None and device.type == "cpu" else length
         return Segments(cuts.to(device=device, dtype=torch.int32, non_blocking=True), lengths, longest)
 
-    @staticmethod
-    def rows(rows: int, length: int, device: torch.device) -> Segments:
-        """Each row a segment."""
-        return Segments(torch.arange(rows + 1, device=device, dtype=torch.int32) * length, None, length)
 
+@dataclass(frozen=True)
+class MaskPlan:
+    """What a query sees besides "not the future".
 
-class Plan(Protocol):
-    """`attention.MaskPlan`, seen from the kernels."""
+    window: keys it sees, itself included (None = all). segments: what it may not look out of. dense: (B, 1, Tq, Tk) bool, True = visible,
+    replaces all else. own_keys: attend to this call's keys and values, not to what the cache returns (training, and the first call with an
+    empty cache of any class). memo: what a kernel makes of the plan once and reads in every layer.
+    """
 
-    @property
-    def window(self) -> int | None: ...
-    @property
-    def segments(self) -> Segments | None: ...
-    @property
-    def dense(self) -> Tensor | None: ...
-    @property
-    def memo(self) -> dict[str, Any]: ...
-
-
-def shape_of(plan: Plan) -> str:
-    """The plan in a word, for the name of a path."""
-    words = (["documents"] if plan.segments is not None else []) + (["window"] if plan.window is not None else [])
-    return "-".join(words) or "causal"
+    window: int | None = None
+    segments: Segments | None = None
+    dense: Tensor | None = None
+    own_keys: bool = True
+    memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 def pad_heads(x: Tensor, width: int) -> Tensor:
@@ -84,9 +76,7 @@ def flash_library(capability: tuple[int, int]) -> tuple[str, Callable[..., Any],
     """
     candidates = (("flash_attn_interface", (9, 0)), ("flash_attn", (8, 0)), ("flash_attn.cute", (9, 0)))
     for name, lowest in candidates:
-        if capability < lowest or importlib.util.find_spec(name.split(".")[0]) is None:
-            continue
-        if "." in name and importlib.util.find_spec(name) is None:
+        if capability < lowest or importlib.util.find_spec(name.split(".")[0]) is None or importlib.util.find_spec(name) is None:
             continue
         module = importlib.import_module(name)
         if hasattr(module, "flash_attn_func") and hasattr(module, "flash_attn_varlen_func"):
@@ -94,7 +84,7 @@ def flash_library(capability: tuple[int, int]) -> tuple[str, Callable[..., Any],
     return None
 
 
-def why_not_flash(query: Tensor, key: Tensor, plan: Plan, dropout: float) -> str | None:
+def why_not_flash(query: Tensor, key: Tensor, plan: MaskPlan, dropout: float) -> str | None:
     if query.device.type != "cuda":
         return f"FlashAttention needs a CUDA device, this is {query.device.type}"
     library = flash_library(torch.cuda.get_device_capability(query.device))
@@ -105,7 +95,7 @@ def why_not_flash(query: Tensor, key: Tensor, plan: Plan, dropout: float) -> str
     return _why_not_half(query, key, plan)
 
 
-def _why_not_half(query: Tensor, key: Tensor, plan: Plan) -> str | None:
+def _why_not_half(query: Tensor, key: Tensor, plan: MaskPlan) -> str | None:
     """What FlashAttention and varlen share."""
     if query.dtype not in HALF:
         return f"it computes in fp16 or bf16, the queries are {query.dtype}"
@@ -118,24 +108,20 @@ def _why_not_half(query: Tensor, key: Tensor, plan: Plan) -> str | None:
     return None
 
 
-def flash_attention(query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: float, dropout: float) -> Tensor:
-    """FlashAttention 2 or later: a window as its window, segments as cumulative lengths."""
-    library = flash_library(torch.cuda.get_device_capability(query.device))
-    assert library is not None
-    return call_flash(library[1], library[2], query, key, value, plan, scale, dropout)
-
-
 def call_flash(
     whole: Callable[..., Any],
     ragged: Callable[..., Any],
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    plan: Plan,
+    plan: MaskPlan,
     scale: float,
     dropout: float,
 ) -> Tensor:
-    """The arguments of flash_attn_func or flash_attn_varlen_func for a plan. Window (W - 1, 0): W keys, the own one included."""
+    """FlashAttention 2 or later, whose flash_attn_func and flash_attn_varlen_func are given.
+
+    A window is its window (W - 1, 0): W keys, the own one included. Segments are cumulative lengths.
+    """
     rows, heads, length, size = query.shape
     width = -(-size // 8) * 8
     settings: dict[str, Any] = {"softmax_scale": scale, "causal": True}
@@ -144,8 +130,7 @@ def call_flash(
     if dropout:
         settings["dropout_p"] = dropout
     if plan.segments is None:
-        tensors = [pad_heads(x.transpose(1, 2), width) for x in (query, key, value)]
-        found = whole(*tensors, **settings)
+        found = whole(*(pad_heads(x.transpose(1, 2), width) for x in (query, key, value)), **settings)
     else:
         tensors = [_flatten(x, width) for x in (query, key, value)]
         cuts, longest = plan.segments.cumulative, plan.segments.longest
@@ -167,7 +152,7 @@ def varlen_function() -> tuple[Callable[..., Any], frozenset[str]] | None:
     return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
 
 
-def why_not_varlen(query: Tensor, key: Tensor, plan: Plan, dropout: float) -> str | None:
+def why_not_varlen(query: Tensor, key: Tensor, plan: MaskPlan, dropout: float) -> str | None:
     if query.device.type != "cuda":
         return f"varlen attention needs a CUDA device, this is {query.device.type}"
     found = varlen_function()
@@ -182,18 +167,11 @@ def why_not_varlen(query: Tensor, key: Tensor, plan: Plan, dropout: float) -> st
     return _why_not_half(query, key, plan)
 
 
-def varlen_attention(query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: float) -> Tensor:
-    """torch's own ragged FlashAttention."""
-    found = varlen_function()
-    assert found is not None
-    return call_varlen(found[0], query, key, value, plan, scale)
-
-
-def call_varlen(function: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: float) -> Tensor:
-    """The arguments of varlen_attn for a plan; (-1, 0) is causal without a window."""
+def call_varlen(function: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, scale: float) -> Tensor:
+    """torch's own ragged FlashAttention, its varlen_attn; the window (-1, 0) is causal without one."""
     rows, heads, length, size = query.shape
     width = -(-size // 8) * 8
-    segments = plan.segments or Segments.rows(rows, length, query.device)
+    segments = plan.segments or Segments(torch.arange(rows + 1, device=query.device, dtype=torch.int32) * length, None, length)
     settings: dict[str, Any] = {"scale": scale, "window_size": (-1 if plan.window is None else plan.window - 1, 0)}
     if heads != key.shape[1]:
         settings["enable_gqa"] = True
@@ -206,7 +184,7 @@ def call_varlen(function: Callable[..., Any], query: Tensor, key: Tensor, value:
 # --- flex attention -------------------------------------------------------------------------------------------------------------------
 
 
-def why_not_flex(query: Tensor, key: Tensor, value: Tensor, plan: Plan, dropout: float) -> str | None:
+def why_not_flex(query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, dropout: float) -> str | None:
     if query.device.type not in ("cuda", "cpu"):
         return f"flex attention needs a CUDA device, this is {query.device.type}"
     if query.device.type == "cpu" and torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
@@ -224,13 +202,12 @@ def why_not_flex(query: Tensor, key: Tensor, value: Tensor, plan: Plan, dropout:
     return None
 
 
-def mask_function(plan: Plan, rows: int, length: int, device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+def mask_function(plan: MaskPlan, rows: int, length: int, device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """The plan as flex attention's mask_mod(batch, head, query, key)."""
-    window, segments = plan.window, plan.segments
-    number: Tensor | None = None
-    if segments is not None:
+    window, number = plan.window, None
+    if plan.segments is not None:
         tokens = torch.arange(rows * length, device=device, dtype=torch.int32)
-        number = torch.searchsorted(segments.cumulative, tokens, right=True).view(rows, length)
+        number = torch.searchsorted(plan.segments.cumulative, tokens, right=True).view(rows, length)
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         seen = key <= query
@@ -251,7 +228,7 @@ def _compiled_flex() -> Callable[..., Any]:
     return compiled
 
 
-def flex_attention(query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: float) -> Tensor:
+def flex_attention(query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, scale: float) -> Tensor:
     """torch's flex attention; the block mask is made once a plan. Compiled on CUDA: uncompiled it would hold all scores."""
     from torch.nn.attention.flex_attention import create_block_mask
     from torch.nn.attention.flex_attention import flex_attention as plain
@@ -270,17 +247,19 @@ def flex_attention(query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale:
     return output[..., :size].transpose(1, 2)
 
 
-__all__ = [
-    "Plan",
-    "Segments",
-    "call_flash",
-    "call_varlen",
-    "flash_attention",
-    "flex_attention",
-    "mask_function",
-    "shape_of",
-    "varlen_attention",
-    "why_not_flash",
-    "why_not_flex",
-    "why_not_varlen",
-]
+# --- any of them ----------------------------------------------------------------------------------------------------------------------
+
+
+def run_fused(kernel: str, query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, scale: float, dropout: float) -> tuple[Tensor, str]:
+    """`kernels.run_kernel` for flash, varlen and flex."""
+    words = (["documents"] if plan.segments is not None else []) + (["window"] if plan.window is not None else [])
+    path = f"{kernel}-{'-'.join(words) or 'causal'}"
+    if kernel == "flex":
+        return flex_attention(query, key, value, plan, scale), path
+    if kernel == "varlen":
+        found = varlen_function()
+        assert found is not None
+        return call_varlen(found[0], query, key, value, plan, scale), path
+    library = flash_library(torch.cuda.get_device_capability(query.device))
+    assert library is not None
+    return call_flash(library[1], library[2], query, key, value, plan, scale, dropout), path

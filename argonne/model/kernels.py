@@ -14,19 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .fused import (
-    HALF,
-    Plan,
-    Segments,
-    flash_attention,
-    flex_attention,
-    pad_heads,
-    shape_of,
-    varlen_attention,
-    why_not_flash,
-    why_not_flex,
-    why_not_varlen,
-)
+from .fused import HALF, MaskPlan, Segments, mask_function, pad_heads, run_fused, why_not_flash, why_not_flex, why_not_varlen
 
 ORDER = ("flash", "varlen", "flex", "sdpa", "math")
 # Flex runs forward only on the CPU: training and evaluation shall not take different paths there by themselves.
@@ -37,7 +25,7 @@ class KernelUnavailable(ValueError):
     """A kernel that was asked for cannot run here."""
 
 
-def choose_kernel(wanted: str, query: Tensor, key: Tensor, value: Tensor, plan: Plan, dropout: float) -> str:
+def choose_kernel(wanted: str, query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, dropout: float) -> str:
     """The kernel that will run. Raises ValueError when `wanted` is no kernel, or is forced and cannot run; the message says why.
 
     One query over cached keys is a matrix-vector product that no choice is offered for: it runs on sdpa, or on math where that is forced.
@@ -55,7 +43,7 @@ def choose_kernel(wanted: str, query: Tensor, key: Tensor, value: Tensor, plan: 
     return next(kernel for kernel in order if why_not(kernel, query, key, value, plan, dropout) is None)
 
 
-def why_not(kernel: str, query: Tensor, key: Tensor, value: Tensor, plan: Plan, dropout: float) -> str | None:
+def why_not(kernel: str, query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, dropout: float) -> str | None:
     """Why this kernel cannot run this call, or None when it can. sdpa and math always can."""
     if kernel == "flash":
         return why_not_flash(query, key, plan, dropout)
@@ -64,38 +52,27 @@ def why_not(kernel: str, query: Tensor, key: Tensor, value: Tensor, plan: Plan, 
     return why_not_flex(query, key, value, plan, dropout) if kernel == "flex" else None
 
 
-def run_kernel(kernel: str, query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: float, dropout: float) -> tuple[Tensor, str]:
+def run_kernel(kernel: str, query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, scale: float, dropout: float) -> tuple[Tensor, str]:
     """Output (B, Tq, Hq, D) and the name of the path that made it."""
-    if kernel == "flash":
-        return flash_attention(query, key, value, plan, scale, dropout), f"flash-{shape_of(plan)}"
-    if kernel == "varlen":
-        return varlen_attention(query, key, value, plan, scale), f"varlen-{shape_of(plan)}"
-    if kernel == "flex":
-        return flex_attention(query, key, value, plan, scale), f"flex-{shape_of(plan)}"
     if kernel == "math":
         return math_attention(query, key, value, plan, scale, dropout), "math"
-    return sdpa_attention(query, key, value, plan, scale, dropout)
+    if kernel == "sdpa":
+        return sdpa_attention(query, key, value, plan, scale, dropout)
+    return run_fused(kernel, query, key, value, plan, scale, dropout)
 
 
-def visible(plan: Plan, rows: int, queries: int, keys: int, device: torch.device) -> Tensor | None:
+def visible(plan: MaskPlan, rows: int, queries: int, keys: int, device: torch.device) -> Tensor | None:
     """The plan as a dense mask (B or 1, 1, Tq, Tk), True = visible; None where everything is. For `math`, and for tests."""
     if plan.dense is not None:
         return plan.dense
     if queries == 1 and plan.segments is None and plan.window is None:
         return None
-    q = torch.arange(queries, device=device)[:, None] + (keys - queries)
-    k = torch.arange(keys, device=device)[None, :]
-    mask = (k <= q)[None, None]
-    if plan.window is not None:
-        mask = mask & (k > q - plan.window)
-    if plan.segments is not None:
-        token = torch.arange(rows * queries, device=device)
-        number = torch.searchsorted(plan.segments.cumulative.to(token.dtype), token, right=True).view(rows, 1, queries)
-        mask = mask & (number[..., :, None] == number[..., None, :])
-    return mask
+    row = torch.arange(rows, device=device)[:, None, None, None]
+    q = torch.arange(queries, device=device)[None, None, :, None] + (keys - queries)
+    return mask_function(plan, rows, queries, device)(row, row, q, torch.arange(keys, device=device))
 
 
-def math_attention(query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: float, dropout: float) -> Tensor:
+def math_attention(query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, scale: float, dropout: float) -> Tensor:
     """softmax(q k^T * scale) v in the open, at least in fp32: the reference for every other path. O(T^2) memory."""
     dtype = query.dtype
     wide = torch.promote_types(dtype, torch.float32)
@@ -113,7 +90,7 @@ def math_attention(query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale:
     return output.flatten(2, 3).to(dtype)
 
 
-def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: float, dropout: float) -> tuple[Tensor, str]:
+def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, scale: float, dropout: float) -> tuple[Tensor, str]:
     """torch's fused kernels: causal as it is, a window as blocks, segments one by one; a dense mask only where the plan has one."""
     run = _Sdpa(scale, dropout, query.shape[1] != key.shape[1])
     if query.shape[2] == 1 and plan.segments is None:
@@ -195,7 +172,7 @@ def _windowed(run: _Sdpa, query: Tensor, key: Tensor, value: Tensor, window: int
     The first block has none before it; all the others share one small band mask. Work and memory are O(T * block). Returns (B, Hq, T, D).
     """
     rows, _, length, _ = query.shape
-    block = block_size(window)
+    block = max(32, window)  # never so few queries that the calls cost more than the work
     i = torch.arange(block, device=query.device)[:, None] + block
     j = torch.arange(2 * block, device=query.device)[None, :]
     band = (j <= i) & (j > i - window)
@@ -209,11 +186,3 @@ def _windowed(run: _Sdpa, query: Tensor, key: Tensor, value: Tensor, window: int
     near = [torch.cat([x[:, :-1], x[:, 1:]], dim=3).flatten(0, 1) for x in (k, v)]
     rest = run(q[:, 1:].flatten(0, 1), near[0], near[1], mask=band).unflatten(0, (rows, others)).transpose(1, 2).flatten(2, 3)
     return torch.cat([first, rest], dim=2)[:, :, :length]
-
-
-def block_size(window: int) -> int:
-    """Queries of a block: the window, and never so few that the calls cost more than the work."""
-    return max(32, window)
-
-
-__all__ = ["ORDER", "Segments", "choose_kernel", "math_attention", "run_kernel", "sdpa_attention", "visible", "why_not"]

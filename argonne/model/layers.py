@@ -208,6 +208,3 @@ class ArgonneDecoderLayer(nn.Module):
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout) if self.training and self.dropout else x
-
-
-__all__ = ["ArgonneAttention", "ArgonneDecoderLayer", "ArgonneMLP", "ArgonneRMSNorm", "ArgonneRotaryEmbedding", "make_norm"]

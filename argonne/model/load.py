@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -70,28 +70,22 @@ def resolve_model(name: str | Path) -> FoundModel:
         raise InputError(
             f"{path}: is a file; expected a run, a checkpoint or a model folder (a .pt checkpoint: `argonne import {path} --out DIR`)"
         )
-    kind = layout.kind_of(path)
-    if kind is Kind.CHECKPOINT:
-        return _checkpoint(path.resolve())
+    kind, folder = layout.kind_of(path), path
     if kind is Kind.RUN:
-        return _run(path)
+        model = layout.model_of_run(path)
+        if model is None:
+            raise InputError(f"{path}: the run has no checkpoint yet; let it train to its first save")
+        kind, folder = layout.kind_of(model), model
+    if kind is Kind.CHECKPOINT:
+        return _checkpoint(folder.resolve())
     if kind in (Kind.MODEL_FOLDER, Kind.LEGACY_FOLDER):
-        return _exported(path)
+        last = path / layout.LAST / layout.STATE  # of a run: its final model does not say where its data stood
+        state = _json(last) if last.is_file() else {}
+        where = layout.tokenizer_of(folder)
+        return FoundModel(folder, family_config(folder), where, False, state.get("run_id"), state.get("step"), state.get("data"))
     if kind is not Kind.NOTHING:
         raise InputError(f"{path}: is {kind.value}; expected a run, a checkpoint or a model folder")
     raise InputError(f"{path}: neither a run, a checkpoint nor a model folder (no manifest.json, state.json or config.json in it)")
-
-
-def _run(path: Path) -> FoundModel:
-    folder = layout.model_of_run(path)
-    if folder is None:
-        raise InputError(f"{path}: the run has no checkpoint yet; let it train to its first save")
-    if layout.kind_of(folder) is Kind.CHECKPOINT:
-        return _checkpoint(folder)
-    last = path / layout.LAST / layout.STATE
-    state = _json(last) if last.is_file() else {}
-    found = _exported(folder)
-    return FoundModel(found.folder, found.config, found.tokenizer_folder, False, state.get("run_id"), state.get("step"), state.get("data"))
 
 
 def _checkpoint(path: Path) -> FoundModel:
@@ -104,12 +98,7 @@ def _checkpoint(path: Path) -> FoundModel:
         raise InputError(
             f"{path / layout.STATE}: format version {state.get('format_version')!r}, this argonne reads {layout.STATE_VERSION}; update argonne"
         )
-    config = family_config(path)
-    return FoundModel(path, config, path / layout.TOKENIZER, True, state.get("run_id"), state.get("step"), state.get("data"))
-
-
-def _exported(path: Path) -> FoundModel:
-    return FoundModel(path, family_config(path), layout.tokenizer_of(path))
+    return FoundModel(path, family_config(path), path / layout.TOKENIZER, True, state.get("run_id"), state.get("step"), state.get("data"))
 
 
 def _from_hub(name: str) -> FoundModel:
@@ -126,7 +115,7 @@ def _from_hub(name: str) -> FoundModel:
     except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"{name}: no such folder here, and the Hub did not give it ({reason}); download it and give the folder") from None
-    return _exported(folder)
+    return FoundModel(folder, family_config(folder), layout.tokenizer_of(folder))
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -145,7 +134,7 @@ def family_config(folder: Path) -> dict[str, Any]:
     kind = config.get("model_type")
     if kind not in FAMILY:
         raise InputError(
-            f"{folder}: a model of another family (model_type {kind!r}, {', '.join(config.get('architectures') or ['no class named'])}); "
+            f"{folder}: a model of another family: model_type is {kind!r} ({', '.join(config.get('architectures') or ['no class named'])}); "
             f"expected one of Argonne's ({' or '.join(FAMILY)})"
         )
     return config
@@ -155,67 +144,39 @@ def load_model(name: str | Path, *, device: str | torch.device = "cpu", dtype: t
     """Load a MODEL for inference, in eval mode. `dtype` None keeps the stored one. Raises InputError for anything that is not such a model."""
     found = resolve_model(name)
     with no_progress_bar():
-        model: Any = _load(found, dtype)
+        if found.is_checkpoint:
+            state = read_checkpoint_weights(found.folder)
+            model = _from_pretrained(found.folder, None, state_dict=state, dtype=dtype or next(iter(state.values())).dtype)
+        else:
+            model = _from_folder(found.folder, dtype)
     return LoadedModel(model.to(device).eval(), found.tokenizer_folder, found.folder)
 
 
-def _load(found: FoundModel, dtype: torch.dtype | None) -> ArgonneForCausalLM:
-    from argonne.model.modeling_argonne import ArgonneForCausalLM
-
-    if not found.is_checkpoint:
-        return _from_folder(found.folder, dtype)
-    config = _config(found.folder)
-    state = read_checkpoint_weights(found.folder)
-    kind = dtype or next(iter(state.values())).dtype
-    loaded: Any = ArgonneForCausalLM.from_pretrained(None, config=config, state_dict=state, dtype=kind, output_loading_info=True)
-    model, info = loaded
-    _check_complete(found.folder, info)
-    return cast("ArgonneForCausalLM", model)
-
-
-def _config(folder: Path) -> Any:
+def _from_pretrained(folder: Path, source: Path | None, **how: Any) -> Any:
+    """transformers' loading with the config of `folder`. What is missing it fills with random numbers and only warns: here that is an error."""
     from argonne.model.configuration_argonne import Argonne1Config, ArgonneConfig
+    from argonne.model.modeling_argonne import ArgonneForCausalLM
 
     values = _json(folder / layout.MODEL_CONFIG)
-    kind = Argonne1Config if values["model_type"] == "argonne" else ArgonneConfig
     try:
-        return kind.from_dict(values)
+        config = (Argonne1Config if values["model_type"] == "argonne" else ArgonneConfig).from_dict(values)
     except ValueError as error:
         raise InputError(f"{folder / layout.MODEL_CONFIG}: {error}") from None
+    loaded: Any = ArgonneForCausalLM.from_pretrained(source, config=config, output_loading_info=True, **how)
+    model, info = loaded
+    problems = [f"{name} is missing" for name in sorted(info["missing_keys"])]
+    problems += [f"{name} is unknown" for name in sorted(info["unexpected_keys"])]
+    problems += [f"{entry[0]} has shape {tuple(entry[1])}, expected {tuple(entry[2])}" for entry in sorted(info["mismatched_keys"])]
+    if problems:
+        raise InputError(f"{folder}: not the weights of this configuration: {'; '.join(problems[:3])} ({len(problems)} differences)")
+    return model
 
 
-def _from_folder(folder: Path, dtype: torch.dtype | None) -> ArgonneForCausalLM:
-    from safetensors import SafetensorError
-
-    from argonne.model.modeling_argonne import ArgonneForCausalLM
+def _from_folder(folder: Path, dtype: torch.dtype | None) -> Any:
+    from safetensors import SafetensorError, safe_open
 
     if not any(folder.glob(layout.WEIGHTS)):
         raise InputError(f"{folder}: no safetensors file; earlier formats come in through `argonne import {folder} --out DIR`")
-    names = _tensor_names(folder)
-    if any(name.startswith("model.model.") for name in names):
-        raise InputError(f"{folder}: the tensors of a training checkpoint, but its state.json is missing; it is damaged, give another one")
-    if layout.kind_of(folder) is Kind.LEGACY_FOLDER:
-        raise InputError(f"{folder}: tensors under earlier names; run `argonne import {folder} --out DIR` and use that folder")
-    try:
-        loaded: Any = ArgonneForCausalLM.from_pretrained(
-            folder,
-            config=_config(folder),
-            dtype=dtype or "auto",
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # found and named by _check_complete, with both shapes
-        )
-    except (SafetensorError, RuntimeError, OSError) as error:
-        raise InputError(f"{folder}: the weights cannot be read: {str(error).strip().splitlines()[0]}") from None
-    model, info = loaded
-    _check_complete(folder, info)
-    return cast("ArgonneForCausalLM", model)
-
-
-def _tensor_names(folder: Path) -> list[str]:
-    from safetensors import SafetensorError, safe_open
-
     names: list[str] = []
     for path in sorted(folder.glob(layout.WEIGHTS)):
         try:
@@ -223,16 +184,15 @@ def _tensor_names(folder: Path) -> list[str]:
                 names += list(file.keys())
         except SafetensorError as error:
             raise InputError(f"{path}: cannot be read as safetensors ({error}); it is truncated or damaged") from None
-    return names
-
-
-def _check_complete(folder: Path, info: dict[str, Any]) -> None:
-    """transformers fills what is missing with random numbers and only warns: here it is an error that names the tensors."""
-    problems = [f"{name} is missing" for name in sorted(info["missing_keys"])]
-    problems += [f"{name} is unknown" for name in sorted(info["unexpected_keys"])]
-    problems += [f"{entry[0]} has shape {tuple(entry[1])}, expected {tuple(entry[2])}" for entry in sorted(info["mismatched_keys"])]
-    if problems:
-        raise InputError(f"{folder}: not the weights of this configuration: {'; '.join(problems[:3])} ({len(problems)} differences)")
+    if any(name.startswith("model.model.") for name in names):
+        raise InputError(f"{folder}: the tensors of a training checkpoint, but its state.json is missing; it is damaged, give another one")
+    if layout.kind_of(folder) is Kind.LEGACY_FOLDER:
+        raise InputError(f"{folder}: tensors under earlier names; run `argonne import {folder} --out DIR` and use that folder")
+    try:
+        how = {"local_files_only": True, "use_safetensors": True, "ignore_mismatched_sizes": True}  # mismatches are named with both shapes
+        return _from_pretrained(folder, folder, dtype=dtype or "auto", **how)
+    except (SafetensorError, RuntimeError, OSError) as error:
+        raise InputError(f"{folder}: the weights cannot be read: {str(error).strip().splitlines()[0]}") from None
 
 
 def read_checkpoint_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -270,11 +230,10 @@ def load_weights_into(model: ArgonneForCausalLM, folder: Path) -> None:
     is_checkpoint = layout.kind_of(folder) is Kind.CHECKPOINT
     state = read_checkpoint_weights(folder) if is_checkpoint else _from_folder(folder, None).state_dict()
     own = dict(model.named_parameters())
-    problems = [f"{name} is missing" for name in own if name not in state]
-    problems += [
-        f"{name} is {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
-        for name in own
-        if name in state and state[name].shape != own[name].shape
+    problems = [
+        f"{name} is {tuple(state[name].shape) if name in state else 'missing'}, expected {tuple(parameter.shape)}"
+        for name, parameter in own.items()
+        if name not in state or state[name].shape != parameter.shape
     ]
     if problems:
         raise InputError(f"{folder}: its weights do not fit this model: {'; '.join(problems[:3])} ({len(problems)} differences)")

@@ -8,12 +8,13 @@ Per token: loss = logsumexp(y) - y[target] + z_loss * logsumexp(y)^2. Every tota
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 IGNORED = -100
 
@@ -71,16 +72,20 @@ class _Logits:
             self.target_log_p = self.log_p.gather(1, self.column)[:, 0]
             self.log_z = chosen[:, 0] - self.target_log_p
         else:
-            self.log_z = _logsumexp_over(x, options.group)
+            highest = x.amax(-1)
+            dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=options.group)
+            total = torch.exp(x - highest[:, None]).sum(-1)
+            dist.all_reduce(total, group=options.group)
+            self.log_z = highest + total.log()
             chosen = chosen * self.here
             dist.all_reduce(chosen, group=options.group)
             self.log_p = x.sub_(self.log_z[:, None])
             self.target_log_p = chosen[:, 0] - self.log_z
 
-    def gradients(
-        self, hidden: Tensor, weight: Tensor, on_target: Tensor, on_log_z: Tensor, weight_gradient: Tensor | None, with_hidden: bool
-    ) -> Tensor | None:
-        """d(sum on_log_z * log_z - on_target * y[target]): returned for h, added to `weight_gradient` for W. Consumes the logits."""
+    def add_gradients(
+        self, hidden: Tensor, weight: Tensor, on_target: Tensor, on_log_z: Tensor, into: _Gradients, part: slice | Tensor
+    ) -> None:
+        """d(sum on_log_z * log_z - on_target * y[target]), of h the rows `part`. Consumes the logits."""
         slope, p = self.slope, self.log_p.exp_()
         on_target = on_target[:, None] * self.here
         if slope is not None:
@@ -88,40 +93,43 @@ class _Logits:
             p.mul_(slope)
         on_log_z = on_log_z[:, None]
         p = p.to(weight.dtype)
-        if weight_gradient is not None:
+        if into.weight is not None:
             scaled = (hidden * on_log_z).to(weight.dtype)
-            if weight_gradient.dtype == p.dtype:
-                weight_gradient.addmm_(p.t(), scaled)
+            if into.weight.dtype == p.dtype:
+                into.weight.addmm_(p.t(), scaled)
             else:
-                weight_gradient.add_(torch.mm(p.t(), scaled))
-            weight_gradient.index_add_(0, self.column[:, 0], (hidden * -on_target).to(weight_gradient.dtype))
-        if not with_hidden:
-            return None
-        gradient = torch.mm(p, weight).to(on_log_z.dtype) * on_log_z
-        return gradient.sub_(F.embedding(self.column[:, 0], weight) * on_target)
+                into.weight.add_(torch.mm(p.t(), scaled))
+            into.weight.index_add_(0, self.column[:, 0], (hidden * -on_target).to(into.weight.dtype))
+        if into.hidden is not None:
+            gradient = torch.mm(p, weight).to(on_log_z.dtype) * on_log_z
+            into.hidden[part] = gradient.sub_(F.embedding(self.column[:, 0], weight) * on_target)
 
 
-def _logsumexp_over(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """logsumexp over a vocabulary whose columns are spread over the group. (rows,)"""
-    highest = x.amax(-1)
-    dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
-    total = torch.exp(x - highest[:, None]).sum(-1)
-    dist.all_reduce(total, group=group)
-    return highest + total.log()
+class _Gradients:
+    """Gradients of h and W, at least in fp32, filled chunk by chunk; None for one that nobody asks for."""
+
+    def __init__(self, ctx: Any, hidden: Tensor, weight: Tensor) -> None:
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        self.dtypes = hidden.dtype, weight.dtype
+        self.hidden = torch.zeros_like(hidden, dtype=wide) if ctx.needs_input_grad[0] else None
+        self.weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
+
+    def given_back(self) -> tuple[Tensor | None, Tensor | None, None, None]:
+        """What backward returns, one for each argument of forward."""
+        found = zip((self.hidden, self.weight), self.dtypes, strict=True)
+        of_hidden, of_weight = (None if gradient is None else gradient.to(dtype) for gradient, dtype in found)
+        return of_hidden, of_weight, None, None
 
 
 class _SummedLoss(torch.autograd.Function):
     """Sum of the token losses; the gradients are made in the forward pass, where the logits are, so that nothing is computed twice."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, hidden: Tensor, weight: Tensor, targets: Tensor, options: LossOptions) -> Tensor:
-        needs_hidden, needs_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]  # type: ignore[attr-defined]
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, options: LossOptions) -> Tensor:
         dtype = compute_dtype(hidden)
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        ctx.dtypes = hidden.dtype, weight.dtype  # type: ignore[attr-defined]
         total = torch.zeros((), dtype=wide, device=hidden.device)
-        d_hidden = torch.zeros_like(hidden, dtype=wide) if needs_hidden else None
-        d_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
+        gradients = _Gradients(ctx, hidden, weight)
         with torch.autocast(hidden.device.type, enabled=False):
             head = weight.to(dtype)
             rows = _rows_that_count(targets)
@@ -138,39 +146,33 @@ class _SummedLoss(torch.autograd.Function):
                 total -= torch.where(logits.valid, logits.target_log_p, 0).sum()
                 if options.z_loss:
                     total += options.z_loss * log_z.square().sum()
-                if not (needs_hidden or needs_weight):
-                    continue
-                valid = logits.valid.to(wide)
-                found = logits.gradients(h, head, valid, valid * (1 + 2 * options.z_loss * log_z), d_weight, needs_hidden)
-                if d_hidden is not None and found is not None:
-                    d_hidden[part] = found
-            if d_hidden is not None and options.group is not None:
-                dist.all_reduce(d_hidden, group=options.group)
+                if gradients.hidden is not None or gradients.weight is not None:
+                    valid = logits.valid.to(wide)
+                    logits.add_gradients(h, head, valid, valid * (1 + 2 * options.z_loss * log_z), gradients, part)
+            if gradients.hidden is not None and options.group is not None:
+                dist.all_reduce(gradients.hidden, group=options.group)
         # Not save_for_backward: handed over once and scaled in place, or the head's gradient would exist twice.
-        ctx.gradients = d_hidden, d_weight  # type: ignore[attr-defined]
+        ctx.gradients = gradients
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        if ctx.gradients is None:  # type: ignore[attr-defined]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
             raise RuntimeError("the summed loss hands its gradients over once: call the model again instead of a second backward")
-        d_hidden, d_weight = ctx.gradients  # type: ignore[attr-defined]
-        ctx.gradients = None  # type: ignore[attr-defined]
-        of_hidden, of_weight = ctx.dtypes  # type: ignore[attr-defined]
-        return (
-            None if d_hidden is None else d_hidden.mul_(upstream).to(of_hidden),
-            None if d_weight is None else d_weight.mul_(upstream).to(of_weight),
-            None,
-            None,
-        )
+        for gradient in (gradients.hidden, gradients.weight):
+            if gradient is not None:
+                gradient.mul_(upstream)
+        returned: tuple[Tensor | None, Tensor | None, None, None] = gradients.given_back()
+        return returned
 
 
 class _TokenLogProbs(torch.autograd.Function):
     """Per-token log-probability and log-partition. Upstream gradients are unknown until backward: logits are made again there."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, hidden: Tensor, weight: Tensor, targets: Tensor, options: LossOptions) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, options: LossOptions) -> tuple[Tensor, Tensor]:
         dtype = compute_dtype(hidden)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         log_p = torch.zeros(targets.shape, dtype=wide, device=hidden.device)
@@ -184,37 +186,27 @@ class _TokenLogProbs(torch.autograd.Function):
                 log_p[part] = torch.where(logits.valid, logits.target_log_p, 0)
                 log_z[part] = torch.where(logits.valid, logits.log_z, 0)
         ctx.save_for_backward(hidden, weight, targets)
-        ctx.settings = options, dtype, chunk  # type: ignore[attr-defined]
+        ctx.settings = options, dtype, chunk
         return log_p, log_z
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, on_log_p: Tensor, on_log_z: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        hidden, weight, targets = ctx.saved_tensors  # type: ignore[attr-defined]
-        options, dtype, chunk = ctx.settings  # type: ignore[attr-defined]
-        needs_hidden, needs_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]  # type: ignore[attr-defined]
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        d_hidden = torch.zeros_like(hidden, dtype=wide) if needs_hidden else None
-        d_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
+    def backward(ctx: Any, on_log_p: Tensor, on_log_z: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        hidden, weight, targets = ctx.saved_tensors
+        options, dtype, chunk = ctx.settings
+        gradients = _Gradients(ctx, hidden, weight)
         with torch.autocast(hidden.device.type, enabled=False):
             head = weight.to(dtype)
             for start in range(0, targets.shape[0], chunk):
                 part = slice(start, start + chunk)
                 h = hidden[part].to(dtype)
                 logits = _Logits(h, head, targets[part], options)
-                valid = logits.valid.to(wide)
+                valid = logits.valid.to(on_log_p.dtype)
                 on_target = -on_log_p[part] * valid  # log_p = y[target] - log_z
-                found = logits.gradients(h, head, on_target, on_target + on_log_z[part] * valid, d_weight, needs_hidden)
-                if d_hidden is not None and found is not None:
-                    d_hidden[part] = found
-            if d_hidden is not None and options.group is not None:
-                dist.all_reduce(d_hidden, group=options.group)
-        return (
-            None if d_hidden is None else d_hidden.to(hidden.dtype),
-            None if d_weight is None else d_weight.to(weight.dtype),
-            None,
-            None,
-        )
+                logits.add_gradients(h, head, on_target, on_target + on_log_z[part] * valid, gradients, part)
+            if gradients.hidden is not None and options.group is not None:
+                dist.all_reduce(gradients.hidden, group=options.group)
+        return gradients.given_back()
 
 
 def _rows_that_count(targets: Tensor) -> Tensor | None:
@@ -276,6 +268,3 @@ def token_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, options: Lo
     """log p(target) and log-partition of each token, both (N,), differentiable, 0 where the target is -100."""
     log_p, log_z = _TokenLogProbs.apply(hidden, weight, targets, options)
     return log_p, log_z
-
-
-__all__ = ["IGNORED", "Head", "LossOptions", "summed_loss", "token_log_probs"]

@@ -14,18 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from .attention import IMPLEMENTATION, LayerInputs, plan_masks, register_attention
+from .attention import IMPLEMENTATION, LayerInputs, plan_masks
 from .configuration_argonne import Argonne1Config, ArgonneConfig
 from .kernels import ORDER
-from .layers import ArgonneAttention, ArgonneDecoderLayer, ArgonneRMSNorm, ArgonneRotaryEmbedding, make_norm
+from .layers import ArgonneAttention, ArgonneDecoderLayer, ArgonneRotaryEmbedding, make_norm
 from .loss import IGNORED, Head, LossOptions
-
-register_attention()
 
 
 @dataclass(frozen=True)
@@ -40,12 +37,13 @@ class TrainingOptions:
 
     def recomputes(self, layer: int) -> bool:
         """Is this layer run again in the backward pass instead of keeping its activations?"""
-        if self.activation_checkpointing == "full":
-            return True
-        return self.activation_checkpointing == "every_nth" and layer % self.checkpointing_stride == 0
+        nth = self.activation_checkpointing == "every_nth" and layer % self.checkpointing_stride == 0
+        return nth or self.activation_checkpointing == "full"
 
 
 class ArgonnePreTrainedModel(PreTrainedModel):
+    """Residual projections are scaled by build_model only: here every matrix is drawn with `initializer_range`."""
+
     config_class = ArgonneConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -60,19 +58,6 @@ class ArgonnePreTrainedModel(PreTrainedModel):
         if config._attn_implementation is None:
             config._attn_implementation = IMPLEMENTATION
         super().__init__(config, *inputs, **kwargs)
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """Normal 0.02 for Linear and Embedding, ones and zeros for norms and biases; residual projections are scaled by build_model."""
-        std = self.config.initializer_range
-        if isinstance(module, nn.Linear | nn.Embedding):
-            init.normal_(module.weight, mean=0.0, std=std)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, ArgonneRMSNorm | nn.LayerNorm):
-            init.ones_(module.weight)
-            if isinstance(module, nn.LayerNorm):
-                init.zeros_(module.bias)
 
 
 class ArgonneBaseModel(ArgonnePreTrainedModel):
@@ -91,12 +76,6 @@ class ArgonneBaseModel(ArgonnePreTrainedModel):
         self.training_options = TrainingOptions()
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embed_tokens = value  # type: ignore[assignment]
-
     def embed(self, input_ids: Tensor | None, position_ids: Tensor | None = None, inputs_embeds: Tensor | None = None) -> Tensor:
         """(B, T) ids to (B, T, H). Learned positions are added here; past the table they are a ValueError."""
         if (input_ids is None) == (inputs_embeds is None):
@@ -107,9 +86,10 @@ class ArgonneBaseModel(ArgonnePreTrainedModel):
                 position_ids = torch.arange(hidden.shape[1], device=hidden.device)[None]
             # Where the positions lie on a GPU their largest would cost a wait: there the length is all that is looked at.
             last = int(position_ids.max()) if position_ids.device.type == "cpu" and position_ids.numel() else hidden.shape[1] - 1
-            if max(last, hidden.shape[1] - 1) >= self.config.max_position_embeddings:
+            last = max(last, hidden.shape[1] - 1)
+            if last >= self.config.max_position_embeddings:
                 raise ValueError(
-                    f"position {max(last, hidden.shape[1] - 1)} is beyond the table of learned positions: max_position_embeddings is "
+                    f"position {last} is beyond the table of learned positions: max_position_embeddings is "
                     f"{self.config.max_position_embeddings}; shorten the text"
                 )
             hidden = hidden + self.embed_positions(position_ids.to(hidden.device, non_blocking=True))
@@ -158,13 +138,12 @@ class ArgonneBaseModel(ArgonnePreTrainedModel):
         """Layers start .. stop - 1. `record` collects what enters each layer."""
         inputs = self.layer_inputs(hidden, position_ids) if inputs is None else inputs
         for index in range(start, len(self.layers) if stop is None else stop):
-            layer = self.layers[index]
             if record is not None:
                 record.append(hidden)
             if self.training and torch.is_grad_enabled() and (self.gradient_checkpointing or self.training_options.recomputes(index)):
-                hidden = checkpoint(layer, hidden, inputs, use_reentrant=False)
+                hidden = checkpoint(self.layers[index], hidden, inputs, use_reentrant=False)
             else:
-                hidden = layer(hidden, inputs)
+                hidden = self.layers[index](hidden, inputs)
         return hidden
 
     def forward(
@@ -186,17 +165,13 @@ class ArgonneBaseModel(ArgonnePreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         record: list[Tensor] | None = [] if (output_hidden_states or self.config.output_hidden_states) else None
-        if self.config.position_embedding == "learned" and position_ids is None:
-            source = input_ids if inputs_embeds is None else inputs_embeds
-            assert source is not None
+        learned, source = position_ids, input_ids if inputs_embeds is None else inputs_embeds
+        if self.config.position_embedding == "learned" and position_ids is None and source is not None:
             learned = self._positions(source, attention_mask, past_key_values)
-        else:
-            learned = position_ids  # type: ignore[assignment]
         hidden = self.embed(input_ids, learned, inputs_embeds)
         inputs = self.layer_inputs(hidden, position_ids, attention_mask, past_key_values, kwargs)
         hidden = self.norm(self.run_layers(hidden, inputs=inputs, record=record))
-        states = None if record is None else (*record, hidden)
-        output = BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=past_key_values, hidden_states=states)
+        output = BaseModelOutputWithPast(hidden, past_key_values, None if record is None else (*record, hidden))
         return output if return_dict is None or return_dict else output.to_tuple()
 
 
@@ -218,12 +193,6 @@ class ArgonneForCausalLM(ArgonnePreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.lm_head = new_embeddings
 
     def configure_training(
         self,
@@ -318,37 +287,26 @@ class ArgonneForCausalLM(ArgonnePreTrainedModel, GenerationMixin):
         if objective is not None:
             return objective(self.head, base.last_hidden_state)
         output = ArgonneOutput(past_key_values=base.past_key_values, hidden_states=base.hidden_states)
-        if shift_labels is not None:
-            self._add_loss(output, base.last_hidden_state, shift_labels, loss_reduction, num_items_in_batch, return_token_log_probs)
-        else:
-            output.logits = self.logits(_keep(base.last_hidden_state, logits_to_keep))
+        if shift_labels is None:
+            # The last n positions, all for 0, or those of an index tensor.
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            output.logits = self.logits(base.last_hidden_state[:, kept])
             if labels is not None:
                 output.loss = self.loss_function(
                     logits=output.logits, labels=labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
                 )
-        return output if return_dict is None or return_dict else output.to_tuple()
-
-    def _add_loss(
-        self,
-        output: ArgonneOutput,
-        normed: Tensor,
-        shift_labels: Tensor,
-        reduction: str,
-        items: int | Tensor | None,
-        with_log_probs: bool,
-    ) -> None:
-        head = self.head
-        if with_log_probs:
-            log_p, log_z = head.token_log_probs(normed, shift_labels)
-            output.token_log_probs = log_p
-            loss = head.z_loss * log_z.square().sum() - log_p.sum()
+            return output if return_dict is None or return_dict else output.to_tuple()
+        if return_token_log_probs:
+            output.token_log_probs, log_z = self.head.token_log_probs(base.last_hidden_state, shift_labels)
+            loss = self.head.z_loss * log_z.square().sum() - output.token_log_probs.sum()
         else:
-            loss = head.summed_loss(normed, shift_labels)
-        if items is not None:
-            loss = loss / items
-        elif reduction == "mean":
+            loss = self.head.summed_loss(base.last_hidden_state, shift_labels)
+        if num_items_in_batch is not None:
+            loss = loss / num_items_in_batch
+        elif loss_reduction == "mean":
             loss = loss / (shift_labels != IGNORED).sum().clamp_min(1)
         output.loss = loss
+        return output if return_dict is None or return_dict else output.to_tuple()
 
 
 @dataclass
@@ -356,11 +314,6 @@ class ArgonneOutput(CausalLMOutputWithPast):
     """transformers' output, and the log-probability of each target, (B, T), where it was asked for."""
 
     token_log_probs: Tensor | None = None
-
-
-def _keep(hidden: Tensor, wanted: int | Tensor) -> Tensor:
-    """The positions whose logits are wanted: the last n, all for 0, or an index tensor."""
-    return hidden[:, slice(-wanted, None) if isinstance(wanted, int) else wanted]
 
 
 class Argonne1BaseModel(ArgonneBaseModel):
@@ -376,13 +329,3 @@ class Argonne1ForCausalLM(ArgonneForCausalLM):
 
 
 ArgonneModel = ArgonneForCausalLM  # the name under which the family published its causal LM
-
-__all__ = [
-    "Argonne1BaseModel",
-    "Argonne1ForCausalLM",
-    "ArgonneBaseModel",
-    "ArgonneForCausalLM",
-    "ArgonneModel",
-    "ArgonneOutput",
-    "ArgonnePreTrainedModel",
-]

@@ -30,7 +30,8 @@ def save_model_folder(
     from argonne.model.load import no_progress_bar
 
     state = {name: tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor for name, tensor in model.state_dict().items()}
-    ids = {"eos_token_id": eos_id, "bos_token_id": bos_id, "pad_token_id": pad_id if pad_id is not None else _first(eos_id)}
+    first_eos = eos_id[0] if isinstance(eos_id, list) else eos_id
+    ids = {"eos_token_id": eos_id, "bos_token_id": bos_id, "pad_token_id": pad_id if pad_id is not None else first_eos}
     before = {name: getattr(model.config, name, None) for name in ids}
     for name, value in ids.items():
         setattr(model.config, name, value)
@@ -43,16 +44,8 @@ def save_model_folder(
     finally:
         for name, value in before.items():
             setattr(model.config, name, value)
-    _complete_config(folder, type(model.config).__name__, dtype or next(model.parameters()).dtype)
-
-
-def _first(ids: int | list[int] | None) -> int | None:
-    return ids[0] if isinstance(ids, list) else ids
-
-
-def _complete_config(folder: Path, config_class: str, dtype: torch.dtype) -> None:
-    """save_pretrained records the saved class only: name the config and the base model too, so that AutoModel works."""
-    path = folder / layout.MODEL_CONFIG
+    # save_pretrained records the saved class only: name the config and the base model too, so that AutoModel works.
+    path, config_class = folder / layout.MODEL_CONFIG, type(model.config).__name__
     config = json.loads(path.read_text())
     family = config_class.removesuffix("Config")  # Argonne, or Argonne1 for 1.x
     config["architectures"] = [f"{family}ForCausalLM"]
@@ -61,7 +54,7 @@ def _complete_config(folder: Path, config_class: str, dtype: torch.dtype) -> Non
         "AutoModel": f"modeling_argonne.{family}BaseModel",
         "AutoModelForCausalLM": f"modeling_argonne.{family}ForCausalLM",
     }
-    config["dtype"] = str(dtype).removeprefix("torch.")
+    config["dtype"] = str(dtype or next(model.parameters()).dtype).removeprefix("torch.")
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -77,18 +70,9 @@ def copy_tokenizer(source: Path | None, target: Path) -> list[str]:
 
 def stop_ids(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     """eos, bos and pad ids: of generation_config.json, else of the config, else of the tokenizer's own eos token."""
-    import json
-
-    found: dict[str, Any] = {
-        "eos_id": config.get("eos_token_id"),
-        "bos_id": config.get("bos_token_id"),
-        "pad_id": config.get("pad_token_id"),
-    }
     path = folder / layout.GENERATION_CONFIG
-    if path.is_file():
-        generation = json.loads(path.read_text())
-        for name in ("eos", "bos", "pad"):
-            found[f"{name}_id"] = generation.get(f"{name}_token_id", found[f"{name}_id"])
+    known = {**config, **(json.loads(path.read_text()) if path.is_file() else {})}
+    found: dict[str, Any] = {f"{name}_id": known.get(f"{name}_token_id") for name in ("eos", "bos", "pad")}
     source = layout.tokenizer_of(folder) or folder
     about, tokenizer = source / layout.TOKENIZER_CONFIG, source / layout.TOKENIZER_FILE
     if found["eos_id"] is None and about.is_file() and tokenizer.is_file():

@@ -16,7 +16,7 @@ from argonne.errors import InputError
 from argonne.keys import batches
 from argonne.plan import devices
 from argonne.plan.devices import Choice, Device, best_choice, expected_rate, running_device, usable_memory, what_would_fit
-from argonne.plan.published import published, released_source_tokens
+from argonne.plan.published import PUBLISHED, SOURCE_TOKENS
 from argonne.plan.shape import shape_of
 
 CONVENTION = "6 FLOPs a weight of a matrix product and token (head counted, embedding look-up not) + 12 x query width x keys seen a layer"
@@ -86,7 +86,7 @@ def make_plan(
     flops = shape.flops_per_token(recipe.data.sequence_length)
     mfu, rate = expected_rate(choice, device, gpus, flops) if choice.fits else (None, None)
     hours = tokens / rate / 3600 if tokens is not None and rate else None
-    uses = source_uses(recipe.data, tokens, released_source_tokens(name) if name else None)
+    uses = source_uses(recipe.data, tokens, SOURCE_TOKENS.get(name or ""))
     rows = recipe.batch.tokens_per_step // recipe.data.sequence_length
     return Plan(
         recipe=name,
@@ -150,13 +150,9 @@ def plan_of_run(
     recipe: Recipe, step: StepChoice, *, device_name: str, device_memory: float | None = None, world_size: int = 1
 ) -> dict[str, Any]:
     """The plan of a run as it really starts, to be stored with it: `inspect` sets it beside what was measured (`compare_plan`)."""
-    train = replace(
-        recipe.train,
-        activation_checkpointing=step.activation_checkpointing,
-        checkpointing_stride=step.checkpointing_stride,
-        loss=step.loss,
-    )
-    settled = _replicated(replace(recipe, batch=replace(recipe.batch, micro=step.micro_rows), train=train), world_size)
+    chosen = asdict(step)
+    batch = replace(recipe.batch, micro=chosen.pop("micro_rows"))
+    settled = _replicated(replace(recipe, batch=batch, train=replace(recipe.train, **chosen)), world_size)
     return make_plan(settled, gpu=running_device(device_name, device_memory), gpus=world_size).to_dict()
 
 
@@ -171,8 +167,7 @@ def _replicated(recipe: Recipe, world_size: int) -> Recipe:
 def _warnings(recipe: Recipe, name: str | None, uses: list[SourceUse], tokens: int | None, choice: Choice, device: Device) -> list[str]:
     """What the reader must know beside the figures: contradictions, unknowns, assumptions that bite."""
     found = []
-    release = published(name) if name else None
-    if release is not None and (contradiction := release.contradiction()):
+    if name in PUBLISHED and (contradiction := PUBLISHED[name].contradiction()):
         found.append(contradiction)
     for use in uses:
         if use.tokens is None:
@@ -240,8 +235,7 @@ def total_steps(recipe: Recipe, tokens_before: Callable[[int], int], tokens_per_
         return train.steps
     tokens = train.tokens
     if tokens is None:
-        epoch = tokens_per_epoch()
-        if epoch is None:
+        if (epoch := tokens_per_epoch()) is None:
             return None
         tokens = int((train.epochs or 0) * epoch)
     steps = steps_within(tokens_before, tokens)

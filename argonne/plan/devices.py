@@ -79,10 +79,7 @@ def device(name: str) -> Device:
     """The device of this name or alias. Raises InputError with the names there are."""
     wanted = name.lower().replace("_", "-").replace(" ", "-")
     wanted = _ALIASES.get(wanted, wanted)
-    for known in _DEVICES:
-        if known.name == wanted:
-            return known
-    if (found := find_device(name)) is not None:
+    if found := next((known for known in _DEVICES if known.name == wanted), None) or find_device(name):
         return found
     near = difflib.get_close_matches(wanted, [*device_names(), *_ALIASES], n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
@@ -92,10 +89,7 @@ def device(name: str) -> Device:
 def find_device(reported: str) -> Device | None:
     """The device that a driver reports as, for example, `NVIDIA A100-SXM4-80GB`; None where it is not known."""
     words = reported.lower().replace("-", " ").replace("_", " ").split()
-    for known in _DEVICES:
-        if all(word in words for word in known.matches):
-            return known
-    return None
+    return next((known for known in _DEVICES if all(word in words for word in known.matches)), None)
 
 
 def resolve_precision(precision: str, device: str, *, has_bf16: bool) -> str:
@@ -166,9 +160,7 @@ class Choice:
 
 def usable_memory(known: Device, gpus: int) -> float:
     """Bytes a training process may use: of its card, or its share of this machine's memory on a CPU, where all processes are together."""
-    if known.memory is not None:
-        return USABLE * known.memory
-    return USABLE * machine_memory() / gpus
+    return USABLE * (machine_memory() / gpus if known.memory is None else known.memory)
 
 
 def machine_memory() -> float:
@@ -186,8 +178,7 @@ def best_choice(recipe: Recipe, shape: ModelShape, known: Device, gpus: int) -> 
     """The fastest choice that fits; where none does, the one that needs least. Raises InputError for degrees that do not divide the devices."""
     limit = usable_memory(known, gpus)
     choices = [choice for layout in layouts(recipe, gpus) for choice in _choices(recipe, shape, known, layout, limit)]
-    fitting = [choice for choice in choices if choice.fits]
-    if fitting:
+    if fitting := [choice for choice in choices if choice.fits]:
         return max(fitting, key=lambda choice: (choice.speed, -choice.memory.total))
     return min(choices, key=lambda choice: choice.memory.total)
 
@@ -209,10 +200,10 @@ def layouts(recipe: Recipe, gpus: int) -> Iterator[Layout]:
 def _choices(recipe: Recipe, shape: ModelShape, known: Device, layout: Layout, limit: float) -> Iterator[Choice]:
     """One choice for each way of checkpointing and of computing the loss that the recipe leaves open, each with its largest micro-batch."""
     train, cpu = recipe.train, known.name == "cpu"
-    ways = [("none", 2), ("every_nth", train.checkpointing_stride), ("full", 1)]
-    asked = train.activation_checkpointing
-    if asked != "auto":
-        ways = [(asked, train.checkpointing_stride)]
+    ways = [(train.activation_checkpointing, train.checkpointing_stride)]
+    if train.activation_checkpointing == "auto":
+        ways = [("none", 2), ("every_nth", train.checkpointing_stride), ("full", 1)]
+    best = FULL_SPEED_TOKENS / (FULL_SPEED_TOKENS + HALF_SPEED_TOKENS)
     for checkpointing, stride in ways:
         for loss in ("full", "chunked") if train.loss == "auto" else (train.loss,):
             setup = Setup(
@@ -232,23 +223,13 @@ def _choices(recipe: Recipe, shape: ModelShape, known: Device, layout: Layout, l
                 pipeline=layout.pipeline,
             )
             setup = _with_micro_rows(recipe, shape, setup, layout, limit)
-            memory = _with_libraries(memory_of(shape, setup), cpu)
-            recomputed = setup.share_recomputed(shape.num_hidden_layers)
-            speed = _micro_speed(setup) * 3 / (3 + recomputed) * layout.speed
+            memory = memory_of(shape, setup)
+            if cpu:  # the libraries share the memory with the tensors, and a run's peak memory counts both
+                memory = Memory({**memory.parts, "libraries": LIBRARIES_CPU}, memory.moment)
+            tokens = setup.rows * setup.sequence_length
+            micro_speed = 1.0 if cpu else min(1.0, tokens / (tokens + HALF_SPEED_TOKENS) / best)
+            speed = micro_speed * 3 / (3 + setup.share_recomputed(shape.num_hidden_layers)) * layout.speed
             yield Choice(setup, layout, memory, speed, memory.total <= limit)
-
-
-def _with_libraries(memory: Memory, cpu: bool) -> Memory:
-    """On a CPU the libraries share the memory with the tensors, and a run's peak memory counts both."""
-    return Memory({**memory.parts, "libraries": LIBRARIES_CPU}, memory.moment) if cpu else memory
-
-
-def _micro_speed(setup: Setup) -> float:
-    if setup.cpu:
-        return 1.0
-    tokens = setup.rows * setup.sequence_length
-    best = FULL_SPEED_TOKENS / (FULL_SPEED_TOKENS + HALF_SPEED_TOKENS)
-    return min(1.0, tokens / (tokens + HALF_SPEED_TOKENS) / best)
 
 
 def running_device(name: str, memory: float | None) -> Device:
@@ -271,10 +252,7 @@ def _with_micro_rows(recipe: Recipe, shape: ModelShape, setup: Setup, layout: La
     low, high = 1, share
     while low < high:
         middle = (low + high + 1) // 2
-        if memory_of(shape, with_rows(middle)).total <= limit:
-            low = middle
-        else:
-            high = middle - 1
+        low, high = (middle, high) if memory_of(shape, with_rows(middle)).total <= limit else (low, middle - 1)
     return with_rows(math.ceil(share / math.ceil(share / low)))
 
 
@@ -290,23 +268,19 @@ def expected_rate(choice: Choice, known: Device, gpus: int, flops_per_token: flo
 def what_would_fit(recipe: Recipe, shape: ModelShape, known: Device, gpus: int) -> str:
     """The smallest number of these devices, and the smallest other device in this number, that could hold the run."""
     found = []
-    more = next((count for count in _GPU_COUNTS if count > gpus and _fits(recipe, shape, known, count)), None)
-    if more is not None:
+    if more := next((count for count in _GPU_COUNTS if count > gpus and _fits(recipe, shape, known, count)), None):
         layout = best_choice(recipe, shape, known, more).layout
         how = f", --parallel.shard {more}" if layout.shard > 1 else ""
         found.append(f"{more} x {known.name} (--gpus {more}{how})")
-    bigger = next((name for name in _GPU_NAMES if _larger(name, known) and _fits(recipe, shape, device(name), gpus)), None)
-    if bigger is not None:
+    least = known.memory or machine_memory()
+    larger = [other for other in map(device, _GPU_NAMES) if (other.memory or 0) > least]
+    if bigger := next((other.name for other in larger if _fits(recipe, shape, other, gpus)), None):
         found.append(f"{gpus} x {bigger}")
     if recipe.train.precision != "bf16_full" and known.bf16:
         narrow = replace(recipe, train=replace(recipe.train, precision="bf16_full"))
         if _fits(narrow, shape, known, gpus):
             found.append(f"{gpus} x {known.name} with weights and moments in bf16 (--train.precision bf16_full)")
     return "would fit on " + " or ".join(found) if found else "fits on no layout that this plan knows; use a smaller model or shorter rows"
-
-
-def _larger(name: str, known: Device) -> bool:
-    return (device(name).memory or 0) > (known.memory or machine_memory())
 
 
 def _fits(recipe: Recipe, shape: ModelShape, known: Device, gpus: int) -> bool:

@@ -66,9 +66,8 @@ class Setup:
 
     def recomputes(self, layer: int) -> bool:
         """Is this layer run again in the backward pass instead of keeping its activations?"""
-        if self.activation_checkpointing == "full":
-            return True
-        return self.activation_checkpointing == "every_nth" and layer % self.checkpointing_stride == 0
+        nth = self.activation_checkpointing == "every_nth" and layer % self.checkpointing_stride == 0
+        return nth or self.activation_checkpointing == "full"
 
     def share_recomputed(self, layers: int) -> float:
         return sum(self.recomputes(layer) for layer in range(layers)) / layers
@@ -99,8 +98,8 @@ def moments(shape: ModelShape, setup: Setup) -> dict[str, dict[str, float]]:
     always = {"weights": state.weights, "moments": state.moments, "process": PROCESS_CPU if setup.cpu else PROCESS_GPU}
     held = state.gradients if setup.accumulates else 0.0
     layers = range(shape.num_hidden_layers)
-    kept = [kept_of_layer(shape, setup, layer) / setup.pipeline for layer in layers]
     stream = setup.tokens * shape.hidden_size * setup.wide
+    kept = [(stream if setup.recomputes(layer) else activations_of_layer(shape, setup, layer)) / setup.pipeline for layer in layers]
     tail = stream * (2 if shape.norm_type == "rms" else 1)  # the last norm keeps its input, and an RMS norm its normalised value
     head = 4.0 * shape.vocab_size * shape.hidden_size / setup.tensor
     # The head's gradient: part of the embedding's where they are tied, and then waiting for it; else one of the gradients.
@@ -172,16 +171,8 @@ class State:
         )
 
 
-def kept_of_layer(shape: ModelShape, setup: Setup, layer: int) -> float:
-    """Bytes that autograd keeps of one decoder layer between its forward and its backward pass."""
-    stream = setup.tokens * shape.hidden_size * setup.wide
-    if setup.recomputes(layer):
-        return stream
-    return activations_of_layer(shape, setup, layer)
-
-
 def activations_of_layer(shape: ModelShape, setup: Setup, layer: int) -> float:
-    """Bytes that autograd keeps of a layer that is not recomputed: what each operation's derivative reads."""
+    """Bytes that autograd keeps of a layer that is not recomputed until its backward pass: what each operation's derivative reads."""
     hidden, queries, keys = shape.hidden_size, shape.query_width / setup.tensor, shape.key_width / setup.tensor
     wide, narrow, middle = setup.wide, setup.narrow, shape.intermediate_size / setup.tensor
     inner = wide * hidden if shape.norm_type == "rms" else 0  # an RMS norm keeps its normalised value beside its input
@@ -203,10 +194,8 @@ def attention_kept(shape: ModelShape, setup: Setup, window: int | None) -> float
     projections = narrow * (2 * queries + 2 * keys)
     if setup.cpu and shape.attention_dropout:  # the CPU's fused kernel has no dropout: weights, mask and dropped weights are whole
         return projections + narrow * 3 * heads * length
-    if window is None or window >= length:
-        return projections + 4 * heads
-    block = max(32, window)  # argonne/model/kernels.py, block_size: blocks of queries, each with its own and the block's keys before it
-    if block >= length:
+    block = max(32, window or 0)  # argonne/model/kernels.py, _windowed: blocks of queries, each with its own and the block's keys before it
+    if window is None or block >= length:
         return projections + 4 * heads
     others = (-(-length // block) - 1) * block / length
     own_queries = 0.0 if setup.rows == 1 and length % block == 0 else others * queries
@@ -220,30 +209,20 @@ def backward_work(shape: ModelShape, setup: Setup, layer: int) -> float:
     gradients = setup.tokens * setup.narrow * (2 * middle if shape.mlp_gated else middle)
     stream = setup.tokens * shape.hidden_size * setup.wide
     again = activations_of_layer(shape, setup, layer) - stream if setup.recomputes(layer) else 0.0  # its input is kept anyway
-    weight = (
-        setup.wide * shape.hidden_size * middle / setup.shard
-    )  # the gradient of the MLP's last product, made where the temporaries are most
+    # The gradient of the MLP's last product is made where the temporaries are most.
+    weight = setup.wide * shape.hidden_size * middle / setup.shard
     return again + gradients + weight + 2 * stream
 
 
 def loss_temporaries(shape: ModelShape, setup: Setup) -> float:
-    """Bytes of logits that exist at once."""
+    """Bytes of logits that exist at once, of as many rows as argonne/model/loss.py chooses."""
     vocabulary = shape.vocab_size / setup.tensor
-    rows = chunk_rows(shape, setup)
+    budget = (CHUNK_BYTES_CPU if setup.cpu else CHUNK_BYTES_GPU) // (4 * shape.vocab_size)
+    chunk = setup.loss_chunk or max(CHUNK_LEAST, budget // 64 * 64)
+    rows = setup.tokens if setup.loss == "full" else min(chunk, setup.tokens)
     capped = 1 if shape.final_logit_softcapping else 0
     in_place = setup.cpu and setup.narrow == setup.wide
     a_logit = setup.wide * (1 + capped) if in_place else 4 * (2 + capped)  # a softcap keeps its slope beside
-    cast = (
-        0.0 if in_place else 2 * setup.narrow * vocabulary * shape.hidden_size
-    )  # the head in the products' dtype, and a chunk's share of its gradient
+    # The head in the products' dtype, and a chunk's share of its gradient.
+    cast = 0.0 if in_place else 2 * setup.narrow * vocabulary * shape.hidden_size
     return rows * vocabulary * a_logit + cast + 3 * rows * shape.hidden_size * setup.wide
-
-
-def chunk_rows(shape: ModelShape, setup: Setup) -> int:
-    """Rows whose logits exist at once: as argonne/model/loss.py chooses."""
-    if setup.loss == "full":
-        return setup.tokens
-    if setup.loss_chunk:
-        return min(setup.loss_chunk, setup.tokens)
-    budget = (CHUNK_BYTES_CPU if setup.cpu else CHUNK_BYTES_GPU) // (4 * shape.vocab_size)
-    return min(setup.tokens, max(CHUNK_LEAST, budget // 64 * 64))

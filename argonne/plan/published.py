@@ -35,7 +35,8 @@ _1_5 = Published("Argonne 1.5", 80_000, 15_453_927_424, 756 * 2048, "756 documen
 _2_0 = Published("Argonne 2.0", 1_347_890, 21_900_000_000, 16_384, "4 rows of 4,096")
 _2_5 = Published("Argonne 2.5", 425_975, 76_050_709_610, 245_760, "20 x 4 x 3 rows of 1,024")
 _3_0 = Published("Argonne 3.0", 329_148, 76_050_709_610, 233_472, "38 x 2 x 3 rows of 1,024")
-_BY_RECIPE = {
+# The published figures behind a packaged recipe.
+PUBLISHED = {
     "argonne-1.0-pretrain": _1_0,
     "argonne-1.5-pretrain": _1_5,
     "argonne-2.0-pretrain": _2_0,
@@ -46,21 +47,11 @@ _BY_RECIPE = {
 }
 
 
-def published(recipe_name: str | None) -> Published | None:
-    """The published figures behind a packaged recipe; None for any other."""
-    return _BY_RECIPE.get(recipe_name or "")
-
-
-# Tokens of the one source of a released run, for plans made where its token set is not.
-_SOURCE_TOKENS = {
+# Tokens that the one source of a packaged recipe held at its release, where that was published: for plans made where its token set is not.
+SOURCE_TOKENS = {
     "argonne-2.5-pretrain": 20_839_021_454,
     "argonne-2.5-continue": 55_211_688_156,
     "argonne-2.5-midtrain": 105_200_000_000,
     "argonne-3.0-pretrain": 20_839_021_454,
     "argonne-3.0-continue": 55_211_688_156,
 }
-
-
-def released_source_tokens(recipe_name: str | None) -> int | None:
-    """Tokens that the source of a packaged recipe held at its release; None where that was not published."""
-    return _SOURCE_TOKENS.get(recipe_name or "")

@@ -112,9 +112,8 @@ def shape_of(model: ModelSection | Mapping[str, Any], sequence_length: int = 0) 
     A section that only says `init_from` is read from that folder's config.json. Raises InputError where a size is missing, or two
     fields contradict each other.
     """
-    fields = {
-        name: value for name, value in (asdict(model) if isinstance(model, ModelSection) else dict(model)).items() if value is not None
-    }
+    given = asdict(model) if isinstance(model, ModelSection) else model
+    fields = {name: value for name, value in given.items() if value is not None}
     if "init_from" in fields and any(name not in fields for name in _NEEDED):
         fields = {**stored_fields(str(fields["init_from"])), **fields}
     for name in _NEEDED:

@@ -12,16 +12,22 @@ GB = 1e9
 def plan_lines(plan: Plan) -> list[str]:
     """The table that `argonne plan` prints."""
     name = plan.recipe or plan.preset or "recipe"
+    degrees = ", ".join(f"{kind} {degree}" for kind, degree in plan.layout.items() if degree > 1)
+    why = "as the recipe says" if plan.micro_is_given else "the smallest" if not plan.fits else "the largest that fits, evened out"
+    if plan.fits and plan.device == "cpu" and not plan.micro_is_given:
+        why = "what a CPU works on at once"
+    every = f" {plan.checkpointing_stride}" if plan.activation_checkpointing == "every_nth" else ""
+    way = f"activation checkpointing {plan.activation_checkpointing}{every}"
+    limit = "" if plan.memory_limit is None else f", of {plan.memory_limit / GB:.1f} GB usable"
     rows = [
         ("model", f"{plan.preset or 'from init_from or own sizes'}, {plan.parameters:,} parameters"),
         ("FLOPs a token", f"{plan.flops_per_token:.4g} ({plan.flops_convention})"),
-        ("device", f"{plan.devices} x {plan.device}, {plan.precision}, {_layout(plan.layout)}"),
+        ("device", f"{plan.devices} x {plan.device}, {plan.precision}, {degrees or 'one process'}"),
         ("step", f"{plan.tokens_per_step:,} tokens, rows of {plan.sequence_length:,}"),
-        (
-            "micro-batch",
-            f"{plan.micro_rows} rows x {plan.micro_batches} a device ({_why(plan)}), {_way(plan)}",
-        ),
-        *_memory_rows(plan),
+        ("micro-batch", f"{plan.micro_rows} rows x {plan.micro_batches} a device ({why}), {way}, loss {plan.loss}"),
+        ("memory", f"{_bytes(plan.memory_total)} a device at its highest moment ({plan.memory_peak}){limit}"),
+        *[("", f"{_bytes(size):>12}  {part}") for part, size in plan.memory.items()],
+        *([] if plan.fits else [("DOES NOT FIT", plan.advice or "")]),
         *_length_rows(plan),
         *[("source", _source(use)) for use in plan.sources],
     ]
@@ -30,38 +36,8 @@ def plan_lines(plan: Plan) -> list[str]:
     return [*lines, *(f"  note: {warning}" for warning in plan.warnings)]
 
 
-def _layout(layout: dict[str, int]) -> str:
-    used = [f"{kind} {degree}" for kind, degree in layout.items() if degree > 1]
-    return ", ".join(used) or "one process"
-
-
-def _why(plan: Plan) -> str:
-    if plan.micro_is_given:
-        return "as the recipe says"
-    if not plan.fits:
-        return "the smallest"
-    return "what a CPU works on at once" if plan.device == "cpu" else "the largest that fits, evened out"
-
-
-def _way(plan: Plan) -> str:
-    every = f" {plan.checkpointing_stride}" if plan.activation_checkpointing == "every_nth" else ""
-    return f"activation checkpointing {plan.activation_checkpointing}{every}, loss {plan.loss}"
-
-
-def _memory_rows(plan: Plan) -> list[tuple[str, str]]:
-    rows = [("memory", f"{_bytes(plan.memory_total)} a device at its highest moment ({plan.memory_peak}){_of_limit(plan)}")]
-    rows += [("", f"{_bytes(size):>12}  {part}") for part, size in plan.memory.items()]
-    if not plan.fits:
-        rows.append(("DOES NOT FIT", plan.advice or ""))
-    return rows
-
-
 def _bytes(size: float) -> str:
     return f"{size / GB:.2f} GB" if size >= GB / 10 else f"{size / 1e6:.1f} MB"
-
-
-def _of_limit(plan: Plan) -> str:
-    return "" if plan.memory_limit is None else f", of {plan.memory_limit / GB:.1f} GB usable"
 
 
 def _length_rows(plan: Plan) -> list[tuple[str, str]]:
@@ -69,20 +45,14 @@ def _length_rows(plan: Plan) -> list[tuple[str, str]]:
         return [("length", "not known: it is in epochs of data that is not here")]
     rows = [("length", f"{plan.steps:,} steps, {plan.tokens:,} tokens")]
     if plan.tokens_per_second is not None and plan.hours is not None and plan.device_hours is not None:
-        basis = (
-            f"assuming {100 * plan.expected_mfu:.0f} % MFU" if plan.expected_mfu is not None else "assuming the sustained rate of the note"
-        )
-        rows.append(("speed", f"{plan.tokens_per_second:,.0f} tokens/s, {basis}"))
-        rows.append(("time", f"{_time(plan.hours)}, {plan.device_hours:,.1f} device-hours"))
+        basis = "the sustained rate of the note" if plan.expected_mfu is None else f"{100 * plan.expected_mfu:.0f} % MFU"
+        rows.append(("speed", f"{plan.tokens_per_second:,.0f} tokens/s, assuming {basis}"))
+        long = f"{plan.hours:,.1f} hours" if plan.hours < 72 else f"{plan.hours / 24:,.1f} days"
+        time = f"{60 * plan.hours:.1f} minutes" if plan.hours < 2 else long
+        rows.append(("time", f"{time}, {plan.device_hours:,.1f} device-hours"))
     if plan.cost is not None:
         rows.append(("cost", f"{plan.cost:,.2f}"))
     return rows
-
-
-def _time(hours: float) -> str:
-    if hours < 2:
-        return f"{60 * hours:.1f} minutes"
-    return f"{hours:,.1f} hours" if hours < 72 else f"{hours / 24:,.1f} days"
 
 
 def _source(use: dict[str, Any]) -> str:
@@ -99,31 +69,25 @@ def compare_plan(plan: dict[str, Any], metrics: list[dict[str, Any]]) -> list[di
     steps = {record["step"]: record for record in metrics if record.get("event") == "step"}
     records = [steps[step] for step in sorted(steps)]
     last = records[-1] if records else {}
-    pairs = [
-        (
-            "memory_gb",
-            plan["memory_total"] / GB,
-            max((record["memory_gb"] for record in records if record.get("memory_gb") is not None), default=None),
-        ),
+    memory = max((record["memory_gb"] for record in records if record.get("memory_gb") is not None), default=None)
+    triples = [
+        ("memory_gb", plan["memory_total"] / GB, memory),
         ("tokens_per_second", plan["tokens_per_second"], last.get("tokens_per_second")),
         ("mfu", plan["expected_mfu"], last.get("mfu")),
         ("steps", plan["steps"], last.get("step")),
         ("tokens", plan["tokens"], last.get("tokens")),
         ("hours", plan["hours"], _hours(metrics)),
     ]
-    return [{"name": name, "planned": planned, "measured": found, "ratio": _ratio(planned, found)} for name, planned, found in pairs]
-
-
-def _ratio(planned: float | None, measured: float | None) -> float | None:
-    return None if not planned or measured is None else measured / planned
+    return [
+        {"name": name, "planned": planned, "measured": found, "ratio": found / planned if planned and found is not None else None}
+        for name, planned, found in triples
+    ]
 
 
 def _hours(metrics: list[dict[str, Any]]) -> float | None:
     """Hours that sessions ran: from each start or resume to the last record before the next."""
     total, begun, seen = 0.0, None, None
-    for record in metrics:
-        if "time" not in record:
-            continue
+    for record in (record for record in metrics if "time" in record):
         if record.get("event") in ("start", "resume"):
             total += seen - begun if begun is not None and seen is not None else 0.0
             begun = record["time"]

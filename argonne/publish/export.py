@@ -15,8 +15,8 @@ from torch import Tensor
 
 from argonne import layout
 from argonne.errors import InputError
-from argonne.files import atomic_directory
-from argonne.model.load import LoadedModel, load_model, no_progress_bar
+from argonne.files import atomic_directory, read_json, write_json
+from argonne.model.load import load_model, no_progress_bar
 from argonne.model.modeling_argonne import ArgonneForCausalLM
 from argonne.model.save import copy_tokenizer, save_model_folder, stop_ids
 from argonne.publish.native import Native, native_twin
@@ -37,15 +37,18 @@ def export_model(model_path: Path, out: Path, *, kind: str = "hf") -> dict[str, 
     if out.exists():
         raise InputError(f"{out} exists already; choose another name or remove it")
     loaded = load_model(model_path)
-    model = loaded.model
-    ids = generation_ids(loaded)
+    model, settings = loaded.model, loaded.folder / layout.GENERATION_CONFIG
+    ids = stop_ids(loaded.folder if settings.is_file() else loaded.tokenizer_folder or loaded.folder, model.config.to_dict())
     native = native_twin(model) if kind == "native" else None
     with atomic_directory(out) as folder:
         if native is None:
             save_model_folder(model, folder, **ids)
         else:
             save_native(native, folder, ids, model.dtype)
-        keep_generation_settings(loaded.folder / layout.GENERATION_CONFIG, folder / layout.GENERATION_CONFIG)
+        if settings.is_file():  # the model's own say more than the ids (temperature, top_p...)
+            written = read_json(folder / layout.GENERATION_CONFIG)
+            merged = {**read_json(settings), **{name: value for name, value in written.items() if value is not None}}
+            write_json(folder / layout.GENERATION_CONFIG, merged)
         files = copy_tokenizer(loaded.tokenizer_folder, folder)
         proof = prove(folder, model)
     return {
@@ -54,39 +57,26 @@ def export_model(model_path: Path, out: Path, *, kind: str = "hf") -> dict[str, 
         "kind": kind,
         "class": proof["class"],
         "dtype": str(model.dtype).removeprefix("torch."),
-        "parameters": sum({id(p): p.numel() for p in model.parameters()}.values()),
+        "parameters": model.num_parameters(),
         "tokenizer_files": files,
         "proof": proof,
     }
-
-
-def generation_ids(loaded: LoadedModel) -> dict[str, Any]:
-    """End, begin and pad ids of a model, from its generation config, its config or its tokenizer."""
-    folder = loaded.folder if (loaded.folder / layout.GENERATION_CONFIG).is_file() else loaded.tokenizer_folder or loaded.folder
-    return stop_ids(folder, loaded.model.config.to_dict())
-
-
-def keep_generation_settings(source: Path, target: Path) -> None:
-    """Carry over what the model's own generation config says beyond the ids (temperature, top_p...)."""
-    if not source.is_file():
-        return
-    merged = {**json.loads(source.read_text()), **{k: v for k, v in json.loads(target.read_text()).items() if v is not None}}
-    target.write_text(json.dumps(merged, indent=2) + "\n")
 
 
 def save_native(native: Native, folder: Path, ids: dict[str, Any], dtype: torch.dtype) -> None:
     """The native class's own save_pretrained, with ids in the config and the generation config."""
     from transformers import GenerationConfig
 
-    for name in ("eos", "bos", "pad"):
-        setattr(native.config, f"{name}_token_id", ids[f"{name}_id"])
+    named = {f"{name}_token_id": ids[f"{name}_id"] for name in ("eos", "bos", "pad")}
+    for name, value in named.items():
+        setattr(native.config, name, value)
     with torch.device("meta"):
         twin = native.model_class(native.config).to(dtype)
     missing, unexpected = twin.load_state_dict(native.state, strict=False, assign=True)
     if missing or unexpected:
         raise RuntimeError(f"{native.model_class.__name__}: missing {list(missing)}, unexpected {list(unexpected)}: the name map is wrong")
     twin.tie_weights()
-    twin.generation_config = GenerationConfig(**{f"{name}_token_id": ids[f"{name}_id"] for name in ("eos", "bos", "pad")})
+    twin.generation_config = GenerationConfig(**named)
     with no_progress_bar():
         twin.save_pretrained(folder)
 

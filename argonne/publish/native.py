@@ -35,14 +35,14 @@ def native_twin(model: ArgonneForCausalLM) -> Native:
     config = model.config
     assert isinstance(config, ArgonneConfig)
     makers = (
-        ("GPT2LMHeadModel", why_not_gpt2, to_gpt2),
-        ("LlamaForCausalLM", why_not_llama, to_llama),
-        ("MistralForCausalLM", why_not_mistral, to_mistral),
-        ("Gemma4ForCausalLM", why_not_gemma4, to_gemma4),
+        ("GPT2LMHeadModel", gpt2_is(config), to_gpt2),
+        ("LlamaForCausalLM", llama_is(config), to_llama),
+        ("MistralForCausalLM", mistral_is(config), to_mistral),
+        ("Gemma4ForCausalLM", gemma4_is(config), to_gemma4),
     )
     reasons = []
-    for name, why_not, make in makers:
-        reason = why_not(config)
+    for name, holds, make in makers:
+        reason = next((what for what, so in holds.items() if not so), None)
         if reason is None:
             return make(config, {key: value.detach() for key, value in model.state_dict().items()})
         reasons.append(f"{name}: {reason}")
@@ -50,10 +50,6 @@ def native_twin(model: ArgonneForCausalLM) -> Native:
         f"no native class computes exactly this model ({'; '.join(reasons)}); export it with --as hf, which every engine with a "
         "Transformers backend can run (vLLM: --model-impl transformers)"
     )
-
-
-def _first_false(checks: dict[str, bool]) -> str | None:
-    return next((reason for reason, holds in checks.items() if not holds), None)
 
 
 def _common(config: ArgonneConfig) -> dict[str, Any]:
@@ -67,21 +63,20 @@ def _common(config: ArgonneConfig) -> dict[str, Any]:
 # --- 1.x ------------------------------------------------------------------------------------------------------------------------------
 
 
-def why_not_gpt2(config: ArgonneConfig) -> str | None:
-    return _first_false(
-        {
-            "its positions are learned, this model's are rotary": config.position_embedding == "learned",
-            "it has LayerNorm": config.norm_type == "layer",
-            "its MLP has no gate": not config.mlp_gated,
-            "its projections all have biases": config.attention_bias and config.mlp_bias,
-            "it has as many key as query heads": config.num_key_value_heads == config.num_attention_heads,
-            "its hidden size is heads x head_dim": config.num_attention_heads * config.head_dim == config.hidden_size,
-            "it has no q, k or v norm": not (config.q_norm or config.k_norm or config.v_norm),
-            "it has no norm after attention or MLP": not config.sandwich_norm,
-            "it has no softcap": config.final_logit_softcapping is None,
-            "it has no local layers": SLIDING not in (config.layer_types or []),
-        }
-    )
+def gpt2_is(config: ArgonneConfig) -> dict[str, bool]:
+    """What a class is -> whether this model is so too; the same for the other classes below."""
+    return {
+        "its positions are learned, this model's are rotary": config.position_embedding == "learned",
+        "it has LayerNorm": config.norm_type == "layer",
+        "its MLP has no gate": not config.mlp_gated,
+        "its projections all have biases": config.attention_bias and config.mlp_bias,
+        "it has as many key as query heads": config.num_key_value_heads == config.num_attention_heads,
+        "its hidden size is heads x head_dim": config.num_attention_heads * config.head_dim == config.hidden_size,
+        "it has no q, k or v norm": not (config.q_norm or config.k_norm or config.v_norm),
+        "it has no norm after attention or MLP": not config.sandwich_norm,
+        "it has no softcap": config.final_logit_softcapping is None,
+        "it has no local layers": SLIDING not in (config.layer_types or []),
+    }
 
 
 def to_gpt2(config: ArgonneConfig, state: dict[str, Tensor]) -> Native:
@@ -137,26 +132,21 @@ def _llama_like(config: ArgonneConfig) -> dict[str, bool]:
     }
 
 
-def why_not_llama(config: ArgonneConfig) -> str | None:
-    return _first_false(
-        {
-            **_llama_like(config),
-            "it has no local layers": SLIDING not in (config.layer_types or []),
-            f"its heads divide the hidden size, {config.hidden_size} / {config.num_attention_heads} do not": config.hidden_size
-            % config.num_attention_heads
-            == 0,
-        }
-    )
+def llama_is(config: ArgonneConfig) -> dict[str, bool]:
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    return {
+        **_llama_like(config),
+        "it has no local layers": SLIDING not in (config.layer_types or []),
+        f"its heads divide the hidden size, {hidden} / {heads} do not": hidden % heads == 0,
+    }
 
 
-def why_not_mistral(config: ArgonneConfig) -> str | None:
-    return _first_false(
-        {
-            **_llama_like(config),
-            "it has no biases": not (config.attention_bias or config.mlp_bias),
-            "its layers are all local or all full": len(set(config.layer_types or [])) == 1,
-        }
-    )
+def mistral_is(config: ArgonneConfig) -> dict[str, bool]:
+    return {
+        **_llama_like(config),
+        "it has no biases": not (config.attention_bias or config.mlp_bias),
+        "its layers are all local or all full": len(set(config.layer_types or [])) == 1,
+    }
 
 
 def _rotary(config: ArgonneConfig) -> dict[str, Any]:
@@ -182,19 +172,17 @@ def to_mistral(config: ArgonneConfig, state: dict[str, Tensor]) -> Native:
 # --- 3.x ------------------------------------------------------------------------------------------------------------------------------
 
 
-def why_not_gemma4(config: ArgonneConfig) -> str | None:
+def gemma4_is(config: ArgonneConfig) -> dict[str, bool]:
     last = (config.layer_types or [""])[-1]
-    return _first_false(
-        {
-            "its positions are rotary": config.position_embedding == "rope",
-            "it has RMSNorm": config.norm_type == "rms",
-            "its MLP has a gate": config.mlp_gated,
-            "its projections have no biases": not (config.attention_bias or config.mlp_bias),
-            "it has q, k and v norms": config.q_norm and config.k_norm and config.v_norm,
-            "it has norms after attention and MLP": config.sandwich_norm,
-            f"its last layer must be full attention, here it is {last}": last != SLIDING,
-        }
-    )
+    return {
+        "its positions are rotary": config.position_embedding == "rope",
+        "it has RMSNorm": config.norm_type == "rms",
+        "its MLP has a gate": config.mlp_gated,
+        "its projections have no biases": not (config.attention_bias or config.mlp_bias),
+        "it has q, k and v norms": config.q_norm and config.k_norm and config.v_norm,
+        "it has norms after attention and MLP": config.sandwich_norm,
+        f"its last layer must be full attention, here it is {last}": last != SLIDING,
+    }
 
 
 def to_gemma4(config: ArgonneConfig, state: dict[str, Tensor]) -> Native:
@@ -222,12 +210,11 @@ def to_gemma4(config: ArgonneConfig, state: dict[str, Tensor]) -> Native:
         gain = new.pop(f"{attention}.v_norm.weight")
         fold(f"{attention}.o_proj.weight", gain.to(torch.promote_types(gain.dtype, torch.float32)).repeat(config.num_attention_heads))
         new[f"model.layers.{layer}.layer_scalar"] = torch.ones(1, dtype=gain.dtype)
-    rope = dict(config.rope_parameters or {})
     twin = Gemma4TextConfig(
         **_common(config),
         global_head_dim=config.head_dim,  # type: ignore[call-arg]
         hidden_activation=config.hidden_act,
-        rope_parameters={kind: dict(rope) for kind in (FULL, SLIDING)},
+        rope_parameters={kind: dict(config.rope_parameters or {}) for kind in (FULL, SLIDING)},
         layer_types=list(config.layer_types or []),
         sliding_window=config.sliding_window or 512,  # read by local layers only
         final_logit_softcapping=config.final_logit_softcapping,

@@ -86,11 +86,9 @@ def complete_ids(model: Any, prompts: Sequence[Sequence[int]], options: Sampling
     ended = [False] * len(prompts)
     for step in stream_ids(model, prompts, options, eos_ids):
         for number, token in enumerate(step):
-            if token is None:
-                continue
             if token in eos_ids:
                 ended[number] = True
-            else:
+            elif token is not None:
                 rows[number].append(token)
     limit = "length" if options.max_new_tokens <= _room(model, prompts) else "context"
     return [Completion(row, "eos" if end else limit) for row, end in zip(rows, ended, strict=True)]
@@ -100,17 +98,14 @@ def stop_ids(model: Any, tokenizer: TextTokenizer) -> list[int]:
     """Where generation ends: the tokenizer's EOS and what the model's generation config names (a chat model's turn end)."""
     named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     named = named if isinstance(named, list) else [named]
-    found = [token for token in [tokenizer.eos_id, *named] if token is not None]
-    return sorted(set(found))
+    return sorted({token for token in [tokenizer.eos_id, *named] if token is not None})
 
 
 def prompt_ids(tokenizer: TextTokenizer, prompt: str) -> list[int]:
     """Ids of the prompt. An empty prompt starts a document, as training saw it: after BOS, or after the EOS of the one before."""
     ids = tokenizer.encode(prompt)
     start = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
-    if not ids and start is not None:
-        return [start]
-    return ids
+    return ids if ids or start is None else [start]
 
 
 def stream_text(model: Any, tokenizer: TextTokenizer, prompt: str, options: SamplingOptions) -> Iterator[str]:

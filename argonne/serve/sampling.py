@@ -23,23 +23,14 @@ class Sampler:
         if self.options.temperature == 0:
             return logits.argmax(dim=-1)
         probabilities, ids = torch.softmax(logits / self.options.temperature, dim=-1).sort(dim=-1, descending=True, stable=True)
-        probabilities = self._truncate(probabilities)
-        ladder = probabilities.cumsum(dim=-1)
-        draws = torch.stack([torch.rand(1, generator=generator) for generator in self._generators]).to(ladder.device)
-        places = torch.searchsorted(ladder, draws * ladder[:, -1:], right=True).clamp_max(self._last_kept(probabilities))
-        return ids.gather(1, places).squeeze(1)
-
-    def _truncate(self, probabilities: torch.Tensor) -> torch.Tensor:
-        """Zero what top-k and top-p (Holtzman et al. 2020: the smallest set that holds `top_p` of the mass) leave out; sorted rows."""
         if self.options.top_k:
             probabilities = probabilities.clone()
             probabilities[:, self.options.top_k :] = 0
-        if self.options.top_p < 1:
-            total = probabilities.sum(dim=-1, keepdim=True)
+        if self.options.top_p < 1:  # Holtzman et al. 2020: the smallest set that holds `top_p` of the mass
             before = probabilities.cumsum(dim=-1) - probabilities
-            probabilities = probabilities.masked_fill(before >= self.options.top_p * total, 0.0)
-        return probabilities
-
-    @staticmethod
-    def _last_kept(probabilities: torch.Tensor) -> torch.Tensor:
-        return (probabilities > 0).sum(dim=-1, keepdim=True) - 1
+            probabilities = probabilities.masked_fill(before >= self.options.top_p * probabilities.sum(dim=-1, keepdim=True), 0.0)
+        last_kept = (probabilities > 0).sum(dim=-1, keepdim=True) - 1
+        ladder = probabilities.cumsum(dim=-1)
+        draws = torch.stack([torch.rand(1, generator=generator) for generator in self._generators]).to(ladder.device)
+        places = torch.searchsorted(ladder, draws * ladder[:, -1:], right=True).clamp_max(last_kept)
+        return ids.gather(1, places).squeeze(1)

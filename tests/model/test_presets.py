@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from argonne.model.build import config_from_fields, count_parameters
-from argonne.model.describe import describe_presets
+from argonne.model.build import config_from_fields, count_parameters, describe_presets
 from argonne.presets import presets
 
 PUBLISHED = {
