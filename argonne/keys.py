@@ -7,6 +7,8 @@ import functools
 import itertools
 import math
 import typing
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from argonne import presets
@@ -16,7 +18,8 @@ from argonne.errors import InputError
 HELD_OUT = "held-out data"
 
 
-def all_keys(kind: type = Recipe, where: str = "") -> dict[str, dataclasses.Field[Any]]:
+@functools.cache
+def all_keys(kind: type = Recipe, where: str = "") -> Mapping[str, dataclasses.Field[Any]]:
     """Every key of the recipe as `section.key`, in order."""
     hints = typing.get_type_hints(kind)
     found: dict[str, dataclasses.Field[Any]] = {}
@@ -28,7 +31,7 @@ def all_keys(kind: type = Recipe, where: str = "") -> dict[str, dataclasses.Fiel
             found |= all_keys(typing.cast(type, hints[item.name]), path)
         else:
             found[path] = item
-    return found
+    return MappingProxyType(found)
 
 
 def is_free(path: str) -> bool:
