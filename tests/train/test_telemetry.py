@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -124,3 +125,27 @@ def test_deterministic_asks_torch_for_it_during_the_run_and_only_then(nano: Nano
     run_session(Session(nano(**{"train.deterministic": "true"}), tmp_path / "run", stage_of(watching)))
     assert set(asked) == {True}
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_wandb_gets_each_record_under_the_project_asked_for_and_its_failure_costs_nothing(
+    nano: Nano, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged: list[dict[str, float]] = []
+    begun: list[dict[str, object]] = []
+
+    class Run:
+        def log(self, values: dict[str, float]) -> None:
+            logged.append(values)
+            if len(logged) == 5:
+                raise OSError("the network is gone")
+
+    def init(**given: object) -> Run:
+        begun.append(given)
+        return Run()
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    assert run(nano(**{"log.wandb": '"small"'}), tmp_path / "run").outcome.complete
+    assert begun[0]["project"] == "small"
+    assert logged[1]["step/loss"] == curve(tmp_path / "run")[0]["loss"]
+    assert len(logged) == 5
+    assert any("wandb failed" in record["message"] for record in read_metrics(tmp_path / "run").of("warning"))
