@@ -26,8 +26,8 @@ from argonne.data.windows import SourceWindows
 from argonne.errors import InputError
 from argonne.prepare import from_text
 from argonne.prepare.from_text import TextWork
+from argonne.tokens.inspection import Verification
 from argonne.tokens.tokenizer import TextTokenizer
-from argonne.tokens.verification import Verification
 
 # Rows located at once: the arithmetic is vectorised, and one row at a time would cost as much as reading it.
 BLOCK = 4096

@@ -17,7 +17,7 @@ from typing import Any
 from argonne.errors import InputError
 from argonne.prepare import columnar, textual
 from argonne.prepare.texts import LongText, Refused, RowBatch, checked, first_line
-from argonne.tokens.file_kinds import KINDS, format_of, natural_key
+from argonne.tokens.formats import KINDS, format_of, natural_key
 
 JSON_HINT = (
     "; one JSON object a line: rename it to .jsonl; one array: `jq -c '.[]' FILE.json > FILE.jsonl`, or "
@@ -125,7 +125,7 @@ def read_unit(file: InputFile, unit: Unit, text_column: str, split: str) -> Iter
     for value in _rows(file, unit, text_column, split):
         text = checked(value)
         if isinstance(text, Refused):
-            batch.drop(text.reason)
+            batch.drops[text.reason] += 1
             continue
         if isinstance(text, LongText) and batch.texts:
             yield batch
