@@ -118,10 +118,7 @@ class _Output:
 
     def close(self) -> dict[str, Any]:
         self._close()
-        return {
-            **{name: sum(entry[name] for entry in self.entries) for name in ("tokens", "documents", "text_bytes")},
-            "shards": self.entries,
-        }
+        return {**tokens.totals_of(self.entries), "shards": self.entries}
 
     def abort(self) -> None:
         if self.writer is not None:

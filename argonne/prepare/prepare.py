@@ -168,9 +168,10 @@ def _check_drops(options: PrepareOptions, records: list[dict[str, Any]], out: Pa
     manifest = _totals(records)
     bad_rows = sum(manifest["drops"].get(reason, 0) for reason in FAULTS)
     if bad_rows > options.max_drop_fraction * max(manifest["rows"], 1):
+        advice = f": {found}" if (found := messages.advice(manifest["drops"])) else ""
         raise InputError(
             f"{out}: {bad_rows:,} of {manifest['rows']:,} rows are no documents ({messages.describe_drops(manifest['drops'])}), more than "
-            f"--max-drop-fraction {options.max_drop_fraction}; mend the input{messages.advice(manifest['drops'])}, or raise the limit and "
+            f"--max-drop-fraction {options.max_drop_fraction}; mend the input{advice}, or raise the limit and "
             "run again: the work so far is kept"
         )
     if manifest["documents"] + manifest["held_out_documents"] == 0:

@@ -13,6 +13,7 @@ ROWS_A_BATCH = 512
 CHARACTERS_A_BATCH = 1 << 20
 LONG_CHARACTERS = 1 << 20
 READ_BYTES = 1 << 20
+REMEDY = "restore it, or pass --skip-bad-shards"
 
 
 def read_faults(path: str) -> tuple[type[Exception], ...]:
