@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,28 +17,19 @@ from argonne import files
 from argonne.config import BatchSection, DataSection
 from argonne.data import mixture as mixtures
 from argonne.data import phases
-from argonne.data.document_mask import IGNORED, ends_in_row, mask_documents
-from argonne.data.held_out import HeldOut
-from argonne.data.loader import Array
+from argonne.data.loader import Array, Exchange
 from argonne.data.mixture import GlobalRows, Mixture, Phase
 from argonne.data.phases import Source, open_sources, shared_tokenizer
-from argonne.data.windows import SourceWindows
+from argonne.data.windows import IGNORED, SourceWindows, ends_in_row, mask_documents
 from argonne.errors import InputError
 from argonne.prepare import from_text
 from argonne.prepare.from_text import TextWork
+from argonne.tokens.inspection import Verification
 from argonne.tokens.tokenizer import TextTokenizer
-from argonne.tokens.verification import Verification
 
 # Rows located at once: the arithmetic is vectorised, and one row at a time would cost as much as reading it.
 BLOCK = 4096
 FILLER_SOURCE = -1
-
-
-class Place(Protocol):
-    """What data asks of the mesh."""
-
-    @property
-    def is_main(self) -> bool: ...
 
 
 class TrainingData:
@@ -77,9 +68,6 @@ class TrainingData:
 
     def sequence_length(self, step: int) -> int:
         return self.mixture.phase_at(step).sequence_length
-
-    def document_mask(self, step: int) -> bool:
-        return self.mixture.phase_at(step).document_mask
 
     def samples_before(self, step: int) -> int:
         """Global rows drawn before `step`."""
@@ -124,42 +112,49 @@ class TrainingData:
     @property
     def description(self) -> list[str]:
         """Lines for the banner."""
-        lines = []
-        total = sum(mixtures.integer_weights([source.weight for source in self.sources]))
-        for source, weight in zip(self.sources, mixtures.integer_weights([source.weight for source in self.sources]), strict=True):
-            lines.append(
-                f"{source.name}: {self._size(source)}, {100 * weight / total:.2f} % of the batch, at most {source.max_epochs:g} passes"
-            )
+        weights = mixtures.integer_weights([source.weight for source in self.sources])
+        lines = [
+            f"{source.name}: {_size(source)}, {100 * weight / sum(weights):.2f} % of the batch, at most {source.max_epochs:g} passes"
+            for source, weight in zip(self.sources, weights, strict=True)
+        ]
         if self.work is not None:
             others = [pattern for pattern in self.data.input if pattern not in self.work.options.input]
             unused = f"; not used: {', '.join(others)}" if others else ""
             lines.append(f"  tokenised from {self.work.options.input[0]} into {self.work.out}{unused}")
         for phase in self.mixture.phases:
-            lines.append(
-                f"from step {phase.first_step}: {phase.rows} rows of {phase.sequence_length:,} tokens, {phase.order}, "
-                f"documents {phase.documents}"
-                f"{', document mask' if phase.document_mask else ''}"
-            )
-            if phase.documents != "packed":
-                for source in self.sources:
-                    short = self.mixture.windows[source.tokens.fingerprint].short_documents(phase.sequence_length)
-                    lines.append(
-                        f"  {source.name}: {short:,} of {source.tokens.documents:,} documents are too short for a row and are left out"
-                    )
+            mask = ", document mask" if phase.document_mask else ""
+            rows = f"{phase.rows} rows of {phase.sequence_length:,} tokens, {phase.order}, documents {phase.documents}{mask}"
+            lines.append(f"from step {phase.first_step}: {rows}")
+            for source in self.sources if phase.documents != "packed" else ():
+                short = self.mixture.windows[source.tokens.fingerprint].short_documents(phase.sequence_length)
+                of = f"{short:,} of {source.tokens.documents:,} documents"
+                lines.append(f"  {source.name}: {of} are too short for a row and are left out")
         return lines
 
-    @staticmethod
-    def _size(source: Source) -> str:
-        if source.tokens.train.growing:
-            return "tokens are still being made"
-        documents = "" if source.tokens.documents is None else f", {source.tokens.documents:,} documents"
-        held = f", {source.tokens.held_out.tokens:,} held out" if source.tokens.held_out.tokens else ""
-        return f"{source.tokens.tokens:,} tokens{documents}{held}"
-
     def held_out(self, windows: int, rows: int) -> Iterator[Mapping[str, torch.Tensor]]:
-        """At most `windows` held-out windows in batches of at most `rows`; the same ones at each call, none where nothing is held out."""
-        held = HeldOut(self.sources, self.data.sequence_length, self.eos_id, document_mask=self.data.document_mask)
-        return held.batches(windows, rows)
+        """At most `windows` held-out windows in batches of at most `rows`, under the names of a training batch.
+
+        They are evenly spread over the held-out tokens of all sources, the same ones at each call, none where nothing is held out; they touch
+        neither order nor state.
+        """
+        length, streams = self.data.sequence_length, [source.tokens.held_out for source in self.sources]
+        bounds = np.cumsum([0, *(max(0, (stream.tokens - 1) // length) for stream in streams)])
+        count = min(windows, int(bounds[-1]))
+        windows_taken = np.arange(count) * bounds[-1] // max(count, 1)
+        for start in range(0, count, rows):
+            taken = windows_taken[start : start + rows]
+            sources = np.searchsorted(bounds, taken, side="right") - 1
+            tokens = np.zeros((len(taken), length + 1), dtype=np.int64)
+            for row, source, number in zip(tokens, sources.tolist(), (taken - bounds[sources]).tolist(), strict=True):
+                streams[source].copy(number * length, row)
+            inputs, labels = np.ascontiguousarray(tokens[:, :-1]), np.ascontiguousarray(tokens[:, 1:])
+            arrays = {"input_ids": inputs, "shift_labels": labels, "source": sources}
+            if self.data.document_mask:
+                arrays["position_ids"] = np.zeros_like(inputs)
+                for ids, targets, positions in zip(inputs, labels, arrays["position_ids"], strict=True):
+                    mask_documents(np.nonzero(ids == self.eos_id)[0] + 1, targets, positions)
+            arrays["tokens"] = (labels >= 0).sum(axis=1)
+            yield {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def verify(self) -> Verification | None:
         """Begin to check the shards' hashes as `data.verify` says (once; "before" returns when all are right). Raises InputError for a fault."""
@@ -175,7 +170,7 @@ class TrainingData:
         self.check()
         return self._verification
 
-    def attach(self, model: object, mesh: Place) -> None:
+    def attach(self, model: object, mesh: Exchange) -> None:
         """The run begins: rank 0 begins to check the shards' hashes."""
         if mesh.is_main:
             self.verify()
@@ -222,7 +217,11 @@ class TrainingData:
             if positions is not None:
                 mask_documents(ends_in_row(stream, runs, inputs[row], self.eos_id), labels[row], positions[row])
         if inputs[:count].max(initial=0) >= self.vocab_size:
-            self._name_foreign_id(inputs[:count], sources)
+            row = int((inputs[:count] >= self.vocab_size).any(axis=1).argmax())
+            raise InputError(
+                f"{self.sources[sources[row]].tokens.path}: holds id {int(inputs[row].max()):,}, the tokenizer {self.tokenizer_folder} has "
+                f"{self.vocab_size:,} entries; set data.tokenizer to the one that made these tokens"
+            )
         inputs[count:], labels[count:] = 0, IGNORED
         tokens = np.zeros(rows, np.int64)
         tokens[:count] = length if positions is None else np.count_nonzero(labels[:count] != IGNORED, axis=1)
@@ -233,13 +232,6 @@ class TrainingData:
             positions[count:] = whole_row
             arrays["position_ids"] = Array(positions, whole_row)
         return arrays
-
-    def _name_foreign_id(self, inputs: np.ndarray, sources: np.ndarray) -> None:
-        row = int((inputs >= self.vocab_size).any(axis=1).argmax())
-        raise InputError(
-            f"{self.sources[sources[row]].tokens.path}: holds id {int(inputs[row].max()):,}, the tokenizer {self.tokenizer_folder} has "
-            f"{self.vocab_size:,} entries; set data.tokenizer to the one that made these tokens"
-        )
 
     def _located(self, phase: Phase, first: int, count: int) -> list[tuple[int, list[tuple[int, int]]]]:
         """(number of the source in the recipe, runs of its tokens) of each row, out of blocks of rows that are located once."""
@@ -271,6 +263,14 @@ class TrainingData:
         places = {source.tokens.fingerprint: number for number, source in enumerate(self.sources)}
         numbers = np.array([places[source.fingerprint] for source in phase.sources])
         return GlobalRows(numbers[found.source], found.rows, found.epoch)
+
+
+def _size(source: Source) -> str:
+    if source.tokens.train.growing:
+        return "tokens are still being made"
+    documents = "" if source.tokens.documents is None else f", {source.tokens.documents:,} documents"
+    held = f", {source.tokens.held_out.tokens:,} held out" if source.tokens.held_out.tokens else ""
+    return f"{source.tokens.tokens:,} tokens{documents}{held}"
 
 
 def open_training_data(

@@ -7,15 +7,12 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from argonne.errors import InputError
-
-if TYPE_CHECKING:
-    from types import TracebackType
 
 
 @dataclass(frozen=True)
@@ -78,7 +75,7 @@ def share_of(rows: int, rank: int, size: int) -> tuple[int, int]:
     return rank * each + min(rank, more), each + (rank < more)
 
 
-class Loader:
+class Loader(AbstractContextManager["Loader"]):
     """The batches of one rank. `batch(step)` depends on nothing but the step and the rank's place."""
 
     def __init__(
@@ -170,8 +167,5 @@ class Loader:
             self._thread = None
         self._ahead.clear()
 
-    def __enter__(self) -> Loader:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.close()

@@ -7,8 +7,9 @@ and between them is less than ceil(log2(sources)) rows off: one for two sources,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import gcd, lcm
 from typing import Any
@@ -43,14 +44,17 @@ class Phase:
     seed: int
     sources: tuple[PhaseSource, ...]
 
-    def definition(self) -> dict[str, Any]:
-        """Everything but where it begins: two phases with equal definitions draw alike."""
-        tree = asdict(self)
-        for name in ("first_step", "first_sample"):
-            del tree[name]
-        for source in tree["sources"]:
-            del source["start"], source["name"]
-        return tree
+    @property
+    def key(self) -> RowKey:
+        return RowKey(self.sequence_length, self.order, self.documents, self.seed)
+
+    @property
+    def weights(self) -> list[int]:
+        return integer_weights([source.weight for source in self.sources])
+
+    def shares(self, samples: int) -> Iterable[tuple[PhaseSource, int]]:
+        """Each source with how many of the first `samples` samples of the phase are its own."""
+        return zip(self.sources, counts(self.weights, samples), strict=True)
 
 
 def phase_from_json(tree: dict[str, Any]) -> Phase:
@@ -90,19 +94,8 @@ def counts(weights: Sequence[int], samples: int) -> list[int]:
 
 def deal(weights: Sequence[int], start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
     """For samples start .. stop-1: (source index, how many earlier samples that source has had), both int64."""
-    source = np.zeros(stop - start, dtype=np.int64)
-    draw = np.zeros(stop - start, dtype=np.int64)
-    _deal(weights, 0, start, stop, np.arange(stop - start), source, draw)
-    return source, draw
-
-
-def _deal(weights: Sequence[int], number: int, start: int, stop: int, where: np.ndarray, source: np.ndarray, draw: np.ndarray) -> None:
-    if start == stop:
-        return
     if len(weights) == 1:
-        source[where] = number
-        draw[where] = np.arange(start, stop)
-        return
+        return np.zeros(stop - start, dtype=np.int64), np.arange(start, stop, dtype=np.int64)
     half = len(weights) // 2
     left, total = sum(weights[:half]), sum(weights)
     first, rest = divmod(start * left, total) if total else (0, 0)
@@ -110,8 +103,13 @@ def _deal(weights: Sequence[int], number: int, start: int, stop: int, where: np.
     steps = np.arange(stop - start + 1, dtype=np.int64 if small else object)
     reached = first + ((rest + steps * left) // max(total, 1)).astype(np.int64)
     goes_left = np.diff(reached) == 1
-    _deal(weights[:half], number, int(reached[0]), int(reached[-1]), where[goes_left], source, draw)
-    _deal(weights[half:], number + half, start - int(reached[0]), stop - int(reached[-1]), where[~goes_left], source, draw)
+    source = np.where(goes_left, 0, half)
+    draw = np.empty_like(source)
+    begin, end = int(reached[0]), int(reached[-1])
+    for side, part, low, high in ((goes_left, weights[:half], begin, end), (~goes_left, weights[half:], start - begin, stop - end)):
+        inner, draw[side] = deal(part, low, high)
+        source[side] += inner
+    return source, draw
 
 
 @dataclass(frozen=True)
@@ -167,26 +165,24 @@ class Mixture:
         """
         if missing := [source.name for source in phase.sources if source.fingerprint not in self.windows]:
             raise InputError(f"data.sources: step {phase.first_step} and on read {', '.join(missing)}, which the recipe no longer names")
-        weights = integer_weights([source.weight for source in phase.sources])
-        chosen, draw = deal(weights, start - phase.first_sample, stop - phase.first_sample)
+        chosen, draw = deal(phase.weights, start - phase.first_sample, stop - phase.first_sample)
         rows = Rows.empty(stop - start)
         epochs = np.zeros(stop - start, dtype=np.int64)
         for number, source in enumerate(phase.sources):
             mine = np.nonzero(chosen == number)[0]
             if len(mine):
-                part, epoch = self.windows[source.fingerprint].locate(phase_key(phase), source.start, draw[mine])
+                part, epoch = self.windows[source.fingerprint].locate(phase.key, source.start, draw[mine])
                 rows.put(mine, part)
                 epochs[mine] = epoch
         return GlobalRows(chosen, rows, epochs)
 
     def _over_limit(self, phase: Phase, samples: int) -> str | None:
         """Why `samples` samples of `phase` are too many: the first source that would be read more often than its `max_epochs`."""
-        weights = integer_weights([source.weight for source in phase.sources])
-        for source, count in zip(phase.sources, counts(weights, samples), strict=True):
+        for source, count in phase.shares(samples):
             limit = self.max_epochs.get(source.fingerprint)
             if limit is None or count == 0:
                 continue
-            passes = self.windows[source.fingerprint].passes(phase_key(phase), source.start, count)
+            passes = self.windows[source.fingerprint].passes(phase.key, source.start, count)
             if passes > limit + 1e-9:
                 return (
                     f"data.sources: {source.name} would be read {passes:.3f} times, its max_epochs is {limit:g}; "
@@ -200,13 +196,8 @@ class Mixture:
             return
         last = self._last_samples.get(phase.first_step)
         if last is None:
-            low, high = 0, 1
-            while high < 1 << 62 and self._over_limit(phase, high) is None:
-                low, high = high, high * 2
-            while high - low > 1:
-                middle = (low + high) // 2
-                low, high = (low, middle) if self._over_limit(phase, middle) else (middle, high)
-            last = self._last_samples[phase.first_step] = phase.first_sample + low
+            allowed = bisect_left(range(1, 1 << 62), True, key=lambda samples: self._over_limit(phase, samples) is not None)
+            last = self._last_samples[phase.first_step] = phase.first_sample + allowed
         if stop > last:
             raise InputError(self._over_limit(phase, stop - phase.first_sample) or "data.sources: read too often")
 
@@ -221,15 +212,15 @@ class Mixture:
         found = dict(self.carried)
         for phase, length in self._spans(step):
             if phase.first_step + length > self.carried_step:
-                found |= advance(phase, length * phase.rows, self.windows)
+                for source, count in phase.shares(length * phase.rows):
+                    found[source.fingerprint] = self.windows[source.fingerprint].advance(phase.key, source.start, count)
         return found
 
     def draws(self, step: int) -> dict[str, tuple[int, int]]:
         """(rows, tokens) that each source has given before `step`, by fingerprint."""
         found: dict[str, tuple[int, int]] = {}
         for phase, length in self._spans(step):
-            weights = integer_weights([source.weight for source in phase.sources])
-            for source, count in zip(phase.sources, counts(weights, length * phase.rows), strict=True):
+            for source, count in phase.shares(length * phase.rows):
                 rows, tokens = found.get(source.fingerprint, (0, 0))
                 found[source.fingerprint] = (rows + count, tokens + count * phase.sequence_length)
         return found
@@ -237,36 +228,17 @@ class Mixture:
     def passes(self, step: int) -> dict[str, float]:
         """Passes over each source before `step`, by fingerprint."""
         phase = self.phase_at(step)
-        samples = (step - phase.first_step) * phase.rows
-        weights = integer_weights([source.weight for source in phase.sources])
         return {
-            source.fingerprint: self.windows[source.fingerprint].passes(phase_key(phase), source.start, count)
-            for source, count in zip(phase.sources, counts(weights, samples), strict=True)
+            source.fingerprint: self.windows[source.fingerprint].passes(phase.key, source.start, count)
+            for source, count in phase.shares((step - phase.first_step) * phase.rows)
         }
 
     def rows_available(self) -> int:
         """Samples that the first phase's mixture can draw before one source has been read once."""
         phase = self.phases[0]
-        weights = integer_weights([source.weight for source in phase.sources])
-        available = [
-            self.windows[source.fingerprint].rows_left(phase_key(phase), replace(source.start, used=0)) for source in phase.sources
-        ]
-        low, high = 0, sum(available) + 1
-        while high - low > 1:
-            middle = (low + high) // 2
-            fits = all(count <= room for count, room in zip(counts(weights, middle), available, strict=True))
-            low, high = (middle, high) if fits else (low, middle)
-        return low
-
-
-def phase_key(phase: Phase) -> RowKey:
-    return RowKey(phase.sequence_length, phase.order, phase.documents, phase.seed)
-
-
-def advance(phase: Phase, samples: int, windows: dict[str, SourceWindows]) -> dict[str, Position]:
-    """Where the sources of `phase` stand after `samples` samples of it, by fingerprint."""
-    weights = integer_weights([source.weight for source in phase.sources])
-    return {
-        source.fingerprint: windows[source.fingerprint].advance(phase_key(phase), source.start, count)
-        for source, count in zip(phase.sources, counts(weights, samples), strict=True)
-    }
+        rows = [self.windows[source.fingerprint].rows_left(phase.key, replace(source.start, used=0)) for source in phase.sources]
+        return bisect_left(
+            range(1, sum(rows) + 1),
+            True,
+            key=lambda samples: any(count > room for (_, count), room in zip(phase.shares(samples), rows, strict=True)),
+        )

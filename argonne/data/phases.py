@@ -64,8 +64,7 @@ def shared_tokenizer(data: DataSection, sources: Sequence[Source]) -> TextTokeni
         if made_with is not None and made_with != tokenizer.fingerprint:
             raise InputError(
                 f"{source.tokens.path}: was made with another tokenizer (fingerprint {made_with[:12]}) than {folder} "
-                f"({tokenizer.fingerprint[:12]}); "
-                f"prepare it again with that tokenizer, or remove data.tokenizer"
+                f"({tokenizer.fingerprint[:12]}); prepare it again with that tokenizer, or remove data.tokenizer"
             )
     return tokenizer
 
@@ -91,18 +90,35 @@ def lay_out(
     allow: frozenset[str],
 ) -> list[Phase]:
     """Phases from step 0 on. With `state`, those before its step are kept; a recipe that differs from the last of them begins a new one."""
-    history = _history(state)
-    now = int(state["step"]) if state is not None else 0
-    if history:
-        _check_history(history, now, data, batch, seed, sources, allow)
-    phases = list(history)
+    phases: list[Phase] = []
     carried = carried_positions(state)
+    now = carried[0]
+    if state is not None:
+        if state.get("format_version") != STATE_VERSION:
+            raise InputError(
+                f"the checkpoint's data state has version {state.get('format_version')}, this argonne reads {STATE_VERSION}; update argonne"
+            )
+        phases = [phase_from_json(tree) for tree in state["phases"] if tree["first_step"] < max(now, 1)]
+    if phases:
+        _check_history(phases, now, data, batch, seed, sources, allow)
     for step in [now, *sorted({change.step for change in batch.steps if change.step > now})]:
         rows, length = batch_at(batch, data, step)
         positions = Mixture(phases, windows, carried=carried).positions(step)
-        candidate = _next_phase(data, seed, sources, phases, positions, step, rows, length)
-        if not phases or _asks(candidate) != _asks(phases[-1]):
-            phases.append(candidate)
+        first_sample = 0
+        if phases:
+            last = phases[-1]
+            first_sample = last.first_sample + (step - last.first_step) * last.rows
+            if (last.order, last.documents, last.seed) != (data.order, data.documents, seed):
+                # Another order has no common cut with the epoch underway: each source goes on with its next epoch.
+                positions = {name: Position(place.epoch + (place.used > 0), 0, 0) for name, place in positions.items()}
+        listed = []
+        for source in sources:
+            place = positions.get(source.tokens.fingerprint, Position())
+            place = dataclasses.replace(place, piece=length) if place.used == 0 else place
+            listed.append(PhaseSource(source.name, source.tokens.fingerprint, source.weight, place))
+        found = Phase(step, first_sample, rows, length, data.order, data.documents, data.document_mask, seed, tuple(listed))
+        if not phases or _asks(found) != _asks(phases[-1]):
+            phases.append(found)
     return phases
 
 
@@ -114,42 +130,8 @@ def carried_positions(state: dict[str, Any] | None) -> tuple[int, dict[str, Posi
 
 
 def _asks(phase: Phase) -> dict[str, Any]:
-    return {**phase.definition(), "sources": [(source.fingerprint, source.weight) for source in phase.sources]}
-
-
-def _history(state: dict[str, Any] | None) -> list[Phase]:
-    if state is None:
-        return []
-    if state.get("format_version") != STATE_VERSION:
-        raise InputError(
-            f"the checkpoint's data state has version {state.get('format_version')}, this argonne reads {STATE_VERSION}; update argonne"
-        )
-    return [phase_from_json(tree) for tree in state["phases"] if tree["first_step"] < max(int(state["step"]), 1)]
-
-
-def _next_phase(
-    data: DataSection,
-    seed: int,
-    sources: Sequence[Source],
-    phases: Sequence[Phase],
-    positions: dict[str, Position],
-    step: int,
-    rows: int,
-    length: int,
-) -> Phase:
-    first_sample = 0
-    if phases:
-        last = phases[-1]
-        first_sample = last.first_sample + (step - last.first_step) * last.rows
-        if (last.order, last.documents, last.seed) != (data.order, data.documents, seed):
-            # Another order has no common cut with the epoch underway: each source goes on with its next epoch.
-            positions = {name: Position(place.epoch + (place.used > 0), 0, 0) for name, place in positions.items()}
-    listed = []
-    for source in sources:
-        place = positions.get(source.tokens.fingerprint, Position())
-        place = dataclasses.replace(place, piece=length) if place.used == 0 else place
-        listed.append(PhaseSource(source.name, source.tokens.fingerprint, source.weight, place))
-    return Phase(step, first_sample, rows, length, data.order, data.documents, data.document_mask, seed, tuple(listed))
+    """Everything but where it begins: two phases that ask for the same draw alike."""
+    return {**vars(phase), "first_step": 0, "first_sample": 0, "sources": [(source.fingerprint, source.weight) for source in phase.sources]}
 
 
 def _check_history(
@@ -159,17 +141,14 @@ def _check_history(
     asked = {"order": data.order, "documents": data.documents, "document_mask": data.document_mask, "seed": seed}
     for name, key in FIXED_KEYS.items():
         if getattr(last, name) != asked[name] and key not in allow:
-            raise InputError(
-                f"{key}: the checkpoint trained with {getattr(last, name)!r}, the recipe says {asked[name]!r}; "
-                f"restore it, or pass --allow {key}"
-            )
+            said = f"the checkpoint trained with {getattr(last, name)!r}, the recipe says {asked[name]!r}"
+            raise InputError(f"{key}: {said}; restore it, or pass --allow {key}")
     by_name = {source.name: source.fingerprint for phase in history for source in phase.sources}
     for source in sources:
         known = by_name.get(source.name)
         if known not in (None, source.tokens.fingerprint) and "data.sources" not in allow:
             raise InputError(
-                f"data.sources: {source.name} holds other tokens than the checkpoint trained on (fingerprint "
-                f"{source.tokens.fingerprint[:12]}, "
+                f"data.sources: {source.name} holds other tokens than the checkpoint trained on (fingerprint {source.tokens.fingerprint[:12]}, "
                 f"then {known[:12] if known else None}); restore them, give the new ones another name, or pass --allow data.sources"
             )
     for change in batch.steps:
@@ -178,8 +157,6 @@ def _check_history(
             expected = batch_at(batch, data, change.step)
             if (phase.rows, phase.sequence_length) != expected and "batch.steps" not in allow:
                 raise InputError(
-                    f"batch.steps: says {expected[0]} rows of {expected[1]} at step {change.step}, but the run trained "
-                    f"{phase.rows} rows of "
-                    f"{phase.sequence_length} there; history cannot change: give the change a step from {now} on, or pass "
-                    "--allow batch.steps"
+                    f"batch.steps: says {expected[0]} rows of {expected[1]} at step {change.step}, but the run trained {phase.rows} rows of "
+                    f"{phase.sequence_length} there; history cannot change: give the change a step from {now} on, or pass --allow batch.steps"
                 )

@@ -2,36 +2,24 @@
 
 `packed`: rows of T inputs at stride T over the whole stream, documents may cross. `within`: one row a document and epoch, somewhere inside.
 `first-window`: the beginning of each document. In the last two, documents of T tokens or fewer give no row.
+At the end: where the documents of a packed row end, and what that does to targets and positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 
 from argonne.data.permutation import key_of, permute
 from argonne.errors import InputError
+from argonne.tokens.shards import TokenStream
 
 # Constants of the family's own long-document loader: start = ((i + 1) * A + (epoch + 1) * B) mod 2^64 mod (length - T).
 DOCUMENT_FACTOR = 0x9E3779B185EBCA87
 EPOCH_FACTOR = 0xC2B2AE3D27D4EB4F
-
-
-class Stream(Protocol):
-    """What the arithmetic needs to know of a token stream."""
-
-    @property
-    def tokens(self) -> int: ...
-    @property
-    def document_ends(self) -> np.ndarray: ...
-    @property
-    def growing(self) -> bool: ...
-    @property
-    def estimated_tokens(self) -> int: ...
-    def reaches(self, position: int) -> bool: ...
+IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -77,7 +65,7 @@ class Rows:
 class SourceWindows:
     """The rows of one source."""
 
-    def __init__(self, name: str, fingerprint: str, stream: Stream) -> None:
+    def __init__(self, name: str, fingerprint: str, stream: TokenStream) -> None:
         self.name, self.fingerprint, self.stream = name, fingerprint, stream
         self._lengths: np.ndarray | None = None
         self._long: dict[int, np.ndarray] = {}
@@ -109,13 +97,11 @@ class SourceWindows:
         """Where the source stands after `rows` more rows."""
         if rows == 0:
             return position
-        if self._inside_epoch(key, position, rows):
-            return Position(
-                position.epoch, position.piece if position.used else key.sequence_length, position.used + rows * key.sequence_length
-            )
-        left = self.rows_left(key, position)
         length = key.sequence_length
         piece = position.piece if position.used else length
+        if self._inside_epoch(key, position, rows):
+            return Position(position.epoch, piece, position.used + rows * length)
+        left = self.rows_left(key, position)
         step = length if key.documents == "packed" else 1
         if rows <= left:
             if key.documents != "packed" and piece != length:
@@ -239,3 +225,27 @@ class SourceWindows:
         spread = (numbers.astype(np.uint64) + np.uint64(1)) * np.uint64(DOCUMENT_FACTOR) + np.uint64((epoch + 1) * EPOCH_FACTOR % 2**64)
         room = (self.lengths[numbers] - key.sequence_length).astype(np.uint64)
         return Rows(begins + (spread % room).astype(np.int64), {})
+
+
+def mask_documents(ends: np.ndarray, labels: np.ndarray, positions: np.ndarray) -> None:
+    """Cut one row at document ends, in place. `ends` (in 1 .. T): the places just after each document's last token.
+
+    The last token of a document predicts nothing; the positions of what follows begin at 0.
+    """
+    length = len(positions)
+    positions[:] = np.arange(length)
+    labels[ends - 1] = IGNORED
+    for end in ends.tolist():
+        if end < length:
+            positions[end:] = np.arange(length - end)
+
+
+def ends_in_row(stream: TokenStream, runs: Sequence[tuple[int, int]], inputs: np.ndarray, eos_id: int | None) -> np.ndarray:
+    """Places in a row made of `runs` (start, length) of the stream just after each document; by `eos_id` where the stream keeps no ends."""
+    if not stream.has_documents:
+        return np.nonzero(inputs == eos_id)[0] + 1
+    found, filled = [], 0
+    for begin, size in runs:
+        found.append(stream.ends_between(begin, begin + size) - begin + filled)
+        filled += size
+    return np.concatenate(found)

@@ -8,14 +8,15 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from argonne.layout import index_of
-from argonne.tokens.shards import ShardWriter, read_header
+from argonne.tokens.shards import ShardWriter, entries_of, read_header, totals_of
 
 PARTS = "parts"
 # One document: 128-bit hash of its text, bytes of its text.
@@ -31,7 +32,7 @@ def is_staged(recipe: dict[str, Any]) -> bool:
 def is_whole(recipe: dict[str, Any], record: dict[str, Any], out: Path) -> bool:
     """Are the shards that a unit's record names there in full? They were when it was written; a folder may have been copied in part."""
     folder = out / PARTS if is_staged(recipe) else out
-    for entry in _entries(record):
+    for entry in entries_of(record):
         wanted = {".bin": entry["bytes"], ".idx": 8 * entry["documents"]}
         if is_staged(recipe):
             wanted[".doc"] = DOCUMENT.itemsize * entry["documents"]
@@ -53,51 +54,40 @@ def assemble(recipe: dict[str, Any], records: Sequence[dict[str, Any]], out: Pat
 
     Of equal texts the first in the order of the plan stays (within a unit: training documents before held-out ones).
     """
-    keep = first_copies(out, records) if recipe["dedup"] else None
-    single = recipe["format"] == "train.bin"
-    outputs = {"train": _Target(out, "train", dtype), "held_out": _Target(out, "held_out", dtype)} if single else {}
+    keep = _first_copies(out, records) if recipe["dedup"] else None
+    # All shards of a split as one file, whatever its size: what the family's own readers take.
+    single: dict[str, ShardWriter] | None = {} if recipe["format"] == "train.bin" else None
     found, position = [], 0
     for record in records:
-        after = {**record, "drops": dict(record["drops"])}
+        after = {**record, "drops": Counter(record["drops"])}
         for split, part in (("train", record), ("held_out", record["held_out"])):
-            shards, kept = [], {"tokens": 0, "documents": 0, "text_bytes": 0}
+            shards = []
             for entry in part["shards"]:
                 mask = None if keep is None else keep[position : position + entry["documents"]]
                 position += entry["documents"]
-                new = outputs[split].append(entry, mask) if single else _copy(out, entry, mask, dtype)
-                shards.append(new)
-                for name in kept:
-                    kept[name] += new[name]
-                if duplicates := entry["documents"] - new["documents"]:
-                    after["drops"]["duplicate"] = after["drops"].get("duplicate", 0) + duplicates
-            changed = {**kept, "shards": [] if single else [shard for shard in shards if shard["documents"]]}
-            after = {**after, **changed} if split == "train" else {**after, "held_out": changed}
+                if single is None:
+                    shards.append(_copy(out, entry, mask, dtype))
+                else:
+                    writer = single.get(split) or single.setdefault(split, ShardWriter(out, split, dtype, limit=None))
+                    shards.append(_append(writer, out, entry, mask))
+                if duplicates := entry["documents"] - shards[-1]["documents"]:
+                    after["drops"]["duplicate"] += duplicates
+            changed = {**totals_of(shards), "shards": [shard for shard in shards if shard["documents"] and single is None]}
+            after |= changed if split == "train" else {"held_out": changed}
         found.append(after)
-    if single and found:
-        found[0] = {
-            **found[0],
-            "shards": outputs["train"].close(),
-            "held_out": {**found[0]["held_out"], "shards": outputs["held_out"].close()},
-        }
+    for split, writer in (single or {}).items():
+        (found[0] if split == "train" else found[0]["held_out"])["shards"] = [writer.close()]
     return found
 
 
-def first_copies(out: Path, records: Sequence[dict[str, Any]]) -> np.ndarray:
+def _first_copies(out: Path, records: Sequence[dict[str, Any]]) -> np.ndarray:
     """(documents,) bool over all shards in order: is this the first document with its text? 24 bytes a document, and a sort."""
-    parts = [_documents(out, entry) for record in records for entry in _entries(record)]
-    whole = np.concatenate(parts) if parts else np.zeros(0, DOCUMENT)
+    whole = np.concatenate([np.zeros(0, DOCUMENT), *(_documents(out, entry) for record in records for entry in entries_of(record))])
     order = np.lexsort((whole["high"], whole["low"]))
     ordered = whole[["low", "high"]][order]
-    again = np.zeros(len(whole), dtype=bool)
-    if len(whole):
-        again[1:] = ordered[1:] == ordered[:-1]
     keep = np.ones(len(whole), dtype=bool)
-    keep[order[again]] = False
+    keep[order[1:]] = ordered[1:] != ordered[:-1]
     return keep
-
-
-def _entries(record: dict[str, Any]) -> list[dict[str, Any]]:
-    return [*record["shards"], *record["held_out"]["shards"]]
 
 
 def _documents(out: Path, entry: dict[str, Any]) -> np.ndarray:
@@ -116,51 +106,25 @@ def _copy(out: Path, entry: dict[str, Any], mask: np.ndarray | None, dtype: str)
                 shutil.copyfile(source, target)
         return entry
     if not mask.any():
-        return {**entry, "tokens": 0, "documents": 0, "text_bytes": 0}
+        return {**entry, **totals_of([])}
     writer = ShardWriter(out, Path(entry["file"]).stem, dtype)
     _append(writer, out, entry, mask)
     return writer.close()
 
 
-class _Target:
-    """All shards of a split as one file, whatever its size: what the family's own readers take."""
-
-    def __init__(self, out: Path, name: str, dtype: str) -> None:
-        self.out, self.name, self.dtype = out, name, dtype
-        self.writer: ShardWriter | None = None
-
-    def append(self, entry: dict[str, Any], mask: np.ndarray | None) -> dict[str, Any]:
-        if self.writer is None:
-            self.writer = ShardWriter(self.out, self.name, self.dtype, limit=None)
-        before = (self.writer.tokens, self.writer.documents, self.writer.text_bytes)
-        _append(self.writer, self.out, entry, mask)
-        after = (self.writer.tokens, self.writer.documents, self.writer.text_bytes)
-        return dict(zip(("tokens", "documents", "text_bytes"), (new - old for new, old in zip(after, before, strict=True)), strict=True))
-
-    def close(self) -> list[dict[str, Any]]:
-        return [] if self.writer is None else [self.writer.close()]
-
-
-def _append(writer: ShardWriter, out: Path, entry: dict[str, Any], mask: np.ndarray | None) -> None:
-    """The kept documents of one unit's shard, in runs of at most a few megabytes."""
+def _append(writer: ShardWriter, out: Path, entry: dict[str, Any], mask: np.ndarray | None) -> dict[str, Any]:
+    """Write the kept documents of one unit's shard, in pieces of at most a few megabytes; what they count."""
     path = out / PARTS / entry["file"]
     dtype, tokens = read_header(path)
     ids = np.memmap(path, dtype=dtype, mode="r", offset=1024, shape=(tokens,)) if tokens else np.zeros(0, dtype)
     ends = np.fromfile(index_of(path), dtype="<u8").astype(np.int64)
     sizes = _documents(out, entry)["bytes"]
     lengths = np.diff(ends, prepend=0)
-    for first, last in _runs(np.ones(len(ends), bool) if mask is None else mask):
+    mask = np.ones(len(ends), bool) if mask is None else mask
+    edges = np.flatnonzero(np.diff(mask.astype(np.int8), prepend=0, append=0)).tolist()
+    for first, last in zip(edges[::2], edges[1::2], strict=True):
         begin = int(ends[first] - lengths[first])
         for start in range(begin, int(ends[last - 1]), COPY_TOKENS):
             writer.extend(ids[start : min(start + COPY_TOKENS, int(ends[last - 1]))])
         writer.end_documents(lengths[first:last], int(sizes[first:last].sum()))
-
-
-def _runs(mask: np.ndarray) -> Iterator[tuple[int, int]]:
-    """(first, last + 1) of each run of true values."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8)))
-    yield from zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
-
-
-def remove_parts(out: Path) -> None:
-    shutil.rmtree(out / PARTS, ignore_errors=True)
+    return {"tokens": int(lengths[mask].sum()), "documents": int(mask.sum()), "text_bytes": int(sizes[mask].sum())}

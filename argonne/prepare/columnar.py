@@ -10,14 +10,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+
 from argonne.errors import InputError
-from argonne.prepare.texts import LONG_CHARACTERS, READ_BYTES, first_line, read_faults
+from argonne.prepare.texts import LONG_CHARACTERS, READ_BYTES, REMEDY, first_line, read_faults
 
 BATCH_ROWS = 2048
 ARROW_BYTES = 8 << 20
 ARROW_BATCHES = 64
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
-REMEDY = "restore it, or pass --skip-bad-shards"
 
 
 def cut_parquet(path: str, target: int, text_column: str) -> list[tuple[int, int]]:
@@ -106,8 +107,8 @@ def parquet_rows(path: str, start: int, stop: int, text_column: str) -> Iterator
         try:
             groups = [source.metadata.row_group(group) for group in range(start, stop)]
             before = sum(source.metadata.row_group(group).num_rows for group in range(start))
-            column, expected = source.schema_arrow.names.index(text_column), sum(group.num_rows for group in groups)
-            size = sum(_column_bytes(group, text_column, column) for group in groups) // max(1, expected)
+            expected = sum(group.num_rows for group in groups)
+            size = sum(_column_bytes(group, text_column) for group in groups) // max(1, expected)
             rows = max(1, min(BATCH_ROWS, ARROW_BYTES // max(size, 1)))
             for group in range(start, stop):  # one by one, so that a damaged one is named by its first row
                 for batch in source.iter_batches(rows, row_groups=[group], columns=[text_column], use_threads=False):
@@ -121,11 +122,10 @@ def parquet_rows(path: str, start: int, stop: int, text_column: str) -> Iterator
             raise InputError(f"{path}: after row {before + row:,}: cannot be read ({first_line(error)}); {REMEDY}") from None
 
 
-def _column_bytes(group: Any, name: str, guess: int) -> int:
+def _column_bytes(group: Any, name: str) -> int:
     """Uncompressed bytes of a column in a row group; nested columns before it may have moved its number."""
-    numbers = [guess, *range(group.num_columns)]
-    number = next((number for number in numbers if number < group.num_columns and group.column(number).path_in_schema == name), None)
-    return group.total_byte_size if number is None else group.column(number).total_uncompressed_size
+    columns = map(group.column, range(group.num_columns))
+    return next((column.total_uncompressed_size for column in columns if column.path_in_schema == name), group.total_byte_size)
 
 
 def _opened_arrow(path: str) -> tuple[Any, bool, Any]:
@@ -215,7 +215,8 @@ def _values(column: Any) -> Iterator[Any]:
     if pa.types.is_dictionary(column.type):
         entries = _as_bytes(column.dictionary)
         for index in column.indices.to_pylist():
-            yield None if index is None else _bytes_of(entries[index])
+            buffer = None if index is None else entries[index].as_buffer()
+            yield None if buffer is None else memoryview(buffer)
         return
     if column.nbytes < 4 * LONG_CHARACTERS:
         try:
@@ -226,20 +227,10 @@ def _values(column: Any) -> Iterator[Any]:
     column = _as_bytes(column)
     if pa.types.is_binary_view(column.type):
         column = column.cast(pa.large_binary())
-    yield from _views(column, pa.types.is_large_binary(column.type))
-
-
-def _bytes_of(value: Any) -> memoryview | None:
-    buffer = value.as_buffer()
-    return None if buffer is None else memoryview(buffer)
-
-
-def _views(column: Any, large: bool) -> Iterator[memoryview | None]:
-    """The bytes of each value, not copied: one value may be a good part of the memory there is."""
-    import numpy as np
-
+    # The bytes of each value, not copied: one value may be a good part of the memory there is.
     _, ends, data = column.buffers()
-    edges = np.frombuffer(ends, dtype=np.int64 if large else np.int32)[column.offset : column.offset + len(column) + 1].tolist()
+    width = np.int64 if pa.types.is_large_binary(column.type) else np.int32
+    edges = np.frombuffer(ends, dtype=width)[column.offset : column.offset + len(column) + 1].tolist()
     whole = memoryview(b"" if data is None else data)
     for number, valid in enumerate(column.is_valid().to_pylist()):
         yield whole[edges[number] : edges[number + 1]] if valid else None

@@ -12,12 +12,11 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from argonne.errors import InputError
 from argonne.prepare import columnar, textual
-from argonne.prepare.texts import LongText, Refused, RowBatch, checked, first_line
-from argonne.tokens.file_kinds import KINDS, format_of, natural_key
+from argonne.prepare.texts import REMEDY, LongText, Refused, RowBatch, checked, first_line
+from argonne.tokens.formats import KINDS, format_of, natural_key
 
 JSON_HINT = (
     "; one JSON object a line: rename it to .jsonl; one array: `jq -c '.[]' FILE.json > FILE.jsonl`, or "
@@ -110,7 +109,7 @@ def cut(file: InputFile, target: int, text_column: str) -> list[tuple[int, int]]
     textual.open_file(file.path).close()
     if textual.is_compressed(file.path):
         if not file.bytes:
-            raise InputError(f"{file.path}: 0 bytes, which is no compressed file; {textual.REMEDY}")
+            raise InputError(f"{file.path}: 0 bytes, which is no compressed file; {REMEDY}")
         return [(0, WHOLE_FILE)]
     if file.format == "txt":
         return [(0, WHOLE_FILE)]
@@ -121,11 +120,19 @@ def cut(file: InputFile, target: int, text_column: str) -> list[tuple[int, int]]
 
 def read_unit(file: InputFile, unit: Unit, text_column: str, split: str) -> Iterator[RowBatch]:
     """The rows of one unit in bounded batches. Raises InputError naming file and row where the file is damaged."""
+    if file.format == "parquet":
+        values = columnar.parquet_rows(file.path, unit.start, unit.stop, text_column)
+    elif file.format == "arrow":
+        values = columnar.arrow_rows(file.path, unit.start, unit.stop, text_column)
+    elif file.format == "jsonl":
+        values = textual.jsonl_rows(file.path, unit.start, None if unit.stop == WHOLE_FILE else unit.stop, text_column)
+    else:
+        values = textual.text_rows(file.path, file.bytes, split)
     batch = RowBatch()
-    for value in _rows(file, unit, text_column, split):
+    for value in values:
         text = checked(value)
         if isinstance(text, Refused):
-            batch.drop(text.reason)
+            batch.drops[text.reason] += 1
             continue
         if isinstance(text, LongText) and batch.texts:
             yield batch
@@ -136,13 +143,3 @@ def read_unit(file: InputFile, unit: Unit, text_column: str, split: str) -> Iter
             yield batch
             batch = RowBatch()
     yield batch
-
-
-def _rows(file: InputFile, unit: Unit, text_column: str, split: str) -> Iterator[Any]:
-    if file.format == "parquet":
-        return columnar.parquet_rows(file.path, unit.start, unit.stop, text_column)
-    if file.format == "arrow":
-        return columnar.arrow_rows(file.path, unit.start, unit.stop, text_column)
-    if file.format == "jsonl":
-        return textual.jsonl_rows(file.path, unit.start, None if unit.stop == WHOLE_FILE else unit.stop, text_column)
-    return textual.text_rows(file.path, file.bytes, split)

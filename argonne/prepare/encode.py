@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
-import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -34,10 +33,7 @@ class Job:
     def run(self, number: int) -> dict[str, Any]:
         """Encode unit `number` and return its record; the one that lies there if the unit is complete."""
         path = record_path(Path(self.out), number)
-        if path.exists():
-            record: dict[str, Any] = files.read_json(path)
-            return record
-        return encode_unit(self, number)
+        return files.read_json(path) if path.exists() else encode_unit(self, number)
 
 
 def record_path(out: Path, number: int) -> Path:
@@ -49,29 +45,12 @@ def finished(out: Path, units: int) -> dict[int, dict[str, Any]]:
     return {number: files.read_json(path) for number in range(units) if (path := record_path(out, number)).exists()}
 
 
-def remove_records(out: Path) -> None:
-    """Remove the records, and what a killed writer left beside them."""
-    shutil.rmtree(out / layout.UNITS, ignore_errors=True)
-
-
-@dataclass(frozen=True)
-class _Context:
-    plan: dict[str, Any]
-    tokenizer: TextTokenizer
-    encoder: encoders.Encoder
-
-
-def _context(out: str, encoder: str) -> _Context:
-    """Of the plan that lies there now: a Ray worker outlives a folder that is removed and written again."""
-    state = (Path(out) / layout.UNITS_PLAN).stat()
-    return _loaded(out, encoder, (state.st_ino, state.st_mtime_ns))
-
-
 @functools.lru_cache(maxsize=2)
-def _loaded(out: str, encoder: str, _plan: tuple[int, int]) -> _Context:
+def _loaded(out: str, encoder: str, _plan: tuple[int, int]) -> tuple[dict[str, Any], TextTokenizer, encoders.ReferenceEncoder]:
+    """(plan, tokenizer, encoder). `_plan`: which plan lies there now; a Ray worker outlives a folder that is removed and written again."""
     plan = files.read_json(Path(out) / layout.UNITS_PLAN)
     tokenizer = load_tokenizer(Path(out) / layout.TOKENIZER, plan["tokenizer"]["added_tokens"])
-    return _Context(plan, tokenizer, encoders.load(encoder, tokenizer))
+    return plan, tokenizer, encoders.load(encoder, tokenizer)
 
 
 def held_out_numbers(share: float, unit: int) -> Iterator[bool]:
@@ -139,10 +118,7 @@ class _Output:
 
     def close(self) -> dict[str, Any]:
         self._close()
-        return {
-            **{name: sum(entry[name] for entry in self.entries) for name in ("tokens", "documents", "text_bytes")},
-            "shards": self.entries,
-        }
+        return {**tokens.totals_of(self.entries), "shards": self.entries}
 
     def abort(self) -> None:
         if self.writer is not None:
@@ -167,10 +143,10 @@ class _UnitWork:
     """The state of one unit while it is encoded."""
 
     def __init__(self, job: Job, number: int) -> None:
-        context = _context(job.out, job.encoder)
-        self.plan, self.encoder = context.plan, context.encoder
-        self.recipe, self.tokenizer = context.plan["recipe"], context.plan["tokenizer"]
-        self.cuttable = context.tokenizer.has_pre_tokens
+        state = (Path(job.out) / layout.UNITS_PLAN).stat()
+        self.plan, tokenizer, self.encoder = _loaded(job.out, job.encoder, (state.st_ino, state.st_mtime_ns))
+        self.recipe, self.tokenizer = self.plan["recipe"], self.plan["tokenizer"]
+        self.cuttable = tokenizer.has_pre_tokens
         self.unit = Unit(**self.plan["units"][number])
         staged, dtype = assemble.is_staged(self.recipe), tokens.dtype_for(self.tokenizer["vocab_size"])
         folder = Path(job.out) / assemble.PARTS if staged else Path(job.out)
@@ -181,7 +157,7 @@ class _UnitWork:
         self.held = _Output(folder, layout.shard_name(number, held_out=True), dtype, job.shard_tokens, staged)
         self.choose = held_out_numbers(self.recipe["hold_out"], number)
         self.filters = filters.build(self.recipe, self.plan["evaluation_files"])
-        self.rows, self.drops, self.warnings = 0, dict[str, int](), list[str]()
+        self.rows, self.drops, self.warnings = 0, Counter[str](), list[str]()
         self.bad: list[dict[str, str]] = []
 
     def take(self, batch: RowBatch) -> None:
@@ -191,16 +167,14 @@ class _UnitWork:
         for name, is_dropped in self.filters.items():
             kept = [text for text in texts if not is_dropped(text)]
             if len(kept) < len(texts):
-                batch.drops[name] = batch.drops.get(name, 0) + len(texts) - len(kept)
+                batch.drops[name] += len(texts) - len(kept)
             texts = kept
-        for is_long, run in itertools.groupby(texts, lambda text: isinstance(text, LongText)):
-            if is_long:
-                for text in run:
-                    self._take_long(cast(LongText, text))
-            else:
-                self._take_texts(cast(list[str], list(run)), batch)
-        for reason, count in batch.drops.items():
-            self.drops[reason] = self.drops.get(reason, 0) + count
+        if texts and isinstance(texts[0], LongText):  # a batch of its own
+            output = self.held if self.recipe["hold_out"] and next(self.choose) else self.train
+            output.add_long(self._long_ids(texts[0]), self._documents([texts[0].data]))
+        elif texts:
+            self._take_texts(cast(list[str], texts), batch)
+        self.drops.update(batch.drops)
 
     def _take_texts(self, texts: list[str], batch: RowBatch) -> None:
         encoded = self._encode(texts)
@@ -208,7 +182,7 @@ class _UnitWork:
             extra = 1 + (self.tokenizer["bos_id"] is not None)
             long_enough = encoded.lengths - extra >= filters.FEWEST_TOKENS
             if not long_enough.all():
-                batch.drops["too-short"] = batch.drops.get("too-short", 0) + int((~long_enough).sum())
+                batch.drops["too-short"] += int((~long_enough).sum())
                 encoded = encoded.chosen(long_enough)
         if self.recipe["hold_out"] and len(encoded.lengths):
             held = np.array([next(self.choose) for _ in encoded.lengths], dtype=bool)
@@ -241,10 +215,6 @@ class _UnitWork:
             hashes = [assemble.text_hash(text) for text in texts]
             found["low"], found["high"] = [low for low, _ in hashes], [high for _, high in hashes]
         return found
-
-    def _take_long(self, text: LongText) -> None:
-        output = self.held if self.recipe["hold_out"] and next(self.choose) else self.train
-        output.add_long(self._long_ids(text), self._documents([text.data]))
 
     def _long_ids(self, text: LongText) -> Iterator[np.ndarray]:
         if self.tokenizer["bos_id"] is not None:

@@ -23,16 +23,14 @@ from argonne.prepare import encoders
 from argonne.prepare.encode import Job, record_path
 
 Results = Iterator[tuple[int, dict[str, Any]]]
-ENGINES = ("local", "slurm", "ray")
 POLL_SECONDS = 1.0
+PARENT_SECONDS = 0.2
 SUBMISSIONS = 3
 SLURM_TASKS = 8
 
 
 def run(engine: str, job: Job, units: list[int], workers: int) -> Results:
     """Encode `units` with `workers` processes, array tasks or Ray tasks (0 = a sensible number). Raises what a worker raised."""
-    if engine not in ENGINES:
-        raise InputError(f"--engine: found {engine!r}, expected {', '.join(ENGINES)}")
     if not units:
         return iter(())
     if engine == "slurm":
@@ -45,25 +43,12 @@ def run(engine: str, job: Job, units: list[int], workers: int) -> Results:
 def local(job: Job, units: list[int], workers: int) -> Results:
     """In this process, or with more workers in a pool of them."""
     count = max(1, min(workers or os.cpu_count() or 1, len(units)))
-    return _pool(job, units, count) if count > 1 else ((number, job.run(number)) for number in units)
-
-
-def _begin_worker(parent: int) -> None:
-    """One thread for each worker, and none outlives a main process that was killed."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _pool(job: Job, units: list[int], workers: int) -> Results:
+    if count == 1:
+        yield from ((number, job.run(number)) for number in units)
+        return
     encoders.forget()
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker, initargs=(os.getpid(),)) as pool:
+    with ProcessPoolExecutor(count, mp_context=context, initializer=_begin_worker, initargs=(os.getpid(),)) as pool:
         waiting = {pool.submit(job.run, number): number for number in units}
         try:
             for future in as_completed(waiting):
@@ -71,6 +56,28 @@ def _pool(job: Job, units: list[int], workers: int) -> Results:
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+
+
+def _begin_worker(parent: int) -> None:
+    """One thread for each worker, and none outlives a main process that was killed."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    end_with(parent)
+
+
+def end_with(parent: int) -> None:
+    """End this process at once if `parent` has died already, and soon after it dies, however it dies."""
+
+    def end_without_parent() -> None:
+        if os.getppid() != parent:
+            os._exit(1)
+
+    def watch() -> None:
+        while True:
+            end_without_parent()
+            time.sleep(PARENT_SECONDS)
+
+    end_without_parent()
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _ray(job: Job, units: list[int], workers: int) -> Results:
@@ -146,9 +153,8 @@ def _submit(job: Job, folder: Path, tasks: int) -> str:
     try:
         found = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, check=True, cwd=Path.cwd())
     except FileNotFoundError:
-        raise InputError(
-            "--engine slurm: there is no sbatch here; start it where SLURM is, or use --part K/N in jobs of your own"
-        ) from None
+        remedy = "start it where SLURM is, or use --part K/N in jobs of your own"
+        raise InputError(f"--engine slurm: there is no sbatch here; {remedy}") from None
     except subprocess.CalledProcessError as error:
         raise InputError(f"--engine slurm: sbatch refused {script}: {error.stderr.strip()}") from None
     return found.stdout.strip().split(";")[0]

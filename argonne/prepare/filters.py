@@ -9,15 +9,14 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from argonne.errors import InputError
 from argonne.prepare import columnar
-from argonne.prepare.documents import InputFile, find_files
-from argonne.prepare.texts import READ_BYTES, LongText, Text, first_line, read_faults
+from argonne.prepare.documents import find_files
+from argonne.prepare.texts import LongText, Text, first_line, read_faults
 from argonne.prepare.textual import open_file
 
 QUALITY_FROM_CHARACTERS = 50
@@ -29,6 +28,7 @@ EVALUATION_SUFFIXES = {".csv": "csv", ".json": "json", ".tsv": "csv"}
 WORD = re.compile(r"\w+")
 
 Filter = Callable[[Text], bool]
+Grams = frozenset[tuple[str, ...]]
 
 
 def evaluation_files(patterns: Sequence[str]) -> list[dict[str, Any]]:
@@ -43,14 +43,11 @@ def evaluation_files(patterns: Sequence[str]) -> list[dict[str, Any]]:
 def _digest(path: str) -> str:
     import fsspec
 
-    digest = hashlib.sha256()
     try:
         with fsspec.open(path, "rb") as source:
-            while chunk := source.read(READ_BYTES):
-                digest.update(chunk)
+            return hashlib.file_digest(source, "sha256").hexdigest()
     except OSError as error:
         raise InputError(f"--decontaminate {path}: cannot be read ({first_line(error)}); restore it or leave it out") from None
-    return digest.hexdigest()
 
 
 def build(recipe: dict[str, Any], evaluation: Sequence[dict[str, Any]]) -> dict[str, Filter]:
@@ -59,8 +56,8 @@ def build(recipe: dict[str, Any], evaluation: Sequence[dict[str, Any]]) -> dict[
     if "quality" in recipe["filter"]:
         found["quality"] = is_low_quality
     if recipe["decontaminate"]:
-        grams = evaluation_grams(tuple((file["path"], file["format"], file["bytes"], file["sha256"]) for file in evaluation))
-        found["contaminated"] = functools.partial(shares_a_gram, grams)
+        grams = evaluation_grams(tuple((file["path"], file["format"], file["sha256"]) for file in evaluation))
+        found["contaminated"] = functools.partial(shares_a_gram, *grams)
     return found
 
 
@@ -95,28 +92,17 @@ def _words(text: Text) -> Iterator[list[str]]:
         yield carried + WORD.findall(tail.lower())
 
 
-def _grams(words: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    for start in range(len(words) - GRAM_WORDS + 1):
-        yield tuple(words[start : start + GRAM_WORDS])
+def shares_a_gram(grams: Grams, beginnings: Grams, text: Text) -> bool:
+    """Does the text hold 13 words in a row that an evaluation text holds too? Case and punctuation do not count.
 
-
-@dataclass(frozen=True)
-class Grams:
-    """The 13-word runs of evaluation texts, and their first three words, which nearly always decide."""
-
-    whole: frozenset[tuple[str, ...]]
-    beginnings: frozenset[tuple[str, ...]]
-
-
-def shares_a_gram(grams: Grams, text: Text) -> bool:
-    """Does the text hold 13 words in a row that an evaluation text holds too? Case and punctuation do not count."""
-    for words in _words(text):
-        for start in range(len(words) - GRAM_WORDS + 1):
-            if (words[start], words[start + 1], words[start + 2]) in grams.beginnings and tuple(
-                words[start : start + GRAM_WORDS]
-            ) in grams.whole:
-                return True
-    return False
+    `beginnings`: the first three words of each of the `grams`, which nearly always decide.
+    """
+    return any(
+        tuple(words[start : start + GRAM_WORDS]) in grams
+        for words in _words(text)
+        for start in range(len(words) - GRAM_WORDS + 1)
+        if (words[start], words[start + 1], words[start + 2]) in beginnings
+    )
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -131,45 +117,42 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 @functools.lru_cache(maxsize=2)
-def evaluation_grams(listed: tuple[tuple[str, str, int, str], ...]) -> Grams:
-    """All 13-word runs of the evaluation files (path, format, bytes, sha256), of every text in every field.
+def evaluation_grams(listed: tuple[tuple[str, str, str], ...]) -> tuple[Grams, Grams]:
+    """All 13-word runs of the evaluation files (path, format, sha256), of every text in every field, and the first three words of each.
 
     Raises InputError when a file is not the one that was listed or no text has 13 words.
     """
     grams: set[tuple[str, ...]] = set()
-    for path, kind, size, digest in listed:
+    for path, kind, digest in listed:
         if _digest(path) != digest:
             raise InputError(f"--decontaminate {path}: has changed since the work began; restore it, or remove the output and start again")
-        for value in _values(InputFile(path, kind, size)):
+        for value in _values(path, kind):
             for text in _strings(value):
-                grams.update(_grams(WORD.findall(text.lower())))
+                words = WORD.findall(text.lower())
+                grams.update(tuple(words[start : start + GRAM_WORDS]) for start in range(len(words) - GRAM_WORDS + 1))
     if not grams:
         names = ", ".join(path for path, *_ in listed)
         raise InputError(f"--decontaminate {names}: no text of {GRAM_WORDS} words or more in it")
-    return Grams(frozenset(grams), frozenset(gram[:3] for gram in grams))
+    return frozenset(grams), frozenset(gram[:3] for gram in grams)
 
 
-def _values(file: InputFile) -> Iterator[Any]:
+def _values(path: str, kind: str) -> Iterator[Any]:
     """Every row of an evaluation file. Raises InputError when it cannot be read: what is not read would be trained on."""
     import pyarrow as pa
 
     try:
-        if file.format in ("parquet", "arrow"):
-            yield from columnar.every_row(file.path, file.format)
-        else:
-            with open_file(file.path) as source:
-                yield from _text_values(file, source)
-    except (pa.ArrowException, csv.Error, RecursionError, *read_faults(file.path)) as error:
-        raise InputError(f"--decontaminate {file.path}: cannot be read ({first_line(error)}); restore it or leave it out") from None
-
-
-def _text_values(file: InputFile, source: IO[bytes]) -> Iterator[Any]:
-    if file.format == "jsonl":
-        yield from (json.loads(line) for line in source if line.strip())
-    elif file.format == "json":
-        yield json.load(source)
-    elif file.format == "csv":
-        separator = "\t" if file.path.lower().endswith(".tsv") else ","
-        yield from csv.reader((line.decode() for line in source), delimiter=separator)
-    else:
-        yield source.read().decode()
+        if kind in ("parquet", "arrow"):
+            yield from columnar.every_row(path, kind)
+            return
+        with open_file(path) as source:
+            if kind == "jsonl":
+                yield from (json.loads(line) for line in source if line.strip())
+            elif kind == "json":
+                yield json.load(source)
+            elif kind == "csv":
+                separator = "\t" if path.lower().endswith(".tsv") else ","
+                yield from csv.reader((line.decode() for line in source), delimiter=separator)
+            else:
+                yield source.read().decode()
+    except (pa.ArrowException, csv.Error, RecursionError, *read_faults(path)) as error:
+        raise InputError(f"--decontaminate {path}: cannot be read ({first_line(error)}); restore it or leave it out") from None

@@ -22,7 +22,7 @@ from typing import Any
 from argonne import files, layout
 from argonne.config import DataSection
 from argonne.errors import InputError
-from argonne.prepare import documents, encode, planning, prepare
+from argonne.prepare import documents, encode, engines, planning, prepare
 from argonne.prepare.options import PrepareOptions
 from argonne.tokens import shards as tokens
 from argonne.tokens.shards import Shard, TokenSet, TokenStream
@@ -157,21 +157,17 @@ class TextWork:
         self._deaths, self._units_at_death = 0, 0
         self._finished = 0
         self._shards: list[Shard] = []
-        self.plan = self._plan()
+        plan = planning.open_plan(options, self.out)
+        if plan is None:
+            prepare.prepare(options)
+        else:
+            (self.out / FAILURE).unlink(missing_ok=True)
+        self.plan = plan or {}  # empty when nothing is left to do
         self._weights = planning.unit_weights(self.plan) if self.plan else []
 
     @property
     def complete(self) -> bool:
         return (self.out / layout.MANIFEST).exists()
-
-    def _plan(self) -> dict[str, Any]:
-        """Empty when nothing is left to do."""
-        plan = planning.open_plan(self.options, self.out)
-        if plan is None:
-            prepare.prepare(self.options)
-            return {}
-        (self.out / FAILURE).unlink(missing_ok=True)
-        return plan
 
     def finished_shards(self) -> tuple[list[Shard], bool]:
         """(training shards of the units finished so far, in plan order and without a gap; whether these are all)."""
@@ -206,7 +202,7 @@ class TextWork:
                 raise InputError(
                     f"{self.out}: the tokenising process died {self._deaths} times at the same unit; `argonne prepare` by itself will show why"
                 )
-            request = json.dumps({**dataclasses.asdict(self.options), "out": str(self.out), "tokenizer": str(self.options.tokenizer)})
+            request = json.dumps(dataclasses.asdict(self.options), default=str)
             command = [sys.executable, "-m", "argonne.prepare.from_text", request, str(os.getpid())]
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
 
@@ -257,11 +253,9 @@ def open_text(data: DataSection, run_folder: Path | None) -> tuple[TokenSet, Tex
             vocab_size=work.plan["tokenizer"]["vocab_size"],
             fingerprint=files.fingerprint(work.plan),
             train=stream,
-            held_out=TokenStream([]),
             tokenizer_folder=work.out / layout.TOKENIZER,
             tokenizer_fingerprint=work.plan["tokenizer"]["fingerprint"],
             eos_id=work.plan["tokenizer"]["eos_id"],
-            manifest={},
         ),
         work,
     )
@@ -276,29 +270,12 @@ def work_in_background(request: str) -> None:
     try:
         prepare.prepare(options)
     except InputError as error:
-        done_by_another = "another `argonne prepare` is writing" in str(error) or (options.out / layout.MANIFEST).exists()
-        if not done_by_another:
+        if "another `argonne prepare` is writing" not in str(error) and not (options.out / layout.MANIFEST).exists():
             files.write_json(options.out / FAILURE, {"message": str(error)})
 
 
-def end_with(parent: int) -> None:
-    """End this process at once if `parent` has died already, and soon after it dies, however it dies."""
-
-    def end_without_parent() -> None:
-        if os.getppid() != parent:
-            os._exit(1)
-
-    def watch() -> None:
-        while True:
-            end_without_parent()
-            time.sleep(POLL_SECONDS)
-
-    end_without_parent()
-    threading.Thread(target=watch, daemon=True).start()
-
-
 if __name__ == "__main__":
-    end_with(int(sys.argv[2]))
+    engines.end_with(int(sys.argv[2]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which may need tokens for its last step
     os.nice(5)
     work_in_background(sys.argv[1])

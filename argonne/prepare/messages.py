@@ -11,9 +11,8 @@ from typing import Any
 from argonne.prepare.documents import InputFile
 from argonne.prepare.textual import field_names
 
-LINES = "each line must be one JSON object; an array becomes lines with `jq -c '.[]' FILE.json > FILE.jsonl`"
 ADVICE = {
-    "invalid-json": LINES,
+    "invalid-json": "each line must be one JSON object; an array becomes lines with `jq -c '.[]' FILE.json > FILE.jsonl`",
     "invalid-utf8": "convert the files first: `iconv -f ENCODING -t UTF-8`",
     "empty": "check how the files were written",
 }
@@ -39,9 +38,8 @@ def size(count: int) -> str:
 
 
 def advice(drops: Mapping[str, int]) -> str:
-    """What to do about the most frequent fault, as the end of a clause."""
-    worst = max(drops, key=lambda reason: drops[reason], default="")
-    return f": {ADVICE[worst]}" if worst in ADVICE else ""
+    """What to do about the most frequent fault; nothing where that says itself."""
+    return ADVICE.get(max(drops, key=lambda reason: drops[reason], default=""), "")
 
 
 def no_text(found: Sequence[InputFile], text_column: str, drops: Mapping[str, int]) -> str:
@@ -49,15 +47,11 @@ def no_text(found: Sequence[InputFile], text_column: str, drops: Mapping[str, in
     names = found[0].path + (f" and {len(found) - 1:,} more" if len(found) > 1 else "")
     if not drops:
         return f"input {names}: holds no row; check the pattern, and that the files were written to their end"
-    worst = max(drops, key=lambda reason: drops[reason])
-    advice = ADVICE.get(worst) or _columns(found, text_column)
-    return f"input {names}: no row has text in it ({describe_drops(drops)}); {advice}"
-
-
-def _columns(found: Sequence[InputFile], text_column: str) -> str:
-    names = next((names for file in found if file.format == "jsonl" and (names := field_names(file.path))), [])
-    has = f"a row has {', '.join(names[:8])}; " if names else ""
-    return f"{has}{text_column!r} was looked for: name the column or field with --text-column"
+    if not (remedy := advice(drops)):
+        fields = next((fields for file in found if file.format == "jsonl" and (fields := field_names(file.path))), [])
+        has = f"a row has {', '.join(fields[:8])}; " if fields else ""
+        remedy = f"{has}{text_column!r} was looked for: name the column or field with --text-column"
+    return f"input {names}: no row has text in it ({describe_drops(drops)}); {remedy}"
 
 
 def account(manifest: Mapping[str, Any]) -> str:

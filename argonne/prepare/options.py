@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import ArgumentTypeError
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +83,11 @@ def check_options(options: PrepareOptions) -> None:
         raise InputError(f"--max-drop-fraction: found {options.max_drop_fraction}, expected a share from 0 to 1")
     if unknown := set(options.filter) - set(FILTERS):
         raise InputError(f"--filter: found {', '.join(sorted(unknown))}, expected {', '.join(FILTERS)}")
-    if options.format not in ("shards", "train.bin"):
-        raise InputError(f"--format: found {options.format!r}, expected shards or train.bin")
-    if options.encoder not in ("auto", "tokenizers", "gigatoken"):
-        raise InputError(f"--encoder: found {options.encoder!r}, expected auto, tokenizers or gigatoken")
+    for field in fields(options):
+        choices, found = field.metadata["choices"], getattr(options, field.name)
+        if choices and found not in choices:
+            expected = f"{', '.join(choices[:-1])} or {choices[-1]}"
+            raise InputError(f"--{field.name.replace('_', '-')}: found {found!r}, expected {expected}")
     if options.workers < 0:
         raise InputError(f"--workers: found {options.workers}, expected 0 (one a core) or more")
     if not options.split:

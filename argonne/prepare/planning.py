@@ -61,8 +61,21 @@ def open_plan(options: PrepareOptions, out: Path) -> dict[str, Any] | None:
     with turn(out):
         if (plan := _known_plan(options, out)) is not None or (out / layout.MANIFEST).exists():
             return plan
-        tokenizer = _checked(options, tokenizer or _train(options, found, units, out))
-        plan = _new_plan(options, found, units, bad, evaluation, tokenizer)
+        if tokenizer is None:
+            assert options.train_tokenizer is not None
+            if not (out / layout.TOKENIZER / layout.TOKENIZER_FILE).exists():
+                texts = sample_texts(found, units, options.recipe())
+                train_tokenizer(texts, options.train_tokenizer, out / layout.TOKENIZER, bare=options.bare)
+            tokenizer = load_tokenizer(out / layout.TOKENIZER, options.added_tokens)
+        plan = {
+            "format_version": PLAN_VERSION,
+            "recipe": options.recipe(),
+            "tokenizer": _described(options, tokenizer),
+            "files": [dataclasses.asdict(file) for file in found],
+            "bad_files": bad,
+            "evaluation_files": evaluation,
+            "units": [dataclasses.asdict(unit) for unit in units],
+        }
         if options.tokenizer is not None:
             tokenizer.save(out / layout.TOKENIZER)
         files.write_json(out / layout.UNITS_PLAN, plan)
@@ -73,11 +86,34 @@ def _known_plan(options: PrepareOptions, out: Path) -> dict[str, Any] | None:
     if not (out / layout.UNITS_PLAN).exists() or (out / layout.MANIFEST).exists():
         return None
     plan: dict[str, Any] = files.read_json(out / layout.UNITS_PLAN)
-    _check_plan(options, plan, out)
-    return plan
+    if plan.get("format_version") != PLAN_VERSION:
+        raise InputError(
+            f"{out / layout.UNITS_PLAN}: version {plan.get('format_version')}, this argonne writes {PLAN_VERSION}; remove {out} and start again"
+        )
+    listed = [(file["path"], file["bytes"]) for file in plan["files"]]
+    if other := what_differs(options, plan):
+        problem = f"holds unfinished work with {other}; use the same as then"
+    elif listed != [(file.path, file.bytes) for file in documents.find_files(options.input, outside=out)]:
+        problem = "the input files have changed since the work began; restore them"
+    elif plan["evaluation_files"] != filters.evaluation_files(options.decontaminate):
+        problem = "the --decontaminate files have changed since the work began; restore them"
+    else:
+        return plan
+    raise InputError(f"{out}: {problem}, choose another --out, or remove it")
 
 
-def _checked(options: PrepareOptions, tokenizer: TextTokenizer) -> TextTokenizer:
+def what_differs(options: PrepareOptions, made: dict[str, Any]) -> str | None:
+    """What is other in the options than in the plan or the manifest `made`."""
+    recipe = options.recipe()
+    if made["recipe"] != recipe:
+        return f"other options ({', '.join(name for name in recipe if made['recipe'].get(name) != recipe[name])})"
+    if options.tokenizer is not None and load_tokenizer(options.tokenizer).fingerprint != made["tokenizer"]["fingerprint"]:
+        return "another tokenizer"
+    return None
+
+
+def _described(options: PrepareOptions, tokenizer: TextTokenizer) -> dict[str, Any]:
+    """What the plan and the manifest say of the tokenizer. Raises InputError where it lacks a token that the documents need."""
     if tokenizer.eos_id is None:
         raise InputError(
             f"tokenizer {tokenizer.folder}: names no end-of-text token, and each document ends with one; set "
@@ -87,31 +123,12 @@ def _checked(options: PrepareOptions, tokenizer: TextTokenizer) -> TextTokenizer
         raise InputError(
             f"tokenizer {tokenizer.folder}: names no bos_token, which --bos asks for; set it in tokenizer_config.json or leave --bos out"
         )
-    return tokenizer
-
-
-def _new_plan(
-    options: PrepareOptions,
-    found: list[InputFile],
-    units: list[Unit],
-    bad: list[dict[str, str]],
-    evaluation: list[dict[str, Any]],
-    tokenizer: TextTokenizer,
-) -> dict[str, Any]:
     return {
-        "format_version": PLAN_VERSION,
-        "recipe": options.recipe(),
-        "tokenizer": {
-            "fingerprint": tokenizer.fingerprint,
-            "vocab_size": tokenizer.vocab_size,
-            "eos_id": tokenizer.eos_id,
-            "bos_id": tokenizer.bos_id if options.bos else None,
-            "added_tokens": options.added_tokens,
-        },
-        "files": [dataclasses.asdict(file) for file in found],
-        "bad_files": bad,
-        "evaluation_files": evaluation,
-        "units": [dataclasses.asdict(unit) for unit in units],
+        "fingerprint": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        "eos_id": tokenizer.eos_id,
+        "bos_id": tokenizer.bos_id if options.bos else None,
+        "added_tokens": options.added_tokens,
     }
 
 
@@ -136,27 +153,17 @@ def _cut_all(options: PrepareOptions, found: list[InputFile]) -> tuple[list[Unit
 
 def _check_text(options: PrepareOptions, found: list[InputFile], units: list[Unit]) -> None:
     dropped = Counter[str]()
-    if next(sample_texts(found, units, options.text_column, options.split, options.skip_bad_shards, dropped), None) is None:
+    if next(sample_texts(found, units, options.recipe(), dropped), None) is None:
         raise InputError(messages.no_text(found, options.text_column, dropped))
 
 
-def _train(options: PrepareOptions, found: list[InputFile], units: list[Unit], out: Path) -> TextTokenizer:
-    assert options.train_tokenizer is not None
-    if not (out / layout.TOKENIZER / layout.TOKENIZER_FILE).exists():
-        texts = sample_texts(found, units, options.text_column, options.split, options.skip_bad_shards)
-        train_tokenizer(texts, options.train_tokenizer, out / layout.TOKENIZER, bare=options.bare)
-    return load_tokenizer(out / layout.TOKENIZER, options.added_tokens)
-
-
-def sample_texts(
-    found: list[InputFile], units: list[Unit], text_column: str, split: str, skip_bad: bool = False, dropped: Counter[str] | None = None
-) -> Iterator[str]:
+def sample_texts(found: list[InputFile], units: list[Unit], recipe: dict[str, Any], dropped: Counter[str] | None = None) -> Iterator[str]:
     """Documents to train a tokenizer on: the same share of every unit, at most 500 million characters together. Drops are added to `dropped`."""
     share = TOKENIZER_CHARACTERS // len(units)
     for unit in units:
         characters = 0
         try:
-            for batch in documents.read_unit(found[unit.file], unit, text_column, split):
+            for batch in documents.read_unit(found[unit.file], unit, recipe["text_column"], recipe["split"]):
                 yield from (text if isinstance(text, str) else next(text.blocks()) for text in batch.texts)
                 characters += batch.characters
                 if dropped is not None:
@@ -164,7 +171,7 @@ def sample_texts(
                 if characters >= share:
                     break
         except InputError:
-            if not skip_bad:
+            if not recipe["skip_bad_shards"]:
                 raise
 
 
@@ -174,33 +181,10 @@ def train_tokenizer_on_files(flags: TokenizerOptions) -> Path:
     found = documents.find_files(flags.input)
     units, _ = _cut_all(options, found)
     _check_text(options, found, units)
-    return train_tokenizer(sample_texts(found, units, flags.text_column, flags.split), flags.vocab_size, flags.out, bare=flags.bare)
-
-
-def _check_plan(options: PrepareOptions, plan: dict[str, Any], out: Path) -> None:
-    if plan.get("format_version") != PLAN_VERSION:
-        raise InputError(
-            f"{out / layout.UNITS_PLAN}: version {plan.get('format_version')}, this argonne writes {PLAN_VERSION}; remove {out} and start again"
-        )
-    changed = [name for name, value in options.recipe().items() if plan["recipe"].get(name) != value]
-    if changed:
-        raise InputError(
-            f"{out}: holds unfinished work with other options ({', '.join(changed)}); use the same ones, choose another --out, or remove it"
-        )
-    if options.tokenizer is not None and load_tokenizer(options.tokenizer).fingerprint != plan["tokenizer"]["fingerprint"]:
-        raise InputError(f"{out}: holds unfinished work with another tokenizer; use the same one, choose another --out, or remove it")
-    listed = [(file["path"], file["bytes"]) for file in plan["files"]]
-    if listed != [(file.path, file.bytes) for file in documents.find_files(options.input, outside=out)]:
-        raise InputError(f"{out}: the input files have changed since the work began; restore them, choose another --out, or remove it")
-    if plan["evaluation_files"] != filters.evaluation_files(options.decontaminate):
-        raise InputError(
-            f"{out}: the --decontaminate files have changed since the work began; restore them, choose another --out, or remove it"
-        )
+    return train_tokenizer(sample_texts(found, units, options.recipe()), flags.vocab_size, flags.out, bare=flags.bare)
 
 
 def unit_weights(plan: dict[str, Any]) -> list[int]:
     """Input bytes of each unit, for the progress line."""
-    count: dict[int, int] = {}
-    for unit in plan["units"]:
-        count[unit["file"]] = count.get(unit["file"], 0) + 1
+    count = Counter(unit["file"] for unit in plan["units"])
     return [plan["files"][unit["file"]]["bytes"] // count[unit["file"]] for unit in plan["units"]]

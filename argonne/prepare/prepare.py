@@ -11,6 +11,7 @@ import fcntl
 import itertools
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -20,13 +21,13 @@ from argonne import files, layout
 from argonne.errors import InputError
 from argonne.prepare import assemble, encode, encoders, engines, messages
 from argonne.prepare.documents import InputFile, Unit
-from argonne.prepare.manifest import build_manifest, check_drops
 from argonne.prepare.options import PrepareOptions, check_options
-from argonne.prepare.planning import open_plan, sample_texts, turn, unit_weights
+from argonne.prepare.planning import open_plan, sample_texts, turn, unit_weights, what_differs
 from argonne.prepare.progress import Progress
 from argonne.tokens import shards as tokens
 from argonne.tokens.tokenizer import load_tokenizer
 
+FAULTS = ("missing", "not-text", "empty", "invalid-utf8", "invalid-json")
 PROBES = 64
 WORKER_BYTES, FAST_WORKER_BYTES = 16 << 20, 96 << 20
 
@@ -43,27 +44,23 @@ def prepare(options: PrepareOptions, progress: Progress | None = None) -> Path:
     if (out / layout.MANIFEST).exists() and not (out / layout.UNITS_PLAN).exists():
         _check_complete(options, out)  # without a lock: it may lie where nothing can be written
         return out
+    say = (progress or Progress("prepare", 0)).say
     try:
-        return _prepare(options, out, progress)
+        plan = open_plan(options, out)
+        with ExitStack() as held:
+            with turn(out):
+                if (out / layout.MANIFEST).exists() or plan is None:
+                    _check_complete(options, out)
+                    return out
+                held.enter_context(sole_writer(out, shared=options.part is not None))
+            say(messages.input_summary([InputFile(**file) for file in plan["files"]]))
+            encode_units(options, plan, out, progress)
+            if options.part is not None:
+                held.close()
+            with turn(out):
+                manifest = finish(options, plan, out) if options.part is None else _finish_last(options, plan, out, say)
     except OSError as error:
         raise InputError(messages.not_written(error, out)) from None
-
-
-def _prepare(options: PrepareOptions, out: Path, progress: Progress | None) -> Path:
-    plan = open_plan(options, out)
-    say = (progress or Progress("prepare", 0)).say
-    with ExitStack() as held:
-        with turn(out):
-            if (out / layout.MANIFEST).exists() or plan is None:
-                _check_complete(options, out)
-                return out
-            held.enter_context(sole_writer(out, shared=options.part is not None))
-        say(messages.input_summary([InputFile(**file) for file in plan["files"]]))
-        encode_units(options, plan, out, progress)
-        if options.part is not None:
-            held.close()
-        with turn(out):
-            manifest = finish(options, plan, out) if options.part is None else _finish_last(options, plan, out, say)
     for line in (messages.account(manifest), messages.held_out_warning(manifest)) if manifest is not None else ():
         if line:
             say(line)
@@ -92,13 +89,8 @@ def _finish_last(options: PrepareOptions, plan: dict[str, Any], out: Path, say: 
 def _check_complete(options: PrepareOptions, out: Path) -> None:
     """Raise InputError where the finished set in `out` is not what the options ask for."""
     manifest = tokens.read_manifest(out)
-    if manifest["recipe"] != options.recipe():
-        changed = [name for name, value in options.recipe().items() if manifest["recipe"].get(name) != value]
-        raise InputError(
-            f"{out}: holds a finished token set made with other options ({', '.join(changed)}); choose another --out or remove it"
-        )
-    if options.tokenizer is not None and load_tokenizer(options.tokenizer).fingerprint != manifest["tokenizer"]["fingerprint"]:
-        raise InputError(f"{out}: holds a finished token set of another tokenizer; choose another --out or remove it")
+    if other := what_differs(options, manifest):
+        raise InputError(f"{out}: holds a finished token set made with {other}; choose another --out or remove it")
     if (out / layout.UNITS_PLAN).exists():
         _clean(out)
 
@@ -149,39 +141,85 @@ def _sensible_workers(options: PrepareOptions, job: encode.Job, weights: list[in
 
 def _encoder(options: PrepareOptions, plan: dict[str, Any], out: Path, progress: Progress) -> str:
     """Name of the encoder, after gigatoken was compared with the reference on hard probes and on the first documents of the input."""
-    units = [Unit(**unit) for unit in plan["units"]]
-    found = [InputFile(**file) for file in plan["files"]]
     tokenizer = load_tokenizer(out / layout.TOKENIZER, plan["tokenizer"]["added_tokens"])
-    probes: list[str] = []
-    if options.encoder != "tokenizers":
-        recipe = plan["recipe"]
-        probes = list(
-            itertools.islice(sample_texts(found, units[:1], recipe["text_column"], recipe["split"], recipe["skip_bad_shards"]), PROBES)
-        )
-    choice = encoders.choose(tokenizer, options.encoder, probes)
-    progress.say(choice.reason)
-    return choice.encoder.name
+    first = sample_texts([InputFile(**file) for file in plan["files"]], [Unit(**plan["units"][0])], plan["recipe"])
+    probes = [] if options.encoder == "tokenizers" else list(itertools.islice(first, PROBES))
+    name, reason = encoders.choose(tokenizer, options.encoder, probes)
+    progress.say(reason)
+    return name
 
 
 def finish(options: PrepareOptions, plan: dict[str, Any], out: Path) -> dict[str, Any]:
     """Write the manifest and the hash list, and remove what only the work needed; the manifest."""
     records = encode.finished(out, len(plan["units"]))
     ordered = [records[unit["index"]] for unit in plan["units"]]
-    check_drops(options, ordered, out)
+    _check_drops(options, ordered, out)
     if assemble.is_staged(plan["recipe"]):
         ordered = assemble.assemble(plan["recipe"], ordered, out, tokens.dtype_for(plan["tokenizer"]["vocab_size"]))
-    manifest = build_manifest(plan, ordered)
+    manifest = _manifest(plan, ordered)
     for leftover in files.collect_temporaries(out):
-        (Progress("prepare", 0)).say(f"removed the unfinished {leftover.name}")
+        Progress("prepare", 0).say(f"removed the unfinished {leftover.name}")
     tokens.write_manifest(out, manifest)
     _clean(out)
     return manifest
 
 
+def _check_drops(options: PrepareOptions, records: list[dict[str, Any]], out: Path) -> None:
+    manifest = _totals(records)
+    bad_rows = sum(manifest["drops"].get(reason, 0) for reason in FAULTS)
+    if bad_rows > options.max_drop_fraction * max(manifest["rows"], 1):
+        advice = f": {found}" if (found := messages.advice(manifest["drops"])) else ""
+        raise InputError(
+            f"{out}: {bad_rows:,} of {manifest['rows']:,} rows are no documents ({messages.describe_drops(manifest['drops'])}), more than "
+            f"--max-drop-fraction {options.max_drop_fraction}; mend the input{advice}, or raise the limit and "
+            "run again: the work so far is kept"
+        )
+    if manifest["documents"] + manifest["held_out_documents"] == 0:
+        raise InputError(
+            f"{out}: no document is left of {manifest['rows']:,} rows ({messages.describe_drops(manifest['drops']) or 'it is empty'})"
+        )
+
+
+def _manifest(plan: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, Any]:
+    """The manifest: what is in the set, what was left out and why, what it was made from. No times, no hosts: equal input, equal bytes."""
+    of_file: list[list[dict[str, Any]]] = [[] for _ in plan["files"]]
+    for record, unit in zip(records, plan["units"], strict=True):
+        of_file[unit["file"]].append(record)
+    held = [record["held_out"] for record in records]
+    return {
+        "format": tokens.FORMAT,
+        "format_version": tokens.FORMAT_VERSION,
+        "dtype": tokens.dtype_for(plan["tokenizer"]["vocab_size"]),
+        "tokenizer": plan["tokenizer"],
+        **_totals(records),
+        "held_out": {
+            "share": plan["recipe"]["hold_out"],
+            **tokens.totals_of(held),
+            "shards": [shard for part in held for shard in part["shards"]],
+        },
+        "shards": [shard for record in records for shard in record["shards"]],
+        "recipe": plan["recipe"],
+        "plan": files.fingerprint(plan),
+        "sources": [{**file, **_totals(own)} for file, own in zip(plan["files"], of_file, strict=True)],
+        "evaluation_files": plan["evaluation_files"],
+        "bad_files": plan["bad_files"] + [bad for record in records for bad in record["bad"]],
+    }
+
+
+def _totals(records: list[dict[str, Any]]) -> dict[str, Any]:
+    drops = Counter[str]()
+    for record in records:
+        drops.update(record["drops"])
+    return {
+        **{name: sum(record[name] for record in records) for name in ("rows", "documents", "tokens", "text_bytes")},
+        "held_out_documents": sum(record["held_out"]["documents"] for record in records),
+        "drops": dict(sorted(drops.items())),
+    }
+
+
 def _clean(out: Path) -> None:
     """Remove what only the work needed; also after a process died between the manifest and here."""
-    encode.remove_records(out)
-    assemble.remove_parts(out)
-    shutil.rmtree(out / "slurm", ignore_errors=True)
+    for name in (layout.UNITS, assemble.PARTS, "slurm"):
+        shutil.rmtree(out / name, ignore_errors=True)
     (out / layout.UNITS_PLAN).unlink(missing_ok=True)
     files.fsync_path(out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ ROWS_A_BATCH = 512
 CHARACTERS_A_BATCH = 1 << 20
 LONG_CHARACTERS = 1 << 20
 READ_BYTES = 1 << 20
+REMEDY = "restore it, or pass --skip-bad-shards"
 
 
 def read_faults(path: str) -> tuple[type[Exception], ...]:
@@ -58,15 +60,12 @@ class RowBatch:
     """Documents in file order, and how many rows were no documents, by reason. A long document is a batch of its own."""
 
     texts: list[Text] = field(default_factory=list)
-    drops: dict[str, int] = field(default_factory=dict)
+    drops: Counter[str] = field(default_factory=Counter)
     characters: int = 0
 
     def add(self, text: Text) -> None:
         self.texts.append(text)
         self.characters += text.bytes if isinstance(text, LongText) else len(text)
-
-    def drop(self, reason: str) -> None:
-        self.drops[reason] = self.drops.get(reason, 0) + 1
 
     @property
     def full(self) -> bool:
@@ -86,19 +85,14 @@ def checked(value: Any) -> Text | Refused:
         except UnicodeEncodeError:
             return Refused("invalid-utf8")
     if isinstance(value, bytes | memoryview):
-        return _decoded(value)
+        try:
+            if len(value) <= LONG_CHARACTERS:
+                return bytes(value).decode() or Refused("empty")
+            for _ in LongText(value).blocks():
+                pass
+        except UnicodeDecodeError:
+            return Refused("invalid-utf8")
+        return LongText(value)
     if isinstance(value, Refused):
         return value
     return Refused("missing" if value is None else "not-text")
-
-
-def _decoded(data: bytes | memoryview) -> Text | Refused:
-    try:
-        if len(data) <= LONG_CHARACTERS:
-            return bytes(data).decode() or Refused("empty")
-        text = LongText(data)
-        for _ in text.blocks():
-            pass
-    except UnicodeDecodeError:
-        return Refused("invalid-utf8")
-    return text

@@ -11,12 +11,11 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 from argonne.errors import InputError
-from argonne.prepare.texts import READ_BYTES, Refused, first_line, read_faults
+from argonne.prepare.texts import READ_BYTES, REMEDY, Refused, first_line, read_faults
 
 LONG_SEPARATOR = 1 << 12
 ZSTD_BYTES = 1 << 13
 ZSTD_WINDOW = 1 << 31
-REMEDY = "restore it, or pass --skip-bad-shards"
 
 
 def is_compressed(path: str) -> bool:
@@ -134,22 +133,17 @@ def field_names(path: str) -> list[str]:
 def text_rows(path: str, size: int, split: str) -> Iterator[Any]:
     """`split`: "file" (the file is one document), "blank-lines", "lines", or a separator that ends each document."""
     try:
-        if split == "file":
-            yield _whole_file(path, size)
+        if split == "file" and size and not is_compressed(path) and "://" not in path:
+            with open(path, "rb") as local:  # mapped, so that one larger than memory is a document too
+                yield memoryview(mmap.mmap(local.fileno(), 0, access=mmap.ACCESS_READ))
             return
         with open_file(path) as source:
-            yield from _split_stream(source, split)
+            if split == "file":
+                yield source.read()
+            else:
+                yield from _split_stream(source, split)
     except read_faults(path) as error:
         raise InputError(f"{path}: cannot be read ({first_line(error)}); {REMEDY}") from None
-
-
-def _whole_file(path: str, size: int) -> bytes | memoryview:
-    """A local file is mapped, so that one larger than memory is a document too."""
-    if is_compressed(path) or "://" in path or size == 0:
-        with open_file(path) as source:
-            return source.read()
-    with open(path, "rb") as local:
-        return memoryview(mmap.mmap(local.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 def _split_stream(source: IO[bytes], split: str) -> Iterator[bytes]:

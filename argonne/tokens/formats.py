@@ -1,4 +1,4 @@
-"""Token sets written by others, opened in place.
+"""Which files hold text, and token sets written by others, opened in place.
 
 By path: a folder of ours; a token file with a header (the family's `train.bin`, llm.c) or a glob of them; Megatron's `.bin` with `.idx`;
 datatrove's `.ds`; the family's document manifest (`.json`). By prefix, because nothing in the file tells: `raw-uint16:PATH` (nanoGPT),
@@ -9,19 +9,36 @@ from __future__ import annotations
 
 import glob
 import hashlib
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from argonne import files, layout
 from argonne.errors import InputError
-from argonne.tokens.file_kinds import format_of, natural_key
 from argonne.tokens.shards import Shard, TokenSet, TokenStream, open_folder, read_header
 
 MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
 MEGATRON_DTYPES = {8: "uint16", 4: "int32", 3: "int16", 5: "int64", 1: "uint8"}
 SAMPLES, SAMPLE_BYTES = 64, 4096
+PLAIN_KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".txt": "txt", ".md": "txt"}
+SUFFIXES = {".parquet": "parquet", ".arrow": "arrow", ".json.gz": "jsonl"} | {
+    plain + packed: kind for plain, kind in PLAIN_KINDS.items() for packed in ("", ".gz", ".zst")
+}
+KINDS = ".parquet, .arrow, .jsonl, .ndjson, .txt or .md, the text kinds also with .gz or .zst"
+
+
+def natural_key(path: str) -> list[tuple[int, int, str]]:
+    """Sort key that puts `shard_2` before `shard_10`; equal numbers written differently keep a fixed order."""
+    pieces = re.split(r"(\d+)", path)
+    return [(0, int(piece), piece) if piece.isdigit() and piece.isascii() else (1, 0, piece) for piece in pieces]
+
+
+def format_of(path: str, also: Mapping[str, str] | None = None) -> str | None:
+    """The kind of a text file by its name; None where that is none of a text file."""
+    name = path.rsplit("/", 1)[-1].lower()
+    return next((kind for suffix, kind in {**SUFFIXES, **(also or {})}.items() if name.endswith(suffix)), None)
 
 
 def open_tokens(path: Path | str) -> TokenSet:
@@ -113,10 +130,8 @@ def _megatron(path: Path, index: Path) -> TokenSet:
     width = np.dtype(dtype).itemsize
     if not np.array_equal(pointers, ends[:-1] * width):
         raise InputError(f"{index}: its sequences do not lie one after the other in {path.name}; merge it with Megatron's own tool first")
-    if path.stat().st_size != int(ends[-1]) * width:
-        raise InputError(
-            f"{path}: {path.stat().st_size:,} bytes, its index counts {int(ends[-1]):,} {dtype} tokens; truncated, write it again"
-        )
+    if (size := path.stat().st_size) != int(ends[-1]) * width:
+        raise InputError(f"{path}: {size:,} bytes, its index counts {int(ends[-1]):,} {dtype} tokens; truncated, write it again")
     document_ends = ends[documents[documents > 0]]
     return _foreign(path, "megatron", [Shard(path, dtype, int(ends[-1]), offset=0, ends=document_ends)], len(document_ends))
 
@@ -134,10 +149,8 @@ def _document_manifest(path: Path) -> TokenSet:
                 raise InputError(f"{path}: names {file}, which is missing")
         ends = np.cumsum(np.load(lengths), dtype=np.int64)
         total = int(ends[-1]) if len(ends) else 0
-        if tokens.stat().st_size != 4 * total:
-            raise InputError(
-                f"{tokens}: {tokens.stat().st_size:,} bytes, {lengths.name} counts {total:,} uint32 tokens; truncated, write it again"
-            )
+        if (size := tokens.stat().st_size) != 4 * total:
+            raise InputError(f"{tokens}: {size:,} bytes, {lengths.name} counts {total:,} uint32 tokens; truncated, write it again")
         shards.append(Shard(tokens, "uint32", total, offset=0, ends=ends))
         documents += len(ends)
     return _foreign(path, "document manifest", shards, documents)
@@ -146,20 +159,9 @@ def _document_manifest(path: Path) -> TokenSet:
 def _foreign(path: Path, kind: str, shards: list[Shard], documents: int | None = None) -> TokenSet:
     """A token set without a manifest of ours: its fingerprint is taken from sizes and samples, its tokenizer from the folder beside it."""
     folder = path.parent / layout.TOKENIZER
+    fingerprint = files.fingerprint([[shard.path.name, shard.tokens, _sample(shard.path)] for shard in shards])
     stream = TokenStream(shards, documents)
-    return TokenSet(
-        path=path,
-        format=kind,
-        dtype=shards[0].dtype,
-        vocab_size=None,
-        fingerprint=files.fingerprint([[shard.path.name, shard.tokens, _sample(shard.path)] for shard in shards]),
-        train=stream,
-        held_out=TokenStream([]),
-        tokenizer_folder=folder if folder.is_dir() else None,
-        tokenizer_fingerprint=None,
-        eos_id=None,
-        manifest={},
-    )
+    return TokenSet(path, kind, shards[0].dtype, fingerprint, stream, tokenizer_folder=folder if folder.is_dir() else None)
 
 
 def _sample(path: Path) -> str:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from argonne import files, layout
 from argonne.errors import InputError
 from argonne.tokens.formats import open_tokens
-from argonne.tokens.shards import TokenSet
+from argonne.tokens.shards import Shard, TokenSet
+
+CHUNK = 1 << 22
 
 
 def inspect_tokens(path: Path | str, verify: bool = True) -> dict[str, Any]:
@@ -19,7 +24,13 @@ def inspect_tokens(path: Path | str, verify: bool = True) -> dict[str, Any]:
     vocabulary where the tokenizer is known. Raises InputError when `path` is no token set at all.
     """
     path = Path(path)
-    problems = _damaged(path, verify) if path.is_dir() else []
+    problems = []
+    if (path / layout.MANIFEST).exists() or (path / files.HASH_LIST).exists():
+        problems += _unsealed(path, verify, layout.MANIFEST)
+        if (
+            path / layout.TOKENIZER / files.HASH_LIST
+        ).exists():  # of a tokenizer that was trained here; the set's own list does not name it
+            problems += _unsealed(path / layout.TOKENIZER, verify)
     try:
         opened = open_tokens(path)
     except InputError as error:
@@ -27,7 +38,7 @@ def inspect_tokens(path: Path | str, verify: bool = True) -> dict[str, Any]:
             raise
         return {"kind": "tokens", "path": str(path), "problems": [*problems, str(error)], "verified": verify}
     if verify and not path.is_dir():
-        problems += ids_outside(opened)
+        problems += _ids_outside(opened)
     return {**_facts(opened), "problems": problems, "verified": verify}
 
 
@@ -56,19 +67,9 @@ def _facts(opened: TokenSet) -> dict[str, Any]:
     }
 
 
-def _damaged(folder: Path, verify: bool) -> list[str]:
-    """Lines for files of a token set folder that differ from the hash list. The list itself is checked by writing it anew."""
-    hash_list = folder / files.HASH_LIST
-    if not (folder / layout.MANIFEST).exists() and not hash_list.exists():
-        return []
-    problems = _unsealed(folder, verify, layout.MANIFEST)
-    if (folder / layout.TOKENIZER / files.HASH_LIST).exists():  # of a tokenizer that was trained here; the set's own list does not name it
-        problems += _unsealed(folder / layout.TOKENIZER, verify)
-    return problems
-
-
 def _unsealed(folder: Path, verify: bool, *others: str) -> list[str]:
-    """Lines for what differs from the hash list of `folder`, and for the list or one of `others` where it is not as `files.write_json` writes."""
+    """Lines for what differs from the hash list of `folder`, and for the list or one of `others` where it is not as `files.write_json` writes:
+    they are checked by writing them anew."""
     problems, listed = [], None
     for path in (folder / name for name in (files.HASH_LIST, *others)):
         try:
@@ -84,25 +85,18 @@ def _unsealed(folder: Path, verify: bool, *others: str) -> list[str]:
             problems.append(f"{path}: not as it was written; restore it or prepare again")
     if listed is None:
         return problems
-    return files.verify_directory(folder, hashes=verify) + problems + _strangers(folder, listed)
+    ours = {layout.TOKENS_LOCK, layout.TOKENS_TURN, files.HASH_LIST, f"{layout.TOKENIZER}/{files.HASH_LIST}", *listed["files"]}
+    # A name that the list does not know: a damaged one in it, or somebody else's file.
+    unknown = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - ours
+    strangers = [f"{folder / name}: is not named in {files.HASH_LIST}; if it is yours, move it elsewhere" for name in sorted(unknown)]
+    return files.verify_directory(folder, hashes=verify) + problems + strangers
 
 
-def _strangers(folder: Path, listed: dict[str, Any]) -> list[str]:
-    """Lines for files that the hash list does not name: a damaged name in it, or somebody else's file."""
-    found = {
-        path.relative_to(folder).as_posix()
-        for path in folder.rglob("*")
-        if path.is_file() and path.name not in (layout.TOKENS_LOCK, layout.TOKENS_TURN)
-    }
-    unknown = found - {files.HASH_LIST, f"{layout.TOKENIZER}/{files.HASH_LIST}"} - set(listed["files"])
-    return [f"{folder / name}: is not named in {files.HASH_LIST}; if it is yours, move it elsewhere" for name in sorted(unknown)]
-
-
-def ids_outside(opened: TokenSet, vocab_size: int | None = None) -> list[str]:
+def _ids_outside(opened: TokenSet) -> list[str]:
     """One line for each shard that holds an id past the vocabulary."""
     from argonne.tokens.tokenizer import load_tokenizer
 
-    limit = vocab_size or opened.vocab_size
+    limit = opened.vocab_size
     if limit is None and opened.tokenizer_folder is not None:
         limit = load_tokenizer(opened.tokenizer_folder).vocab_size
     if limit is None:
@@ -111,10 +105,70 @@ def ids_outside(opened: TokenSet, vocab_size: int | None = None) -> list[str]:
     for stream in (opened.train, opened.held_out):
         for number, shard in enumerate(stream.shards):
             mapped = stream.shard_tokens(number)
-            for start in range(0, len(mapped), 1 << 22):
-                piece = mapped[start : start + (1 << 22)]
+            for start in range(0, len(mapped), CHUNK):
+                piece = mapped[start : start + CHUNK]
                 if len(piece) and int(piece.max()) >= limit:
                     place = start + int((piece >= limit).argmax())
                     problems.append(f"{shard.path}: token {place:,} has id {int(mapped[place]):,}, the vocabulary has {limit:,}")
                     break
     return problems
+
+
+class Verification:
+    """Hashes of the shards, checked while training already runs: a thread reads each file once, and a mismatch stops the run at its next step.
+
+    What was found right is kept in `folder`, by path, size and time of change, and not read again.
+    """
+
+    def __init__(self, shards: Sequence[Shard], folder: Path | None) -> None:
+        self._wanted = [
+            (path, digest)
+            for shard in shards
+            for path, digest in ((shard.path, shard.sha256), (shard.index, shard.index_sha256))
+            if path and digest
+        ]
+        self._record = folder / layout.VERIFIED if folder is not None else None
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self.problem: str | None = None
+
+    def start(self) -> None:
+        """Check in the background."""
+        self._thread = threading.Thread(target=self.run, name="argonne-verify", daemon=True)
+        self._thread.start()
+
+    def run(self) -> None:
+        """Check everything that is not known to be right; the first fault ends it and is kept in `problem`."""
+        known: dict[str, Any] = files.read_json(self._record) if self._record is not None and self._record.exists() else {}
+        for path, expected in self._wanted:
+            try:
+                state = [path.stat().st_size, path.stat().st_mtime_ns, expected]
+                if known.get(str(path)) != state:
+                    found = self._hash(path)
+                    if found is None:
+                        break
+                    if found != expected:
+                        fault = f"other bytes than were written (sha256 {found[:12]}, expected {expected[:12]})"
+                        self.problem = f"{path}: {fault}; restore it or prepare again"
+                        break
+                    known[str(path)] = state
+            except OSError as error:
+                self.problem = f"{path}: cannot be read ({error.strerror}); restore it or prepare again"
+                break
+        if self._record is not None and self._record.parent.is_dir():
+            files.write_json(self._record, known)
+
+    def _hash(self, path: Path) -> str | None:
+        digest = hashlib.sha256()
+        with open(path, "rb") as file:
+            while chunk := file.read(CHUNK):
+                if self._stop.is_set():
+                    return None
+                digest.update(chunk)
+        return digest.hexdigest()
+
+    def close(self) -> None:
+        """End the thread; what it has checked so far is kept."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()

@@ -13,7 +13,7 @@ import json
 import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -84,10 +84,8 @@ class ShardWriter:
         self._temporary = folder / f"{files.TEMPORARY}{name}.bin-{os.getpid()}"
         self._file = open(self._temporary, "wb")  # noqa: SIM115 closed by close or abort
         self._file.write(header(dtype, 0))
-        self.tokens = 0
-        self.text_bytes = 0
+        self.tokens = self.text_bytes = self.documents = self._ended = 0
         self._ends: list[np.ndarray] = []
-        self.documents = self._ended = 0
 
     def add(self, tokens: np.ndarray, lengths: np.ndarray, text_bytes: int) -> None:
         """Append whole documents: their tokens one after the other and the length of each."""
@@ -115,9 +113,8 @@ class ShardWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        ends = np.concatenate(self._ends) if self._ends else np.zeros(0, np.uint64)
         index = index_of(self.path)
-        files.write_bytes(index, ends.astype("<u8").tobytes())
+        files.write_bytes(index, np.concatenate([np.zeros(0, "<u8"), *self._ends]).astype("<u8").tobytes())
         entry = {
             "file": self.path.name,
             "tokens": self.tokens,
@@ -162,9 +159,7 @@ class TokenStream:
 
     def __init__(self, shards: Sequence[Shard], documents: int | None = None) -> None:
         self.shards = list(shards)
-        self.starts = (
-            np.concatenate([[0], np.cumsum([shard.tokens for shard in shards], dtype=np.int64)]) if shards else np.zeros(1, np.int64)
-        )
+        self.starts = np.cumsum([0, *(shard.tokens for shard in shards)], dtype=np.int64)
         self.documents = documents
         self._bounds: list[int] = self.starts.tolist()
         self._maps: dict[int, np.ndarray] = {}
@@ -231,7 +226,7 @@ class TokenStream:
             ends = self._shard_ends(number)
             low, high = np.searchsorted(ends, [max(start - begin, 0), stop - begin], side="right")
             found.append(ends[low:high].astype(np.int64) + begin)
-        return np.concatenate(found) if found else np.zeros(0, np.int64)
+        return np.concatenate([np.zeros(0, np.int64), *found])
 
     def _shard_ends(self, number: int) -> np.ndarray:
         mapped = self._ends.get(number)
@@ -279,8 +274,8 @@ class TokenStream:
             raise InputError(
                 f"{self.shards[0].path}: this token format does not record where documents end; prepare the text with `argonne prepare`"
             )
-        ends = [self._shard_ends(number).astype(np.int64) + start for number, start in enumerate(self._bounds[:-1])]
-        return np.concatenate(ends) if ends else np.zeros(0, np.int64)
+        ends = (self._shard_ends(number).astype(np.int64) + start for number, start in enumerate(self._bounds[:-1]))
+        return np.concatenate([np.zeros(0, np.int64), *ends])
 
 
 @dataclass(frozen=True)
@@ -290,14 +285,14 @@ class TokenSet:
     path: Path
     format: str
     dtype: str
-    vocab_size: int | None
     fingerprint: str
     train: TokenStream
-    held_out: TokenStream
-    tokenizer_folder: Path | None
-    tokenizer_fingerprint: str | None
-    eos_id: int | None
-    manifest: dict[str, Any]
+    held_out: TokenStream = field(default_factory=lambda: TokenStream([]))
+    vocab_size: int | None = None
+    tokenizer_folder: Path | None = None
+    tokenizer_fingerprint: str | None = None
+    eos_id: int | None = None
+    manifest: dict[str, Any] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -311,37 +306,35 @@ class TokenSet:
 def open_folder(folder: Path) -> TokenSet:
     """Open a folder written by `argonne prepare`."""
     manifest = read_manifest(folder)
+    streams = []
     try:
-        return _open(folder, manifest)
+        for name, part in (("tokens", manifest), ("held-out tokens", manifest["held_out"])):
+            stream = TokenStream([shard_of(folder, entry, manifest["dtype"]) for entry in part["shards"]], part["documents"])
+            if stream.tokens != part["tokens"]:
+                raise InputError(
+                    f"{folder}: the shards hold {stream.tokens:,} {name}, the manifest says {part['tokens']:,}; prepare the tokens again"
+                )
+            streams.append(stream)
+        tokenizer = manifest["tokenizer"]
+        hashes = [[entry["sha256"], entry["index_sha256"]] for entry in entries_of(manifest)]
+        return TokenSet(
+            path=folder,
+            format="shards",
+            dtype=manifest["dtype"],
+            # What the data is: dtype, tokenizer and the hashes of all shards; not where it lies nor how it was made.
+            fingerprint=files.fingerprint([manifest["dtype"], tokenizer["fingerprint"], hashes]),
+            train=streams[0],
+            held_out=streams[1],
+            vocab_size=tokenizer["vocab_size"],
+            tokenizer_folder=folder / TOKENIZER,
+            tokenizer_fingerprint=tokenizer["fingerprint"],
+            eos_id=tokenizer["eos_id"],
+            manifest=manifest,
+        )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise InputError(
             f"{folder / MANIFEST}: damaged ({type(error).__name__}: {error}); restore it or prepare the tokens again"
         ) from None
-
-
-def _open(folder: Path, manifest: dict[str, Any]) -> TokenSet:
-    train = TokenStream([shard_of(folder, entry, manifest["dtype"]) for entry in manifest["shards"]], manifest["documents"])
-    held = manifest["held_out"]
-    held_out = TokenStream([shard_of(folder, entry, manifest["dtype"]) for entry in held["shards"]], held["documents"])
-    for name, stream, expected in (("tokens", train, manifest["tokens"]), ("held-out tokens", held_out, held["tokens"])):
-        if stream.tokens != expected:
-            raise InputError(
-                f"{folder}: the shards hold {stream.tokens:,} {name}, the manifest says {expected:,}; prepare the tokens again"
-            )
-    tokenizer = manifest["tokenizer"]
-    return TokenSet(
-        path=folder,
-        format="shards",
-        dtype=manifest["dtype"],
-        vocab_size=tokenizer["vocab_size"],
-        fingerprint=manifest_fingerprint(manifest),
-        train=train,
-        held_out=held_out,
-        tokenizer_folder=folder / TOKENIZER,
-        tokenizer_fingerprint=tokenizer["fingerprint"],
-        eos_id=tokenizer["eos_id"],
-        manifest=manifest,
-    )
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -360,10 +353,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def manifest_fingerprint(manifest: dict[str, Any]) -> str:
-    """What the data is: dtype, tokenizer and the hashes of all shards; not where it lies nor how it was made."""
-    shards = [[entry["sha256"], entry["index_sha256"]] for entry in [*manifest["shards"], *manifest["held_out"]["shards"]]]
-    return files.fingerprint([manifest["dtype"], manifest["tokenizer"]["fingerprint"], shards])
+def entries_of(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The shards that a manifest, or the record of a unit, names: training, then held out."""
+    return [*record["shards"], *record["held_out"]["shards"]]
+
+
+def totals_of(parts: Sequence[dict[str, Any]]) -> dict[str, int]:
+    return {name: sum(part[name] for part in parts) for name in ("tokens", "documents", "text_bytes")}
 
 
 def shard_of(folder: Path, entry: dict[str, Any], dtype: str) -> Shard:
@@ -375,10 +371,8 @@ def shard_of(folder: Path, entry: dict[str, Any], dtype: str) -> Shard:
         )
     index = index_of(path)
     if (size := _size(index)) != 8 * entry["documents"]:
-        raise InputError(
-            f"{index}: {size:,} bytes, expected {8 * entry['documents']:,} for {entry['documents']:,} documents; "
-            "restore it or prepare again"
-        )
+        expected = f"{8 * entry['documents']:,} for {entry['documents']:,} documents"
+        raise InputError(f"{index}: {size:,} bytes, expected {expected}; restore it or prepare again")
     return Shard(path, dtype, tokens, index=index, sha256=entry["sha256"], index_sha256=entry["index_sha256"])
 
 
@@ -387,10 +381,9 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     complete."""
     content = (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode()
     entries: dict[str, Any] = {MANIFEST: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}}
-    for entry in [*manifest["shards"], *manifest["held_out"]["shards"]]:
+    for entry in entries_of(manifest):
         entries[entry["file"]] = {"bytes": entry["bytes"], "sha256": entry["sha256"]}
-        index = index_of(Path(entry["file"])).name
-        entries[index] = {"bytes": 8 * entry["documents"], "sha256": entry["index_sha256"]}
+        entries[index_of(Path(entry["file"])).name] = {"bytes": 8 * entry["documents"], "sha256": entry["index_sha256"]}
     for path in sorted((folder / TOKENIZER).iterdir()):
         if path.name != files.HASH_LIST:
             files.fsync_path(path)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import json
 import shutil
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from threading import Lock
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -92,8 +93,7 @@ class TextTokenizer:
         return str(self._whole.decode([int(token) for token in ids], skip_special_tokens=skip_special_tokens))
 
     def token_to_id(self, token: str) -> int | None:
-        token_id: int | None = self._whole.token_to_id(token)
-        return token_id
+        return self._whole.token_to_id(token)
 
     @cached_property
     def token_bytes(self) -> np.ndarray:
@@ -142,33 +142,28 @@ def load_tokenizer(folder: Path | str, added_tokens: str = "library") -> TextTok
     if (folder / TOKENIZER_FILE).is_file():
         text = (folder / TOKENIZER_FILE).read_bytes().decode(errors="replace")
     elif (folder / VOCABULARY).is_file() and (folder / MERGES).is_file():
-        text, config = _convert(folder, config)
+        try:
+            text, config = _converted(folder, config)
+        except Exception as error:  # transformers and tokenizers raise what they like for a damaged file
+            raise InputError(
+                f"{folder}: its vocab.json and merges.txt cannot be read ({error}); restore them, or name another folder"
+            ) from None
     else:
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
         raise InputError(f"tokenizer {folder}: found {found}; expected {TOKENIZER_FILE}, or vocab.json with merges.txt")
     return TextTokenizer(parse_tokenizer(text, folder), config, folder, added_tokens)
 
 
-def _convert(folder: Path, config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """tokenizer.json for a folder that has only a vocabulary and merges. Raises InputError when transformers cannot read them."""
-    try:
-        return _converted(folder, config)
-    except Exception as error:  # transformers and tokenizers raise what they like for a damaged file
-        raise InputError(
-            f"{folder}: its vocab.json and merges.txt cannot be read ({error}); restore them, or name another folder"
-        ) from None
-
-
 def _converted(folder: Path, config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """(tokenizer.json, configuration) for a folder that has only a vocabulary and merges."""
     from transformers import AutoTokenizer, GPT2Tokenizer
 
     if config.get("tokenizer_class"):
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     else:
         tokenizer = GPT2Tokenizer.from_pretrained(str(folder), local_files_only=True)
-    names = {
-        role: str(getattr(tokenizer, role)) for role in ("bos_token", "eos_token", "pad_token", "unk_token") if getattr(tokenizer, role)
-    }
+    roles = ("bos_token", "eos_token", "pad_token", "unk_token")
+    names = {role: str(getattr(tokenizer, role)) for role in roles if getattr(tokenizer, role)}
     return tokenizer.backend_tokenizer.to_str(), {"tokenizer_class": "PreTrainedTokenizerFast", **names, **config}
 
 
@@ -196,10 +191,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path, *, bare: b
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, min_frequency=2, special_tokens=list(special), initial_alphabet=sorted(alphabet), show_progress=False
     )
-    counted = _Counted(texts)
-    tokenizer.train_from_iterator(counted, trainer)
-    if not counted.texts:
+    texts = iter(texts)
+    if (first := next(texts, None)) is None:
         raise InputError("tokenizer training: no text was found in the input")
+    tokenizer.train_from_iterator(itertools.chain([first], texts), trainer)
     specification = json.loads(tokenizer.to_str())
     for token in specification["added_tokens"]:
         token["special"] = token["content"] not in CONTENT_TOKENS
@@ -214,17 +209,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path, *, bare: b
     return out
 
 
-class _Counted:
-    def __init__(self, texts: Iterable[str]) -> None:
-        self._source = texts
-        self.texts = 0
-
-    def __iter__(self) -> Iterator[str]:
-        for text in self._source:
-            self.texts += 1
-            yield text
-
-
 class ParsedTokenizer:
     """What a tokenizer.json says, without truncation and padding; control tokens inside a text are plain text to it.
 
@@ -233,7 +217,7 @@ class ParsedTokenizer:
 
     def __init__(self, text: str, head: dict[str, Any], tokenizer: Tokenizer) -> None:
         self.text, self.head, self.tokenizer = text, head, tokenizer
-        self._lock = Lock()
+        self._lock = RLock()
         contents = [token["content"] for token in head.get("added_tokens", [])]
         self._only_nfc = head.get("normalizer") == {"type": "NFC"} and all(map(is_nfc, contents))
 
@@ -259,37 +243,27 @@ class ParsedTokenizer:
         Texts that are in the normal form already, which Python tells at gigabytes a second, go past a normalizer that does nothing else: it
         takes a seventh of the work. A character that only one of the two knows is left as it is by both.
         """
-        if not self._only_nfc:
-            return self._encode(texts)
-        normal = [is_nfc(text) for text in texts]
-        passed = self._encode_normal([text for text, done in zip(texts, normal, strict=True) if done])
-        if all(normal):
-            return passed
-        others = iter(self._encode([text for text, done in zip(texts, normal, strict=True) if not done]))
-        ready = iter(passed)
-        return [next(ready) if done else next(others) for done in normal]
-
-    def _encode_normal(self, texts: Sequence[str]) -> list[np.ndarray]:
+        normal = [self._only_nfc and is_nfc(text) for text in texts]
+        others = iter(self._ids([text for text, done in zip(texts, normal, strict=True) if not done]))
+        if not any(normal):
+            return list(others)
         with self._lock:
             normalizer = self.tokenizer.normalizer
             self.tokenizer.normalizer = None
             try:
-                return _ids(self.tokenizer, texts)
+                passed = iter(self._ids([text for text, done in zip(texts, normal, strict=True) if done]))
             finally:
                 self.tokenizer.normalizer = normalizer
+        return [next(passed if done else others) for done in normal]
 
-    def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def _ids(self, texts: list[str]) -> list[np.ndarray]:
         with self._lock:
-            return _ids(self.tokenizer, texts)
+            encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
 
 def is_nfc(text: str) -> bool:
     return unicodedata.is_normalized("NFC", text)
-
-
-def _ids(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
-    encodings = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-    return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
 
 def parse_tokenizer(text: str, folder: Path) -> ParsedTokenizer:

@@ -14,7 +14,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from argonne.prepare import encoders, texts
-from argonne.prepare.newer_characters import any_newer
+from argonne.prepare.encoders import any_newer
 from argonne.prepare.options import PrepareOptions
 from argonne.prepare.prepare import prepare
 from argonne.prepare.progress import Progress

@@ -49,7 +49,7 @@ def test_parts_that_run_at_once_write_the_bytes_of_one_run(corpus: str, tokenize
     assert content(tmp_path / "out") == expected
 
 
-@pytest.mark.parametrize(("module", "name"), [(planning, "_new_plan"), (preparing, "finish")])
+@pytest.mark.parametrize(("module", "name"), [(planning, "_described"), (preparing, "finish")])
 def test_one_process_at_a_time_plans_and_finishes(
     corpus: str, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str
 ) -> None:

@@ -17,9 +17,8 @@ from argonne.data.dataset import open_training_data
 from argonne.data.loader import Loader
 from argonne.errors import InputError
 from argonne.tokens.formats import open_tokens
-from argonne.tokens.inspection import inspect_tokens
+from argonne.tokens.inspection import Verification, inspect_tokens
 from argonne.tokens.shards import ShardWriter, header, read_header
-from argonne.tokens.verification import Verification
 
 Writer = Callable[..., Path]
 

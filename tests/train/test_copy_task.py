@@ -17,8 +17,8 @@ from torch.nn.functional import pad
 
 from argonne.config import Recipe
 from argonne.data.dataset import TrainingData
-from argonne.data.document_mask import IGNORED
 from argonne.data.loader import Array
+from argonne.data.windows import IGNORED
 from argonne.model.load import load_model
 from argonne.parallel.objective import Head, Loss, MicroBatch
 from argonne.recipe import build, resolve
