@@ -91,11 +91,11 @@ def _is(value: Any, word: str) -> bool:
 
 
 def without_idle_keys(recipe: Recipe) -> Recipe:
-    """Keys that do nothing back at their defaults: what a recipe says is what acts. One that was given is refused."""
+    """Keys that do nothing back at their defaults: what a recipe says is what acts. One that was given, and asks for something, is refused."""
     for path, item in all_keys().items():
         if (need := unmet(recipe, path)) is None:
             continue
-        if path in recipe.given:
+        if path in recipe.given and value_of(recipe, path) != item.default:
             raise InputError(f"{path}: found {value_of(recipe, path)!r}, but it acts only with {need}; remove it, or set that")
         recipe = with_value(recipe, path, item.default)
     return recipe
