@@ -120,11 +120,10 @@ def timed_steps(
     from argonne.stages.setup import choose, configure_model
     from argonne.stages.start import architecture_fields
     from argonne.train.guard import StopWatch
-    from argonne.train.metrics import MetricsLog
     from argonne.train.objectives import next_token
-    from argonne.train.optim import build_optimizer
-    from argonne.train.precision import Precision
+    from argonne.train.optim import Precision, build_optimizer
     from argonne.train.run import RunFolder
+    from argonne.train.telemetry import MetricsLog
     from argonne.train.trainer import Hooks, Progress, Trained, Trainer
 
     mesh = Mesh(device=torch.device(device))

@@ -35,8 +35,8 @@ def _save(asynchronous: bool) -> dict[str, float]:
 
     from argonne.config import CheckpointSection, LogSection
     from argonne.parallel.mesh import Mesh
-    from argonne.train.metrics import MetricsLog
     from argonne.train.saving import Saver
+    from argonne.train.telemetry import MetricsLog
 
     model, optimizer = _model()
     with tempfile.TemporaryDirectory(dir=os.environ.get("BENCHMARK_DISK")) as name:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from argonne.train.metrics import human
+from argonne.train.telemetry import human
 
 RUN_COLOURS = 6
 # Stand-ins that cannot occur by chance; `_themed` turns them into variables of the page.

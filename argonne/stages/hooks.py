@@ -29,7 +29,7 @@ from argonne.tokens.tokenizer import TextTokenizer
 from argonne.train.aside import Work
 from argonne.train.checkpoint import LAST
 from argonne.train.data import Data
-from argonne.train.precision import resolve_precision
+from argonne.train.optim import resolve_precision
 from argonne.train.run import RunFolder
 from argonne.train.schedule import curve
 from argonne.train.trainer import Progress

@@ -21,8 +21,8 @@ from argonne.stages.setup import Session, build, changes, open_run
 from argonne.stages.start import Start
 from argonne.train.checkpoint import LAST, STATE, read_state
 from argonne.train.guard import StopWatch, parse_duration
-from argonne.train.metrics import MetricsLog
 from argonne.train.run import COMPLETE, RunFolder
+from argonne.train.telemetry import MetricsLog
 from argonne.train.trainer import Hooks, Outcome, Trainer
 
 # What every worker imports.

@@ -30,8 +30,7 @@ from argonne.stages.start import Start, check_tokenizer, find_start, fit_model_s
 from argonne.train.allocator import LARGE_RUN, return_freed_memory
 from argonne.train.checkpoint import clean_leftovers, load_tensors, run_tensors
 from argonne.train.data import Batches, Data
-from argonne.train.optim import build_optimizer
-from argonne.train.precision import Precision, compute_dtype
+from argonne.train.optim import Precision, build_optimizer, compute_dtype
 from argonne.train.probe import probe_micro_rows
 from argonne.train.recovery import MICRO_ROWS_FILE
 from argonne.train.run import RunFolder

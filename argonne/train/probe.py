@@ -12,7 +12,7 @@ from torch import nn
 from argonne.parallel.mesh import Mesh
 from argonne.parallel.objective import MicroBatch, Objective
 from argonne.parallel.parallelise import loss_of, placed
-from argonne.train.precision import Precision
+from argonne.train.optim import Precision
 from argonne.train.recovery import is_out_of_memory
 
 # Allocator fragmentation and the longest row of a real run come on top of what two tries show.

@@ -15,7 +15,7 @@ from torch import nn
 from argonne.config import CheckpointSection
 from argonne.parallel.mesh import Mesh
 from argonne.train import checkpoint
-from argonne.train.metrics import MetricsLog
+from argonne.train.telemetry import MetricsLog
 
 
 class Saver:

@@ -20,14 +20,13 @@ from argonne.train import checkpoint
 from argonne.train.aside import LeftBehind, Work, drive_alone, drive_together
 from argonne.train.data import Batch, Batches, Data
 from argonne.train.guard import Diverged, HangWatch, NonFinitePolicy, StopWatch, parse_duration
-from argonne.train.metrics import MetricsLog, ProgressLine
-from argonne.train.precision import Precision
+from argonne.train.optim import Precision
 from argonne.train.profiling import start_profiler
 from argonne.train.recovery import back_off, first_line, is_out_of_memory
 from argonne.train.run import COMPLETE, STOPPED, RunFolder
 from argonne.train.saving import Saver
 from argonne.train.schedule import applied_rate, learning_rate, set_learning_rate
-from argonne.train.telemetry import StepResult, Telemetry
+from argonne.train.telemetry import MetricsLog, ProgressLine, StepResult, Telemetry
 
 Result = TypeVar("Result")
 

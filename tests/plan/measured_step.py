@@ -22,8 +22,7 @@ from argonne.parallel.mesh import Mesh
 from argonne.parallel.parallelise import replicate
 from argonne.train.allocator import return_freed_memory
 from argonne.train.objectives import next_token
-from argonne.train.optim import build_optimizer
-from argonne.train.precision import Precision
+from argonne.train.optim import Precision, build_optimizer
 from argonne.train.trainer import Trained, take_step
 
 STEPS = 2

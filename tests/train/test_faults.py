@@ -30,9 +30,9 @@ from argonne.train import checkpoint
 from argonne.train.aside import Work
 from argonne.train.checkpoint import LAST, NonFiniteWeights
 from argonne.train.guard import Diverged
-from argonne.train.metrics import MetricsLog
 from argonne.train.objectives import next_token
 from argonne.train.run import LOCK, RunFolder
+from argonne.train.telemetry import MetricsLog
 from tests.train.helpers import curve, stored
 
 Nano = Callable[..., Recipe]

@@ -10,8 +10,7 @@ from torch import nn
 
 from argonne.config import OptimSection
 from argonne.train.muon import orthogonalise
-from argonne.train.optim import build_optimizer, optimizer_tensors, parameter_groups
-from argonne.train.precision import step_where_finite
+from argonne.train.optim import build_optimizer, optimizer_tensors, parameter_groups, step_where_finite
 from argonne.train.schedule import set_learning_rate
 
 

@@ -22,7 +22,7 @@ from argonne.stages.session import run_session
 from argonne.stages.setup import Session
 from argonne.train.checkpoint import LAST
 from argonne.train.objectives import next_token
-from argonne.train.precision import Precision
+from argonne.train.optim import Precision
 from argonne.train.recovery import MICRO_ROWS_FILE
 from tests.train.helpers import curve, stage_of, stored
 
