@@ -14,6 +14,7 @@ from argonne.config import BatchSection, DataSection
 from argonne.data.mixture import Mixture, Phase, PhaseSource, exact_weight, phase_from_json
 from argonne.data.windows import Position, SourceWindows
 from argonne.errors import InputError
+from argonne.keys import batches
 from argonne.tokens.formats import open_tokens
 from argonne.tokens.shards import TokenSet
 from argonne.tokens.tokenizer import TextTokenizer, load_tokenizer
@@ -71,10 +72,7 @@ def shared_tokenizer(data: DataSection, sources: Sequence[Source]) -> TextTokeni
 
 def batch_at(batch: BatchSection, data: DataSection, step: int) -> tuple[int, int]:
     """(rows, sequence length) that the recipe asks for at `step`."""
-    tokens, length = batch.tokens_per_step, data.sequence_length
-    for change in sorted(batch.steps, key=lambda item: item.step):
-        if change.step <= step:
-            tokens, length = change.tokens_per_step or tokens, change.sequence_length or length
+    *_, (_, _, tokens, length) = [part for part in batches(batch, data.sequence_length) if part[1] <= step]
     if tokens % length or tokens < length:
         raise InputError(f"batch.tokens_per_step: found {tokens} at step {step}, expected a multiple of the sequence length {length}")
     return tokens // length, length

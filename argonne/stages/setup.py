@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from argonne.parallel.mesh import Mesh
 from argonne.parallel.objective import MicroBatch, Objective
 from argonne.parallel.parallelise import REPLICATED, Mode, Parallelised
 from argonne.plan import StepChoice, choose_step, plan_of_run
+from argonne.plan.build import total_steps as planned_steps
 from argonne.recipe import differences, to_tree
 from argonne.stages.stage import Stage, StageData
 from argonne.stages.start import Start, check_tokenizer, find_start, fit_model_section
@@ -101,7 +101,8 @@ def open_run(session: Session, run: RunFolder, mesh: Mesh, say: Callable[[str], 
     data = cast(StageData, found)
     check_tokenizer(start, data.tokenizer.fingerprint, data.tokenizer_folder, session.allow)
     recipe = dataclasses.replace(given, model=fit_model_section(given, data.vocab_size, start))
-    total_steps = steps_of(recipe, data)
+    total_steps = planned_steps(recipe, data.tokens_before, lambda: data.tokens_per_epoch) or 0
+    data.check_steps(total_steps)
     check_schedule(total_steps, recipe.optim, recipe.schedule)
     held_out = next(data.held_out(1, 1), None) is not None or bool(recipe.data.input and recipe.data.hold_out)
     return Opened(recipe, start, data, total_steps, [] if held_out else idle_without_held_out(recipe))
@@ -190,26 +191,6 @@ def returns_memory(train: TrainSection, device_type: str, planned_bytes: float) 
     if device_type != "cpu" or train.return_memory == "off":
         return False
     return train.return_memory == "on" or planned_bytes >= LARGE_RUN
-
-
-def steps_of(recipe: Recipe, data: Data) -> int:
-    """Optimizer steps of the run. A length in tokens or epochs is rounded down to whole steps: never more than was asked for."""
-    train = recipe.train
-    if train.steps is not None:
-        total = train.steps
-    else:
-        tokens = train.tokens if train.tokens is not None else int((train.epochs or 0) * data.tokens_per_epoch)
-        # The most steps that draw no more, whatever changes of batch lie between; each draws a token at least.
-        total = bisect.bisect_right(range(tokens + 2), tokens, key=data.tokens_before) - 1
-        if total < 1:
-            raise InputError(
-                f"train: {tokens:,} tokens make no whole step of batch.tokens_per_step = {recipe.batch.tokens_per_step:,}; "
-                "train longer or take a smaller batch"
-            )
-    if total < 1:
-        raise InputError(f"train.steps: found {total}, expected at least 1")
-    data.check_steps(total)
-    return total
 
 
 def choose(recipe: Recipe, mesh: Mesh) -> StepChoice:
