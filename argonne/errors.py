@@ -1,4 +1,4 @@
-"""The two ways a command ends early on purpose, and their exit codes."""
+"""The ways a command ends early on purpose, and their exit codes: a class for each thing that code reacts to."""
 
 from __future__ import annotations
 
@@ -7,6 +7,14 @@ class InputError(Exception):
     """Something the user gave is wrong. The message names the thing, the value found, the value expected and the next step. Exit code 2."""
 
     exit_code = 2
+
+
+class NothingMatches(InputError):
+    """A pattern of the user's matches no file: another one may."""
+
+
+class InUse(InputError):
+    """Another process is at work on the same folder."""
 
 
 class Stopped(Exception):

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from torch.distributed import DistError
+
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -64,8 +66,11 @@ def run_workers(
 
 
 def let_the_cause_speak_first(error: RuntimeError) -> None:
-    """A collective broke because another worker failed: give that one a moment, since the agent reports the first failure it sees."""
-    if any(word in str(error) for word in ("gloo", "Gloo", "NCCL", "Connection closed", "Connection reset")):
+    """A collective may have broken because another worker failed: give that one a moment, since the agent reports the first failure it sees.
+
+    gloo raises a plain RuntimeError, NCCL a DistError; a subclass of our own, or of the library of a computation, is the cause itself.
+    """
+    if type(error) is RuntimeError or isinstance(error, DistError):
         time.sleep(2.0)
 
 

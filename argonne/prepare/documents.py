@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from argonne.errors import InputError
+from argonne.errors import InputError, NothingMatches
 from argonne.prepare import columnar, textual
 from argonne.prepare.texts import REMEDY, LongText, Refused, RowBatch, checked, first_line
 from argonne.tokens.formats import KINDS, format_of, natural_key
@@ -82,7 +82,7 @@ def _matches(pattern: str, also: Mapping[str, str] | None) -> Iterator[InputFile
         raise InputError(f"input {pattern!r}: cannot be listed ({first_line(error)}); check the address and your access to it") from None
     if not matches:
         where = f", only folders without one ({KINDS}) in them" if folders else ""
-        raise InputError(f"input {pattern!r}: matches no file{where}; check the folder, the pattern and that you may read it")
+        raise NothingMatches(f"input {pattern!r}: matches no file{where}; check the folder, the pattern and that you may read it")
     local = "file" in (system.protocol if isinstance(system.protocol, tuple | list) else (system.protocol,))
     for name in matches:
         full = name if local else system.unstrip_protocol(name)

@@ -21,7 +21,7 @@ from typing import Any
 
 from argonne import files, layout
 from argonne.config import DataSection
-from argonne.errors import InputError
+from argonne.errors import InputError, InUse, NothingMatches
 from argonne.prepare import documents, encode, engines, planning, prepare
 from argonne.prepare.options import PrepareOptions
 from argonne.tokens import shards as tokens
@@ -69,11 +69,9 @@ def first_match(patterns: Sequence[str]) -> str:
     for pattern in patterns:
         try:
             documents.find_files((pattern,))
-        except InputError as error:
-            if "matches no file" not in str(error):
-                raise
-        else:
-            return pattern
+        except NothingMatches:
+            continue
+        return pattern
     raise InputError(f"data.input: none of {', '.join(map(repr, patterns))} matches a file; check the folder and the patterns")
 
 
@@ -269,8 +267,10 @@ def work_in_background(request: str) -> None:
     options = PrepareOptions(**values)
     try:
         prepare.prepare(options)
+    except InUse:
+        return
     except InputError as error:
-        if "another `argonne prepare` is writing" not in str(error) and not (options.out / layout.MANIFEST).exists():
+        if not (options.out / layout.MANIFEST).exists():
             files.write_json(options.out / FAILURE, {"message": str(error)})
 
 

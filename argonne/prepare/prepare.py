@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from argonne import files, layout
-from argonne.errors import InputError
+from argonne.errors import InputError, InUse
 from argonne.prepare import assemble, encode, encoders, engines, messages
 from argonne.prepare.documents import InputFile, Unit
 from argonne.prepare.options import PrepareOptions, check_options
@@ -102,7 +102,7 @@ def sole_writer(out: Path, *, shared: bool) -> Iterator[None]:
         try:
             fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except OSError:
-            raise InputError(f"{out}: another `argonne prepare` is writing here; wait for it or end it") from None
+            raise InUse(f"{out}: another `argonne prepare` is writing here; wait for it or end it") from None
         yield
 
 
