@@ -31,11 +31,13 @@ def key(
     metavar: str | None = None,
     parse: Callable[[str], Any] | None = None,
 ) -> Any:
-    """All that is known of a recipe key, or of a flag, in one line. `default` MISSING = required; choices: all it can be, where that is closed.
+    """All that is known of a recipe key, or of a flag, in one line. `default` MISSING = required; choices: all it can
+    be, where that is closed.
 
-    bounds: a name of BOUNDS, for each number in it. needs: the mode in which it acts, as `acts` reads it; given outside of it, it is refused.
-    changes: what another value may change ("weights", "order" of the data, "files", "speed", "text" of samples, "end" of the session), most first.
-    free: it may differ on resume. metavar, parse: how a flag's value is called in the help, and read from its text.
+    bounds: a name of BOUNDS, for each number in it. needs: the mode in which it acts, as `acts` reads it; given outside
+    of it, it is refused. changes: what another value may change ("weights", "order" of the data, "files", "speed",
+    "text" of samples, "end" of the session), most first. free: it may differ on resume. metavar, parse: how a flag's
+    value is called in the help, and read from its text.
     """
     facts = {"meaning": meaning, "choices": choices, "bounds": bounds, "needs": needs, "changes": changes, "free": free}
     return field(default=default, metadata={**facts, "metavar": metavar, "parse": parse})
@@ -43,7 +45,9 @@ def key(
 
 @dataclass(frozen=True)
 class ModelSection:
-    """What the model is. A preset or `init_from` gives every field; any field given here overrides it. Unset = from there."""
+    """What the model is. A preset or `init_from` gives every field; any field given here overrides it. Unset = from
+    there.
+    """
 
     preset: str | None = key(None, "model preset by name (`argonne models` lists them)")
     init_from: str | None = key(None, "start from this run, checkpoint, exported folder or Hub id: weights and config")
@@ -57,21 +61,31 @@ class ModelSection:
     hidden_size: int | None = key(None, "width of the residual stream", bounds="at least 1")
     num_hidden_layers: int | None = key(None, "decoder layers", bounds="at least 1")
     num_attention_heads: int | None = key(None, "query heads", bounds="at least 1")
-    num_key_value_heads: int | None = key(None, "key and value heads; query heads must be a multiple", bounds="at least 1")
-    head_dim: int | None = key(None, "width of a head; hidden_size need not equal heads x head_dim", bounds="at least 1")
+    num_key_value_heads: int | None = key(
+        None, "key and value heads; query heads must be a multiple", bounds="at least 1"
+    )
+    head_dim: int | None = key(
+        None, "width of a head; hidden_size need not equal heads x head_dim", bounds="at least 1"
+    )
     intermediate_size: int | None = key(
         None, "width of the MLP; unset in a preset-less model: 8/3 hidden, rounded up to 256", bounds="at least 1"
     )
-    max_position_embeddings: int | None = key(None, "longest context; raised to data.sequence_length in training", bounds="at least 1")
+    max_position_embeddings: int | None = key(
+        None, "longest context; raised to data.sequence_length in training", bounds="at least 1"
+    )
     position_embedding: str | None = key(None, "how positions enter", ("rope", "learned"))
-    rope_theta: float | None = key(None, "base of the rotary frequencies", bounds="more than 0", needs="model.position_embedding = rope")
+    rope_theta: float | None = key(
+        None, "base of the rotary frequencies", bounds="more than 0", needs="model.position_embedding = rope"
+    )
     norm_type: str | None = key(None, "kind of every norm", ("rms", "layer"))
     rms_norm_eps: float | None = key(None, "epsilon of every norm", bounds="more than 0")
     hidden_act: str | None = key(None, "MLP activation", ("silu", "gelu"))
     mlp_gated: bool | None = key(None, "SwiGLU-style gate in the MLP")
     attention_bias: bool | None = key(None, "biases in the attention projections")
     mlp_bias: bool | None = key(None, "biases in the MLP projections")
-    attention_dropout: float | None = key(None, "dropout on attention probabilities in training", bounds="from 0 to below 1")
+    attention_dropout: float | None = key(
+        None, "dropout on attention probabilities in training", bounds="from 0 to below 1"
+    )
     hidden_dropout: float | None = key(
         None, "dropout on embeddings and on the outputs of attention and MLP in training", bounds="from 0 to below 1"
     )
@@ -82,38 +96,65 @@ class ModelSection:
     sandwich_norm: bool | None = key(None, "norms after attention and after the MLP as well")
     layer_types: tuple[str, ...] | None = key(None, "full_attention or sliding_attention, one a layer")
     sliding_window: int | None = key(
-        None, "keys a query of a sliding layer sees, itself included", bounds="at least 0", needs="model.layer_types has sliding_attention"
+        None,
+        "keys a query of a sliding layer sees, itself included",
+        bounds="at least 0",
+        needs="model.layer_types has sliding_attention",
     )
-    final_logit_softcapping: float | None = key(None, "logits become cap * tanh(logits / cap); 0 = none", bounds="at least 0")
+    final_logit_softcapping: float | None = key(
+        None, "logits become cap * tanh(logits / cap); 0 = none", bounds="at least 0"
+    )
 
 
 @dataclass(frozen=True)
 class SourceSection:
     """One source of a mixture."""
 
-    path: str = key("", "token set: a folder written by `argonne prepare`, or a token file of a known format", changes="order")
+    path: str = key(
+        "", "token set: a folder written by `argonne prepare`, or a token file of a known format", changes="order"
+    )
     weight: float = key(1.0, "share of the tokens, relative to the other sources", bounds="at least 0", changes="order")
-    max_epochs: float = key(1.0, "passes over the source before the run is refused", bounds="more than 0", changes="end")
+    max_epochs: float = key(
+        1.0, "passes over the source before the run is refused", bounds="more than 0", changes="end"
+    )
 
 
 @dataclass(frozen=True)
 class DataSection:
-    sources: tuple[SourceSection, ...] = key((), "token sets and their weights: [{ path, weight, max_epochs }]", changes="order")
-    input: tuple[str, ...] = key(
-        (), "globs of text files, instead of sources: the first that matches is tokenised ahead of the trainer", changes="order"
+    sources: tuple[SourceSection, ...] = key(
+        (), "token sets and their weights: [{ path, weight, max_epochs }]", changes="order"
     )
-    tokenizer: str | None = key(None, "folder of the tokenizer (with `input`; otherwise the token set's own)", changes="order")
-    text_column: str = key("text", "column or field that holds the text (with `input`)", needs="data.input", changes="order")
+    input: tuple[str, ...] = key(
+        (),
+        "globs of text files, instead of sources: the first that matches is tokenised ahead of the trainer",
+        changes="order",
+    )
+    tokenizer: str | None = key(
+        None, "folder of the tokenizer (with `input`; otherwise the token set's own)", changes="order"
+    )
+    text_column: str = key(
+        "text", "column or field that holds the text (with `input`)", needs="data.input", changes="order"
+    )
     sequence_length: int = key(1024, "tokens of a training row", bounds="at least 1", changes="order")
     order: str = key("sequential", "order of the windows", ("sequential", "shuffled"), changes="order")
     document_mask: bool = key(False, "attention and targets do not cross documents")
     documents: str = key(
-        "packed", "windows across documents, within long ones, or the first of each", ("packed", "within", "first-window"), changes="order"
+        "packed",
+        "windows across documents, within long ones, or the first of each",
+        ("packed", "within", "first-window"),
+        changes="order",
     )
     reader: str = key(
-        "every-rank", "who reads the shards", ("every-rank", "rank-0"), changes="speed", needs="parallel.nproc != 1", free=True
+        "every-rank",
+        "who reads the shards",
+        ("every-rank", "rank-0"),
+        changes="speed",
+        needs="parallel.nproc != 1",
+        free=True,
     )
-    verify: str = key("background", "when the shards' hashes are checked", ("background", "before", "off"), changes="speed", free=True)
+    verify: str = key(
+        "background", "when the shards' hashes are checked", ("background", "before", "off"), changes="speed", free=True
+    )
     prefetch: str = key(
         "steps",
         "with `input`: start when the first steps' tokens are there, or wait for all",
@@ -132,8 +173,12 @@ class DataSection:
     max_drop_fraction: float = key(
         0.1, "abort when more rows than this were dropped", bounds="from 0 to 1", needs="data.input", changes="end"
     )
-    quality_filter: bool = key(False, "with `input`: drop text that is mostly digits or symbols", needs="data.input", changes="order")
-    bos: bool = key(False, "with `input`: begin each document with the tokenizer's BOS", needs="data.input", changes="order")
+    quality_filter: bool = key(
+        False, "with `input`: drop text that is mostly digits or symbols", needs="data.input", changes="order"
+    )
+    bos: bool = key(
+        False, "with `input`: begin each document with the tokenizer's BOS", needs="data.input", changes="order"
+    )
 
 
 @dataclass(frozen=True)
@@ -141,15 +186,21 @@ class BatchChange:
     """The batch from one step on."""
 
     step: int = key(0, "first step with these values", bounds="at least 1", changes="order")
-    tokens_per_step: int | None = key(None, "tokens of the global batch from there", bounds="at least 1", changes="order")
+    tokens_per_step: int | None = key(
+        None, "tokens of the global batch from there", bounds="at least 1", changes="order"
+    )
     sequence_length: int | None = key(None, "tokens of a row from there", bounds="at least 1", changes="order")
 
 
 @dataclass(frozen=True)
 class BatchSection:
-    tokens_per_step: int = key(65536, "tokens of the global batch: a multiple of the sequence length", bounds="at least 1", changes="order")
+    tokens_per_step: int = key(
+        65536, "tokens of the global batch: a multiple of the sequence length", bounds="at least 1", changes="order"
+    )
     micro: int | str = key("auto", "rows a forward pass holds on one device, or auto", changes="speed", free=True)
-    steps: tuple[BatchChange, ...] = key((), "changes during the run: [{ step, tokens_per_step, sequence_length }]", changes="order")
+    steps: tuple[BatchChange, ...] = key(
+        (), "changes during the run: [{ step, tokens_per_step, sequence_length }]", changes="order"
+    )
 
 
 @dataclass(frozen=True)
@@ -159,12 +210,20 @@ class OptimSection:
     betas: tuple[float, float] = key((0.9, 0.95), "AdamW's decay rates of the moments", bounds="from 0 to below 1")
     eps: float = key(1e-8, "AdamW's epsilon", bounds="more than 0")
     weight_decay: float = key(0.1, "decoupled weight decay", bounds="at least 0")
-    decay_all: bool = key(False, "decay norms, biases and embeddings too, as the family's own runs did", needs="optim.weight_decay != 0")
+    decay_all: bool = key(
+        False, "decay norms, biases and embeddings too, as the family's own runs did", needs="optim.weight_decay != 0"
+    )
     grad_clip: float = key(1.0, "largest global gradient norm; 0 = no clipping", bounds="at least 0")
-    muon_lr: float = key(0.02, "peak learning rate of the matrices under Muon", bounds="more than 0", needs="optim.name = muon")
+    muon_lr: float = key(
+        0.02, "peak learning rate of the matrices under Muon", bounds="more than 0", needs="optim.name = muon"
+    )
     muon_momentum: float = key(0.95, "Muon's momentum", bounds="from 0 to below 1", needs="optim.name = muon")
-    muon_dtype: str = key("float32", "dtype of Muon's orthogonalisation", ("float32", "bfloat16"), needs="optim.name = muon")
-    max_skipped: int = key(10, "steps in a row with a non-finite gradient before the run aborts", bounds="at least 0", changes="end")
+    muon_dtype: str = key(
+        "float32", "dtype of Muon's orthogonalisation", ("float32", "bfloat16"), needs="optim.name = muon"
+    )
+    max_skipped: int = key(
+        10, "steps in a row with a non-finite gradient before the run aborts", bounds="at least 0", changes="end"
+    )
 
 
 @dataclass(frozen=True)
@@ -192,7 +251,10 @@ class ScheduleSection:
         needs="schedule.kind = cosine | wsd and schedule.decay != 0",
     )
     min_lr: float | None = key(
-        None, "final rate, instead of min_ratio", bounds="at least 0", needs="schedule.kind = cosine | wsd and schedule.decay != 0"
+        None,
+        "final rate, instead of min_ratio",
+        bounds="at least 0",
+        needs="schedule.kind = cosine | wsd and schedule.decay != 0",
     )
     steps: tuple[RateChange, ...] = key((), "kind steps: [{ step, lr }]", needs="schedule.kind = steps")
 
@@ -201,12 +263,18 @@ class ScheduleSection:
 class TrainSection:
     steps: int | None = key(None, "length of the run in optimizer steps", bounds="at least 1", changes="weights")
     tokens: int | None = key(None, "length of the run in tokens, instead of steps", bounds="at least 1")
-    epochs: float | None = key(None, "length of the run in passes over the data, instead of steps", bounds="more than 0")
+    epochs: float | None = key(
+        None, "length of the run in passes over the data, instead of steps", bounds="more than 0"
+    )
     precision: str = key("auto", "auto: bf16 on CUDA, fp32 on the CPU", ("auto", "bf16", "fp16", "fp32", "bf16_full"))
     device: str = key("auto", "where to train", ("auto", "cpu", "cuda", "mps"))
     compile: str = key("auto", "compile each block; auto: on CUDA", ("auto", "on", "off"), changes="speed", free=True)
     activation_checkpointing: str = key(
-        "auto", "recompute layers in the backward pass", ("auto", "none", "every_nth", "full"), changes="speed", free=True
+        "auto",
+        "recompute layers in the backward pass",
+        ("auto", "none", "every_nth", "full"),
+        changes="speed",
+        free=True,
     )
     checkpointing_stride: int = key(
         2,
@@ -217,13 +285,22 @@ class TrainSection:
         free=True,
     )
     attention: str = key("auto", "attention kernel", ("auto", "flash", "varlen", "flex", "sdpa", "math"))
-    loss: str = key("auto", "cross-entropy over whole logits or in chunks", ("auto", "full", "chunked"), changes="speed", free=True)
+    loss: str = key(
+        "auto", "cross-entropy over whole logits or in chunks", ("auto", "full", "chunked"), changes="speed", free=True
+    )
     loss_chunk: int = key(
-        0, "rows of a chunk; 0 = chosen", bounds="at least 0", needs="train.loss = chunked | auto", changes="speed", free=True
+        0,
+        "rows of a chunk; 0 = chosen",
+        bounds="at least 0",
+        needs="train.loss = chunked | auto",
+        changes="speed",
+        free=True,
     )
     z_loss: float = key(0.0, "weight of the squared log-partition penalty", bounds="at least 0")
     deterministic: bool = key(False, "bit-identical results on a GPU, slower", changes="speed")
-    threads: int = key(0, "CPU threads a worker; 0 = cores divided by workers", bounds="at least 0", changes="speed", free=True)
+    threads: int = key(
+        0, "CPU threads a worker; 0 = cores divided by workers", bounds="at least 0", changes="speed", free=True
+    )
     return_memory: str = key(
         "auto",
         "CPU: give freed memory back at once, slower; auto: in runs planned above 1 GB",
@@ -235,11 +312,19 @@ class TrainSection:
 
 @dataclass(frozen=True)
 class CheckpointSection:
-    every_steps: int = key(0, "save after this many steps; 0 = not by steps", bounds="at least 0", changes="files", free=True)
-    every_minutes: float = key(30.0, "save after this many minutes; 0 = not by time", bounds="at least 0", changes="files", free=True)
+    every_steps: int = key(
+        0, "save after this many steps; 0 = not by steps", bounds="at least 0", changes="files", free=True
+    )
+    every_minutes: float = key(
+        30.0, "save after this many minutes; 0 = not by time", bounds="at least 0", changes="files", free=True
+    )
     keep_last: int = key(2, "newest checkpoints kept", bounds="at least 1", changes="files", free=True)
     keep_every: int = key(
-        0, "checkpoints whose step is a multiple are kept for good; 0 = none", bounds="at least 0", changes="files", free=True
+        0,
+        "checkpoints whose step is a multiple are kept for good; 0 = none",
+        bounds="at least 0",
+        changes="files",
+        free=True,
     )
     keep_best: bool = key(
         False,
@@ -249,9 +334,16 @@ class CheckpointSection:
         free=True,
     )
     asynchronous: bool = key(False, "write while training goes on", changes="speed", free=True)
-    sample_prompt: str = key("Long long time ago", "prompt of the text sampled at each checkpoint; empty = none", changes="text", free=True)
+    sample_prompt: str = key(
+        "Long long time ago", "prompt of the text sampled at each checkpoint; empty = none", changes="text", free=True
+    )
     sample_tokens: int = key(
-        100, "tokens sampled at each checkpoint", bounds="at least 1", changes="text", needs="checkpoint.sample_prompt", free=True
+        100,
+        "tokens sampled at each checkpoint",
+        bounds="at least 1",
+        changes="text",
+        needs="checkpoint.sample_prompt",
+        free=True,
     )
 
 
@@ -266,7 +358,12 @@ class EvalSection:
         free=True,
     )
     windows: int = key(
-        64, "held-out windows read each time; 0 = none", bounds="at least 0", changes="files", needs="held-out data", free=True
+        64,
+        "held-out windows read each time; 0 = none",
+        bounds="at least 0",
+        changes="files",
+        needs="held-out data",
+        free=True,
     )
     tasks: tuple[str, ...] = key(
         (),
@@ -283,19 +380,26 @@ class LogSection:
     tensorboard: bool = key(True, "write TensorBoard files where tensorboard is installed", changes="files", free=True)
     wandb: str | None = key(None, "Weights & Biases project; unset = off", changes="files", free=True)
     telemetry_limit: str = key(
-        "5m", "a sample or a held-out evaluation that takes longer is given up; training goes on", changes="files", free=True
+        "5m",
+        "a sample or a held-out evaluation that takes longer is given up; training goes on",
+        changes="files",
+        free=True,
     )
 
 
 @dataclass(frozen=True)
 class ParallelSection:
-    nproc: int = key(0, "local worker processes; 0 = one a GPU, one on the CPU", bounds="at least 0", changes="speed", free=True)
+    nproc: int = key(
+        0, "local worker processes; 0 = one a GPU, one on the CPU", bounds="at least 0", changes="speed", free=True
+    )
     replicate: int = key(0, "data-parallel degree; 0 = what is left", bounds="at least 0", changes="speed", free=True)
     shard: int = key(1, "degree of fully sharded data parallelism", bounds="at least 1", changes="speed", free=True)
     tensor: int = key(1, "degree of tensor parallelism", bounds="at least 1", changes="speed", free=True)
     context: int = key(1, "degree of context parallelism", bounds="at least 1", changes="speed", free=True)
     pipeline: int = key(1, "degree of pipeline parallelism", bounds="at least 1", changes="speed", free=True)
-    max_restarts: int = key(3, "restarts of failed workers", bounds="at least 0", changes="end", needs="parallel.nproc != 1", free=True)
+    max_restarts: int = key(
+        3, "restarts of failed workers", bounds="at least 0", changes="end", needs="parallel.nproc != 1", free=True
+    )
     timeout: str = key(
         "20m",
         "a worker that makes no step for this long is taken for hung: stacks are written and all stop",
@@ -303,19 +407,29 @@ class ParallelSection:
         needs="parallel.nproc != 1",
         free=True,
     )
-    async_tensor: bool = key(False, "overlap tensor-parallel collectives with compute (CUDA)", changes="speed", free=True)
+    async_tensor: bool = key(
+        False, "overlap tensor-parallel collectives with compute (CUDA)", changes="speed", free=True
+    )
 
 
 @dataclass(frozen=True)
 class StopSection:
-    wall_time: str | None = key(None, "stop and save after this long: seconds, or 90m, 12h, 1-12:00:00", changes="end", free=True)
-    deadline: str | None = key(None, "stop and save before this moment: ISO 8601, or Unix seconds", changes="end", free=True)
-    grace: str = key("15m", "time a stopping run has for its save", changes="end", needs="parallel.nproc != 1", free=True)
+    wall_time: str | None = key(
+        None, "stop and save after this long: seconds, or 90m, 12h, 1-12:00:00", changes="end", free=True
+    )
+    deadline: str | None = key(
+        None, "stop and save before this moment: ISO 8601, or Unix seconds", changes="end", free=True
+    )
+    grace: str = key(
+        "15m", "time a stopping run has for its save", changes="end", needs="parallel.nproc != 1", free=True
+    )
 
 
 @dataclass(frozen=True)
 class Recipe:
-    stage: str = key("pretrain", "which stage this recipe runs", ("pretrain", "midtrain", "sft", "cot-sft", "dpo"), changes="order")
+    stage: str = key(
+        "pretrain", "which stage this recipe runs", ("pretrain", "midtrain", "sft", "cot-sft", "dpo"), changes="order"
+    )
     seed: int = key(444, "seed of weights, order and dropout", bounds="at least 0")
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)
@@ -328,5 +442,6 @@ class Recipe:
     log: LogSection = field(default_factory=LogSection)
     parallel: ParallelSection = field(default_factory=ParallelSection)
     stop: StopSection = field(default_factory=StopSection)
-    # Keys that a person wrote, in the recipe's own file or on the command line: no key itself, and no part of what a recipe says.
+    # Keys that a person wrote, in the recipe's own file or on the command line: no key itself, and no part of what a
+    # recipe says.
     given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)

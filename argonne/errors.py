@@ -4,7 +4,9 @@ from __future__ import annotations
 
 
 class InputError(Exception):
-    """Something the user gave is wrong. The message names the thing, the value found, the value expected and the next step. Exit code 2."""
+    """Something the user gave is wrong. The message names the thing, the value found, the value expected and the next
+    step. Exit code 2.
+    """
 
     exit_code = 2
 

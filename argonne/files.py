@@ -1,8 +1,8 @@
 """One atomic directory for tokens, checkpoints, exports and caches.
 
-A directory written here is complete and verified, or absent: it is filled under a temporary name, every file is fsynced and hashed into
-`sha256.json`, the whole is renamed into place and the parent is fsynced. A process that dies at any point leaves only a temporary, which
-`collect_temporaries` removes.
+A directory written here is complete and verified, or absent: it is filled under a temporary name, every file is fsynced
+and hashed into `sha256.json`, the whole is renamed into place and the parent is fsynced. A process that dies at any
+point leaves only a temporary, which `collect_temporaries` removes.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ def seal_directory(folder: Path) -> None:
 def atomic_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield a temporary folder; when the block ends well, seal it and rename it to `target`.
 
-    An existing `target` is an InputError unless `replace`: then the old one is moved aside first and removed after the rename, so that one
-    complete directory exists at every moment under one of the two names.
+    An existing `target` is an InputError unless `replace`: then the old one is moved aside first and removed after the
+    rename, so that one complete directory exists at every moment under one of the two names.
     """
     if target.exists() and not replace:
         raise InputError(f"{target} exists already; choose another name or remove it")
@@ -131,11 +131,16 @@ def is_hash_list(tree: Any) -> bool:
     if not isinstance(tree, dict) or set(tree) != {"format_version", "files"} or tree["format_version"] != 1:
         return False
     entries = tree["files"].values() if isinstance(tree["files"], dict) else [None]
-    return all(isinstance(entry, dict) and set(entry) == {"bytes", "sha256"} and isinstance(entry["bytes"], int) for entry in entries)
+    return all(
+        isinstance(entry, dict) and set(entry) == {"bytes", "sha256"} and isinstance(entry["bytes"], int)
+        for entry in entries
+    )
 
 
 def verify_directory(folder: Path, *, hashes: bool = True) -> list[str]:
-    """Compare a sealed folder with its hash list; return one line for each file that is missing, has another size or other bytes."""
+    """Compare a sealed folder with its hash list; return one line for each file that is missing, has another size or
+    other bytes.
+    """
     hash_list = folder / HASH_LIST
     if not hash_list.exists():
         return [f"{hash_list} is missing: the directory was never completed"]

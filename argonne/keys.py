@@ -1,4 +1,6 @@
-"""The rules of the recipe's keys: which there are, which act under a recipe, and what they may say alone and together."""
+"""The rules of the recipe's keys: which there are, which act under a recipe, and what they may say
+alone and together.
+"""
 
 from __future__ import annotations
 
@@ -40,12 +42,15 @@ def is_free(path: str) -> bool:
 
 
 def idle_without_held_out(recipe: Recipe) -> list[str]:
-    """Keys that do nothing where nothing is held out. Raises InputError for one that was given and asks for something."""
+    """Keys that do nothing where nothing is held out. Raises InputError for one that was given and
+    asks for something.
+    """
     idle = [path for path, item in all_keys().items() if HELD_OUT in item.metadata["needs"].split(" and ")]
     for path in idle:
         if path in recipe.given and (value := value_of(recipe, path)) and value != all_keys()[path].default:
             raise InputError(
-                f"{path}: found {value!r}, but it acts only with {HELD_OUT}, and the data holds nothing out; remove it, or prepare the text "
+                f"{path}: found {value!r}, but it acts only with {HELD_OUT}, and the data holds nothing out; remove "
+                "it, or prepare the text "
                 "with --hold-out"
             )
     return idle
@@ -59,14 +64,16 @@ def value_of(recipe: Recipe, path: str) -> Any:
 def with_value(recipe: Recipe, path: str, value: Any) -> Recipe:
     """The recipe with another value of `section.key`."""
     section, dot, name = path.partition(".")
-    return dataclasses.replace(recipe, **{section: dataclasses.replace(getattr(recipe, section), **{name: value}) if dot else value})
+    return dataclasses.replace(
+        recipe, **{section: dataclasses.replace(getattr(recipe, section), **{name: value}) if dot else value}
+    )
 
 
 def unmet(recipe: Recipe, path: str) -> str | None:
     """The need of a key that the recipe does not meet, so that the key does nothing; None where it acts.
 
-    A need is conditions joined by " and ": `section.key` (set), `not section.key`, `section.key = a | b`, `!= a`, `has a`. "held-out data" is the
-    data's to say (`argonne.stages.setup`); any other words are never met.
+    A need is conditions joined by " and ": `section.key` (set), `not section.key`, `section.key = a | b`, `!= a`, `has
+    a`. "held-out data" is the data's to say (`argonne.stages.setup`); any other words are never met.
     """
     for condition in filter(None, all_keys()[path].metadata["needs"].split(" and ")):
         words = condition.removeprefix("not ").split(" ", 2)
@@ -91,12 +98,16 @@ def _is(value: Any, word: str) -> bool:
 
 
 def without_idle_keys(recipe: Recipe) -> Recipe:
-    """Keys that do nothing back at their defaults: what a recipe says is what acts. One that was given, and asks for something, is refused."""
+    """Keys that do nothing back at their defaults: what a recipe says is what acts. One that was given, and asks for
+    something, is refused.
+    """
     for path, item in all_keys().items():
         if (need := unmet(recipe, path)) is None:
             continue
         if path in recipe.given and value_of(recipe, path) != item.default:
-            raise InputError(f"{path}: found {value_of(recipe, path)!r}, but it acts only with {need}; remove it, or set that")
+            raise InputError(
+                f"{path}: found {value_of(recipe, path)!r}, but it acts only with {need}; remove it, or set that"
+            )
         recipe = with_value(recipe, path, item.default)
     return recipe
 
@@ -109,7 +120,9 @@ def check(recipe: Recipe) -> None:
     train, batch, data = recipe.train, recipe.batch, recipe.data
     lengths = [name for name in ("steps", "tokens", "epochs") if getattr(train, name) is not None]
     if len(lengths) != 1:
-        raise InputError(f"train: found {' and '.join(lengths) or 'no length'}, expected exactly one of steps, tokens, epochs")
+        raise InputError(
+            f"train: found {' and '.join(lengths) or 'no length'}, expected exactly one of steps, tokens, epochs"
+        )
     if data.sources and data.input:
         raise InputError("data.sources and data.input are both set; keep one")
     if data.input and not data.tokenizer:
@@ -117,11 +130,14 @@ def check(recipe: Recipe) -> None:
     _check_changes("batch.steps", sorted(change.step for change in batch.steps))
     for index, change in enumerate(batch.steps):
         if change.tokens_per_step is None and change.sequence_length is None:
-            raise InputError(f"batch.steps[{index}]: changes nothing; give tokens_per_step or sequence_length, or remove it")
+            raise InputError(
+                f"batch.steps[{index}]: changes nothing; give tokens_per_step or sequence_length, or remove it"
+            )
     for where, _, tokens, rows in batches(batch, data.sequence_length):
         if tokens % rows:
             raise InputError(
-                f"{where}.tokens_per_step: found {tokens}, expected a multiple of the sequence length {rows}, as {tokens // rows * rows or rows}"
+                f"{where}.tokens_per_step: found {tokens}, expected a multiple of the sequence length {rows}, as "
+                f"{tokens // rows * rows or rows}"
             )
     if isinstance(batch.micro, str) and batch.micro != "auto":
         raise InputError(f'batch.micro: found {batch.micro!r}, expected "auto" or a number of rows')
@@ -130,11 +146,15 @@ def check(recipe: Recipe) -> None:
 
 
 def batches(batch: BatchSection, sequence_length: int = 0) -> list[tuple[str, int, int, int]]:
-    """(key, first step, tokens of a step, tokens of a row) of each part of a run. What a change leaves unset goes on from the part before."""
+    """(key, first step, tokens of a step, tokens of a row) of each part of a run. What a change leaves unset goes on
+    from the part before.
+    """
     found = [("batch", 0, batch.tokens_per_step, sequence_length)]
     for index, change in sorted(enumerate(batch.steps), key=lambda pair: pair[1].step):
         _, _, tokens, rows = found[-1]
-        found.append((f"batch.steps[{index}]", change.step, change.tokens_per_step or tokens, change.sequence_length or rows))
+        found.append(
+            (f"batch.steps[{index}]", change.step, change.tokens_per_step or tokens, change.sequence_length or rows)
+        )
     return found
 
 
@@ -158,11 +178,14 @@ def _check_changes(path: str, starts: list[int]) -> None:
 
 
 def check_rates(optim: OptimSection, schedule: ScheduleSection) -> None:
-    """Raise InputError for a schedule that contradicts itself, however long the run is (`argonne.train.schedule` asks whether it fits)."""
+    """Raise InputError for a schedule that contradicts itself, however long the run is (`argonne.train.schedule` asks
+    whether it fits).
+    """
     decay = schedule.decay
     if schedule.kind == "wsd" and decay is None:
         raise InputError(
-            "schedule.decay: not set, and a wsd schedule without decay never lowers the rate; give steps, a share, or 0 on purpose"
+            "schedule.decay: not set, and a wsd schedule without decay never lowers the rate; give steps, a share, or "
+            "0 on purpose"
         )
     if decay is not None and decay > 1 and decay != int(decay):
         raise InputError(f"schedule.decay: found {decay:g}, expected a whole number of steps, a share below 1, or 0")

@@ -1,7 +1,8 @@
-"""Names and kinds of everything on disk, once: who writes a file takes its name from here, who is given a path asks `kind_of`.
+"""Names and kinds of everything on disk, once: who writes a file takes its name from here, who is given a path asks
+`kind_of`.
 
-A kind is told by the names that lie in a folder and never by reading weights or tokens; whether the thing is whole is for its own reader to say.
-Working files that one module alone writes and reads keep their names there.
+A kind is told by the names that lie in a folder and never by reading weights or tokens; whether the thing is whole is
+for its own reader to say. Working files that one module alone writes and reads keep their names there.
 """
 
 from __future__ import annotations
@@ -75,7 +76,9 @@ class Kind(Enum):
 
 
 def kind_of(path: Path | str) -> Kind:
-    """The kind of a folder, a file, a pattern of files or a `raw-uint16:PATH`. NOTHING where nothing is there, or it is nothing of ours."""
+    """The kind of a folder, a file, a pattern of files or a `raw-uint16:PATH`. NOTHING where nothing is there, or it is
+    nothing of ours.
+    """
     if str(path).startswith(tuple(RAW_TOKENS)):
         return Kind.TOKEN_FILE
     path = Path(path)
@@ -89,7 +92,9 @@ def kind_of(path: Path | str) -> Kind:
 
 
 def _kind_of_folder(folder: Path) -> Kind:
-    """More telling names first: a run and a token set share manifest.json, a checkpoint and a model folder config.json."""
+    """More telling names first: a run and a token set share manifest.json, a checkpoint and a model
+    folder config.json.
+    """
     has = partial(_has, folder)
     if has(STATE) or _lost(folder, STATE):
         return Kind.CHECKPOINT
@@ -128,7 +133,9 @@ def _has_legacy_weights(folder: Path) -> bool:
 
 
 def _tensor_names(file: Path) -> list[str]:
-    """What the header of a safetensors file names (8 bytes of its length, then JSON); nothing where it cannot be read."""
+    """What the header of a safetensors file names (8 bytes of its length, then JSON); nothing where it
+    cannot be read.
+    """
     try:
         with open(file, "rb") as source:
             length = int.from_bytes(source.read(8), "little")
@@ -172,7 +179,9 @@ def tokenizer_of(folder: Path) -> Path | None:
 
 
 def model_of_run(run: Path) -> Path | None:
-    """Where a run's weights lie: its final model, else the checkpoint that `checkpoint_last` leads to; None before the first save."""
+    """Where a run's weights lie: its final model, else the checkpoint that `checkpoint_last` leads to; None before the
+    first save.
+    """
     if (run / FINAL_MODEL / MODEL_CONFIG).is_file():
         return run / FINAL_MODEL
     return (run / LAST).resolve() if (run / LAST / STATE).is_file() else None

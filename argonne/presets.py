@@ -1,8 +1,10 @@
-"""The generations by name, what a [model] section means where it leaves fields open, and what in it cannot be. No torch.
+"""The generations by name, what a [model] section means where it leaves fields open, and what in it cannot be. No
+torch.
 
-Sizes are those of `docs/model.md`; `parameters` is the published total (None where none was published) and is checked against the modules.
-`argonne/model/configuration_argonne.py` says defaults and checks once more: it ships with every checkpoint and must stand alone, and transformers
-copies no file from outside its folder. `tests/test_presets.py` holds the two together, field by field.
+Sizes are those of `docs/model.md`; `parameters` is the published total (None where none was published) and is checked
+against the modules. `argonne/model/configuration_argonne.py` says defaults and checks once more: it ships with every
+checkpoint and must stand alone, and transformers copies no file from outside its folder. `tests/test_presets.py` holds
+the two together, field by field.
 """
 
 from __future__ import annotations
@@ -109,9 +111,19 @@ def _sized(
 
 
 _PRESETS = (
-    Preset("argonne-1.0", _sized(_FIRST, 12_000, 1_296, 12, (12, 12), 108, 5_184, 2_048), 275_827_680, tokenizer="own BPE"),
-    Preset("argonne-1.5", _sized(_FIRST, 12_000, 1_296, 16, (16, 16), 81, 5_184, 2_048), 356_516_640, tokenizer="own BPE"),
-    Preset("argonne-2.0", _sized(_SECOND, 151_665, 4_080, 24, (24, 8), 170, 11_008, 4_096), 4_918_072_800, "not released", "Qwen2.5"),
+    Preset(
+        "argonne-1.0", _sized(_FIRST, 12_000, 1_296, 12, (12, 12), 108, 5_184, 2_048), 275_827_680, tokenizer="own BPE"
+    ),
+    Preset(
+        "argonne-1.5", _sized(_FIRST, 12_000, 1_296, 16, (16, 16), 81, 5_184, 2_048), 356_516_640, tokenizer="own BPE"
+    ),
+    Preset(
+        "argonne-2.0",
+        _sized(_SECOND, 151_665, 4_080, 24, (24, 8), 170, 11_008, 4_096),
+        4_918_072_800,
+        "not released",
+        "Qwen2.5",
+    ),
     Preset(
         "argonne-2.0-early",
         _sized(_SECOND, 151_665, 4_096, 24, (24, 8), 170, 11_008, 4_096, rope_theta=5e5, tie_word_embeddings=False),
@@ -120,10 +132,25 @@ _PRESETS = (
         "Qwen2.5",
     ),
     # Its documents say "about 8B"; these sizes make 16.2B.
-    Preset("argonne-2.0-plan", _sized(_SECOND, 151_936, 5_120, 56, (40, 8), 128, 13_824, 4_096), None, "never trained", "Qwen2.5"),
-    Preset("argonne-2.5", _sized(_SECOND, 151_669, 1_792, 28, (14, 7), 128, 4_864, 1_024), 1_273_807_360, tokenizer="Qwen3"),
-    Preset("argonne-3.0", _sized(_THIRD, 151_669, 3_072, 24, (12, 4), 256, 8_192, 1_024, window=256), 2_882_162_688, tokenizer="Qwen3"),
-    Preset("argonne-4.0", _sized(_THIRD, 151_669, 1_536, 32, (6, 2), 256, 4_096, 13_568), 1_038_492_672, tokenizer="Qwen3"),
+    Preset(
+        "argonne-2.0-plan",
+        _sized(_SECOND, 151_936, 5_120, 56, (40, 8), 128, 13_824, 4_096),
+        None,
+        "never trained",
+        "Qwen2.5",
+    ),
+    Preset(
+        "argonne-2.5", _sized(_SECOND, 151_669, 1_792, 28, (14, 7), 128, 4_864, 1_024), 1_273_807_360, tokenizer="Qwen3"
+    ),
+    Preset(
+        "argonne-3.0",
+        _sized(_THIRD, 151_669, 3_072, 24, (12, 4), 256, 8_192, 1_024, window=256),
+        2_882_162_688,
+        tokenizer="Qwen3",
+    ),
+    Preset(
+        "argonne-4.0", _sized(_THIRD, 151_669, 1_536, 32, (6, 2), 256, 4_096, 13_568), 1_038_492_672, tokenizer="Qwen3"
+    ),
     Preset("nano-1.0", _sized(_FIRST, 2_048, 128, 4, (4, 4), 32, 512, 256), None, "demo"),
     Preset("nano-2.5", _sized(_SECOND, 2_048, 128, 4, (4, 2), 32, 384, 256), None, "demo"),
     Preset("nano-3.0", _sized(_THIRD, 2_048, 128, 4, (4, 2), 32, 384, 256, window=64), None, "demo"),
@@ -145,7 +172,9 @@ def preset(name: str) -> Preset:
 
 
 def filled(fields: Mapping[str, Any]) -> Fields:
-    """Every field of an architecture. `fields`: those that are set, hidden_size, num_hidden_layers and num_attention_heads among them."""
+    """Every field of an architecture. `fields`: those that are set, hidden_size, num_hidden_layers and
+    num_attention_heads among them.
+    """
     defaults = DEFAULTS_LEARNED if fields.get("position_embedding") == "learned" else DEFAULTS
     full = {**defaults, **{name: value for name, value in fields.items() if value is not None}}
     hidden, heads = full["hidden_size"], full["num_attention_heads"]
@@ -161,12 +190,17 @@ def filled(fields: Mapping[str, Any]) -> Fields:
 
 def check(fields: Mapping[str, Any]) -> None:
     """Raise InputError naming the first of the fields that are set which the others contradict."""
-    heads, shared, hidden, width = (fields.get(name) for name in ("num_attention_heads", "num_key_value_heads", "hidden_size", "head_dim"))
+    heads, shared, hidden, width = (
+        fields.get(name) for name in ("num_attention_heads", "num_key_value_heads", "hidden_size", "head_dim")
+    )
     if heads and shared and heads % shared:
-        raise InputError(f"model.num_attention_heads: found {heads}, expected a multiple of model.num_key_value_heads = {shared}")
+        raise InputError(
+            f"model.num_attention_heads: found {heads}, expected a multiple of model.num_key_value_heads = {shared}"
+        )
     if heads and hidden and width is None and hidden % heads:
         raise InputError(
-            f"model.num_attention_heads: {heads} does not divide model.hidden_size = {hidden}; choose another or give model.head_dim"
+            f"model.num_attention_heads: {heads} does not divide model.hidden_size = {hidden}; choose another or give "
+            "model.head_dim"
         )
     if width and width % 2 and fields.get("position_embedding") == "rope":
         raise InputError(f"model.head_dim: found {width}, expected an even number with rotary positions")

@@ -1,4 +1,6 @@
-"""Recipes as files: read TOML, stack `base`s and overrides, check, resolve the model, write back with meanings, compare."""
+"""Recipes as files: read TOML, stack `base`s and overrides, check, resolve the model, write back with meanings,
+compare.
+"""
 
 from __future__ import annotations
 
@@ -30,10 +32,12 @@ def recipe_names() -> list[str]:
 
 
 def load_recipe(name_or_path: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """The checked and resolved recipe of a packaged name or a TOML file, with `section.key -> text` overrides applied last.
+    """The checked and resolved recipe of a packaged name or a TOML file, with `section.key -> text` overrides applied
+    last.
 
-    What a person wrote counts as given: the overrides, and the keys of a file of their own; not those of a packaged recipe, a base or a preset.
-    Raises InputError for an unknown name, key or choice, a wrong type, values that contradict one another, or a given key that would do nothing.
+    What a person wrote counts as given: the overrides, and the keys of a file of their own; not those of a packaged
+    recipe, a base or a preset. Raises InputError for an unknown name, key or choice, a wrong type, values that
+    contradict one another, or a given key that would do nothing.
     """
     tree = read_tree(name_or_path)
     given = set() if is_packaged(name_or_path) else set(leaves(_own_tree(name_or_path)))
@@ -44,7 +48,9 @@ def load_recipe(name_or_path: str, overrides: Mapping[str, Any] | None = None) -
 
 
 def _chosen(recipe: Recipe) -> Recipe:
-    """Of keys that say one thing in several ways, a given one takes the place of those that a base or a packaged recipe says."""
+    """Of keys that say one thing in several ways, a given one takes the place of those that a base or a packaged recipe
+    says.
+    """
     for ways in ALTERNATIVES:
         if recipe.given & set(ways) and any(value_of(recipe, path) for path in recipe.given & set(ways)):
             for path in set(ways) - recipe.given:
@@ -112,14 +118,18 @@ def _merge(base: Tree, top: Tree) -> Tree:
 
 
 def parse_value(path: str, text: str) -> Any:
-    """A command-line value as TOML, or else as a plain string: `3e-4`, `true`, `[1, 2]`, `cosine`. Raises InputError for half a table."""
+    """A command-line value as TOML, or else as a plain string: `3e-4`, `true`, `[1, 2]`, `cosine`. Raises InputError
+    for half a table.
+    """
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         if not text.lstrip().startswith(("[", "{")):
             return text
         example = (
-            '[{ path = "tokens/a", weight = 0.7 }], the whole in single quotes' if path.endswith("sources") else '[1, 2] or ["a", "b"]'
+            '[{ path = "tokens/a", weight = 0.7 }], the whole in single quotes'
+            if path.endswith("sources")
+            else '[1, 2] or ["a", "b"]'
         )
         shorter = ", or shorter as --data.sources tokens/a:0.7 tokens/b:0.3" if path == "data.sources" else ""
         raise InputError(f"--{path}: found {text}, expected TOML such as {example}{shorter}") from None
@@ -135,7 +145,9 @@ def _set(tree: Tree, path: str, value: Any) -> None:
 
 
 def build(kind: type, tree: Any, where: str = "") -> Any:
-    """An instance of the dataclass `kind` from a TOML tree; unknown keys, wrong types and choices are InputErrors that name the key."""
+    """An instance of the dataclass `kind` from a TOML tree; unknown keys, wrong types and choices are InputErrors that
+    name the key.
+    """
     if not isinstance(tree, dict):
         names = ", ".join(f"{item.name} = .." for item in dataclasses.fields(kind)[:2])
         raise InputError(f"{where or 'recipe'}: found {tree!r}, expected a table such as {{ {names} }}")
@@ -155,8 +167,11 @@ def build(kind: type, tree: Any, where: str = "") -> Any:
 
 def _unknown(path: str, name: str, known: Mapping[str, Any], where: str) -> str:
     keys = all_keys()
-    # The same name in another section, a table last (train.steps before schedule.steps); then what is written alike, here or anywhere.
-    same = sorted((other for other in keys if other.rpartition(".")[2] == name), key=lambda other: keys[other].default == ())
+    # The same name in another section, a table last (train.steps before schedule.steps); then what is written alike,
+    # here or anywhere.
+    same = sorted(
+        (other for other in keys if other.rpartition(".")[2] == name), key=lambda other: keys[other].default == ()
+    )
     near = [f"{where}.{other}" if where else other for other in difflib.get_close_matches(name, known, n=1)]
     words = name.replace("_", " ")  # another library's name for it: learning_rate for lr
     meant = [other for other in keys if words in keys[other].metadata["meaning"] and other.startswith(where)]
@@ -221,7 +236,9 @@ def resolve(recipe: Recipe) -> Recipe:
         if model.num_hidden_layers != len(model.layer_types or ()) and "layer_types" not in given:
             pattern = fields["layer_types"]
             count = model.num_hidden_layers or 0
-            model = dataclasses.replace(model, layer_types=tuple(pattern[layer % len(pattern)] for layer in range(count)))
+            model = dataclasses.replace(
+                model, layer_types=tuple(pattern[layer % len(pattern)] for layer in range(count))
+            )
         recipe = dataclasses.replace(recipe, model=model)
     recipe = without_idle_keys(recipe)
     check(recipe)
@@ -239,7 +256,8 @@ def to_tree(value: Any) -> Any:
 
 
 def to_toml(recipe: Recipe, idle: Collection[str] = ()) -> str:
-    """The complete recipe as TOML, each key with its meaning as a comment; keys that are unset or do nothing here are comments themselves.
+    """The complete recipe as TOML, each key with its meaning as a comment; keys that are unset or do nothing here are
+    comments themselves.
 
     idle: keys of which only the data tells that they do nothing. What is written is a recipe that is accepted.
     """

@@ -1,4 +1,6 @@
-"""Every benchmark of the CPU, one after the other: `make bench`. Measure on an otherwise idle machine; compare within one table only."""
+"""Every benchmark of the CPU, one after the other: `make bench`. Measure on an otherwise idle machine; compare within
+one table only.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,16 @@ import sys
 
 from benchmarks import harness
 
-MODULES = ("start_up", "train_step", "overhead", "saves", "encode_text", "prepare_tokens", "read_windows", "open_tokens")
+MODULES = (
+    "start_up",
+    "train_step",
+    "overhead",
+    "saves",
+    "encode_text",
+    "prepare_tokens",
+    "read_windows",
+    "open_tokens",
+)
 
 
 def main() -> int:

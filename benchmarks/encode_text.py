@@ -16,7 +16,9 @@ SLOW, FAST = (0.3, 1), (1.0, 4)
 
 
 def measure(encode: Callable[[Sequence[str]], Any], size: tuple[float, int]) -> dict[str, float]:
-    """MB/s of one pass after a short warm-up on other text, and the peak memory. `encode` returns arrays of ids, or (one flat array, lengths)."""
+    """MB/s of one pass after a short warm-up on other text, and the peak memory. `encode` returns arrays of ids, or
+    (one flat array, lengths).
+    """
     import pyarrow.parquet as parquet
 
     path = parquet_file(*size)
@@ -29,7 +31,9 @@ def measure(encode: Callable[[Sequence[str]], Any], size: tuple[float, int]) -> 
 
 
 def check_ids(found: Any, texts: Sequence[str]) -> None:
-    """Raise ValueError where a contestant's ids are not those of `tokenizers`. `found`: arrays of ids, or one flat array."""
+    """Raise ValueError where a contestant's ids are not those of `tokenizers`. `found`: arrays of ids, or one flat
+    array.
+    """
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(tokenizer_folder() / "tokenizer.json"))
@@ -43,7 +47,9 @@ def tokenizers_batch(method: str) -> dict[str, float]:
     from tokenizers import Tokenizer
 
     encode = getattr(Tokenizer.from_file(str(tokenizer_folder() / "tokenizer.json")), method)
-    return measure(lambda texts: [np.array(found.ids, dtype=np.uint32) for found in encode(texts, add_special_tokens=False)], SLOW)
+    return measure(
+        lambda texts: [np.array(found.ids, dtype=np.uint32) for found in encode(texts, add_special_tokens=False)], SLOW
+    )
 
 
 def gigatoken(_point: str) -> dict[str, float]:

@@ -1,7 +1,8 @@
 """Runs contestants in child processes, interleaved, and reports medians with their spread.
 
-A benchmark module gives `contestants`: name -> function(point) -> numbers. Each measurement is a fresh process, so that peak memory is its
-own; rounds go through the contestants forwards and backwards in turn, so that a slow spell of the machine falls on all of them.
+A benchmark module gives `contestants`: name -> function(point) -> numbers. Each measurement is a fresh process, so that
+peak memory is its own; rounds go through the contestants forwards and backwards in turn, so that a slow spell of the
+machine falls on all of them.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class Column:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A table: contestants by points, in `rounds` interleaved rounds. `relative_to`: the contestant whose first figure is 1.00x.
+    """A table: contestants by points, in `rounds` interleaved rounds. `relative_to`: the contestant whose first figure
+    is 1.00x.
 
     `limit`: the contestant that does the least there is to do; each rate is given as a share of its rate too.
     """
@@ -75,13 +77,21 @@ def median_seconds(step: Callable[[], object], repeats: int) -> float:
 
 
 def main(benchmark: Benchmark, arguments: Sequence[str] | None = None) -> int:
-    """Measure, print, and with --write put JSON into benchmarks/results and the table into docs/benchmarks.md. 1 if a contestant failed."""
+    """Measure, print, and with --write put JSON into benchmarks/results and the table into docs/benchmarks.md. 1 if a
+    contestant failed.
+    """
     parser = argparse.ArgumentParser(description=f"Benchmark {benchmark.name}.")
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    parser.add_argument("--point", choices=list(benchmark.points), action="append", help="only this point (may be repeated)")
+    parser.add_argument(
+        "--point", choices=list(benchmark.points), action="append", help="only this point (may be repeated)"
+    )
     parser.add_argument("--only", nargs="+", choices=list(benchmark.contestants), help="only these contestants")
-    parser.add_argument("--rounds", type=int, default=LEAST_ROUNDS, help=f"rounds (default, and least for --write: {LEAST_ROUNDS})")
-    parser.add_argument("--write", action="store_true", help="write JSON and the tables of docs/benchmarks.md; other points stay")
+    parser.add_argument(
+        "--rounds", type=int, default=LEAST_ROUNDS, help=f"rounds (default, and least for --write: {LEAST_ROUNDS})"
+    )
+    parser.add_argument(
+        "--write", action="store_true", help="write JSON and the tables of docs/benchmarks.md; other points stay"
+    )
     options = parser.parse_args(arguments)
     points = options.point or list(benchmark.points)
     if options.child:
@@ -105,7 +115,9 @@ def main(benchmark: Benchmark, arguments: Sequence[str] | None = None) -> int:
 
 
 def save(benchmark: Benchmark, record: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Write the record beside what the file holds of other points, each with the machine and commit it was measured on; the joined record."""
+    """Write the record beside what the file holds of other points, each with the machine and commit it was measured on;
+    the joined record.
+    """
     path = folder / f"{benchmark.name}.json"
     earlier = json.loads(path.read_text())["points"] if path.exists() else {}
     known = {**earlier, **record["points"]}
@@ -131,7 +143,9 @@ def measure(
                 results[point][name].append(found)
                 first = benchmark.columns[0]
                 print(
-                    f"round {number + 1}/{rounds} {point} {name}: {found[first.key]:{first.form}} {first.head}", file=sys.stderr, flush=True
+                    f"round {number + 1}/{rounds} {point} {name}: {found[first.key]:{first.form}} {first.head}",
+                    file=sys.stderr,
+                    flush=True,
                 )
     return results, failures
 
@@ -151,13 +165,19 @@ def _run_child(benchmark: Benchmark, name: str, point: str) -> dict[str, float] 
 
 
 def markdown(benchmark: Benchmark, record: dict[str, Any]) -> str:
-    """A table a point: median (smallest to largest) of each figure, and the ratio of the first to the reference contestant."""
+    """A table a point: median (smallest to largest) of each figure, and the ratio of the first to the reference
+    contestant.
+    """
     lines = [f"`{record['command']}`"]
     for point, measured in record["points"].items():
         computer, rows = measured["machine"], measured["results"]
         lines += ["", f"**{benchmark.points[point]}**", ""]
-        lines.append(f"{measured['rounds']} rounds, {computer['date']}, commit {computer['commit']}. {describe(computer)}")
-        head = [column.head for column in benchmark.columns] + ["ratio"] + ["of the limit"] * (benchmark.limit is not None)
+        lines.append(
+            f"{measured['rounds']} rounds, {computer['date']}, commit {computer['commit']}. {describe(computer)}"
+        )
+        head = (
+            [column.head for column in benchmark.columns] + ["ratio"] + ["of the limit"] * (benchmark.limit is not None)
+        )
         lines += ["", "| | " + " | ".join(head) + " |", "| --- |" + " ---: |" * len(head)]
         lines += [_row(benchmark, name, rows) for name in rows]
     return "\n".join(lines)
@@ -169,7 +189,9 @@ def _row(benchmark: Benchmark, name: str, rows: Mapping[str, Sequence[dict[str, 
         return f"| {name} | failed |" + " |" * (len(benchmark.columns) + (benchmark.limit is not None))
     cells = [_cell(rounds, column) for column in benchmark.columns]
     own, reference = _median(rounds, key), _median(rows.get(benchmark.relative_to, []), key)
-    cells.append(f"{(own / reference if benchmark.higher_is_better else reference / own):.2f}x" if own and reference else "n/a")
+    cells.append(
+        f"{(own / reference if benchmark.higher_is_better else reference / own):.2f}x" if own and reference else "n/a"
+    )
     if benchmark.limit is not None:
         limit = _median(rows.get(benchmark.limit, []), key)
         cells.append(f"{100 * own / limit:.0f} %" if own and limit else "n/a")
@@ -195,7 +217,9 @@ def machine() -> dict[str, str]:
     info = Path("/proc/cpuinfo")
     if info.exists() and (model := re.search(r"model name\s*:\s*(.+)", info.read_text())):
         cpu = model[1]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
+    )
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
     cores = str(len(os.sched_getaffinity(0)))
     date = datetime.now(UTC).strftime("%Y-%m-%d")
@@ -212,13 +236,16 @@ def machine() -> dict[str, str]:
 def describe(computer: dict[str, str]) -> str:
     device = f"{computer['gpu']}, " if "gpu" in computer else ""
     return (
-        f"{device}{computer['cpu']}, {computer['cores']} cores, Python {computer['python']}, torch {computer['torch']}, "
+        f"{device}{computer['cpu']}, {computer['cores']} cores, Python {computer['python']}, torch "
+        f"{computer['torch']}, "
         f"transformers {computer['transformers']}."
     )
 
 
 def write_table(document: Path, name: str, table: str) -> None:
-    """Replace what stands between the markers `<!-- NAME begin -->` and `<!-- NAME end -->`. Raises ValueError where they are not."""
+    """Replace what stands between the markers `<!-- NAME begin -->` and `<!-- NAME end -->`. Raises ValueError where
+    they are not.
+    """
     begin, end = f"<!-- {name} begin -->", f"<!-- {name} end -->"
     text = document.read_text()
     if begin not in text or end not in text:

@@ -1,4 +1,6 @@
-"""Memory of a benchmark's process with all its children, as it would be missing to others: proportional set size, sampled."""
+"""Memory of a benchmark's process with all its children, as it would be missing to others: proportional set size,
+sampled.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ INTERVAL_SECONDS = 0.25
 
 
 class TreeMemory:
-    """`with TreeMemory() as memory: work()`; then `memory.peak_mb` is the most that this process and its descendants held together."""
+    """`with TreeMemory() as memory: work()`; then `memory.peak_mb` is the most that this process and its descendants
+    held together.
+    """
 
     def __init__(self) -> None:
         self.peak_mb = 0.0
@@ -22,7 +26,9 @@ class TreeMemory:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._stop.set()
         self._thread.join()
 

@@ -1,7 +1,8 @@
-"""Model FLOPs utilisation on one CUDA device: 2.5 and 3.0 at their size, sequence 1,024, bf16, beside a compiled plain Llama loop.
+"""Model FLOPs utilisation on one CUDA device: 2.5 and 3.0 at their size, sequence 1,024, bf16, beside a compiled plain
+Llama loop.
 
-Each contestant runs at the largest micro-batch that it can hold, found by halving. FLOPs a token and the device's peak are those of
-`argonne plan`, the same for all contestants of one shape.
+Each contestant runs at the largest micro-batch that it can hold, found by halving. FLOPs a token and the device's peak
+are those of `argonne plan`, the same for all contestants of one shape.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ def shape_of_preset(name: str, rows: int) -> dict[str, int]:
 
 
 def at_largest_rows(step: Callable[[int], float]) -> dict[str, float]:
-    """Seconds a step at the largest power of two of rows that fits; only an out-of-memory error halves, anything else is raised."""
+    """Seconds a step at the largest power of two of rows that fits; only an out-of-memory error halves, anything else
+    is raised.
+    """
     import gc
 
     import torch
@@ -69,7 +72,11 @@ def with_use(point: str, found: dict[str, float]) -> dict[str, float]:
     recipe = make_recipe(PRESETS[point], shape_of_preset(PRESETS[point], 1))
     speed = found["rows"] * LENGTH / found["seconds"]
     peak = device_peak_flops(torch.cuda.get_device_name(0), "bf16")
-    return {**found, "tokens_per_second": speed, **({"mfu": speed * flops_per_token(recipe.model, LENGTH) / peak} if peak else {})}
+    return {
+        **found,
+        "tokens_per_second": speed,
+        **({"mfu": speed * flops_per_token(recipe.model, LENGTH) / peak} if peak else {}),
+    }
 
 
 def argonne(point: str) -> dict[str, float]:
@@ -126,7 +133,10 @@ BENCHMARK = Benchmark(
     name="mfu",
     module="benchmarks.mfu",
     contestants={"argonne": argonne, "LlamaForCausalLM, compiled": compiled_llama},
-    points={"2.5": "2.5 (1.27B), sequence 1,024, bf16", "3.0": "3.0 (2.88B), sequence 1,024, bf16; Llama of the same sizes"},
+    points={
+        "2.5": "2.5 (1.27B), sequence 1,024, bf16",
+        "3.0": "3.0 (2.88B), sequence 1,024, bf16; Llama of the same sizes",
+    },
     columns=(
         Column("tokens_per_second", "tokens/s"),
         Column("mfu", "MFU", ".1%"),

@@ -1,4 +1,6 @@
-"""Seconds and memory until a run can read its first batch from shard sets of different sizes. The shards are sparse: they need no disk."""
+"""Seconds and memory until a run can read its first batch from shard sets of different sizes. The shards are sparse:
+they need no disk.
+"""
 
 from __future__ import annotations
 
@@ -32,12 +34,19 @@ def shard_set(shards: int) -> Path:
         _sparse(path, tokens.header("uint32", SHARD_TOKENS), 1024 + 4 * SHARD_TOKENS)
         _sparse(path.with_suffix(".idx"), b"", 8 * documents)
         entry: dict[str, Any] = {"file": path.name, "tokens": SHARD_TOKENS, "documents": documents, "text_bytes": 0}
-        entries.append({**entry, "bytes": path.stat().st_size, "sha256": f"{number:064x}", "index_sha256": f"{number:064x}"})
+        entries.append(
+            {**entry, "bytes": path.stat().st_size, "sha256": f"{number:064x}", "index_sha256": f"{number:064x}"}
+        )
     manifest = {
         "format": tokens.FORMAT,
         "format_version": tokens.FORMAT_VERSION,
         "dtype": "uint32",
-        "tokenizer": {"fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size, "eos_id": tokenizer.eos_id, "bos_id": None},
+        "tokenizer": {
+            "fingerprint": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+            "eos_id": tokenizer.eos_id,
+            "bos_id": None,
+        },
         "rows": shards * documents,
         "documents": shards * documents,
         "tokens": shards * SHARD_TOKENS,
@@ -55,7 +64,9 @@ def _sparse(path: Path, head: bytes, size: int) -> None:
 
 
 def measure(shards: int) -> dict[str, float]:
-    """Open the set as a run does (imports and tokenizer apart), then read a shuffled batch of 8 rows of 1,024 tokens."""
+    """Open the set as a run does (imports and tokenizer apart), then read a shuffled batch of 8 rows
+    of 1,024 tokens.
+    """
     from argonne.config import BatchSection, DataSection, SourceSection
     from argonne.data.dataset import open_training_data
     from argonne.data.loader import Loader
@@ -63,7 +74,9 @@ def measure(shards: int) -> dict[str, float]:
 
     folder = shard_set(shards)
     _ = load_tokenizer(tokenizer_folder()).fingerprint
-    section = DataSection(sources=(SourceSection(path=str(folder)),), sequence_length=1024, order="shuffled", verify="off")
+    section = DataSection(
+        sources=(SourceSection(path=str(folder)),), sequence_length=1024, order="shuffled", verify="off"
+    )
     reset_peak_memory()
     before = peak_memory_mb()
     start = time.perf_counter()

@@ -17,7 +17,9 @@ STEPS, ROWS, LENGTH = 40, 16, 256
 def _recipe() -> Any:
     from argonne.recipe import load_recipe
 
-    return load_recipe("nano-3.0", {"batch.micro": str(ROWS), "log.every_steps": "1000000", "checkpoint.every_minutes": "0"})
+    return load_recipe(
+        "nano-3.0", {"batch.micro": str(ROWS), "log.every_steps": "1000000", "checkpoint.every_minutes": "0"}
+    )
 
 
 def _ids() -> Any:

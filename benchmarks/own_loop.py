@@ -1,4 +1,6 @@
-"""The project's own training loop, timed: `argonne.train.trainer.Trainer` as a training verb runs it, on one batch that lies in memory."""
+"""The project's own training loop, timed: `argonne.train.trainer.Trainer` as a training verb runs it, on one batch that
+lies in memory.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from argonne.recipe import build, resolve
 
 
 def make_recipe(preset: str, shape: dict[str, int], **train: Any) -> Recipe:
-    """The preset with the shape's sizes; 3.0 keeps its window (256 at full size, a quarter of the length here) on odd layers."""
+    """The preset with the shape's sizes; 3.0 keeps its window (256 at full size, a quarter of the length here) on odd
+    layers.
+    """
     fields = {
         "vocab_size": shape["vocab"],
         "hidden_size": shape["hidden"],
@@ -46,12 +50,16 @@ def make_recipe(preset: str, shape: dict[str, int], **train: Any) -> Recipe:
 
 
 class _Memory:
-    """Data that hands out one batch again and again, and notes when each step ends: when the next batch is asked for."""
+    """Data that hands out one batch again and again, and notes when each step ends: when the next
+    batch is asked for.
+    """
 
     source_names = ("memory",)
     unit, reads_model, vocab_size = "tokens", False, 0
 
-    def __init__(self, ids: torch.Tensor, micro_rows: int, steps: int, warm_up: int, device: str, after_first: Callable[[], None]) -> None:
+    def __init__(
+        self, ids: torch.Tensor, micro_rows: int, steps: int, warm_up: int, device: str, after_first: Callable[[], None]
+    ) -> None:
         self.ids, self.micro_rows, self.steps, self.warm_up, self.device, self.after_first = (
             ids,
             micro_rows,
@@ -63,7 +71,9 @@ class _Memory:
         self.ends: list[float] = []
 
     def batch(self, step: int) -> Batch:
-        """The batch of `step`, after the step before has ended. On CUDA the device is waited for only at the first and the last step."""
+        """The batch of `step`, after the step before has ended. On CUDA the device is waited for only at the first and
+        the last step.
+        """
         if step:
             if self.device == "cuda" and step in (self.warm_up, self.warm_up + self.steps):
                 torch.cuda.synchronize()
@@ -73,7 +83,9 @@ class _Memory:
             if step == self.warm_up + self.steps:
                 raise _Enough
         pieces = self.ids.split(self.micro_rows)
-        micro = [{"input_ids": piece[:, :-1].contiguous(), "shift_labels": piece[:, 1:].contiguous()} for piece in pieces]
+        micro = [
+            {"input_ids": piece[:, :-1].contiguous(), "shift_labels": piece[:, 1:].contiguous()} for piece in pieces
+        ]
         return Batch(step, micro, self.tokens_before(1), 0.0)
 
     def set_micro_rows(self, rows: int) -> None:
@@ -112,7 +124,9 @@ def timed_steps(
     device: str = "cpu",
     after_first: Callable[[], None] = lambda: None,
 ) -> float:
-    """Seconds a step: the median of `steps` on the CPU, their mean on CUDA, after `warm_up` steps. `ids` is (rows, length + 1)."""
+    """Seconds a step: the median of `steps` on the CPU, their mean on CUDA, after `warm_up` steps. `ids` is (rows,
+    length + 1).
+    """
     from argonne.model.build import build_model, config_from_fields
     from argonne.parallel.compile import compile_blocks
     from argonne.parallel.mesh import Mesh

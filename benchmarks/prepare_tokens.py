@@ -1,6 +1,8 @@
-"""Parquet -> token file, end to end and on all cores: `argonne prepare` beside datatrove, litdata and the bare encoder in memory.
+"""Parquet -> token file, end to end and on all cores: `argonne prepare` beside datatrove, litdata and the bare encoder
+in memory.
 
-datatrove and litdata are measured where they are installed (`pip install datatrove litdata`); they are no dependency of ours.
+datatrove and litdata are measured where they are installed (`pip install datatrove litdata`); they are no dependency of
+ours.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ SIZE, FAST_SIZE = (1.0, 4), (1.0, 16)
 
 
 def measure(work: Callable[[Path, Path], Any], size: tuple[float, int]) -> dict[str, float]:
-    """MB/s of text from the parquet file to whatever `work(file, folder)` writes, start-up of its processes included."""
+    """MB/s of text from the parquet file to whatever `work(file, folder)` writes, start-up of its
+    processes included.
+    """
     path = parquet_file(*size)
     text = megabytes(path)
     with tempfile.TemporaryDirectory() as folder, TreeMemory() as memory:
@@ -36,7 +40,9 @@ def measure(work: Callable[[Path, Path], Any], size: tuple[float, int]) -> dict[
 
 
 def raw(_point: str) -> dict[str, float]:
-    """The reference encoder alone: text in memory, ids kept as numpy; its tokenizer is loaded before the clock starts."""
+    """The reference encoder alone: text in memory, ids kept as numpy; its tokenizer is loaded before
+    the clock starts.
+    """
     import pyarrow.parquet as parquet
     from tokenizers import Tokenizer
 
@@ -44,7 +50,10 @@ def raw(_point: str) -> dict[str, float]:
 
     def work(path: Path, _: Path) -> None:
         texts = parquet.read_table(path)["text"].to_pylist()
-        _ids = [np.array(found.ids, dtype=np.uint32) for found in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        _ids = [
+            np.array(found.ids, dtype=np.uint32)
+            for found in tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        ]
 
     return measure(work, SIZE)
 
@@ -55,7 +64,10 @@ def ours(encoder: str, size: tuple[float, int]) -> dict[str, float]:
     from argonne.prepare.progress import Progress
 
     def work(path: Path, folder: Path) -> None:
-        prepare(PrepareOptions((str(path),), folder / "tokens", tokenizer_folder(), encoder=encoder), Progress("prepare", 0, None))
+        prepare(
+            PrepareOptions((str(path),), folder / "tokens", tokenizer_folder(), encoder=encoder),
+            Progress("prepare", 0, None),
+        )
 
     return measure(work, size)
 
@@ -69,7 +81,9 @@ def datatrove(_point: str) -> dict[str, float]:
         steps = [
             ParquetReader(str(path.parent)),
             DocumentTokenizer(
-                str(folder / "out"), tokenizer_name_or_path=str(tokenizer_folder() / "tokenizer.json"), shuffle_documents=False
+                str(folder / "out"),
+                tokenizer_name_or_path=str(tokenizer_folder() / "tokenizer.json"),
+                shuffle_documents=False,
             ),
         ]
         LocalPipelineExecutor(steps, tasks=1, workers=1, logging_dir=str(folder / "logs")).run()
@@ -101,7 +115,12 @@ def litdata(_point: str) -> dict[str, float]:
         edges = [rows * number // cores for number in range(cores + 1)]
         inputs = [(str(path), edges[number], edges[number + 1]) for number in range(cores)]
         optimize(
-            prepare_tokens._litdata_ids, inputs, str(folder / "out"), num_workers=cores, chunk_bytes="64MB", item_loader=TokensLoader()
+            prepare_tokens._litdata_ids,
+            inputs,
+            str(folder / "out"),
+            num_workers=cores,
+            chunk_bytes="64MB",
+            item_loader=TokensLoader(),
         )
 
     return measure(work, SIZE)
@@ -119,7 +138,11 @@ BENCHMARK = Benchmark(
     name="prepare_tokens",
     module="benchmarks.prepare_tokens",
     contestants=CONTESTANTS,
-    points={"books": "MB/s of text from parquet to token shards, all cores, start-up included (peak: all its processes together)"},
+    points={
+        "books": (
+            "MB/s of text from parquet to token shards, all cores, start-up included (peak: all its processes together)"
+        )
+    },
     columns=(Column("rate", "MB/s", ",.1f"), Column("peak", "peak MB")),
     relative_to="tokenizers encode_batch_fast, in memory",
 )

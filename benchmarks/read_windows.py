@@ -1,4 +1,5 @@
-"""Windows of 8 x 1,025 tokens from 2 GB of uint32 shards as int64 inputs and targets, on one core: million tokens a second.
+"""Windows of 8 x 1,025 tokens from 2 GB of uint32 shards as int64 inputs and targets, on one core: million tokens a
+second.
 
 `argonne` is the whole loader of a run: order, batch and all. litdata is measured where it is installed.
 """
@@ -56,8 +57,12 @@ def ours(order: str) -> dict[str, float]:
     from argonne.data.loader import Loader
 
     sources = (SourceSection(path=str(shard())),)
-    section = DataSection(sources=sources, tokenizer=str(tokenizer_folder()), sequence_length=LENGTH, order=order, verify="off")
-    with Loader(open_training_data(section, BatchSection(tokens_per_step=ROWS * LENGTH), 1), 0, 1, ROWS, prefetch=0) as loader:
+    section = DataSection(
+        sources=sources, tokenizer=str(tokenizer_folder()), sequence_length=LENGTH, order=order, verify="off"
+    )
+    with Loader(
+        open_training_data(section, BatchSection(tokens_per_step=ROWS * LENGTH), 1), 0, 1, ROWS, prefetch=0
+    ) as loader:
         return rate(loader.batch)
 
 
@@ -86,7 +91,9 @@ def nanogpt(_point: str) -> dict[str, float]:
         data = mapped()
         offsets = torch.randint(TOKENS - LENGTH - 1, (ROWS,))
         inputs = torch.stack([torch.from_numpy(data[start : start + LENGTH].astype(np.int64)) for start in offsets])
-        targets = torch.stack([torch.from_numpy(data[start + 1 : start + 1 + LENGTH].astype(np.int64)) for start in offsets])
+        targets = torch.stack(
+            [torch.from_numpy(data[start + 1 : start + 1 + LENGTH].astype(np.int64)) for start in offsets]
+        )
         return inputs, targets
 
     return rate(next_batch)
@@ -105,7 +112,9 @@ def torch_dataloader(_point: str) -> dict[str, float]:
             window = torch.from_numpy(self.data[number * LENGTH : number * LENGTH + LENGTH + 1].astype(np.int64))
             return window[:-1], window[1:]
 
-    loader = torch.utils.data.DataLoader(Windows(), batch_size=ROWS, shuffle=True, generator=torch.Generator().manual_seed(0))
+    loader = torch.utils.data.DataLoader(
+        Windows(), batch_size=ROWS, shuffle=True, generator=torch.Generator().manual_seed(0)
+    )
     batches = iter(loader)
     return rate(lambda _: next(batches))
 
@@ -122,8 +131,17 @@ def litdata(_point: str) -> dict[str, float]:
     folder = Path(tempfile.gettempdir()) / "argonne-benchmark-litdata"
     if not (folder / "index.json").exists():
         loader = TokensLoader(block_size=LENGTH + 1)
-        optimize(read_windows._litdata_tokens, list(range(64)), str(folder), num_workers=1, chunk_bytes="64MB", item_loader=loader)
-    dataset = StreamingDataset(str(folder), item_loader=TokensLoader(block_size=LENGTH + 1), shuffle=True, drop_last=True)
+        optimize(
+            read_windows._litdata_tokens,
+            list(range(64)),
+            str(folder),
+            num_workers=1,
+            chunk_bytes="64MB",
+            item_loader=loader,
+        )
+    dataset = StreamingDataset(
+        str(folder), item_loader=TokensLoader(block_size=LENGTH + 1), shuffle=True, drop_last=True
+    )
     batches = iter(StreamingDataLoader(dataset, batch_size=ROWS, num_workers=0))
 
     def next_batch(_: int) -> Any:
@@ -175,7 +193,11 @@ BENCHMARK = Benchmark(
     name="read_windows",
     module="benchmarks.read_windows",
     contestants={name: on_one_core(contestant) for name, contestant in CONTESTANTS.items()},
-    points={"windows": "Million tokens a second as int64 inputs and targets, 8 x 1,024, one core, 2 GB of shards in the page cache"},
+    points={
+        "windows": (
+            "Million tokens a second as int64 inputs and targets, 8 x 1,024, one core, 2 GB of shards in the page cache"
+        )
+    },
     columns=(Column("rate", "million tokens/s", ",.1f"), Column("peak", "peak MB")),
     relative_to="torch DataLoader, shuffled",
     limit="memory copy",

@@ -1,4 +1,6 @@
-"""Seconds the loop waits for a save of a 1 GB state, in place and in the background, beside what the disk itself takes."""
+"""Seconds the loop waits for a save of a 1 GB state, in place and in the background, beside what the
+disk itself takes.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Seconds until a command has answered: `argonne --help` and other verbs that need no model, beside the libraries' own import times."""
+"""Seconds until a command has answered: `argonne --help` and other verbs that need no model, beside the libraries' own
+import times.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""The text that the data benchmarks read: documents of about 3,000 characters in one parquet file, made once and kept in the temporary folder.
+"""The text that the data benchmarks read: documents of about 3,000 characters in one parquet file, made once and kept
+in the temporary folder.
 
-The books of ../shared where they are, else the documentation that this Python carries. `copies` above 1 repeats the documents with their
-paragraphs in another order, so that the fast encoders run for seconds.
+The books of ../shared where they are, else the documentation that this Python carries. `copies` above 1 repeats the
+documents with their paragraphs in another order, so that the fast encoders run for seconds.
 """
 
 from __future__ import annotations
@@ -43,7 +44,11 @@ def _documents() -> list[str]:
         if not path.exists():
             write_corpus(path)
         texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
-    return [text[start : start + DOCUMENT_CHARACTERS] for text in texts for start in range(0, len(text), DOCUMENT_CHARACTERS)]
+    return [
+        text[start : start + DOCUMENT_CHARACTERS]
+        for text in texts
+        for start in range(0, len(text), DOCUMENT_CHARACTERS)
+    ]
 
 
 def parquet_file(share: float = 1.0, copies: int = 1) -> Path:

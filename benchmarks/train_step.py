@@ -1,6 +1,8 @@
-"""One full training step: forward, backward, clipping of the global gradient norm, AdamW. This project beside what a user would pick instead.
+"""One full training step: forward, backward, clipping of the global gradient norm, AdamW. This project beside what a
+user would pick instead.
 
-`python -m benchmarks.train_step` on the CPU in fp32; `--gpu` measures model FLOPs utilisation of 2.5 and 3.0 at their size (benchmarks/mfu.py).
+`python -m benchmarks.train_step` on the CPU in fp32; `--gpu` measures model FLOPs utilisation of 2.5 and 3.0 at their
+size (benchmarks/mfu.py).
 """
 
 from __future__ import annotations
@@ -43,7 +45,9 @@ SHAPES: dict[str, dict[str, int]] = {
 def token_ids(shape: dict[str, int]) -> Any:
     import torch
 
-    return torch.randint(0, shape["vocab"], (shape["rows"], shape["length"] + 1), generator=torch.Generator().manual_seed(0))
+    return torch.randint(
+        0, shape["vocab"], (shape["rows"], shape["length"] + 1), generator=torch.Generator().manual_seed(0)
+    )
 
 
 def llama(shape: dict[str, int]) -> Any:

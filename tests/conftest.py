@@ -25,7 +25,9 @@ pytest.register_assert_rewrite("tests.data.rows", "tests.prepare.commands", "tes
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of real text, tokenizers and golden files beside the repository; developers have it, users need not."""
+    """The folder of real text, tokenizers and golden files beside the repository; developers have it,
+    users need not.
+    """
     if not SHARED.is_dir():
         reason = f"needs the developers' material in {SHARED.name}/ beside the repository"
         if os.environ.get("ARGONNE_REQUIRE_SHARED") == "1":
@@ -36,7 +38,9 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small real token set: Python's own help topics, a tokenizer of 512 entries, a tenth of the documents held out."""
+    """A small real token set: Python's own help topics, a tokenizer of 512 entries, a tenth of the
+    documents held out.
+    """
     from pydoc_data.topics import topics
 
     from argonne.prepare.options import PrepareOptions
@@ -49,7 +53,10 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # Keys of the nano recipe that do nothing where others say so.
-IDLE = {"checkpoint.sample_tokens": {"checkpoint.sample_prompt": ("", '""')}, "eval.every_steps": {"eval.windows": ("0",)}}
+IDLE = {
+    "checkpoint.sample_tokens": {"checkpoint.sample_prompt": ("", '""')},
+    "eval.every_steps": {"eval.windows": ("0",)},
+}
 
 
 @pytest.fixture
@@ -82,7 +89,11 @@ def nano(tokens: Path) -> Callable[..., Recipe]:
             "eval.windows": "4",
         }
         asked = {**base, **overrides}
-        idle = [key for key, off in IDLE.items() if key not in overrides and all(asked.get(name) in values for name, values in off.items())]
+        idle = [
+            key
+            for key, off in IDLE.items()
+            if key not in overrides and all(asked.get(name) in values for name, values in off.items())
+        ]
         return load_recipe("nano-3.0", {key: value for key, value in asked.items() if key not in idle})
 
     return make
@@ -94,7 +105,9 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from argonne.tokens.tokenizer import train_tokenizer
     from tests.tokensets import words
 
-    return train_tokenizer((words(200, seed) for seed in range(50)), 400, tmp_path_factory.mktemp("tokenizer") / "small")
+    return train_tokenizer(
+        (words(200, seed) for seed in range(50)), 400, tmp_path_factory.mktemp("tokenizer") / "small"
+    )
 
 
 @pytest.fixture(scope="session")
@@ -104,7 +117,9 @@ def numbers_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("tokenizer") / "numbers"
     folder.mkdir()
-    Tokenizer(models.WordLevel({str(number): number for number in range(4096)}, unk_token="0")).save(str(folder / "tokenizer.json"))
+    Tokenizer(models.WordLevel({str(number): number for number in range(4096)}, unk_token="0")).save(
+        str(folder / "tokenizer.json")
+    )
     (folder / "tokenizer_config.json").write_text('{"eos_token": "4095"}')
     return folder
 

@@ -22,9 +22,27 @@ PUBLISHED = {
     "argonne-4.0": 1_038_492_672,
 }
 SMALL = [
-    *("--model.vocab_size", "512", "--model.hidden_size", "32", "--model.num_hidden_layers", "2", "--model.intermediate_size", "64"),
+    *(
+        "--model.vocab_size",
+        "512",
+        "--model.hidden_size",
+        "32",
+        "--model.num_hidden_layers",
+        "2",
+        "--model.intermediate_size",
+        "64",
+    ),
     *("--model.num_attention_heads", "2", "--model.num_key_value_heads", "1", "--model.head_dim", "16"),
-    *("--data.sequence_length", "32", "--batch.tokens_per_step", "128", "--schedule.warmup", "0", "--train.threads", "1"),
+    *(
+        "--data.sequence_length",
+        "32",
+        "--batch.tokens_per_step",
+        "128",
+        "--schedule.warmup",
+        "0",
+        "--train.threads",
+        "1",
+    ),
     *("--log.tensorboard", "false", "--log.every_steps", "1", "--checkpoint.sample_tokens", "2", "--eval.windows", "2"),
 ]
 HEAVY = {"torch", "transformers", "numpy", "pyarrow", "matplotlib", "tokenizers", "safetensors"}
@@ -49,7 +67,9 @@ print("MODULES", *{{name.split(".")[0] for name in sys.modules}})
     return set(done.stdout.rpartition("MODULES ")[2].split())
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("pretrain", "--help"), ("prepare", "--help"), ("pretrain", "nano-3.0", "--dry-run")])
+@pytest.mark.parametrize(
+    "arguments", [("--help",), ("pretrain", "--help"), ("prepare", "--help"), ("pretrain", "nano-3.0", "--dry-run")]
+)
 def test_help_and_dry_run_import_nothing_heavy(arguments: tuple[str, ...]) -> None:
     found = loaded_modules(*arguments)
     assert "argonne" in found
@@ -71,7 +91,9 @@ def test_help_of_a_training_verb_lists_every_recipe_key_with_its_meaning(capsys:
     with pytest.raises(SystemExit):
         main(["pretrain", "--help"])
     said = capsys.readouterr().out
-    assert [path for path, item in all_keys().items() if f"--{path} " not in said or item.metadata["meaning"] not in said] == []
+    assert [
+        path for path, item in all_keys().items() if f"--{path} " not in said or item.metadata["meaning"] not in said
+    ] == []
 
 
 def test_models_json_prints_the_published_totals_counted_from_modules(capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,7 +120,10 @@ def test_a_dry_run_prints_a_recipe_that_runs_the_same(tmp_path: Path, capsys: py
         (["models", "extra"], ["'extra'"]),
         (["generate", "runs/x", "--promt", "One"], ["--prompt", "'--promt' is not known, did you mean '--prompt'?"]),
         (["generate", "runs/x", "--prompt", "One", "--top-k", "few"], ["--top-k", "'few'"]),
-        (["generate", "runs/x", "--prompt", "One", "--max-new-tokens", "0"], ["max_new_tokens", "found 0", "at least 1"]),
+        (
+            ["generate", "runs/x", "--prompt", "One", "--max-new-tokens", "0"],
+            ["max_new_tokens", "found 0", "at least 1"],
+        ),
         (["prepare", "--input", "a", "--out", "b", "--format", "binn"], ["--format", "'binn'", "train.bin"]),
         (["prepare", "--input", "a", "--out", "b", "--part", "3/2"], ["--part", "3/2", "K/N"]),
         (["pretrain"], ["RECIPE", "argonne pretrain --help"]),
@@ -107,7 +132,9 @@ def test_a_dry_run_prints_a_recipe_that_runs_the_same(tmp_path: Path, capsys: py
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_wrong_arguments_are_one_line_and_exit_code_2(arguments: list[str], parts: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_arguments_are_one_line_and_exit_code_2(
+    arguments: list[str], parts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(arguments) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -116,7 +143,9 @@ def test_wrong_arguments_are_one_line_and_exit_code_2(arguments: list[str], part
     assert [part for part in parts if part not in captured.err] == []
 
 
-def test_an_interrupt_is_exit_code_1_without_a_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interrupt_is_exit_code_1_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def interrupted(options: object) -> None:
         raise KeyboardInterrupt
 
@@ -127,7 +156,11 @@ def test_an_interrupt_is_exit_code_1_without_a_traceback(monkeypatch: pytest.Mon
 
 def test_from_text_to_a_report_through_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = tmp_path / "text.txt"
-    text.write_text("\n\n".join(f"Chapter {number}. The {number}th day was like the one before, and nobody came." for number in range(300)))
+    text.write_text(
+        "\n\n".join(
+            f"Chapter {number}. The {number}th day was like the one before, and nobody came." for number in range(300)
+        )
+    )
     tokens, run = tmp_path / "tokens", tmp_path / "run"
     options = ("--train-tokenizer", "320", "--hold-out", "0.2", "--split", "blank-lines", "--workers", "1")
     assert main(["prepare", "--input", str(text), "--out", str(tokens), *options]) == 0
@@ -142,7 +175,21 @@ def test_from_text_to_a_report_through_the_command_line(tmp_path: Path, capsys: 
     assert main(["generate", str(run), "--prompt", "Chapter", "--max-new-tokens", "5", "--temperature", "0"]) == 0
     first = capsys.readouterr().out
     assert first.startswith("Chapter")
-    assert main(["generate", str(run / "checkpoint_last"), "--prompt", "Chapter", "--max-new-tokens", "5", "--temperature", "0"]) == 0
+    assert (
+        main(
+            [
+                "generate",
+                str(run / "checkpoint_last"),
+                "--prompt",
+                "Chapter",
+                "--max-new-tokens",
+                "5",
+                "--temperature",
+                "0",
+            ]
+        )
+        == 0
+    )
     assert capsys.readouterr().out == first
 
     assert main(["eval", str(run), "--tasks", "bpb", "--json"]) == 0
@@ -194,7 +241,23 @@ def test_sigterm_leaves_a_checkpoint_a_marker_and_exit_code_3(tokens: Path, tmp_
 def test_a_repeated_input_adds_to_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[list[str]] = []
     monkeypatch.setattr(data, "prepare_tokens", lambda arguments: given.append(arguments.input))
-    assert main(["prepare", "--input", "a.txt", "--input", "b.txt", "c.txt", "--train-tokenizer", "300", "--out", str(tmp_path)]) == 0
+    assert (
+        main(
+            [
+                "prepare",
+                "--input",
+                "a.txt",
+                "--input",
+                "b.txt",
+                "c.txt",
+                "--train-tokenizer",
+                "300",
+                "--out",
+                str(tmp_path),
+            ]
+        )
+        == 0
+    )
     assert given == [["a.txt", "b.txt", "c.txt"]]
 
 

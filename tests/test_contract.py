@@ -1,4 +1,6 @@
-"""The arrow of the rooms, read from the import contract, held where import-linter does not look: strings, names made at run time, circles."""
+"""The arrow of the rooms, read from the import contract, held where import-linter does not look: strings, names made at
+run time, circles.
+"""
 
 from __future__ import annotations
 
@@ -21,19 +23,25 @@ NAMED_AT_RUN_TIME = {"argonne.model.fused", "argonne.cli.command"}
 
 
 def read_contract() -> tuple[list[set[str]], set[tuple[str, str]]]:
-    """(rooms that share a place, from the floor up; imports that the contract ignores) of the layers contract in pyproject.toml."""
+    """(rooms that share a place, from the floor up; imports that the contract ignores) of the layers contract in
+    pyproject.toml.
+    """
     tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
     (contract,) = (one for one in tool["contracts"] if one["type"] == "layers")
     layers = [{room.strip(" ()") for room in layer.split("|")} for layer in contract["layers"]]
     ignored = {tuple(part.strip() for part in line.split("->")) for line in contract["ignore_imports"]}
-    return [*reversed(layers), set(contract["exhaustive_ignores"])], {(importer, imported) for importer, imported in ignored}
+    return [*reversed(layers), set(contract["exhaustive_ignores"])], {
+        (importer, imported) for importer, imported in ignored
+    }
 
 
 ARROW, IGNORED = read_contract()
 
 
 def against(arrow: Sequence[set[str]], imports: Iterable[Import]) -> set[tuple[str, str]]:
-    """(importer, imported) of what goes neither down the arrow nor stays in its room. Everyone may read the root package, which reads nobody."""
+    """(importer, imported) of what goes neither down the arrow nor stays in its room. Everyone may read the root
+    package, which reads nobody.
+    """
     place = {room: number for number, rooms in enumerate(arrow) for room in rooms}
     found = set()
     for one in imports:
@@ -65,7 +73,9 @@ def test_what_is_imported_by_name_is_named_literally() -> None:
         module.name
         for module in PACKAGE.values()
         for node in ast.walk(module.tree)
-        if isinstance(node, ast.Call) and structure.imports_by_name(node) and not (node.args and isinstance(node.args[0], ast.Constant))
+        if isinstance(node, ast.Call)
+        and structure.imports_by_name(node)
+        and not (node.args and isinstance(node.args[0], ast.Constant))
     }
     assert found == NAMED_AT_RUN_TIME
 

@@ -26,7 +26,9 @@ def commands(document: Path) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("document", GUIDES, ids=lambda path: path.name)
-def test_commands_in_the_documents_are_understood(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_in_the_documents_are_understood(
+    document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.toml").write_text('base = "nano-3.0"\n')
     for command in commands(document):
@@ -54,7 +56,9 @@ def test_links_and_pictures_lead_somewhere(document: Path) -> None:
 def test_the_recipe_of_getting_started_is_a_recipe(tmp_path: Path) -> None:
     from argonne.config import Recipe
 
-    (toml,) = re.findall(r"^```toml\n(.*?)^```", (ROOT / "docs" / "getting-started.md").read_text(), re.MULTILINE | re.DOTALL)
+    (toml,) = re.findall(
+        r"^```toml\n(.*?)^```", (ROOT / "docs" / "getting-started.md").read_text(), re.MULTILINE | re.DOTALL
+    )
     path = tmp_path / "mine.toml"
     path.write_text(toml)
     recipe = resolve(build(Recipe, read_tree(str(path))))

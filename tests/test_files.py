@@ -113,7 +113,9 @@ def test_a_link_left_by_a_killed_writer_is_removed_and_not_what_it_points_to(tmp
 
 
 @pytest.mark.parametrize("fatal", [1, 2], ids=["before the old one is moved", "between the two renames"])
-def test_a_replacement_that_dies_at_a_rename_leaves_the_old_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fatal: int) -> None:
+def test_a_replacement_that_dies_at_a_rename_leaves_the_old_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fatal: int
+) -> None:
     target = fill(tmp_path / "made")
     plain, calls = os.rename, []
 

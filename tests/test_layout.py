@@ -98,7 +98,9 @@ def test_earlier_weights_are_known_by_the_names_of_their_tensors(tensor: str, ki
     assert kind_of(tmp_path) is kind
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff" * 8, b"\x04\0\0\0\0\0\0\0nope", b"\x02\0\0\0\0\0\0\0[]", b"\x01\0\0\0\0\0\0\0" + b"1"])
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff" * 8, b"\x04\0\0\0\0\0\0\0nope", b"\x02\0\0\0\0\0\0\0[]", b"\x01\0\0\0\0\0\0\0" + b"1"]
+)
 def test_weights_that_cannot_be_read_leave_a_model_folder_one(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(content)
@@ -129,7 +131,9 @@ def test_the_model_of_a_run_is_its_final_one_else_the_last_checkpoint(tmp_path: 
 
 
 @pytest.mark.parametrize("names", [("tokenizer.json",), ("vocab.json", "merges.txt")])
-def test_the_tokenizer_of_a_model_lies_in_its_folder_or_in_one_of_its_name(names: tuple[str, ...], tmp_path: Path) -> None:
+def test_the_tokenizer_of_a_model_lies_in_its_folder_or_in_one_of_its_name(
+    names: tuple[str, ...], tmp_path: Path
+) -> None:
     assert layout.tokenizer_of(tmp_path) is None
     (tmp_path / "tokenizer").mkdir()
     for place in (tmp_path / "tokenizer", tmp_path):
@@ -138,7 +142,9 @@ def test_the_tokenizer_of_a_model_lies_in_its_folder_or_in_one_of_its_name(names
         assert layout.tokenizer_of(tmp_path) == place
 
 
-@pytest.mark.parametrize(("name", "step"), [("checkpoint_step_20", 20), ("checkpoint_step_x", None), ("checkpoint_step_20.pt", None)])
+@pytest.mark.parametrize(
+    ("name", "step"), [("checkpoint_step_20", 20), ("checkpoint_step_x", None), ("checkpoint_step_20.pt", None)]
+)
 def test_a_checkpoints_name_tells_its_step(name: str, step: int | None) -> None:
     assert layout.step_in_name(Path("runs/one") / name) == step
 
@@ -147,7 +153,15 @@ def test_a_checkpoints_name_tells_its_step(name: str, step: int | None) -> None:
 def test_inspect_shows_the_compute_plan_of_a_run_under_its_name_and_its_earlier_one(name: str, tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text("seed = 1\n")
     (tmp_path / "manifest.json").write_text('{"run_id": "one"}')
-    record = {"event": "step", "step": 3, "time": 1.0, "tokens": 12288, "loss": 2.0, "memory_gb": 0.5, "tokens_per_second": 9.0}
+    record = {
+        "event": "step",
+        "step": 3,
+        "time": 1.0,
+        "tokens": 12288,
+        "loss": 2.0,
+        "memory_gb": 0.5,
+        "tokens_per_second": 9.0,
+    }
     (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
     (tmp_path / name).write_text(json.dumps(make_plan(load_recipe("nano-3.0")).to_dict()))
     rows = {row["name"]: row for row in inspect_path(tmp_path)["plan_against_measured"]}
@@ -174,10 +188,14 @@ def test_no_run_or_model_is_read_as_text_to_evaluate(tokens: Path, tmp_path: Pat
 
 
 def names_of_layout() -> set[str]:
-    """Names with a shape of their own; suffixes stand for formats too, and `data` and `tokenizer` are words for other things."""
+    """Names with a shape of their own; suffixes stand for formats too, and `data` and `tokenizer` are words for other
+    things.
+    """
     values = [value for name, value in vars(layout).items() if name.isupper() and isinstance(value, str | tuple)]
     flat = [item for value in values for item in (value if isinstance(value, tuple) else (value,))]
-    return {name for name in flat if isinstance(name, str) and ("." in name[1:] or "_" in name or name.isupper())} - {HASH_LIST}
+    return {name for name in flat if isinstance(name, str) and ("." in name[1:] or "_" in name or name.isupper())} - {
+        HASH_LIST
+    }
 
 
 PENDING = {"argonne/stages/hooks.py", "argonne/stages/session.py", "argonne/train/trainer.py"}

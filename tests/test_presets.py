@@ -1,4 +1,6 @@
-"""The architecture as recipes and plans know it, without torch, against the configuration that ships with a checkpoint."""
+"""The architecture as recipes and plans know it, without torch, against the configuration that ships
+with a checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ SIZES = {"vocab_size": 40, "hidden_size": 24, "num_hidden_layers": 2, "num_atten
 def fields_of(config: Any) -> dict[str, Any]:
     """A configuration under the names of a recipe's [model] section."""
     known = {name: getattr(config, name) for name in architecture.filled(SIZES) if name != "rope_theta"}
-    theta = (config.rope_parameters or {}).get("rope_theta", architecture.DEFAULTS["rope_theta"])  # 1.x has none and uses none
+    theta = (config.rope_parameters or {}).get(
+        "rope_theta", architecture.DEFAULTS["rope_theta"]
+    )  # 1.x has none and uses none
     return {**known, "rope_theta": theta, "layer_types": tuple(config.layer_types)}
 
 
@@ -97,5 +101,10 @@ def test_a_plan_refuses_what_a_section_and_the_model_it_starts_from_contradict(t
 
 
 def test_the_architecture_loads_nothing_of_other_libraries() -> None:
-    code = "import sys, argonne.presets; print([name for name in ('torch', 'numpy', 'transformers') if name in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    code = (
+        "import sys, argonne.presets; print([name for name in ('torch', 'numpy', 'transformers') if name in "
+        "sys.modules])"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )

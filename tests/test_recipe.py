@@ -35,7 +35,11 @@ def path(tmp_path: Path) -> Path:
 
 
 def test_a_saved_recipe_reads_back_the_same(path: Path, tmp_path: Path) -> None:
-    changes = {"optim.betas": "[0.8, 0.99]", "stop.wall_time": "90m", "batch.steps": "[{ step = 4, tokens_per_step = 4096 }]"}
+    changes = {
+        "optim.betas": "[0.8, 0.99]",
+        "stop.wall_time": "90m",
+        "batch.steps": "[{ step = 4, tokens_per_step = 4096 }]",
+    }
     first = recipe.load_recipe(str(path), changes)
     (tmp_path / "saved.toml").write_text(recipe.to_toml(first))
     assert recipe.load_recipe(str(tmp_path / "saved.toml")) == first
@@ -43,7 +47,9 @@ def test_a_saved_recipe_reads_back_the_same(path: Path, tmp_path: Path) -> None:
 
 @given(st.text())
 def test_any_prompt_survives_being_saved(prompt: str) -> None:
-    tree = recipe.tomllib.loads(recipe.to_toml(dataclasses.replace(Recipe(), checkpoint=CheckpointSection(sample_prompt=prompt))))
+    tree = recipe.tomllib.loads(
+        recipe.to_toml(dataclasses.replace(Recipe(), checkpoint=CheckpointSection(sample_prompt=prompt)))
+    )
     assert tree["checkpoint"]["sample_prompt"] == prompt
 
 
@@ -87,7 +93,9 @@ def test_a_base_is_merged_below_and_a_circle_is_refused(path: Path, tmp_path: Pa
         ("batch.micro", "big", 'expected "auto" or a number'),
     ],
 )
-def test_bad_values_are_refused_with_the_key_and_what_would_do(path: Path, key: str, value: str, message: str | None) -> None:
+def test_bad_values_are_refused_with_the_key_and_what_would_do(
+    path: Path, key: str, value: str, message: str | None
+) -> None:
     if message is None:
         recipe.load_recipe(str(path), {key: value})
         return
@@ -122,7 +130,8 @@ def test_what_a_change_of_batch_leaves_unset_goes_on_from_the_change_before(path
         ("batch.steps[0]", 8, 6144, 3072),
     ]
     with pytest.raises(
-        InputError, match=r"batch\.steps\[0\]\.tokens_per_step: found 6144, expected a multiple of the sequence length 4096"
+        InputError,
+        match=r"batch\.steps\[0\]\.tokens_per_step: found 6144, expected a multiple of the sequence length 4096",
     ):
         recipe.load_recipe(str(path), {"batch.steps": changes.replace("3072", "4096")})
 
@@ -135,7 +144,9 @@ def test_what_a_change_of_batch_leaves_unset_goes_on_from_the_change_before(path
         ("schedule.steps", "[{ step = 1, lr = 1e-4 }]", "but it acts only with schedule.kind = steps"),
     ],
 )
-def test_a_schedule_that_contradicts_itself_is_refused_before_a_length_is_known(path: Path, key: str, value: str, message: str) -> None:
+def test_a_schedule_that_contradicts_itself_is_refused_before_a_length_is_known(
+    path: Path, key: str, value: str, message: str
+) -> None:
     with pytest.raises(InputError) as caught:
         recipe.load_recipe(str(path), {key: value})
     assert message in str(caught.value)

@@ -13,7 +13,8 @@ from argonne.tokens.tokenizer import load_tokenizer
 
 HELD_OUT_FROM = 3500
 WORDS = (
-    "the quick brown fox jumps over a lazy dog while seven wizards mix 42 potions near Zürich, naïve café, 你好 世界, <|im_end|> maybe\n"
+    "the quick brown fox jumps over a lazy dog while seven wizards mix 42 potions near Zürich, naïve café, 你好 世界, "
+    "<|im_end|> maybe\n"
 )
 
 
@@ -25,7 +26,13 @@ def words(count: int, seed: int = 0) -> str:
 
 
 def write_token_set(
-    folder: Path, tokenizer_folder: Path, lengths: Sequence[int], *, shards: int = 1, held_out: Sequence[int] = (), offset: int = 0
+    folder: Path,
+    tokenizer_folder: Path,
+    lengths: Sequence[int],
+    *,
+    shards: int = 1,
+    held_out: Sequence[int] = (),
+    offset: int = 0,
 ) -> Path:
     """Write a finished token set: token p of the set has the id p, so that a window shows where it lies.
 
@@ -54,7 +61,13 @@ def write_token_set(
         "rows": len(lengths) + len(held_out),
         "documents": len(lengths),
         "tokens": sum(lengths),
-        "held_out": {"share": 0.0, "tokens": sum(held_out), "documents": len(held_out), "text_bytes": 0, "shards": held},
+        "held_out": {
+            "share": 0.0,
+            "tokens": sum(held_out),
+            "documents": len(held_out),
+            "text_bytes": 0,
+            "shards": held,
+        },
         "shards": train,
     }
     tokens.write_manifest(folder, manifest)

@@ -1,4 +1,6 @@
-"""`make size`: how large the code is and how much of it a reader must open, beside the limits that CONTRIBUTING.md states."""
+"""`make size`: how large the code is and how much of it a reader must open, beside the limits that CONTRIBUTING.md
+states.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ LONGEST_FUNCTION = "lines of the longest function"
 
 @dataclass(frozen=True)
 class Measure:
-    """One figure, and what a reader wants to see of it: the few things to name beside it, and the whole list under `--verbose`."""
+    """One figure, and what a reader wants to see of it: the few things to name beside it, and the whole list under
+    `--verbose`.
+    """
 
     name: str
     found: int
@@ -31,10 +35,14 @@ class Measure:
 
 
 def read_limits(text: str) -> dict[str, int]:
-    """The rows `| measure | limit |` of the table whose head is `| Measure | Limit |`. Raises ValueError where there is no such table."""
+    """The rows `| measure | limit |` of the table whose head is `| Measure | Limit |`. Raises ValueError where there is
+    no such table.
+    """
     table = re.search(r"^\| Measure +\| Limit +\|\n\|[-: |]+\|\n((?:\|.*\|\n?)+)", text, re.MULTILINE)
     if table is None:
-        raise ValueError("no table with the head '| Measure | Limit |' was found; CONTRIBUTING.md states the limits in one")
+        raise ValueError(
+            "no table with the head '| Measure | Limit |' was found; CONTRIBUTING.md states the limits in one"
+        )
     rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in table[1].splitlines()]
     return {name: int(limit.replace(",", "")) for name, limit in rows}
 
@@ -88,9 +96,15 @@ def locating_note(trace: Trace) -> str:
     """Whether the steps traced located a new block of rows, and what a batch opens that does."""
     if not trace.knows_locating():
         return f"whether the steps traced located a new block of rows is unknown: nothing in data/ is named {LOCATES}"
-    said = "the steps traced located a new block of rows" if trace.step()[2] else "the steps traced located no new block of rows"
+    said = (
+        "the steps traced located a new block of rows"
+        if trace.step()[2]
+        else "the steps traced located no new block of rows"
+    )
     locating = _of(trace.locating(), READING)
-    more = f"; a batch that does opens {len(_file_names(locating))} files and {len(locating)} functions in data and tokens"
+    more = (
+        f"; a batch that does opens {len(_file_names(locating))} files and {len(locating)} functions in data and tokens"
+    )
     return said + (more if locating else "")
 
 
@@ -120,10 +134,14 @@ def by_room(step: Iterable[Ran]) -> dict[str, tuple[int, int]]:
 
 
 def over(measures: Iterable[Measure], limits: Mapping[str, int]) -> list[str]:
-    """Names of the measures that are over their limit. Raises ValueError for a limit on what is not measured: it would hold nothing."""
+    """Names of the measures that are over their limit. Raises ValueError for a limit on what is not measured: it would
+    hold nothing.
+    """
     found = {measure.name: measure.found for measure in measures}
     if unknown := [name for name in limits if name not in found]:
-        raise ValueError(f"a limit is stated for {unknown[0]!r}, which is not measured; measured are: {', '.join(found)}")
+        raise ValueError(
+            f"a limit is stated for {unknown[0]!r}, which is not measured; measured are: {', '.join(found)}"
+        )
     return [name for name, value in found.items() if name in limits and value > limits[name]]
 
 
@@ -149,12 +167,21 @@ def room_table(rooms: Mapping[str, tuple[int, int]]) -> str:
 def as_json(measures: Sequence[Measure], limits: Mapping[str, int], trace: Trace) -> dict[str, Any]:
     """The table, the rooms and the note as one document."""
     rows = [
-        {"name": one.name, "measured": one.found, "limit": limits.get(one.name), "named": one.named, "listed": one.listed}
+        {
+            "name": one.name,
+            "measured": one.found,
+            "limit": limits.get(one.name),
+            "named": one.named,
+            "listed": one.listed,
+        }
         for one in measures
     ]
     return {
         "measures": rows,
-        "rooms": {room: {"files": files, "functions": functions} for room, (files, functions) in by_room(trace.step()[0]).items()},
+        "rooms": {
+            room: {"files": files, "functions": functions}
+            for room, (files, functions) in by_room(trace.step()[0]).items()
+        },
         "note": locating_note(trace),
         "over": over(measures, limits),
     }
@@ -164,7 +191,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the table; 1 where a measure is over its limit."""
     parser = argparse.ArgumentParser(prog="python -m tools.size", description=__doc__)
     parser.add_argument(
-        "--root", type=Path, default=ROOT, metavar="DIR", help="repository to measure (default: this one), by this one's limits"
+        "--root",
+        type=Path,
+        default=ROOT,
+        metavar="DIR",
+        help="repository to measure (default: this one), by this one's limits",
     )
     parser.add_argument("--verbose", action="store_true", help="list the files and functions behind each figure")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
@@ -178,7 +209,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.json:
         print(json.dumps(as_json(measures, limits, trace), indent=2))
     else:
-        print(table(measures, limits, verbose=options.verbose), room_table(by_room(trace.step()[0])), locating_note(trace), sep="\n\n")
+        print(
+            table(measures, limits, verbose=options.verbose),
+            room_table(by_room(trace.step()[0])),
+            locating_note(trace),
+            sep="\n\n",
+        )
     return 1 if over(measures, limits) else 0
 
 

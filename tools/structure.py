@@ -1,4 +1,6 @@
-"""What the syntax trees of a package say: lines, imports, circles, long functions, callers. Nothing of the package is imported or run."""
+"""What the syntax trees of a package say: lines, imports, circles, long functions, callers. Nothing of the package is
+imported or run.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ class Module:
 
 @dataclass(frozen=True)
 class Import:
-    """One module names another of the package. `types`: under `if TYPE_CHECKING`; `text`: in a string, as for a process of its own."""
+    """One module names another of the package. `types`: under `if TYPE_CHECKING`; `text`: in a string, as for a process
+    of its own.
+    """
 
     importer: str
     imported: str
@@ -163,8 +167,8 @@ def _reachable(edges: Mapping[str, set[str]], start: str) -> set[str]:
 def single_callers(package: Package) -> list[tuple[str, str]]:
     """(private function or method, the one function that names it), by name.
 
-    A name counts in its own module, and in every other one that has no private function of that name itself. Passing a function on counts as
-    calling it; a function that calls itself does not.
+    A name counts in its own module, and in every other one that has no private function of that name itself. Passing a
+    function on counts as calling it; a function that calls itself does not.
     """
     private: dict[str, set[str]] = {}
     naming: dict[str, set[tuple[str, str]]] = defaultdict(set)
@@ -180,7 +184,9 @@ def single_callers(package: Package) -> list[tuple[str, str]]:
     for home, scopes in private.items():
         for scope in sorted(scopes):
             name = _last(scope)
-            callers = {one for one in naming[name] if one[0] == home or name not in map(_last, private[one[0]])} - {(home, scope)}
+            callers = {one for one in naming[name] if one[0] == home or name not in map(_last, private[one[0]])} - {
+                (home, scope)
+            }
             if len(callers) == 1:
                 found.append((f"{home}.{scope}", ".".join(*callers)))
     return found

@@ -1,6 +1,8 @@
-"""Which files and functions a training run opens: a small real run through the command line, in a process of its own, under a profile hook.
+"""Which files and functions a training run opens: a small real run through the command line, in a process of its own,
+under a profile hook.
 
-Run as a script it is that process: `python tools/traced_run.py PACKAGE RESULT VERB ...` runs the verb and writes what it saw as JSON.
+Run as a script it is that process: `python tools/traced_run.py PACKAGE RESULT VERB ...` runs the verb and writes what
+it saw as JSON.
 """
 
 from __future__ import annotations
@@ -20,12 +22,14 @@ from typing import Any
 
 # A step record of metrics.jsonl ends one step and begins the next.
 RECORD = "MetricsLog.write"
-# A batch is what this runs, and what other threads do for it; what the log asks of the data in the same step is none of it.
+# A batch is what this runs, and what other threads do for it; what the log asks of the data in the same step is none of
+# it.
 BATCH = "Loader.batch"
 # What places rows by arithmetic, many at once: not every batch needs it.
 LOCATES = "locate"
 READING = ("data", "tokens")
-# The reading thread works ahead of the loop: over so many steps in a row at least one batch is read from beginning to end.
+# The reading thread works ahead of the loop: over so many steps in a row at least one batch is read from beginning to
+# end.
 SPAN = 6
 WARM = 4
 STEPS = 44
@@ -71,7 +75,9 @@ class Ran:
 
 @dataclass(frozen=True)
 class Trace:
-    """What ran from the command to the first forward pass, and between each two successive step records; `batches`: for the batch alone."""
+    """What ran from the command to the first forward pass, and between each two successive step records; `batches`: for
+    the batch alone.
+    """
 
     start: frozenset[Ran]
     steps: tuple[frozenset[Ran], ...]
@@ -84,7 +90,9 @@ class Trace:
         """
         firsts = range(WARM, len(self.steps) - SPAN + 1)
         if not firsts:
-            raise ValueError(f"{len(self.steps)} steps were traced, expected at least {WARM + SPAN}: give the run more steps")
+            raise ValueError(
+                f"{len(self.steps)} steps were traced, expected at least {WARM + SPAN}: give the run more steps"
+            )
         plain = [first for first in firsts if not any(map(_locates, _joined(self.steps[first : first + SPAN])))]
         first = plain[0] if plain else firsts[len(firsts) // 2]
         return _joined(self.steps[first : first + SPAN]), _joined(self.batches[first : first + SPAN]), not plain
@@ -107,9 +115,11 @@ def _locates(ran: Ran) -> bool:
 
 
 class Recorder:
-    """The profile hook. Every thread adds to the part that is open: a frame that is entered, the one it came from, and one that is left.
+    """The profile hook. Every thread adds to the part that is open: a frame that is entered, the one it came from, and
+    one that is left.
 
-    What only runs because a module of the package is imported (a registration, the keys of a dataclass) is left out: no reader passes there.
+    What only runs because a module of the package is imported (a registration, the keys of a dataclass) is left out: no
+    reader passes there.
     """
 
     def __init__(self, package: Path) -> None:
@@ -150,12 +160,16 @@ class Recorder:
     def result(self) -> dict[str, Any]:
         """JSON of a Trace. The part before the first step record is no step: nothing says where it began."""
         if self._start is None or not self._steps:
-            raise RuntimeError("the run made no forward pass in the package's model, or wrote no step record through MetricsLog.write")
+            raise RuntimeError(
+                "the run made no forward pass in the package's model, or wrote no step record through MetricsLog.write"
+            )
         steps, batches = ([self._functions(part) for part in parts[1:]] for parts in (self._steps, self._batches))
         return {"start": self._functions(self._start), "steps": steps, "batches": batches}
 
     def _functions(self, codes: set[CodeType]) -> list[tuple[str, str, int]]:
-        """Functions of the package that have a name: no module or class bodies, comprehensions, generator expressions or lambdas."""
+        """Functions of the package that have a name: no module or class bodies, comprehensions, generator expressions
+        or lambdas.
+        """
         above = Path(self._package).parent
         return sorted(
             (Path(code.co_filename).relative_to(above).as_posix(), code.co_qualname, code.co_firstlineno)
@@ -167,12 +181,16 @@ class Recorder:
 
 
 def trace_run(package: Path) -> Trace:
-    """Run the package that lies in the folder `package` on the help topics that any Python carries. Raises RuntimeError where a verb fails."""
+    """Run the package that lies in the folder `package` on the help topics that any Python carries. Raises RuntimeError
+    where a verb fails.
+    """
     from pydoc_data.topics import topics
 
     with tempfile.TemporaryDirectory(prefix="argonne-size-") as name:
         folder = Path(name)
-        (folder / "topics.jsonl").write_text("".join(json.dumps({"text": topics[name]}) + "\n" for name in sorted(topics)))
+        (folder / "topics.jsonl").write_text(
+            "".join(json.dumps({"text": topics[name]}) + "\n" for name in sorted(topics))
+        )
         prepared = ("--train-tokenizer", "512", "--hold-out", "0.1", "--workers", "1", "--out", "tokens")
         _run(package, folder, "-m", package.name, "prepare", "--input", "topics.jsonl", *prepared)
         source = f'[{{ path = "{folder}/tokens", max_epochs = 99 }}]'
@@ -188,14 +206,18 @@ def _ran(functions: Sequence[tuple[str, str, int]]) -> frozenset[Ran]:
 
 def _run(package: Path, folder: Path, *arguments: str) -> None:
     environment = {**os.environ, "PYTHONPATH": str(package.parent), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         said = "\n".join(done.stderr.strip().splitlines()[-20:])
         raise RuntimeError(f"the traced run failed with exit code {done.returncode}: {' '.join(arguments)}\n{said}")
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The traced process: PACKAGE RESULT VERB ... The libraries come first: under the hook their import takes three times as long."""
+    """The traced process: PACKAGE RESULT VERB ... The libraries come first: under the hook their import takes three
+    times as long.
+    """
     package, result, *verb = arguments
     import torch._dynamo  # noqa: F401
     from transformers import AutoModelForCausalLM, PreTrainedModel  # noqa: F401

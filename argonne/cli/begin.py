@@ -35,10 +35,17 @@ def list_models(options: argparse.Namespace) -> None:
         print_json(rows)
         return
     columns = ("name", "parameters", "layers", "hidden", "heads", "kv_heads", "head_dim", "context", "vocabulary")
-    table = [columns, *([f"{row[name]:,}" if isinstance(row[name], int) else str(row[name]) for name in columns] for row in rows)]
+    table = [
+        columns,
+        *([f"{row[name]:,}" if isinstance(row[name], int) else str(row[name]) for name in columns] for row in rows),
+    ]
     widths = [max(len(line[index]) for line in table) for index in range(len(columns))]
     for name, *cells in table:
-        print("  ".join([name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))]))
+        print(
+            "  ".join(
+                [name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))]
+            )
+        )
 
 
 def plan_run(options: argparse.Namespace) -> None:

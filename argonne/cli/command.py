@@ -1,4 +1,6 @@
-"""`argonne VERB ...`: find the verb's page, parse, call its function, turn what it raises into one line and an exit code."""
+"""`argonne VERB ...`: find the verb's page, parse, call its function, turn what it raises into one line and an exit
+code.
+"""
 
 from __future__ import annotations
 
@@ -81,7 +83,10 @@ def print_completion(arguments: Sequence[str]) -> int:
     from argonne.recipe import recipe_names
 
     if len(arguments) != 1 or arguments[0] not in shtab.SUPPORTED_SHELLS:
-        raise InputError(f"completion: found {' '.join(arguments) or 'nothing'!r}, expected one of {', '.join(shtab.SUPPORTED_SHELLS)}")
+        raise InputError(
+            f"completion: found {' '.join(arguments) or 'nothing'!r}, expected one of "
+            f"{', '.join(shtab.SUPPORTED_SHELLS)}"
+        )
     parser = build_parser((), whole=True)
     (verbs,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     for name in RECIPE_VERBS:
@@ -128,12 +133,16 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser(arguments: Sequence[str], *, whole: bool = False) -> argparse.ArgumentParser:
-    """The parser of the verb that `arguments` begin with; of every verb where `whole`, or where they begin with none."""
+    """The parser of the verb that `arguments` begin with; of every verb where `whole`, or where they
+    begin with none.
+    """
     asked = arguments[0] if arguments and arguments[0] in ALL_VERBS and not whole else None
     parser = Parser(
         prog="argonne",
         description="From raw text to a published chat model: every stage, each resumable exactly.",
-        epilog=None if asked else "the way:\n" + "\n".join(f"  {meaning:24} {', '.join(verbs)}" for _, meaning, verbs in PAGES),
+        epilog=None
+        if asked
+        else "the way:\n" + "\n".join(f"  {meaning:24} {', '.join(verbs)}" for _, meaning, verbs in PAGES),
         allow_abbrev=False,
         formatter_class=Formatter,
     )
@@ -141,9 +150,18 @@ def build_parser(arguments: Sequence[str], *, whole: bool = False) -> argparse.A
     parsers: Any = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     parser.given = arguments
 
-    def verb(name: str, text: str, function: Callable[[argparse.Namespace], int | None], *, within: Any = parsers, **more: Any) -> Parser:
+    def verb(
+        name: str,
+        text: str,
+        function: Callable[[argparse.Namespace], int | None],
+        *,
+        within: Any = parsers,
+        **more: Any,
+    ) -> Parser:
         described = text[0].upper() + text[1:] + "."
-        made: Parser = within.add_parser(name, help=text, description=described, allow_abbrev=False, formatter_class=Formatter, **more)
+        made: Parser = within.add_parser(
+            name, help=text, description=described, allow_abbrev=False, formatter_class=Formatter, **more
+        )
         made.set_defaults(function=function, parser=made)
         made.given = arguments
         return made
@@ -184,7 +202,9 @@ def chosen(kind: type, options: argparse.Namespace) -> Any:
 
 
 def json_flag(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print one JSON document to stdout; everything for people goes to stderr")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON document to stdout; everything for people goes to stderr"
+    )
 
 
 def model_argument(parser: argparse.ArgumentParser) -> None:
@@ -192,7 +212,9 @@ def model_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def recipe_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", metavar="RECIPE", help="packaged name or TOML file; each of its keys is also --section.key VALUE")
+    parser.add_argument(
+        "recipe", metavar="RECIPE", help="packaged name or TOML file; each of its keys is also --section.key VALUE"
+    )
 
 
 def out_flag(parser: argparse.ArgumentParser) -> None:
@@ -230,7 +252,9 @@ def first_line(error: BaseException) -> str:
 
 
 def parse_overrides(rest: Sequence[str]) -> dict[str, Any]:
-    """`--section.key VALUE` and `--section.key=VALUE` as a dict; `--data.sources PATH[:WEIGHT] ..` too. Raises InputError for anything else."""
+    """`--section.key VALUE` and `--section.key=VALUE` as a dict; `--data.sources PATH[:WEIGHT] ..` too. Raises
+    InputError for anything else.
+    """
     found: dict[str, Any] = {}
     items = list(rest)
     while items:

@@ -11,15 +11,24 @@ from argonne.cli.command import Verbs, json_flag, model_argument, out_flag, tell
 
 def add_verbs(verb: Verbs, arguments: Sequence[str]) -> None:
     imports = verb("import", "turn an earlier checkpoint of the family into a complete model folder", import_earlier)
-    imports.add_argument("path", type=Path, metavar="PATH", help="model folder or .pt training checkpoint in an earlier format")
+    imports.add_argument(
+        "path", type=Path, metavar="PATH", help="model folder or .pt training checkpoint in an earlier format"
+    )
     out_flag(imports)
     imports.add_argument(
-        "--attention", default="full", choices=("full", "as-config"), help="full: as the released weights were trained (default)"
+        "--attention",
+        default="full",
+        choices=("full", "as-config"),
+        help="full: as the released weights were trained (default)",
     )
     json_flag(imports)
-    export = verb("export", "write a model for other people's tools, proven by its logits before it is put in place", export_model)
+    export = verb(
+        "export", "write a model for other people's tools, proven by its logits before it is put in place", export_model
+    )
     model_argument(export)
-    export.add_argument("--as", dest="kind", required=True, choices=("hf", "native", "pt"), help="custom class, a stock class, or .pt")
+    export.add_argument(
+        "--as", dest="kind", required=True, choices=("hf", "native", "pt"), help="custom class, a stock class, or .pt"
+    )
     out_flag(export)
     json_flag(export)
 

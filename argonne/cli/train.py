@@ -24,10 +24,17 @@ def add_verbs(verb: Verbs, arguments: Sequence[str]) -> None:
     ):
         parser = verb(name, text, train_model, epilog=epilog)
         recipe_argument(parser)
-        parser.add_argument("--run", type=Path, metavar="DIR", help="run folder (default: runs/NAME); an existing run is resumed")
-        parser.add_argument("--init-from", metavar="MODEL", help="weights to start from: run, checkpoint, model folder or Hub id")
         parser.add_argument(
-            "--resume-from", type=Path, metavar="CHECKPOINT", help="start a new run from the whole state of a checkpoint, or of a .pt"
+            "--run", type=Path, metavar="DIR", help="run folder (default: runs/NAME); an existing run is resumed"
+        )
+        parser.add_argument(
+            "--init-from", metavar="MODEL", help="weights to start from: run, checkpoint, model folder or Hub id"
+        )
+        parser.add_argument(
+            "--resume-from",
+            type=Path,
+            metavar="CHECKPOINT",
+            help="start a new run from the whole state of a checkpoint, or of a .pt",
         )
         parser.add_argument(
             "--data-from-start",
@@ -35,7 +42,12 @@ def add_verbs(verb: Verbs, arguments: Sequence[str]) -> None:
             help="with a .pt: begin the data at its start, where its position cannot be carried over",
         )
         parser.add_argument(
-            "--allow", nargs="+", action="extend", default=[], metavar="KEY", help="keys that may differ from the run's on resume"
+            "--allow",
+            nargs="+",
+            action="extend",
+            default=[],
+            metavar="KEY",
+            help="keys that may differ from the run's on resume",
         )
         parser.add_argument("--wall-time", metavar="T", help="stop and save after this long: 90m, 12h, 1-12:00:00")
         parser.add_argument("--deadline", metavar="T", help="stop and save before this moment")
@@ -53,11 +65,16 @@ def keys_help() -> str:
 
 
 def train_model(options: argparse.Namespace) -> None:
-    given = {path: json.dumps(str(getattr(options, flag))) for flag, path in SHORT.items() if getattr(options, flag) is not None}
+    given = {
+        path: json.dumps(str(getattr(options, flag)))
+        for flag, path in SHORT.items()
+        if getattr(options, flag) is not None
+    }
     recipe = load_recipe(options.recipe, {**parse_overrides(options.rest), **given})
     if recipe.stage not in ("pretrain", "midtrain"):
         raise InputError(
-            f"stage: {options.verb} trains on plain text, the recipe says {recipe.stage!r}; give a recipe of stage pretrain or midtrain"
+            f"stage: {options.verb} trains on plain text, the recipe says {recipe.stage!r}; give a recipe of stage "
+            "pretrain or midtrain"
         )
     if options.verb == "continue" and recipe.model.init_from is None and options.resume_from is None:
         raise InputError("continue: no weights to start from; give --init-from MODEL or model.init_from in the recipe")

@@ -23,10 +23,20 @@ def add_verbs(verb: Verbs, arguments: Sequence[str]) -> None:
     model_argument(evaluate)
     evaluate.add_argument("--tasks", default="bpb", help="comma-separated: bpb")
     evaluate.add_argument(
-        "--data", type=Path, metavar="DIR", help="token set or text the tasks read (default: the run's own held-out part)"
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="token set or text the tasks read (default: the run's own held-out part)",
     )
-    evaluate.add_argument("--baselines", action="store_true", help="with bpb: uniform, unigram, bigram and xz on the same text beside it")
-    evaluate.add_argument("--limit", type=int, metavar="TOKENS", help="bpb: whole documents of at most so many tokens (default: 1,000,000)")
+    evaluate.add_argument(
+        "--baselines", action="store_true", help="with bpb: uniform, unigram, bigram and xz on the same text beside it"
+    )
+    evaluate.add_argument(
+        "--limit",
+        type=int,
+        metavar="TOKENS",
+        help="bpb: whole documents of at most so many tokens (default: 1,000,000)",
+    )
     evaluate.add_argument("--shots", type=int, metavar="N", help="examples in the prompt")
     json_flag(evaluate)
 
@@ -46,7 +56,9 @@ def evaluate_model(options: argparse.Namespace) -> None:
     from argonne.evaluate.run import evaluate, render
 
     with progress_bar("requests") as progress:
-        found = evaluate(options.model, options.tasks.split(","), options.data, options.shots, limit=options.limit, progress=progress)
+        found = evaluate(
+            options.model, options.tasks.split(","), options.data, options.shots, limit=options.limit, progress=progress
+        )
     others = _baselines(found, options.limit) if options.baselines else None
     if options.json:
         print_json({**found, "baselines": others} if others else found)
@@ -54,7 +66,11 @@ def evaluate_model(options: argparse.Namespace) -> None:
     print(render(found))
     if others:
         names = ("uniform", "unigram", "bigram", "xz")
-        print("    beside it: " + ", ".join(f"{name} {others[name]:.4f}" for name in names) + " bits per byte on the same text")
+        print(
+            "    beside it: "
+            + ", ".join(f"{name} {others[name]:.4f}" for name in names)
+            + " bits per byte on the same text"
+        )
 
 
 def _baselines(found: dict[str, Any], limit: int | None) -> dict[str, Any]:
@@ -64,6 +80,7 @@ def _baselines(found: dict[str, Any], limit: int | None) -> dict[str, Any]:
     data = Path(found["tasks"]["bpb"]["data"]) if "bpb" in found["tasks"] else None
     if data is None or not (data / layout.TOKENIZER).is_dir():
         raise InputError(
-            "--baselines: they are fitted on a token set's training part; use --tasks bpb and --data a folder of `argonne prepare`"
+            "--baselines: they are fitted on a token set's training part; use --tasks bpb and --data a folder of "
+            "`argonne prepare`"
         )
     return baseline_results(data, load_tokenizer(data / layout.TOKENIZER), limit=limit)

@@ -12,7 +12,9 @@ from argonne.errors import InputError
 
 def add_verbs(verb: Verbs, arguments: Sequence[str]) -> None:
     runs = verb("runs", "what is running, stopped, failed and complete", list_all)
-    runs.add_argument("folder", nargs="?", type=Path, default=Path("runs"), metavar="DIR", help="folder of the runs (default: runs)")
+    runs.add_argument(
+        "folder", nargs="?", type=Path, default=Path("runs"), metavar="DIR", help="folder of the runs (default: runs)"
+    )
     json_flag(runs)
     report = verb("report", "one self-contained HTML page with plots, of one run or several compared", write_page)
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN")

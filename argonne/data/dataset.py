@@ -33,7 +33,9 @@ FILLER_SOURCE = -1
 
 
 class TrainingData:
-    """Windows of tokens. What `open_training_data` returns; everything is a pure function of (sources, phases, step)."""
+    """Windows of tokens. What `open_training_data` returns; everything is a pure function of (sources,
+    phases, step).
+    """
 
     unit = "tokens"
     reads_model = False
@@ -49,7 +51,9 @@ class TrainingData:
         self._blocks: dict[tuple[int, int], GlobalRows] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """For other ranks under `reader = "rank-0"`: everything but the background work. They need none of the files."""
+        """For other ranks under `reader = "rank-0"`: everything but the background work. They need
+        none of the files.
+        """
         return {**self.__dict__, "work": None, "_verification": None}
 
     @property
@@ -106,7 +110,9 @@ class TrainingData:
             "tokens": self.tokens_before(step),
             "fingerprint": self.fingerprint,
             "phases": [dataclasses.asdict(phase) for phase in used],
-            "positions": {name: dataclasses.asdict(position) for name, position in self.mixture.positions(step).items()},
+            "positions": {
+                name: dataclasses.asdict(position) for name, position in self.mixture.positions(step).items()
+            },
         }
 
     @property
@@ -114,7 +120,8 @@ class TrainingData:
         """Lines for the banner."""
         weights = mixtures.integer_weights([source.weight for source in self.sources])
         lines = [
-            f"{source.name}: {_size(source)}, {100 * weight / sum(weights):.2f} % of the batch, at most {source.max_epochs:g} passes"
+            f"{source.name}: {_size(source)}, {100 * weight / sum(weights):.2f} % of the batch, at most "
+            f"{source.max_epochs:g} passes"
             for source, weight in zip(self.sources, weights, strict=True)
         ]
         if self.work is not None:
@@ -123,7 +130,10 @@ class TrainingData:
             lines.append(f"  tokenised from {self.work.options.input[0]} into {self.work.out}{unused}")
         for phase in self.mixture.phases:
             mask = ", document mask" if phase.document_mask else ""
-            rows = f"{phase.rows} rows of {phase.sequence_length:,} tokens, {phase.order}, documents {phase.documents}{mask}"
+            rows = (
+                f"{phase.rows} rows of {phase.sequence_length:,} tokens, {phase.order}, documents "
+                f"{phase.documents}{mask}"
+            )
             lines.append(f"from step {phase.first_step}: {rows}")
             for source in self.sources if phase.documents != "packed" else ():
                 short = self.mixture.windows[source.tokens.fingerprint].short_documents(phase.sequence_length)
@@ -134,8 +144,8 @@ class TrainingData:
     def held_out(self, windows: int, rows: int) -> Iterator[Mapping[str, torch.Tensor]]:
         """At most `windows` held-out windows in batches of at most `rows`, under the names of a training batch.
 
-        They are evenly spread over the held-out tokens of all sources, the same ones at each call, none where nothing is held out; they touch
-        neither order nor state.
+        They are evenly spread over the held-out tokens of all sources, the same ones at each call, none where nothing
+        is held out; they touch neither order nor state.
         """
         length, streams = self.data.sequence_length, [source.tokens.held_out for source in self.sources]
         bounds = np.cumsum([0, *(max(0, (stream.tokens - 1) // length) for stream in streams)])
@@ -157,10 +167,15 @@ class TrainingData:
             yield {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def verify(self) -> Verification | None:
-        """Begin to check the shards' hashes as `data.verify` says (once; "before" returns when all are right). Raises InputError for a fault."""
+        """Begin to check the shards' hashes as `data.verify` says (once; "before" returns when all are right). Raises
+        InputError for a fault.
+        """
         if self.data.verify != "off" and self._verification is None:
             shards = [
-                shard for source in self.sources for stream in (source.tokens.train, source.tokens.held_out) for shard in stream.shards
+                shard
+                for source in self.sources
+                for stream in (source.tokens.train, source.tokens.held_out)
+                for shard in stream.shards
             ]
             self._verification = Verification(shards, self.run_folder)
             if self.data.verify == "background":
@@ -189,7 +204,9 @@ class TrainingData:
             yield
 
     def close(self) -> None:
-        """End what goes on in the background for this process: hashing, and tokenising of `data.input`. Raises what the hashing found."""
+        """End what goes on in the background for this process: hashing, and tokenising of `data.input`. Raises what the
+        hashing found.
+        """
         if self._verification is not None:
             self._verification.close()
         if self.work is not None:
@@ -197,10 +214,12 @@ class TrainingData:
         self.check()
 
     def read(self, step: int, first: int, count: int, rows: int) -> dict[str, Array]:
-        """Rows first .. first + count - 1 of the global batch of `step`, filled up to `rows` with rows that train nothing.
+        """Rows first .. first + count - 1 of the global batch of `step`, filled up to `rows` with rows that train
+        nothing.
 
-        input_ids, shift_labels (rows, T) int64; with a document mask position_ids, which restart with each document; source (rows,), -1 where
-        a row fills up; tokens (rows,), the targets that are trained on. Raises InputError where a source is used up.
+        input_ids, shift_labels (rows, T) int64; with a document mask position_ids, which restart with each document;
+        source (rows,), -1 where a row fills up; tokens (rows,), the targets that are trained on. Raises InputError
+        where a source is used up.
         """
         phase = self.mixture.phase_at(step)
         sample = self.mixture.samples_before(step) + first
@@ -219,7 +238,8 @@ class TrainingData:
         if inputs[:count].max(initial=0) >= self.vocab_size:
             row = int((inputs[:count] >= self.vocab_size).any(axis=1).argmax())
             raise InputError(
-                f"{self.sources[sources[row]].tokens.path}: holds id {int(inputs[row].max()):,}, the tokenizer {self.tokenizer_folder} has "
+                f"{self.sources[sources[row]].tokens.path}: holds id {int(inputs[row].max()):,}, the tokenizer "
+                f"{self.tokenizer_folder} has "
                 f"{self.vocab_size:,} entries; set data.tokenizer to the one that made these tokens"
             )
         inputs[count:], labels[count:] = 0, IGNORED
@@ -234,14 +254,18 @@ class TrainingData:
         return arrays
 
     def _located(self, phase: Phase, first: int, count: int) -> list[tuple[int, list[tuple[int, int]]]]:
-        """(number of the source in the recipe, runs of its tokens) of each row, out of blocks of rows that are located once."""
+        """(number of the source in the recipe, runs of its tokens) of each row, out of blocks of rows that are located
+        once.
+        """
         growing = any(stream.growing for stream in self._streams)
         found: list[tuple[int, list[tuple[int, int]]]] = []
         while count:
             number, inside = divmod(first - phase.first_sample, BLOCK)
             here = count if growing else min(count, BLOCK - inside)
             # Nothing of a text that is still being tokenised is located before it is asked for: it would be waited for.
-            block, inside = (self._locate(phase, first, first + count), 0) if growing else (self._block(phase, number), inside)
+            block, inside = (
+                (self._locate(phase, first, first + count), 0) if growing else (self._block(phase, number), inside)
+            )
             sources, starts = (part[inside : inside + here].tolist() for part in (block.source, block.rows.start))
             for place, (source, start) in enumerate(zip(sources, starts, strict=True), inside):
                 found.append((source, [(start, phase.sequence_length)] if start >= 0 else block.rows.runs[place]))
@@ -284,10 +308,13 @@ def open_training_data(
 ) -> TrainingData:
     """Open the sources of `data` and lay out the phases: those of `state` as they were, then what the recipe says now.
 
-    Raises InputError for a source that cannot be read, that is of another tokenizer, too short for a row, or that contradicts `state`.
+    Raises InputError for a source that cannot be read, that is of another tokenizer, too short for a row, or that
+    contradicts `state`.
     """
     if not data.sources and not data.input:
-        raise InputError("data.sources: empty; name a token set written by `argonne prepare`, or give data.input and data.tokenizer")
+        raise InputError(
+            "data.sources: empty; name a token set written by `argonne prepare`, or give data.input and data.tokenizer"
+        )
     work = None
     if data.input:
         opened_text, work = from_text.open_text(data, run_folder)
@@ -295,7 +322,10 @@ def open_training_data(
     else:
         sources = open_sources(data)
     tokenizer = shared_tokenizer(data, sources)
-    windows = {source.tokens.fingerprint: SourceWindows(source.name, source.tokens.fingerprint, source.tokens.train) for source in sources}
+    windows = {
+        source.tokens.fingerprint: SourceWindows(source.name, source.tokens.fingerprint, source.tokens.train)
+        for source in sources
+    }
     laid = phases.lay_out(data, batch, seed, sources, windows, state, allow)
     limits = {source.tokens.fingerprint: source.max_epochs for source in sources if math.isfinite(source.max_epochs)}
     plan = Mixture(laid, windows, limits, phases.carried_positions(state))

@@ -1,4 +1,6 @@
-"""Step -> this rank's tensors, for windows, conversations and pairs alike. Any step can be asked for; steps in order are read ahead."""
+"""Step -> this rank's tensors, for windows, conversations and pairs alike. Any step can be asked for; steps in order
+are read ahead.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from argonne.errors import InputError
 
 @dataclass(frozen=True)
 class Array:
-    """One array of a batch, rows first. `fill`: what a row that only fills up holds, a number or an array of a row's shape."""
+    """One array of a batch, rows first. `fill`: what a row that only fills up holds, a number or an array of a row's
+    shape.
+    """
 
     values: np.ndarray
     fill: int | float | np.ndarray
@@ -34,11 +38,13 @@ Arrays = Mapping[str, Array]
 
 
 class Rows(Protocol):
-    """What the loader asks of data. A global batch is rows that lie whole in one place: what must stay together (a pair) is one row.
+    """What the loader asks of data. A global batch is rows that lie whole in one place: what must stay together (a
+    pair) is one row.
 
-    read(step, first, count, rows): rows first .. first + count - 1 of the global batch of `step`, filled up to `rows`. One of the arrays is
-    named `unit` and holds what each row adds to the divisor of the loss (0 where it only fills up).
-    check: raise what was found wrong in the background. not_waiting: inside, whoever waits for data that is not there yet gets an error.
+    read(step, first, count, rows): rows first .. first + count - 1 of the global batch of `step`, filled up to `rows`.
+    One of the arrays is named `unit` and holds what each row adds to the divisor of the loss (0 where it only fills
+    up). check: raise what was found wrong in the background. not_waiting: inside, whoever waits for data that is not
+    there yet gets an error.
     """
 
     unit: str
@@ -61,7 +67,9 @@ class Exchange(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's part of a global batch. Every rank has the same number of micro-batches; rows that fill up train nothing."""
+    """One rank's part of a global batch. Every rank has the same number of micro-batches; rows that fill up train
+    nothing.
+    """
 
     step: int
     micro_batches: Sequence[Mapping[str, torch.Tensor]]
@@ -89,7 +97,9 @@ class Loader(AbstractContextManager["Loader"]):
         pin_memory: bool = False,
         exchange: Exchange | None = None,
     ) -> None:
-        """rank, size: the place among the parts in which rows are dealt. exchange: rank 0 alone reads, and hands the rows to all."""
+        """rank, size: the place among the parts in which rows are dealt. exchange: rank 0 alone reads, and hands the
+        rows to all.
+        """
         if not 0 <= rank < size:
             raise InputError(f"loader: rank {rank} of {size}, expected 0 to {size - 1}")
         self.data, self.rank, self.size = data, rank, size
@@ -99,7 +109,9 @@ class Loader(AbstractContextManager["Loader"]):
         self._ahead: dict[int, Future[Arrays]] = {}
 
     def set_micro_rows(self, rows: int) -> None:
-        """Cut the rank's rows into micro-batches of `rows` from the next `batch` on. The rows themselves stay the same."""
+        """Cut the rank's rows into micro-batches of `rows` from the next `batch` on. The rows
+        themselves stay the same.
+        """
         if rows < 1:
             raise InputError(f"batch.micro: found {rows}, expected at least 1 row")
         self.micro_rows = rows
@@ -149,7 +161,10 @@ class Loader(AbstractContextManager["Loader"]):
     def _pinned(self, arrays: Arrays) -> Arrays:
         if not self.pin_memory:
             return arrays
-        return {name: Array(torch.from_numpy(array.values).pin_memory().numpy(), array.fill) for name, array in arrays.items()}
+        return {
+            name: Array(torch.from_numpy(array.values).pin_memory().numpy(), array.fill)
+            for name, array in arrays.items()
+        }
 
     def _micro_batches(self, arrays: Arrays) -> list[dict[str, torch.Tensor]]:
         size = self.micro_rows
@@ -157,7 +172,9 @@ class Loader(AbstractContextManager["Loader"]):
         if missing := -rows % size:
             arrays = {name: array.cut(0, rows, rows + missing) for name, array in arrays.items()}
         tensors = {name: torch.from_numpy(array.values) for name, array in arrays.items()}
-        return [{name: tensor[start : start + size] for name, tensor in tensors.items()} for start in range(0, rows, size)]
+        return [
+            {name: tensor[start : start + size] for name, tensor in tensors.items()} for start in range(0, rows, size)
+        ]
 
     def close(self) -> None:
         """End the reading thread, also where it waits for text that is still being tokenised."""

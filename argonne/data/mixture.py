@@ -1,8 +1,9 @@
 """Sample i -> (source, window): pure arithmetic over an immutable list of phases.
 
-A phase fixes the mixture, the row length, the order and where each source starts; the last phase holds until the next begins. Sources are
-chosen by exact integer arithmetic, so that each source has had exactly its share after each multiple of the sum of the (integer) weights,
-and between them is less than ceil(log2(sources)) rows off: one for two sources, two for four, three for eight. Nothing here reads a token.
+A phase fixes the mixture, the row length, the order and where each source starts; the last phase holds until the next
+begins. Sources are chosen by exact integer arithmetic, so that each source has had exactly its share after each
+multiple of the sum of the (integer) weights, and between them is less than ceil(log2(sources)) rows off: one for two
+sources, two for four, three for eight. Nothing here reads a token.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from argonne.errors import InputError
 
 @dataclass(frozen=True)
 class PhaseSource:
-    """A source in a phase: which tokens (fingerprint), their share (an exact fraction as text), and where reading starts."""
+    """A source in a phase: which tokens (fingerprint), their share (an exact fraction as text), and where reading
+    starts.
+    """
 
     name: str
     fingerprint: str
@@ -106,7 +109,10 @@ def deal(weights: Sequence[int], start: int, stop: int) -> tuple[np.ndarray, np.
     source = np.where(goes_left, 0, half)
     draw = np.empty_like(source)
     begin, end = int(reached[0]), int(reached[-1])
-    for side, part, low, high in ((goes_left, weights[:half], begin, end), (~goes_left, weights[half:], start - begin, stop - end)):
+    for side, part, low, high in (
+        (goes_left, weights[:half], begin, end),
+        (~goes_left, weights[half:], start - begin, stop - end),
+    ):
         inner, draw[side] = deal(part, low, high)
         source[side] += inner
     return source, draw
@@ -159,12 +165,16 @@ class Mixture:
                 yield phase, until - phase.first_step
 
     def locate(self, phase: Phase, start: int, stop: int) -> GlobalRows:
-        """Where samples start .. stop-1 of `phase` (global sample numbers) lie, whatever `max_epochs` says (see `check_rows`).
+        """Where samples start .. stop-1 of `phase` (global sample numbers) lie, whatever `max_epochs` says (see
+        `check_rows`).
 
         Raises InputError where an earlier phase read a source that is no longer open.
         """
         if missing := [source.name for source in phase.sources if source.fingerprint not in self.windows]:
-            raise InputError(f"data.sources: step {phase.first_step} and on read {', '.join(missing)}, which the recipe no longer names")
+            raise InputError(
+                f"data.sources: step {phase.first_step} and on read {', '.join(missing)}, which the recipe no longer "
+                "names"
+            )
         chosen, draw = deal(phase.weights, start - phase.first_sample, stop - phase.first_sample)
         rows = Rows.empty(stop - start)
         epochs = np.zeros(stop - start, dtype=np.int64)
@@ -177,7 +187,9 @@ class Mixture:
         return GlobalRows(chosen, rows, epochs)
 
     def _over_limit(self, phase: Phase, samples: int) -> str | None:
-        """Why `samples` samples of `phase` are too many: the first source that would be read more often than its `max_epochs`."""
+        """Why `samples` samples of `phase` are too many: the first source that would be read more often than its
+        `max_epochs`.
+        """
         for source, count in phase.shares(samples):
             limit = self.max_epochs.get(source.fingerprint)
             if limit is None or count == 0:
@@ -191,12 +203,16 @@ class Mixture:
         return None
 
     def check_rows(self, phase: Phase, stop: int) -> None:
-        """Raise InputError when the samples of `phase` before global sample `stop` read a source more often than its `max_epochs`."""
+        """Raise InputError when the samples of `phase` before global sample `stop` read a source more often than its
+        `max_epochs`.
+        """
         if all(source.fingerprint not in self.max_epochs for source in phase.sources):
             return
         last = self._last_samples.get(phase.first_step)
         if last is None:
-            allowed = bisect_left(range(1, 1 << 62), True, key=lambda samples: self._over_limit(phase, samples) is not None)
+            allowed = bisect_left(
+                range(1, 1 << 62), True, key=lambda samples: self._over_limit(phase, samples) is not None
+            )
             last = self._last_samples[phase.first_step] = phase.first_sample + allowed
         if stop > last:
             raise InputError(self._over_limit(phase, stop - phase.first_sample) or "data.sources: read too often")
@@ -208,7 +224,9 @@ class Mixture:
                 raise InputError(reason)
 
     def positions(self, step: int) -> dict[str, Position]:
-        """Where each source that was ever read stands before `step` (at or after the checkpoint's step), by fingerprint."""
+        """Where each source that was ever read stands before `step` (at or after the checkpoint's step), by
+        fingerprint.
+        """
         found = dict(self.carried)
         for phase, length in self._spans(step):
             if phase.first_step + length > self.carried_step:
@@ -236,7 +254,10 @@ class Mixture:
     def rows_available(self) -> int:
         """Samples that the first phase's mixture can draw before one source has been read once."""
         phase = self.phases[0]
-        rows = [self.windows[source.fingerprint].rows_left(phase.key, replace(source.start, used=0)) for source in phase.sources]
+        rows = [
+            self.windows[source.fingerprint].rows_left(phase.key, replace(source.start, used=0))
+            for source in phase.sources
+        ]
         return bisect_left(
             range(1, sum(rows) + 1),
             True,

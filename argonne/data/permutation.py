@@ -1,8 +1,9 @@
-"""A keyed permutation of 0 .. n-1 that is computed, not stored. Version 1; a run's order depends on it, so it never changes.
+"""A keyed permutation of 0 .. n-1 that is computed, not stored. Version 1; a run's order depends on it, so it never
+changes.
 
-A Feistel network over the grid a x b with a = ceil(sqrt(n)), b = ceil(n / a), six rounds of addition modulo a and b; results past the end
-are permuted again until they fall inside (cycle walking), which keeps it a bijection. The round function is the finaliser of splitmix64
-(Steele, Lea, Flood 2014).
+A Feistel network over the grid a x b with a = ceil(sqrt(n)), b = ceil(n / a), six rounds of addition modulo a and b;
+results past the end are permuted again until they fall inside (cycle walking), which keeps it a bijection. The round
+function is the finaliser of splitmix64 (Steele, Lea, Flood 2014).
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The sources of a run and the phases of their order: history as a checkpoint recorded it, then what the recipe says now.
+"""The sources of a run and the phases of their order: history as a checkpoint recorded it, then what the recipe says
+now.
 
 History is never rewritten.
 """
@@ -21,7 +22,12 @@ from argonne.tokens.tokenizer import TextTokenizer, load_tokenizer
 
 STATE_VERSION = 1
 # Keys whose change would reorder what was already read: refused on resume unless allowed.
-FIXED_KEYS = {"order": "data.order", "documents": "data.documents", "document_mask": "data.document_mask", "seed": "seed"}
+FIXED_KEYS = {
+    "order": "data.order",
+    "documents": "data.documents",
+    "document_mask": "data.document_mask",
+    "seed": "seed",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +47,8 @@ def open_sources(data: DataSection) -> list[Source]:
         name = _name(section.path, {source.name for source in sources})
         if twin := next((source for source in sources if source.tokens.fingerprint == opened.fingerprint), None):
             raise InputError(
-                f"data.sources: {section.path} holds the same tokens as {twin.tokens.path}; name it once, with the sum of the weights"
+                f"data.sources: {section.path} holds the same tokens as {twin.tokens.path}; name it once, with the sum "
+                "of the weights"
             )
         sources.append(Source(name, opened, exact_weight(section.weight), section.max_epochs))
     return sources
@@ -50,7 +57,11 @@ def open_sources(data: DataSection) -> list[Source]:
 def _name(path: str, taken: set[str]) -> str:
     base = Path(path).stem if Path(path).suffix == ".bin" and Path(path).stem != "train" else Path(path).name
     base = Path(path).parent.name if base in ("train.bin", "train") else base
-    return base if base not in taken else next(f"{base}-{number}" for number in range(2, 1000) if f"{base}-{number}" not in taken)
+    return (
+        base
+        if base not in taken
+        else next(f"{base}-{number}" for number in range(2, 1000) if f"{base}-{number}" not in taken)
+    )
 
 
 def shared_tokenizer(data: DataSection, sources: Sequence[Source]) -> TextTokenizer:
@@ -58,7 +69,10 @@ def shared_tokenizer(data: DataSection, sources: Sequence[Source]) -> TextTokeni
     folders = [source.tokens.tokenizer_folder for source in sources if source.tokens.tokenizer_folder is not None]
     folder = Path(data.tokenizer) if data.tokenizer else (folders[0] if folders else None)
     if folder is None:
-        raise InputError(f"{sources[0].tokens.path}: does not say which tokenizer made it; set data.tokenizer to that tokenizer's folder")
+        raise InputError(
+            f"{sources[0].tokens.path}: does not say which tokenizer made it; set data.tokenizer to that tokenizer's "
+            "folder"
+        )
     tokenizer = load_tokenizer(folder)
     for source in sources:
         made_with = source.tokens.tokenizer_fingerprint
@@ -74,7 +88,9 @@ def batch_at(batch: BatchSection, data: DataSection, step: int) -> tuple[int, in
     """(rows, sequence length) that the recipe asks for at `step`."""
     *_, (_, _, tokens, length) = [part for part in batches(batch, data.sequence_length) if part[1] <= step]
     if tokens % length or tokens < length:
-        raise InputError(f"batch.tokens_per_step: found {tokens} at step {step}, expected a multiple of the sequence length {length}")
+        raise InputError(
+            f"batch.tokens_per_step: found {tokens} at step {step}, expected a multiple of the sequence length {length}"
+        )
     return tokens // length, length
 
 
@@ -87,14 +103,17 @@ def lay_out(
     state: dict[str, Any] | None,
     allow: frozenset[str],
 ) -> list[Phase]:
-    """Phases from step 0 on. With `state`, those before its step are kept; a recipe that differs from the last of them begins a new one."""
+    """Phases from step 0 on. With `state`, those before its step are kept; a recipe that differs from the last of them
+    begins a new one.
+    """
     phases: list[Phase] = []
     carried = carried_positions(state)
     now = carried[0]
     if state is not None:
         if state.get("format_version") != STATE_VERSION:
             raise InputError(
-                f"the checkpoint's data state has version {state.get('format_version')}, this argonne reads {STATE_VERSION}; update argonne"
+                f"the checkpoint's data state has version {state.get('format_version')}, this argonne reads "
+                f"{STATE_VERSION}; update argonne"
             )
         phases = [phase_from_json(tree) for tree in state["phases"] if tree["first_step"] < max(now, 1)]
     if phases:
@@ -114,7 +133,9 @@ def lay_out(
             place = positions.get(source.tokens.fingerprint, Position())
             place = dataclasses.replace(place, piece=length) if place.used == 0 else place
             listed.append(PhaseSource(source.name, source.tokens.fingerprint, source.weight, place))
-        found = Phase(step, first_sample, rows, length, data.order, data.documents, data.document_mask, seed, tuple(listed))
+        found = Phase(
+            step, first_sample, rows, length, data.order, data.documents, data.document_mask, seed, tuple(listed)
+        )
         if not phases or _asks(found) != _asks(phases[-1]):
             phases.append(found)
     return phases
@@ -129,11 +150,22 @@ def carried_positions(state: dict[str, Any] | None) -> tuple[int, dict[str, Posi
 
 def _asks(phase: Phase) -> dict[str, Any]:
     """Everything but where it begins: two phases that ask for the same draw alike."""
-    return {**vars(phase), "first_step": 0, "first_sample": 0, "sources": [(source.fingerprint, source.weight) for source in phase.sources]}
+    return {
+        **vars(phase),
+        "first_step": 0,
+        "first_sample": 0,
+        "sources": [(source.fingerprint, source.weight) for source in phase.sources],
+    }
 
 
 def _check_history(
-    history: Sequence[Phase], now: int, data: DataSection, batch: BatchSection, seed: int, sources: Sequence[Source], allow: frozenset[str]
+    history: Sequence[Phase],
+    now: int,
+    data: DataSection,
+    batch: BatchSection,
+    seed: int,
+    sources: Sequence[Source],
+    allow: frozenset[str],
 ) -> None:
     last = history[-1]
     asked = {"order": data.order, "documents": data.documents, "document_mask": data.document_mask, "seed": seed}
@@ -146,8 +178,10 @@ def _check_history(
         known = by_name.get(source.name)
         if known not in (None, source.tokens.fingerprint) and "data.sources" not in allow:
             raise InputError(
-                f"data.sources: {source.name} holds other tokens than the checkpoint trained on (fingerprint {source.tokens.fingerprint[:12]}, "
-                f"then {known[:12] if known else None}); restore them, give the new ones another name, or pass --allow data.sources"
+                f"data.sources: {source.name} holds other tokens than the checkpoint trained on (fingerprint "
+                f"{source.tokens.fingerprint[:12]}, "
+                f"then {known[:12] if known else None}); restore them, give the new ones another name, or pass --allow "
+                "data.sources"
             )
     for change in batch.steps:
         if change.step < now:
@@ -155,6 +189,8 @@ def _check_history(
             expected = batch_at(batch, data, change.step)
             if (phase.rows, phase.sequence_length) != expected and "batch.steps" not in allow:
                 raise InputError(
-                    f"batch.steps: says {expected[0]} rows of {expected[1]} at step {change.step}, but the run trained {phase.rows} rows of "
-                    f"{phase.sequence_length} there; history cannot change: give the change a step from {now} on, or pass --allow batch.steps"
+                    f"batch.steps: says {expected[0]} rows of {expected[1]} at step {change.step}, but the run trained "
+                    f"{phase.rows} rows of "
+                    f"{phase.sequence_length} there; history cannot change: give the change a step from {now} on, or "
+                    "pass --allow batch.steps"
                 )

@@ -1,8 +1,9 @@
-"""One source cut into rows: row `j` from a position on -> where its tokens lie. Arithmetic over token and document counts, no state.
+"""One source cut into rows: row `j` from a position on -> where its tokens lie. Arithmetic over token and document
+counts, no state.
 
-`packed`: rows of T inputs at stride T over the whole stream, documents may cross. `within`: one row a document and epoch, somewhere inside.
-`first-window`: the beginning of each document. In the last two, documents of T tokens or fewer give no row.
-At the end: where the documents of a packed row end, and what that does to targets and positions.
+`packed`: rows of T inputs at stride T over the whole stream, documents may cross. `within`: one row a document and
+epoch, somewhere inside. `first-window`: the beginning of each document. In the last two, documents of T tokens or fewer
+give no row. At the end: where the documents of a packed row end, and what that does to targets and positions.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ class RowKey:
 
 @dataclass
 class Rows:
-    """Where rows lie: the first token of each, or, for a row made of several runs, -1 and the runs as (start, length)."""
+    """Where rows lie: the first token of each, or, for a row made of several runs, -1 and the runs as
+    (start, length).
+    """
 
     start: np.ndarray
     runs: dict[int, list[tuple[int, int]]]
@@ -90,7 +93,11 @@ class SourceWindows:
             return self.epoch_rows(key)
         if key.documents != "packed":
             same = position.piece == key.sequence_length
-            return len(self.long_documents(position.piece)) - position.used if same else len(self._documents_left(key, position))
+            return (
+                len(self.long_documents(position.piece)) - position.used
+                if same
+                else len(self._documents_left(key, position))
+            )
         return max(0, self._epoch_tokens(key, position.piece) - position.used) // key.sequence_length
 
     def advance(self, key: RowKey, position: Position, rows: int) -> Position:
@@ -126,9 +133,13 @@ class SourceWindows:
         return after.epoch + after.used / self._epoch_tokens(key, after.piece)
 
     def locate(self, key: RowKey, position: Position, draws: np.ndarray) -> tuple[Rows, np.ndarray]:
-        """(where the rows `draws` lie, the epoch of each). `draws` (int64, ascending) counts rows from `position` on."""
+        """(where the rows `draws` lie, the epoch of each). `draws` (int64, ascending) counts rows from
+        `position` on.
+        """
         if len(draws) and self._inside_epoch(key, position, int(draws[-1]) + 1):
-            return Rows(position.used + draws * key.sequence_length, {}), np.full(len(draws), position.epoch, dtype=np.int64)
+            return Rows(position.used + draws * key.sequence_length, {}), np.full(
+                len(draws), position.epoch, dtype=np.int64
+            )
         left = self.rows_left(key, position)
         fresh = self.epoch_rows(key)
         beyond = draws - left
@@ -145,7 +156,9 @@ class SourceWindows:
         return rows, epochs
 
     def _inside_epoch(self, key: RowKey, position: Position, rows: int) -> bool:
-        """Do the next rows lie one after the other in what is left of the epoch? Known without the length of a set that is still growing."""
+        """Do the next rows lie one after the other in what is left of the epoch? Known without the length of a set that
+        is still growing.
+        """
         if key.order != "sequential" or key.documents != "packed":
             return False
         return self.stream.reaches(position.used + rows * key.sequence_length + 1)
@@ -208,12 +221,18 @@ class SourceWindows:
         return len(self.lengths) - len(self.long_documents(length))
 
     def _documents_left(self, key: RowKey, position: Position) -> np.ndarray:
-        """(rows, 2): document number and place in the epoch's list, for what is left of an epoch begun with rows of `position.piece`."""
+        """(rows, 2): document number and place in the epoch's list, for what is left of an epoch begun with rows of
+        `position.piece`.
+        """
         found = self._rest.get((key, position))
         if found is None:
             listed = self.long_documents(position.piece)
             places = np.arange(position.used, len(listed))
-            ordered = listed[places if key.order == "sequential" else permute(places, len(listed), self._order_key(key, position.epoch))]
+            ordered = listed[
+                places
+                if key.order == "sequential"
+                else permute(places, len(listed), self._order_key(key, position.epoch))
+            ]
             fits = self.lengths[ordered] > key.sequence_length
             found = self._rest[(key, position)] = np.stack([ordered[fits], places[fits]], axis=1)
         return found
@@ -222,7 +241,9 @@ class SourceWindows:
         begins = self.stream.document_ends[numbers] - self.lengths[numbers]
         if key.documents == "first-window":
             return Rows(begins, {})
-        spread = (numbers.astype(np.uint64) + np.uint64(1)) * np.uint64(DOCUMENT_FACTOR) + np.uint64((epoch + 1) * EPOCH_FACTOR % 2**64)
+        spread = (numbers.astype(np.uint64) + np.uint64(1)) * np.uint64(DOCUMENT_FACTOR) + np.uint64(
+            (epoch + 1) * EPOCH_FACTOR % 2**64
+        )
         room = (self.lengths[numbers] - key.sequence_length).astype(np.uint64)
         return Rows(begins + (spread % room).astype(np.int64), {})
 
@@ -240,8 +261,12 @@ def mask_documents(ends: np.ndarray, labels: np.ndarray, positions: np.ndarray) 
             positions[end:] = np.arange(length - end)
 
 
-def ends_in_row(stream: TokenStream, runs: Sequence[tuple[int, int]], inputs: np.ndarray, eos_id: int | None) -> np.ndarray:
-    """Places in a row made of `runs` (start, length) of the stream just after each document; by `eos_id` where the stream keeps no ends."""
+def ends_in_row(
+    stream: TokenStream, runs: Sequence[tuple[int, int]], inputs: np.ndarray, eos_id: int | None
+) -> np.ndarray:
+    """Places in a row made of `runs` (start, length) of the stream just after each document; by `eos_id` where the
+    stream keeps no ends.
+    """
     if not stream.has_documents:
         return np.nonzero(inputs == eos_id)[0] + 1
     found, filled = [], 0

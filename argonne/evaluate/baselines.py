@@ -24,8 +24,9 @@ def unigram_bits(train: np.ndarray, held_out: Sequence[np.ndarray], vocab_size: 
 def bigram_bits(train: np.ndarray, held_out: Sequence[np.ndarray], vocab_size: int, eos_id: int) -> float:
     """Bits for the held-out documents, each after an EOS, under an interpolated bigram model of `train`.
 
-    `train` is a stream with EOS after each document. Absolute discounting (Ney, Essen and Kneser 1994; Chen and Goodman 1999, section 2.6):
-    p(w | v) = max(c(v, w) - d, 0) / c(v) + d * types(v) / c(v) * unigram(w), with d = n1 / (n1 + 2 n2).
+    `train` is a stream with EOS after each document. Absolute discounting (Ney, Essen and Kneser 1994; Chen and Goodman
+    1999, section 2.6): p(w | v) = max(c(v, w) - d, 0) / c(v) + d * types(v) / c(v) * unigram(w), with d = n1 / (n1 + 2
+    n2).
     """
     train = train.astype(np.int64)
     keys, counts = np.unique(train[:-1] * vocab_size + train[1:], return_counts=True)

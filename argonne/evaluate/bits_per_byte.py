@@ -15,8 +15,9 @@ from argonne.evaluate.texts import EvaluationText, open_texts
 class BitsPerByte:
     """Sum of -log2 p over all tokens (EOS included) / UTF-8 bytes of the text.
 
-    Each document is read from an EOS on, as in training; a document longer than the context is cut into windows that follow one another,
-    each predicted from the last token of the window before (lm-evaluation-harness calls this a rolling log-likelihood).
+    Each document is read from an EOS on, as in training; a document longer than the context is cut into windows that
+    follow one another, each predicted from the last token of the window before (lm-evaluation-harness calls this a
+    rolling log-likelihood).
     """
 
     name = "bpb"
@@ -28,9 +29,13 @@ class BitsPerByte:
 
     def requests(self, context: TaskContext) -> list[ScoreRequest]:
         if context.data is None:
-            raise InputError("task bpb: no data given; name a token set with held-out documents, or text files, with --data")
+            raise InputError(
+                "task bpb: no data given; name a token set with held-out documents, or text files, with --data"
+            )
         if context.shots is not None:
-            raise InputError(f"--shots: found {context.shots}, but bpb reads plain text and takes no examples; leave it out")
+            raise InputError(
+                f"--shots: found {context.shots}, but bpb reads plain text and takes no examples; leave it out"
+            )
         self._text = open_texts(context.data, context.tokenizer, context.limit)
         self._context = context.context_length
         requests = []
@@ -62,7 +67,8 @@ class BitsPerByte:
 
 
 def windows(document: np.ndarray, eos_id: int | None, context: int) -> list[np.ndarray]:
-    """The document's ids in windows of at most `context` targets, each with the one id before it in front (EOS before the first).
+    """The document's ids in windows of at most `context` targets, each with the one id before it in front (EOS before
+    the first).
 
     A tokenizer without EOS gives the first id for free. Every other id is a target exactly once.
     """
@@ -71,7 +77,8 @@ def windows(document: np.ndarray, eos_id: int | None, context: int) -> list[np.n
 
 
 def ratio(parts: np.ndarray, sizes: np.ndarray) -> tuple[float, float | None]:
-    """sum(parts) / sum(sizes), and its standard error over documents as the units that were sampled (None for a single one).
+    """sum(parts) / sum(sizes), and its standard error over documents as the units that were sampled (None for a single
+    one).
 
     Linearised ratio estimator (Cochran, Sampling Techniques, 1977, eq. 6.9 without the finite population term):
     sqrt(n / (n - 1) * sum (part - ratio * size)^2) / sum(sizes).

@@ -10,7 +10,9 @@ import numpy as np
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """Ask for the log-probability of each of `ids[start:]`, given all the ids before it. `ids` is (n,) integers, 1 <= start < n."""
+    """Ask for the log-probability of each of `ids[start:]`, given all the ids before it. `ids` is (n,) integers, 1 <=
+    start < n.
+    """
 
     ids: np.ndarray
     start: int = 1

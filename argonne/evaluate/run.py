@@ -32,10 +32,12 @@ def evaluate(
     device: str = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Measure a model. The answer can be written as JSON: {"model", "parameters", "tasks": {name: numbers, counts, standard errors}}.
+    """Measure a model. The answer can be written as JSON: {"model", "parameters", "tasks": {name: numbers, counts,
+    standard errors}}.
 
-    `data`: a token set (its held-out part) or text files; unset, the held-out part of what a run trained on. `limit`: tokens at most (a
-    million by default). `progress` is called with (requests done, requests in all). Raises InputError for anything that cannot be measured.
+    `data`: a token set (its held-out part) or text files; unset, the held-out part of what a run trained on. `limit`:
+    tokens at most (a million by default). `progress` is called with (requests done, requests in all). Raises InputError
+    for anything that cannot be measured.
     """
     from argonne.model.load import load_model
     from argonne.parallel.mesh import choose_device
@@ -45,7 +47,9 @@ def evaluate(
     if loaded.tokenizer_folder is None:
         raise InputError(f"{loaded.folder}: no tokenizer in it; copy the tokenizer's files there")
     tokenizer = load_tokenizer(loaded.tokenizer_folder)
-    context = TaskContext(tokenizer, int(loaded.model.config.max_position_embeddings), data or _own_data(Path(model_path)), shots, limit)
+    context = TaskContext(
+        tokenizer, int(loaded.model.config.max_position_embeddings), data or _own_data(Path(model_path)), shots, limit
+    )
     results = {}
     for task in chosen:
         requests = task.requests(context)
@@ -68,9 +72,11 @@ def _own_data(run: Path) -> str | None:
 
 
 def baseline_results(data: str | Path, tokenizer: TextTokenizer, *, limit: int | None = None) -> dict[str, Any]:
-    """Bits per byte of uniform, unigram, bigram and xz on the held-out documents of a token set, the same that task bpb reads.
+    """Bits per byte of uniform, unigram, bigram and xz on the held-out documents of a token set, the same that task bpb
+    reads.
 
-    They are fitted on the set's training tokens, at most the first 50 million. Raises InputError where nothing is held out.
+    They are fitted on the set's training tokens, at most the first 50 million. Raises InputError where nothing is held
+    out.
     """
     held_out = open_texts(data, tokenizer, limit)
     tokens = open_tokens(data)
@@ -103,7 +109,10 @@ def render(results: dict[str, Any]) -> str:
     lines = [f"{results['model']}: {results['parameters']:,} parameters"]
     for name, values in results["tasks"].items():
         error = "n/a" if values["standard_error"] is None else f"{values['standard_error']:.4f}"
-        lines.append(f"{name}: {values['bits_per_byte']:.4f} bits per byte, standard error {error}; {values['loss']:.4f} nats per token")
+        lines.append(
+            f"{name}: {values['bits_per_byte']:.4f} bits per byte, standard error {error}; {values['loss']:.4f} nats "
+            "per token"
+        )
         lines.append(f"    on {values['tokens']:,} tokens, {values['bytes']:,} bytes, of {values['data']}")
         lines.append(f"    {values['documents']:,} of its {values['documents_available']:,} documents")
     return "\n".join(lines)

@@ -16,19 +16,24 @@ LOGITS_A_BATCH = 1 << 27
 
 
 def score(
-    model: Any, requests: Sequence[ScoreRequest], *, tokens_a_batch: int | None = None, progress: Callable[[int, int], None] | None = None
+    model: Any,
+    requests: Sequence[ScoreRequest],
+    *,
+    tokens_a_batch: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[Score]:
     """Answer every request, in the order given. The model's mode is put back after.
 
-    `tokens_a_batch`: by default at most 4,096, and fewer where the vocabulary is so large that the logits would not fit into half a GB.
-    `progress` is called with (requests done, requests in all). Raises InputError where a request is longer than the model's context plus one,
-    or the model's log-probabilities are not finite.
+    `tokens_a_batch`: by default at most 4,096, and fewer where the vocabulary is so large that the logits would not fit
+    into half a GB. `progress` is called with (requests done, requests in all). Raises InputError where a request is
+    longer than the model's context plus one, or the model's log-probabilities are not finite.
     """
     longest = int(model.config.max_position_embeddings)
     for request in requests:
         if not 1 <= request.start < len(request.ids) <= longest + 1:
             raise InputError(
-                f"request: {len(request.ids):,} ids scored from {request.start}, expected 1 <= start < ids <= context {longest:,} + 1"
+                f"request: {len(request.ids):,} ids scored from {request.start}, expected 1 <= start < ids <= context "
+                f"{longest:,} + 1"
             )
     tokens_a_batch = tokens_a_batch or min(4096, LOGITS_A_BATCH // int(model.config.vocab_size))
     answers: dict[int, Score] = {}
@@ -77,6 +82,8 @@ def _score_batch(model: Any, batch: Sequence[ScoreRequest]) -> list[Score]:
     for row, request in enumerate(batch):
         span = slice(request.start - 1, len(request.ids) - 1)
         if not np.isfinite(found[row, span]).all():
-            raise InputError("the model's log-probabilities are not finite: its weights are damaged or its training diverged")
+            raise InputError(
+                "the model's log-probabilities are not finite: its weights are damaged or its training diverged"
+            )
         answers.append(Score(found[row, span], greedy[row, span]))
     return answers

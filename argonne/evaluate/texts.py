@@ -21,7 +21,9 @@ TOKENS_BY_DEFAULT = 1_000_000
 
 @dataclass(frozen=True)
 class EvaluationText:
-    """Documents as ids, each ending with EOS; `bytes` is the UTF-8 length of each document's text. `available` counts all there were."""
+    """Documents as ids, each ending with EOS; `bytes` is the UTF-8 length of each document's text. `available` counts
+    all there were.
+    """
 
     name: str
     documents: list[np.ndarray]
@@ -35,15 +37,18 @@ class EvaluationText:
 
 
 def open_texts(data: str | Path, tokenizer: TextTokenizer, limit: int | None = None) -> EvaluationText:
-    """The documents behind `data`: a folder written by `argonne prepare` (its held-out part), or a glob or file of text.
+    """The documents behind `data`: a folder written by `argonne prepare` (its held-out part), or a glob or file of
+    text.
 
-    At most `limit` tokens are taken, in whole documents, by default a million. Raises InputError where nothing is held out, or the token
-    set belongs to another tokenizer.
+    At most `limit` tokens are taken, in whole documents, by default a million. Raises InputError where nothing is held
+    out, or the token set belongs to another tokenizer.
     """
     limit = TOKENS_BY_DEFAULT if limit is None else limit
     if limit < 1:
         raise InputError(f"limit: found {limit}, expected at least 1 token")
-    if Path(data).is_dir() and layout.kind_of(data) is not Kind.NOTHING:  # a run or a model folder holds texts too: not these
+    if (
+        Path(data).is_dir() and layout.kind_of(data) is not Kind.NOTHING
+    ):  # a run or a model folder holds texts too: not these
         return _held_out(open_tokens(data), tokenizer, limit)
     return _from_files(str(data), tokenizer, limit)
 
@@ -55,7 +60,9 @@ def _held_out(tokens: TokenSet, tokenizer: TextTokenizer, limit: int) -> Evaluat
             f"({tokenizer.fingerprint[:12]}); give text files instead"
         )
     if not tokens.held_out.tokens:
-        raise InputError(f"{tokens.path}: holds no held-out documents; prepare it with --hold-out 0.02, or give text files")
+        raise InputError(
+            f"{tokens.path}: holds no held-out documents; prepare it with --hold-out 0.02, or give text files"
+        )
     documents: list[np.ndarray] = []
     ends = tokens.held_out.document_ends.tolist()
     for start, end in itertools.pairwise([0, *ends]):
@@ -97,7 +104,9 @@ def _from_files(pattern: str, tokenizer: TextTokenizer, limit: int) -> Evaluatio
 
 
 def read_texts(pattern: str, drops: dict[str, int]) -> Iterator[str]:
-    """The documents of text files in the order that `argonne prepare` reads them; rows that are none are counted in `drops` by reason."""
+    """The documents of text files in the order that `argonne prepare` reads them; rows that are none are counted in
+    `drops` by reason.
+    """
     from argonne.prepare.documents import Unit, cut, find_files, read_unit, unit_bytes
 
     found = find_files([pattern])

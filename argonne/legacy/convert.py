@@ -1,4 +1,6 @@
-"""`argonne import`: weights and configs of earlier Argonne files under today's names, as a complete Hugging Face folder."""
+"""`argonne import`: weights and configs of earlier Argonne files under today's names, as a complete Hugging Face
+folder.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,12 @@ from argonne.model.modeling_argonne import ArgonneForCausalLM
 from argonne.model.save import copy_tokenizer, save_model_folder, stop_ids
 
 # Fields of 4.5 experiments that no released weights use; a checkpoint that has one on is another architecture.
-EXPERIMENTAL = {"attn_pattern": (None, ""), "nope_global": (False, None), "attn_gate": (False, None), "mlp_type": ("swiglu", None)}
+EXPERIMENTAL = {
+    "attn_pattern": (None, ""),
+    "nope_global": (False, None),
+    "attn_gate": (False, None),
+    "mlp_type": ("swiglu", None),
+}
 OUTER = {
     "token_embedding.weight": "model.embed_tokens.weight",
     "embed_tokens.weight": "model.embed_tokens.weight",
@@ -46,15 +53,24 @@ def inner_names(sandwich: bool) -> dict[str, str]:
     """Earlier module name inside a block -> today's, for 2.x (as Llama) and for sandwich models (as Gemma)."""
     names = {f"attn.{part}_proj": f"self_attn.{part}_proj" for part in "qkvo"}
     names |= {f"mlp.{part}_proj": f"mlp.{part}_proj" for part in ("gate", "up", "down")}
-    names |= {"attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm", "attn.v_norm_layer": "self_attn.v_norm"}
-    names |= {"input_norm": "input_layernorm", "post_norm": "pre_feedforward_layernorm" if sandwich else "post_attention_layernorm"}
+    names |= {
+        "attn.q_norm": "self_attn.q_norm",
+        "attn.k_norm": "self_attn.k_norm",
+        "attn.v_norm_layer": "self_attn.v_norm",
+    }
+    names |= {
+        "input_norm": "input_layernorm",
+        "post_norm": "pre_feedforward_layernorm" if sandwich else "post_attention_layernorm",
+    }
     if sandwich:
         names |= {"attn_out_norm": "post_attention_layernorm", "mlp_out_norm": "post_feedforward_layernorm"}
     return names
 
 
 def modern_name(name: str, config: ArgonneConfig) -> str | None:
-    """Today's name of an earlier parameter; None for one that has none. `blocks.{i}.attn.mask` is a buffer and has none either."""
+    """Today's name of an earlier parameter; None for one that has none. `blocks.{i}.attn.mask` is a buffer and has none
+    either.
+    """
     block = _BLOCK.fullmatch(name)
     if block:
         inner = FIRST_INNER if isinstance(config, Argonne1Config) else inner_names(config.sandwich_norm)
@@ -67,7 +83,8 @@ def modern_name(name: str, config: ArgonneConfig) -> str | None:
 
 
 def modern_config(earlier: Earlier, attention: str) -> ArgonneConfig:
-    """The config under today's names. attention "full": no window, as the released weights were trained; "as-config": as it says.
+    """The config under today's names. attention "full": no window, as the released weights were trained; "as-config":
+    as it says.
 
     A window of w saw the keys i-w .. i in the earlier code; `sliding_window` counts the query's own key, hence w + 1.
     """
@@ -75,7 +92,8 @@ def modern_config(earlier: Earlier, attention: str) -> ArgonneConfig:
     for name, off in EXPERIMENTAL.items():
         if raw.pop(name, off[0]) not in off:
             raise InputError(
-                f"{earlier.folder / layout.MODEL_CONFIG}: {name} is {earlier.config[name]!r}: an experiment of 4.5 that is not supported"
+                f"{earlier.folder / layout.MODEL_CONFIG}: {name} is {earlier.config[name]!r}: an experiment of 4.5 "
+                "that is not supported"
             )
     raw.pop("sliding_window_size", None)
     window = raw.get("local_attention_window") or raw.get("sliding_window")
@@ -91,18 +109,23 @@ def modern_config(earlier: Earlier, attention: str) -> ArgonneConfig:
             warnings.simplefilter("error", UserWarning)
             config = kind(**raw)
             if on and attention == "as-config" and "layer_types" not in raw:
-                config.layer_types = [SLIDING if everywhere or layer % 2 else FULL for layer in range(config.num_hidden_layers)]
+                config.layer_types = [
+                    SLIDING if everywhere or layer % 2 else FULL for layer in range(config.num_hidden_layers)
+                ]
                 config.sliding_window = int(window or 0) + 1
             config.check_architecture()
     except (ValueError, TypeError, UserWarning) as error:
         raise InputError(f"{earlier.folder / layout.MODEL_CONFIG}: {error}") from None
     if on and attention == "full":
         earlier.messages.append(
-            f"the config names a window of {window}; imported as full attention on every layer, as released weights were trained "
+            f"the config names a window of {window}; imported as full attention on every layer, as released weights "
+            "were trained "
             "(--attention as-config keeps the window)"
         )
     if on and attention == "as-config":
-        earlier.messages.append(f"window of {window} earlier keys and the own one: sliding_window = {config.sliding_window}")
+        earlier.messages.append(
+            f"window of {window} earlier keys and the own one: sliding_window = {config.sliding_window}"
+        )
     return config
 
 
@@ -112,7 +135,9 @@ def modern_state(earlier: Earlier, config: ArgonneConfig, vocabulary: int | None
     Raises InputError naming the first unknown, missing or mis-shaped parameter.
     """
     if vocabulary is not None and vocabulary < config.vocab_size:
-        earlier.messages.append(f"vocab_size {config.vocab_size} of the config becomes the {vocabulary} entries of the tokenizer")
+        earlier.messages.append(
+            f"vocab_size {config.vocab_size} of the config becomes the {vocabulary} entries of the tokenizer"
+        )
         config.vocab_size = vocabulary
     with torch.device("meta"):
         expected = {name: parameter.shape for name, parameter in ArgonneForCausalLM(config).state_dict().items()}
@@ -123,7 +148,8 @@ def modern_state(earlier: Earlier, config: ArgonneConfig, vocabulary: int | None
         new = modern_name(name, config)
         if new is None or new not in expected:
             raise InputError(
-                f"{earlier.folder}: parameter {name} is unknown in this architecture; config.json and weights belong to different models"
+                f"{earlier.folder}: parameter {name} is unknown in this architecture; config.json and weights belong "
+                "to different models"
             )
         tensor = tensor[0] if new == "model.embed_positions.weight" and tensor.dim() == 3 else tensor
         rows = expected[new][0]
@@ -132,16 +158,25 @@ def modern_state(earlier: Earlier, config: ArgonneConfig, vocabulary: int | None
             earlier.messages.append(f"{name}: {tensor.shape[0]} rows trimmed to the vocabulary of {rows}")
             tensor = tensor[:rows].clone()
         if tensor.shape != expected[new]:
-            raise InputError(f"{earlier.folder}: parameter {name} has shape {tuple(tensor.shape)}, expected {tuple(expected[new])}")
+            raise InputError(
+                f"{earlier.folder}: parameter {name} has shape {tuple(tensor.shape)}, expected {tuple(expected[new])}"
+            )
         state[new] = tensor
     table = state.get("model.embed_tokens.weight")
-    if config.tie_word_embeddings and table is not None and not torch.equal(state.setdefault("lm_head.weight", table), table):
+    if (
+        config.tie_word_embeddings
+        and table is not None
+        and not torch.equal(state.setdefault("lm_head.weight", table), table)
+    ):
         raise InputError(  # a tied head may be stored twice or once; stored twice with different values it is not tied
             f"{earlier.folder}: lm_head.weight differs from embed_tokens.weight though tie_word_embeddings is true; "
             "set it to false in config.json if the head was trained by itself"
         )
     if missing := sorted(set(expected) - set(state)):
-        raise InputError(f"{earlier.folder}: parameter {missing[0]} is missing from the weights ({len(missing)} of {len(expected)} are)")
+        raise InputError(
+            f"{earlier.folder}: parameter {missing[0]} is missing from the weights ({len(missing)} of {len(expected)} "
+            "are)"
+        )
     return state
 
 
@@ -155,7 +190,9 @@ def load_earlier(path: Path, attention: str = "full") -> tuple[ArgonneForCausalL
     if tokenizer is not None and (tokenizer / layout.TOKENIZER_FILE).is_file():
         from tokenizers import Tokenizer
 
-        entries = int(Tokenizer.from_file(str(tokenizer / layout.TOKENIZER_FILE)).get_vocab_size(with_added_tokens=True))
+        entries = int(
+            Tokenizer.from_file(str(tokenizer / layout.TOKENIZER_FILE)).get_vocab_size(with_added_tokens=True)
+        )
     state = modern_state(earlier, config, entries)
     floating = {tensor.dtype for tensor in state.values()}
     if len(floating) != 1:
@@ -176,7 +213,8 @@ def import_checkpoint(path: Path, out: Path, *, attention: str = "full") -> dict
     ids = stop_ids(earlier.folder, earlier.config)
     if ids["eos_id"] is None:
         earlier.messages.append(
-            "no end-of-text id is known: set eos_token_id in generation_config.json, or generation will not stop by itself"
+            "no end-of-text id is known: set eos_token_id in generation_config.json, or generation will not stop by "
+            "itself"
         )
     with atomic_directory(out) as folder:
         save_model_folder(model, folder, **ids)

@@ -1,4 +1,6 @@
-"""Read checkpoints of earlier Argonne code: folders and `.pt` training checkpoints. Nothing in them is ever executed."""
+"""Read checkpoints of earlier Argonne code: folders and `.pt` training checkpoints. Nothing in them is
+ever executed.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ _STAGE = re.compile(r"pipeline_stages\.(\d+)\.(\d+)\.(.+)")
 
 @dataclass
 class Earlier:
-    """An earlier checkpoint as it lies there: its config file, its tensors under their earlier names, and what was remarkable."""
+    """An earlier checkpoint as it lies there: its config file, its tensors under their earlier names, and what was
+    remarkable.
+    """
 
     folder: Path
     config: dict[str, Any]
@@ -30,7 +34,9 @@ class Earlier:
 
 
 def read_earlier(path: Path) -> Earlier:
-    """Read a folder (config.json with safetensors or pytorch_model.bin) or a `checkpoint_step_<N>.pt`. Raises InputError by file and cause."""
+    """Read a folder (config.json with safetensors or pytorch_model.bin) or a `checkpoint_step_<N>.pt`. Raises
+    InputError by file and cause.
+    """
     if not path.exists():
         raise InputError(f"{path}: no such file or folder; give a checkpoint of earlier Argonne code")
     messages: list[str] = []
@@ -42,7 +48,9 @@ def read_earlier(path: Path) -> Earlier:
     content = unpickle(path)
     if isinstance(content, dict) and "model_state_dict" in content:
         step, tokens = content.get("global_step"), content.get("tokens_processed")
-        messages.append(f"{path.name}: training checkpoint of step {step}, {tokens} tokens; optimizer and schedule are left behind")
+        messages.append(
+            f"{path.name}: training checkpoint of step {step}, {tokens} tokens; optimizer and schedule are left behind"
+        )
     tensors = weights_of_file(path, content, messages)
     return Earlier(path.parent, config_of_file(path, tensors, messages), tensors, messages)
 
@@ -59,12 +67,15 @@ def _plain(path: Path, stored: dict[str, Tensor], messages: list[str]) -> dict[s
         plain = name.replace("_orig_mod.", "").replace("module.", "")
         if plain in tensors and not torch.equal(tensors[plain], tensor):
             raise InputError(
-                f"{name}: another tensor of the same name without its prefix has other values; the checkpoint contradicts itself"
+                f"{name}: another tensor of the same name without its prefix has other values; the checkpoint "
+                "contradicts itself"
             )
         tensors[plain] = tensor
     _unfold_pipeline(path, tensors, messages)
     if any(name.startswith("model.layers.") for name in tensors):
-        raise InputError(f"{path}: its tensors have today's names already; use the folder as it is, nothing needs importing")
+        raise InputError(
+            f"{path}: its tensors have today's names already; use the folder as it is, nothing needs importing"
+        )
     if not any(name.startswith("blocks.") for name in tensors):
         found = ", ".join(list(tensors)[:3]) or "none"
         raise InputError(f"{path}: not an Argonne checkpoint: expected tensors named blocks.0..., found {found}")
@@ -80,7 +91,9 @@ def _read_folder(folder: Path) -> dict[str, Tensor]:
         try:
             part = load_file(path) if path.suffix == ".safetensors" else _weights_in(path, unpickle(path))
         except (SafetensorError, OSError) as error:
-            raise InputError(f"{path}: cannot be read as safetensors ({error}); it is truncated or damaged, copy it again") from None
+            raise InputError(
+                f"{path}: cannot be read as safetensors ({error}); it is truncated or damaged, copy it again"
+            ) from None
         for name in part.keys() & tensors.keys():
             raise InputError(f"{path}: {name} is in an earlier file of this folder too; keep one set of weights")
         tensors.update(part)
@@ -111,14 +124,18 @@ def _weight_files(folder: Path) -> list[Path]:
         if len(found) == 1:
             return found
         if found:
-            raise InputError(f"{folder}: {len(found)} files {pattern} and none is model.safetensors; give the one that you mean")
+            raise InputError(
+                f"{folder}: {len(found)} files {pattern} and none is model.safetensors; give the one that you mean"
+            )
     raise InputError(f"{folder}: no weights in it; expected model.safetensors or pytorch_model.bin")
 
 
 def unpickle(path: Path) -> Any:
-    """What a PyTorch file holds, mapped into memory where its format allows; nothing in it is executed. Raises InputError naming the cause.
+    """What a PyTorch file holds, mapped into memory where its format allows; nothing in it is executed. Raises
+    InputError naming the cause.
 
-    Beside tensors and plain values numpy numbers are let in: earlier trainers stored their mean loss and cosine rates as such.
+    Beside tensors and plain values numpy numbers are let in: earlier trainers stored their mean loss and cosine rates
+    as such.
     """
     import pickle
 
@@ -133,11 +150,17 @@ def unpickle(path: Path) -> Any:
         with torch.serialization.safe_globals(numbers):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
-        reason = next((line for line in str(error).splitlines() if "Unsupported" in line), str(error).splitlines()[0]).strip()
-        raise InputError(f"{path}: holds more than tensors and was not loaded, because loading it would run its code ({reason})") from None
+        reason = next(
+            (line for line in str(error).splitlines() if "Unsupported" in line), str(error).splitlines()[0]
+        ).strip()
+        raise InputError(
+            f"{path}: holds more than tensors and was not loaded, because loading it would run its code ({reason})"
+        ) from None
     except (RuntimeError, OSError, EOFError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{path}: cannot be read as a PyTorch file ({reason}); it is truncated or damaged, copy it again") from None
+        raise InputError(
+            f"{path}: cannot be read as a PyTorch file ({reason}); it is truncated or damaged, copy it again"
+        ) from None
 
 
 def _weights_in(path: Path, content: Any) -> dict[str, Tensor]:
@@ -147,7 +170,8 @@ def _weights_in(path: Path, content: Any) -> dict[str, Tensor]:
         state = content["model_state_dict"]
         if content.get("tensor_parallel") and content.get("world_size", 1) > 1:
             raise InputError(
-                f"{path}: holds one of {content['world_size']} tensor-parallel shards (rank {content.get('rank', 0)}); the others were never saved"
+                f"{path}: holds one of {content['world_size']} tensor-parallel shards (rank {content.get('rank', 0)}); "
+                "the others were never saved"
             )
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"{path}: no state dict in it; expected tensors by name, perhaps under model_state_dict")
@@ -155,7 +179,9 @@ def _weights_in(path: Path, content: Any) -> dict[str, Tensor]:
 
 
 def _unfold_pipeline(path: Path, tensors: dict[str, Tensor], messages: list[str]) -> None:
-    """pipeline_stages.{s}.{j}.* is layer s * blocks_per_stage + j; it may repeat blocks.*, and must then agree with it."""
+    """pipeline_stages.{s}.{j}.* is layer s * blocks_per_stage + j; it may repeat blocks.*, and must
+    then agree with it.
+    """
     matches = {name: match for name in tensors if (match := _STAGE.fullmatch(name))}
     if not matches:
         return
@@ -169,13 +195,20 @@ def _unfold_pipeline(path: Path, tensors: dict[str, Tensor], messages: list[str]
         elif torch.equal(tensors[plain], tensor):
             repeated += 1
         else:
-            raise InputError(f"{path}: {name} and {plain} are the same parameter with different values; the checkpoint contradicts itself")
-    messages.append(f"pipelined checkpoint: {len(matches)} stage tensors, {per_stage} blocks a stage, {repeated} of them repeats")
+            raise InputError(
+                f"{path}: {name} and {plain} are the same parameter with different values; the checkpoint contradicts "
+                "itself"
+            )
+    messages.append(
+        f"pipelined checkpoint: {len(matches)} stage tensors, {per_stage} blocks a stage, {repeated} of them repeats"
+    )
 
 
 def config_folder(path: Path) -> Path | None:
     """Where the config of a `.pt` lies, if it does: beside it, or a folder up."""
-    return next((folder for folder in (path.parent, path.parent.parent) if (folder / layout.MODEL_CONFIG).is_file()), None)
+    return next(
+        (folder for folder in (path.parent, path.parent.parent) if (folder / layout.MODEL_CONFIG).is_file()), None
+    )
 
 
 def config_of_file(path: Path, tensors: dict[str, Tensor], messages: list[str]) -> dict[str, Any]:
@@ -185,7 +218,9 @@ def config_of_file(path: Path, tensors: dict[str, Tensor], messages: list[str]) 
     fitting = [name for name, preset in presets().items() if _shapes_fit(preset.fields, tensors)]
     if len(fitting) != 1:
         what = f"fits {' and '.join(fitting)}" if fitting else "is the shape of no released model"
-        raise InputError(f"{path}: a training checkpoint has no config, and it {what}; put the config.json of the model beside it")
+        raise InputError(
+            f"{path}: a training checkpoint has no config, and it {what}; put the config.json of the model beside it"
+        )
     messages.append(f"no config.json beside {path.name}: its shapes are those of {fitting[0]}")
     fields = presets()[fitting[0]].fields
     kind = "argonne" if fields["position_embedding"] == "learned" else "argonne2"

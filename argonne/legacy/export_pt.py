@@ -1,4 +1,6 @@
-"""`argonne export --as pt`: a training checkpoint of ours as the family's `checkpoint_step_<N>.pt`, which its trainer resumes from."""
+"""`argonne export --as pt`: a training checkpoint of ours as the family's `checkpoint_step_<N>.pt`, which its trainer
+resumes from.
+"""
 
 from __future__ import annotations
 
@@ -30,24 +32,33 @@ from argonne.train.schedule import learning_rate
 # What the earlier class fixes: a model that differs cannot be told to it.
 FIXED = {"position_embedding": "rope", "norm_type": "rms", "hidden_act": "silu", "mlp_gated": True}
 SAME_NAMES = (
-    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size"),
+    *(
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "intermediate_size",
+    ),
     *("max_position_embeddings", "rms_norm_eps", "attention_bias", "mlp_bias", "attention_dropout", "hidden_dropout"),
     *("tie_word_embeddings", "v_norm", "sandwich_norm"),
 )
 
 
 def export_pt(model: Path, out: Path) -> dict[str, Any]:
-    """Write `out/checkpoint_step_<N>.pt`, with the model's config.json and tokenizer beside it; the checkpoint appears complete or not at all.
+    """Write `out/checkpoint_step_<N>.pt`, with the model's config.json and tokenizer beside it; the checkpoint appears
+    complete or not at all.
 
-    `model`: a run (its newest checkpoint) or a checkpoint. Raises InputError for anything without AdamW's state, or that the earlier class
-    has no words for; OSError where it cannot be written.
+    `model`: a run (its newest checkpoint) or a checkpoint. Raises InputError for anything without AdamW's state, or
+    that the earlier class has no words for; OSError where it cannot be written.
     """
     checkpoint = _checkpoint_of(model)
     state = read_state(checkpoint)
     recipe = build(Recipe, state["recipe"])
     if recipe.optim.name != "adamw":
         raise InputError(
-            f"{checkpoint}: optim.name is {recipe.optim.name}; the .pt format holds AdamW's moments only. `--as hf` writes the weights"
+            f"{checkpoint}: optim.name is {recipe.optim.name}; the .pt format holds AdamW's moments only. `--as hf` "
+            "writes the weights"
         )
     config = ArgonneConfig.from_dict(read_json(checkpoint / layout.MODEL_CONFIG))
     earlier = earlier_config(checkpoint, config)
@@ -66,11 +77,13 @@ def export_pt(model: Path, out: Path) -> dict[str, Any]:
     position, messages = content["data_position"], []
     if not isinstance(position, int):
         messages.append(
-            "the data of this run is not one file read in order, which a cursor cannot describe: resume from it with --data-from-start"
+            "the data of this run is not one file read in order, which a cursor cannot describe: resume from it with "
+            "--data-from-start"
         )
     if not recipe.optim.decay_all and recipe.optim.weight_decay:
         messages.append(
-            f"one optimizer group: the earlier trainer decays norms too, by the {recipe.optim.weight_decay:g} that only matrices had here"
+            f"one optimizer group: the earlier trainer decays norms too, by the {recipe.optim.weight_decay:g} that "
+            "only matrices had here"
         )
     return {
         "path": str(target),
@@ -78,7 +91,9 @@ def export_pt(model: Path, out: Path) -> dict[str, Any]:
         "step": content["global_step"],
         "tokens_processed": content["tokens_processed"],
         "data_position": position,
-        "parameters": sum(tensor.numel() for name, tensor in content["model_state_dict"].items() if not _is_copy(name, config)),
+        "parameters": sum(
+            tensor.numel() for name, tensor in content["model_state_dict"].items() if not _is_copy(name, config)
+        ),
         "messages": messages,
     }
 
@@ -88,11 +103,16 @@ def _is_copy(name: str, config: ArgonneConfig) -> bool:
 
 
 def _checkpoint_of(model: Path) -> Path:
-    """The training checkpoint that `model` names. A run's final model has no optimizer state: its last checkpoint has."""
+    """The training checkpoint that `model` names. A run's final model has no optimizer state: its last
+    checkpoint has.
+    """
     path = model / layout.LAST if layout.kind_of(model) is Kind.RUN else model
     if layout.kind_of(path) is not Kind.CHECKPOINT:
         resolve_model(model)  # says what it is not, where it is nothing of ours
-        raise InputError(f"{model}: has no optimizer state; --as pt takes a run or a checkpoint_step_<N> folder (`--as hf` writes weights)")
+        raise InputError(
+            f"{model}: has no optimizer state; --as pt takes a run or a checkpoint_step_<N> folder (`--as hf` writes "
+            "weights)"
+        )
     path = path.resolve()
     if problems := verify_directory(path):
         raise InputError(f"{path}: the checkpoint is damaged: {problems[0]}; give another one")
@@ -104,13 +124,18 @@ def earlier_config(checkpoint: Path, config: ArgonneConfig) -> dict[str, Any]:
     for name, value in FIXED.items():
         if getattr(config, name) != value:
             raise InputError(
-                f"{checkpoint}: {name} is {getattr(config, name)!r}; the class behind these files (2.0 and later) knows {value!r} only"
+                f"{checkpoint}: {name} is {getattr(config, name)!r}; the class behind these files (2.0 and later) "
+                f"knows {value!r} only"
             )
     if config.q_norm != config.k_norm:
-        raise InputError(f"{checkpoint}: q_norm is {config.q_norm} and k_norm {config.k_norm}; the earlier class has one switch for both")
+        raise InputError(
+            f"{checkpoint}: q_norm is {config.q_norm} and k_norm {config.k_norm}; the earlier class has one switch for "
+            "both"
+        )
     if config.head_dim != config.hidden_size // config.num_attention_heads:
         raise InputError(
-            f"{checkpoint}: head_dim is {config.head_dim}; the earlier class takes hidden_size // num_attention_heads = "
+            f"{checkpoint}: head_dim is {config.head_dim}; the earlier class takes hidden_size // num_attention_heads "
+            "= "
             f"{config.hidden_size // config.num_attention_heads}"
         )
     return {
@@ -135,7 +160,8 @@ def _window(checkpoint: Path, config: ArgonneConfig) -> dict[str, Any]:
     if kinds == [SLIDING] * count and window > 0:
         return off | {"sliding_window": window}
     raise InputError(
-        f"{checkpoint}: layer_types {', '.join(kinds)} with a window of {config.sliding_window}; the earlier class knows windows of 2 keys "
+        f"{checkpoint}: layer_types {', '.join(kinds)} with a window of {config.sliding_window}; the earlier class "
+        "knows windows of 2 keys "
         "or more on odd layers or on all"
     )
 
@@ -151,7 +177,10 @@ def _content(checkpoint: Path, state: dict[str, Any], recipe: Recipe, config: Ar
     total = read_json(manifest).get("total_steps") if manifest.is_file() else recipe.train.steps
     rate = learning_rate(step, int(total), recipe.optim, recipe.schedule) if total else recipe.optim.lr
     group, schedule = _group_and_schedule(recipe, rate, step)
-    moments = {number: {key: tensors[f"optim.{key}.{name}"] for key in ("step", *MOMENTS)} for number, name in enumerate(names.values())}
+    moments = {
+        number: {key: tensors[f"optim.{key}.{name}"] for key in ("step", *MOMENTS)}
+        for number, name in enumerate(names.values())
+    }
     return {
         "global_step": step,
         "tokens_processed": state["tokens"],
@@ -172,12 +201,18 @@ def _earlier_names(checkpoint: Path, tensors: dict[str, Tensor], config: Argonne
     every = [f"{module}.{kind}" for module in (*CLASSES[0][0], *block, *CLASSES[0][2]) for kind in ("weight", "bias")]
     known = {name: modern_name(name, config) for name in every if not _is_copy(name, config)}
     names = {name: new for name, new in known.items() if new is not None and f"model.{new}" in tensors}
-    left = sorted(name for name in tensors if name.startswith("model.") and name.removeprefix("model.") not in names.values())
-    frozen = [name for name in names.values() if any(f"optim.{key}.{name}" not in tensors for key in ("step", *MOMENTS))]
+    left = sorted(
+        name for name in tensors if name.startswith("model.") and name.removeprefix("model.") not in names.values()
+    )
+    frozen = [
+        name for name in names.values() if any(f"optim.{key}.{name}" not in tensors for key in ("step", *MOMENTS))
+    ]
     if left:
         raise InputError(f"{checkpoint}: {left[0].removeprefix('model.')} has no name in the earlier class")
     if frozen:
-        raise InputError(f"{checkpoint}: {frozen[0]} has no optimizer state, which the earlier trainer needs for every parameter")
+        raise InputError(
+            f"{checkpoint}: {frozen[0]} has no optimizer state, which the earlier trainer needs for every parameter"
+        )
     return {name: names[name] for name in class_order(names, CLASSES[0])}
 
 
@@ -200,7 +235,9 @@ def _group_and_schedule(recipe: Recipe, rate: float, step: int) -> tuple[dict[st
 
 
 def _position(state: dict[str, Any]) -> dict[str, Any]:
-    """Rank 0's cursor and what the family's own trainer keeps beside it; a table of places where one cursor cannot tell."""
+    """Rank 0's cursor and what the family's own trainer keeps beside it; a table of places where one cursor cannot
+    tell.
+    """
     phases, positions = state["data"]["phases"], state["data"]["positions"]
     last = phases[-1]
     plain = (last["order"], last["documents"]) == ("sequential", "packed") and len(last["sources"]) == 1
@@ -208,7 +245,11 @@ def _position(state: dict[str, Any]) -> dict[str, Any]:
         return {"data_position": {name: f"pass {place['epoch']}, {place['used']}" for name, place in positions.items()}}
     mine = last["sources"][0]["fingerprint"]
     first = next(
-        (number + 1 for number in reversed(range(len(phases))) if [entry["fingerprint"] for entry in phases[number]["sources"]] != [mine]),
+        (
+            number + 1
+            for number in reversed(range(len(phases)))
+            if [entry["fingerprint"] for entry in phases[number]["sources"]] != [mine]
+        ),
         0,
     )
     before = sum(
@@ -234,12 +275,17 @@ def _write(target: Path, content: dict[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         found = torch.load(temporary, map_location="cpu", weights_only=True, mmap=True)
-        if list(found["model_state_dict"]) != list(content["model_state_dict"]) or found["global_step"] != content["global_step"]:
+        if (
+            list(found["model_state_dict"]) != list(content["model_state_dict"])
+            or found["global_step"] != content["global_step"]
+        ):
             raise OSError(f"{target}: what was written does not read back")
         os.replace(temporary, target)
     except RuntimeError as error:  # torch's own writer, where the disk refuses
         free = shutil.disk_usage(target.parent).free
-        raise OSError(f"{target}: could not be written ({error}); it takes about {needed:,} bytes, {free:,} are free") from error
+        raise OSError(
+            f"{target}: could not be written ({error}); it takes about {needed:,} bytes, {free:,} are free"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
     fsync_path(target.parent)

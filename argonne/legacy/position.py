@@ -1,8 +1,9 @@
 """Where a training checkpoint of the family stood in its data, as the state that the loader goes on from.
 
-`data_position` is the cursor of rank 0 in tokens. All ranks together have read everything before it, without a gap, as long as the first pass
-over the file lasts: each micro-batch moves it by the tokens of all ranks, and a resume deals the ranks out from it anew. In later passes the
-ranks have wrapped around at different moments, and no single position describes them.
+`data_position` is the cursor of rank 0 in tokens. All ranks together have read everything before it, without a gap, as
+long as the first pass over the file lasts: each micro-batch moves it by the tokens of all ranks, and a resume deals the
+ranks out from it anew. In later passes the ranks have wrapped around at different moments, and no single position
+describes them.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class _Unknown(Exception):
 
 
 def carried_position(file: TrainingFile, recipe: Recipe, *, from_start: bool) -> Carried:
-    """The data state of a run that goes on from `file`: exactly its next window, or, `from_start`, the beginning of the recipe's data.
+    """The data state of a run that goes on from `file`: exactly its next window, or, `from_start`, the beginning of the
+    recipe's data.
 
     Raises InputError where the position cannot be carried over and the start was not asked for.
     """
@@ -68,7 +70,8 @@ def carried_position(file: TrainingFile, recipe: Recipe, *, from_start: bool) ->
             data.close()
     except _Unknown as reason:
         raise InputError(
-            f"{file.path}: its data_position ({shown}) cannot be carried over: {reason}; give the data that it was trained on, as one train.bin "
+            f"{file.path}: its data_position ({shown}) cannot be carried over: {reason}; give the data that it was "
+            "trained on, as one train.bin "
             "read in order with the same sequence length, or begin this data at its start with --data-from-start"
         ) from None
     if len(parts) != 1 or parts[0].source is earlier:
@@ -91,7 +94,8 @@ def _check_length_key(file: TrainingFile, recipe: Recipe) -> None:
     """Passes over this data are not what the step counter counts when other data came before."""
     if recipe.train.steps is None and recipe.train.tokens is None:
         raise InputError(
-            f"train.epochs: the run goes on from step {file.step:,} and {file.tokens:,} tokens of other data, so passes do not say where it ends; "
+            f"train.epochs: the run goes on from step {file.step:,} and {file.tokens:,} tokens of other data, so "
+            "passes do not say where it ends; "
             "give train.steps or train.tokens, counted from the beginning of the earlier run"
         )
 
@@ -123,7 +127,8 @@ def _position(file: TrainingFile, recipe: Recipe, data: TrainingData, length: in
     read = file.tokens - _whole(content, "dataset_base_tokens_processed")
     if read != found:
         raise _Unknown(
-            f"{read:,} tokens were read, so this is not the first pass over one file, and later the ranks stood at different places"
+            f"{read:,} tokens were read, so this is not the first pass over one file, and later the ranks stood at "
+            "different places"
         )
     return Position(0, length, found)
 
@@ -135,15 +140,31 @@ def _whole(content: dict[str, Any], name: str) -> int:
     return value
 
 
-def _parts(file: TrainingFile, recipe: Recipe, data: TrainingData, position: Position, length: int, earlier: PhaseSource) -> list[_Part]:
-    """The past as phases record it: what this data gave since it began, other data before; all of it as other data where that does not add up."""
+def _parts(
+    file: TrainingFile, recipe: Recipe, data: TrainingData, position: Position, length: int, earlier: PhaseSource
+) -> list[_Part]:
+    """The past as phases record it: what this data gave since it began, other data before; all of it as other data
+    where that does not add up.
+    """
     source, content = data.sources[0], file.content
-    base_steps, base_tokens = _whole(content, "dataset_base_global_step"), _whole(content, "dataset_base_tokens_processed")
+    base_steps, base_tokens = (
+        _whole(content, "dataset_base_global_step"),
+        _whole(content, "dataset_base_tokens_processed"),
+    )
     steps, tokens = file.step - base_steps, file.tokens - base_tokens
     whole = [_Part(file.step, file.tokens, earlier)]
-    if base_tokens < 0 or base_steps < 0 or steps < 1 or tokens < steps or tokens % length or (base_steps == 0) != (base_tokens == 0):
+    if (
+        base_tokens < 0
+        or base_steps < 0
+        or steps < 1
+        or tokens < steps
+        or tokens % length
+        or (base_steps == 0) != (base_tokens == 0)
+    ):
         return whole
-    if position.epoch and tokens // length % steps:  # the even spread below changes its rows on the way, and must not do so in a later pass
+    if (
+        position.epoch and tokens // length % steps
+    ):  # the even spread below changes its rows on the way, and must not do so in a later pass
         return whole
     windows = data.mixture.windows[source.tokens.fingerprint]
     if windows.advance(RowKey(length, "sequential", "packed", recipe.seed), Position(), tokens // length) != position:
@@ -153,9 +174,16 @@ def _parts(file: TrainingFile, recipe: Recipe, data: TrainingData, position: Pos
 
 
 def _state(
-    file: TrainingFile, recipe: Recipe, parts: list[_Part], length: int, places: dict[str, dict[str, int]], *, mask: bool
+    file: TrainingFile,
+    recipe: Recipe,
+    parts: list[_Part],
+    length: int,
+    places: dict[str, dict[str, int]],
+    *,
+    mask: bool,
 ) -> dict[str, Any]:
-    """What a checkpoint of ours stores of the data: phases that add up to the steps and tokens of the past, and where each source stands.
+    """What a checkpoint of ours stores of the data: phases that add up to the steps and tokens of the past, and where
+    each source stands.
 
     The file says nothing of how the batch changed on the way: the rows are spread as evenly as whole rows allow.
     """
@@ -168,7 +196,9 @@ def _state(
         for steps, rows in ((part.steps - more, fewer), (more, fewer + 1)):
             if steps == 0:
                 continue
-            phases.append(Phase(step, sample, rows, piece, recipe.data.order, recipe.data.documents, mask, recipe.seed, (source,)))
+            phases.append(
+                Phase(step, sample, rows, piece, recipe.data.order, recipe.data.documents, mask, recipe.seed, (source,))
+            )
             step, sample = step + steps, sample + steps * rows
             used = source.start.used + steps * rows * piece
             source = dataclasses.replace(source, start=Position(source.start.epoch, piece, used))

@@ -1,7 +1,8 @@
-"""The family's training checkpoints, `checkpoint_step_<N>.pt`: one pickle with weights, moments and counts, read and written.
+"""The family's training checkpoints, `checkpoint_step_<N>.pt`: one pickle with weights, moments and counts, read and
+written.
 
-Its optimizer is one AdamW group over `model.parameters()`: the moments carry numbers, not names, in the order in which that class registered
-its parameters (`class_order`). Nothing in such a file is ever executed.
+Its optimizer is one AdamW group over `model.parameters()`: the moments carry numbers, not names, in the order in which
+that class registered its parameters (`class_order`). Nothing in such a file is ever executed.
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ class TrainingFile:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """The architecture as the recipe's [model] section names it; empty where nothing beside the file tells. The vocabulary is the data's."""
+        """The architecture as the recipe's [model] section names it; empty where nothing beside the file tells. The
+        vocabulary is the data's.
+        """
         if self.config is None:
             return {}
         tree = self.config.to_dict()
@@ -66,7 +69,9 @@ class TrainingFile:
     def sequence_length(self) -> int | None:
         """Tokens of a row: the earlier trainer made the context just that long."""
         stored = self.content.get("block_size")
-        return stored if stored is not None else self.config.max_position_embeddings if self.config is not None else None
+        return (
+            stored if stored is not None else self.config.max_position_embeddings if self.config is not None else None
+        )
 
     @property
     def tokenizer_folder(self) -> Path | None:
@@ -87,19 +92,28 @@ def class_order(names: Collection[str], kind: tuple[tuple[str, ...], tuple[str, 
 
 
 def read_training_file(path: Path, given: Mapping[str, Any]) -> TrainingFile:
-    """Read a `checkpoint_step_<N>.pt`. `given`: what the recipe says of the model; it must not contradict the config beside the file.
+    """Read a `checkpoint_step_<N>.pt`. `given`: what the recipe says of the model; it must not contradict the config
+    beside the file.
 
-    Raises InputError naming the file and what is wrong with it: truncated, not only data, not such a checkpoint, of another model.
+    Raises InputError naming the file and what is wrong with it: truncated, not only data, not such a checkpoint, of
+    another model.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file; give a checkpoint_step_<N>.pt of the earlier trainer")
     content = unpickle(path)
     if not isinstance(content, dict):
-        raise InputError(f"{path}: holds a {type(content).__name__}, expected the dictionary that the earlier trainer saved")
-    missing = [name for name in ("global_step", "tokens_processed", "model_state_dict", "optimizer_state_dict") if name not in content]
+        raise InputError(
+            f"{path}: holds a {type(content).__name__}, expected the dictionary that the earlier trainer saved"
+        )
+    missing = [
+        name
+        for name in ("global_step", "tokens_processed", "model_state_dict", "optimizer_state_dict")
+        if name not in content
+    ]
     if missing:
         raise InputError(
-            f"{path}: {missing[0]} is missing, so training cannot go on from it; for its weights alone: `argonne import {path} --out DIR`, "
+            f"{path}: {missing[0]} is missing, so training cannot go on from it; for its weights alone: `argonne "
+            f"import {path} --out DIR`, "
             "then --init-from DIR"
         )
     step, tokens = content["global_step"], content["tokens_processed"]
@@ -108,7 +122,8 @@ def read_training_file(path: Path, given: Mapping[str, Any]) -> TrainingFile:
             raise InputError(f"{path}: {name} is {value!r}, expected a whole number from 0 on")
     if tokens < step:
         raise InputError(
-            f"{path}: tokens_processed is {tokens:,}, fewer than the {step:,} steps of global_step; the file contradicts itself"
+            f"{path}: tokens_processed is {tokens:,}, fewer than the {step:,} steps of global_step; the file "
+            "contradicts itself"
         )
     messages: list[str] = []
     tensors = weights_of_file(path, content, messages)
@@ -118,8 +133,12 @@ def read_training_file(path: Path, given: Mapping[str, Any]) -> TrainingFile:
     return TrainingFile(path, step, tokens, content, tensors, config, messages)
 
 
-def _config_of(path: Path, tensors: dict[str, Tensor], given: Mapping[str, Any], messages: list[str]) -> ArgonneConfig | None:
-    """The config beside the file; else none where the recipe gives the sizes, or that of the released model of these shapes."""
+def _config_of(
+    path: Path, tensors: dict[str, Tensor], given: Mapping[str, Any], messages: list[str]
+) -> ArgonneConfig | None:
+    """The config beside the file; else none where the recipe gives the sizes, or that of the released model of these
+    shapes.
+    """
     place = config_folder(path)
     if place is None and "hidden_size" in given:
         return None
@@ -127,34 +146,43 @@ def _config_of(path: Path, tensors: dict[str, Tensor], given: Mapping[str, Any],
     config = modern_config(earlier, "as-config" if given.get("sliding_window") else "full")
     if earlier.messages and "layer_types" not in given:
         messages.append(
-            "the config names a window; taken as full attention on every layer, as released weights were trained (model.layer_types and "
+            "the config names a window; taken as full attention on every layer, as released weights were trained "
+            "(model.layer_types and "
             "model.sliding_window say otherwise)"
         )
     return config
 
 
 def _check_function(path: Path, config: ArgonneConfig, given: Mapping[str, Any], messages: list[str]) -> None:
-    """Refuse a recipe under which the same weights would compute something else; a window is the recipe's to choose, and is said."""
+    """Refuse a recipe under which the same weights would compute something else; a window is the recipe's to choose,
+    and is said.
+    """
     stored = {name: _theta(config) if name == "rope_theta" else getattr(config, name) for name in FUNCTION}
     for name, value in stored.items():
         if name in given and (given[name] or None) != (value or None) and not (name == "rope_theta" and value is None):
-            raise InputError(f"{path}: was trained with {name} = {value}, the recipe says model.{name} = {given[name]}; set it to {value}")
+            raise InputError(
+                f"{path}: was trained with {name} = {value}, the recipe says model.{name} = {given[name]}; set it to "
+                f"{value}"
+            )
     wanted = (list(given["layer_types"]), given.get("sliding_window")) if "layer_types" in given else None
     if wanted is not None and wanted != (config.layer_types, config.sliding_window):
         messages.append(
-            "the window of the recipe (model.layer_types, model.sliding_window) is another than that of the config; the recipe's is used"
+            "the window of the recipe (model.layer_types, model.sliding_window) is another than that of the config; "
+            "the recipe's is used"
         )
 
 
 def parameter_names(file: TrainingFile, *, tied: bool) -> list[str]:
     """Earlier names in the order of the optimizer's numbers, a tied head counted once.
 
-    The file keeps the order of the class that wrote it; one that is in no class's order has been rearranged, and its numbers tell nothing.
+    The file keeps the order of the class that wrote it; one that is in no class's order has been rearranged, and its
+    numbers tell nothing.
     """
     found = [name for name in file.tensors if not name.endswith(".attn.mask") and not (tied and name in HEADS)]
     if not any(class_order(set(found), kind) == found for kind in CLASSES):
         raise InputError(
-            f"{file.path}: its tensors lie in the order of no earlier class, so its numbered optimizer state cannot be matched with them; for "
+            f"{file.path}: its tensors lie in the order of no earlier class, so its numbered optimizer state cannot be "
+            "matched with them; for "
             f"its weights alone: `argonne import {file.path} --out DIR`, then --init-from DIR"
         )
     return found
@@ -186,7 +214,9 @@ def training_tensors(file: TrainingFile, config: ArgonneConfig) -> dict[str, Ten
             found = tuple(tensor.shape) if isinstance(tensor, Tensor) else tensor
             if not isinstance(tensor, Tensor) or found != shape:
                 raise InputError(f"{file.path}: optimizer_state_dict: {moment} {what} {found}, expected shape {shape}")
-            values[f"optim.{moment}.{name}"] = tensor.reshape(-1, *tensor.shape[-1:])[: len(weights[name])] if tensor.dim() > 1 else tensor
+            values[f"optim.{moment}.{name}"] = (
+                tensor.reshape(-1, *tensor.shape[-1:])[: len(weights[name])] if tensor.dim() > 1 else tensor
+            )
     return values
 
 
@@ -196,19 +226,26 @@ def _optimizer_state(file: TrainingFile, count: int) -> dict[Any, Any]:
     groups = optimizer.get("param_groups") if isinstance(optimizer, dict) else None
     if not isinstance(groups, list) or len(groups) != 1 or not isinstance(optimizer.get("state"), dict):
         found = f"{len(groups)} groups" if isinstance(groups, list) else "none"
-        raise InputError(f"{file.path}: optimizer_state_dict: expected the state of AdamW with one parameter group, found {found}")
+        raise InputError(
+            f"{file.path}: optimizer_state_dict: expected the state of AdamW with one parameter group, found {found}"
+        )
     numbers = groups[0].get("params")
     if numbers != list(range(count)):
         found = f"{len(numbers)} parameters" if isinstance(numbers, list) else repr(numbers)
-        raise InputError(f"{file.path}: optimizer_state_dict: expected the state of this model's {count} parameters, found {found}")
+        raise InputError(
+            f"{file.path}: optimizer_state_dict: expected the state of this model's {count} parameters, found {found}"
+        )
     if groups[0].get("amsgrad") or "betas" not in groups[0]:
-        raise InputError(f"{file.path}: optimizer_state_dict: expected AdamW without amsgrad, found a group of {sorted(groups[0])}")
+        raise InputError(
+            f"{file.path}: optimizer_state_dict: expected AdamW without amsgrad, found a group of {sorted(groups[0])}"
+        )
     state: dict[Any, Any] = optimizer["state"]
     return state
 
 
 def restore(file: TrainingFile, model: nn.Module, optimizer: torch.optim.Optimizer, say: Callable[[str], None]) -> None:
-    """Fill the model and AdamW of a run from the file, all or nothing; say what was trimmed and what of the optimizer's settings differs.
+    """Fill the model and AdamW of a run from the file, all or nothing; say what was trimmed and what of the optimizer's
+    settings differs.
 
     What was read is let go: a file of the old, unmapped format lies in memory whole.
     """
@@ -217,7 +254,8 @@ def restore(file: TrainingFile, model: nn.Module, optimizer: torch.optim.Optimiz
     wanted = run_tensors(model, optimizer)
     if any(name.startswith("optim.momentum.") for name in wanted):
         raise InputError(
-            f"{file.path}: holds AdamW's moments, but optim.name is muon; set optim.name = adamw, or start from its weights alone"
+            f"{file.path}: holds AdamW's moments, but optim.name is muon; set optim.name = adamw, or start from its "
+            "weights alone"
         )
     config: Any = model.config
     values = training_tensors(file, config)
@@ -229,7 +267,9 @@ def restore(file: TrainingFile, model: nn.Module, optimizer: torch.optim.Optimiz
         for name, target in wanted.items():
             value = values[name]
             if isinstance(target, DTensor):  # sharded: this rank's part of the whole
-                value = distribute_tensor(value.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
+                value = distribute_tensor(
+                    value.to(target.device), target.device_mesh, target.placements, src_data_rank=None
+                )
             target.copy_(value)
     for message in [*file.messages, *_differences(file, optimizer)]:
         say(message)
@@ -247,5 +287,8 @@ def _differences(file: TrainingFile, optimizer: torch.optim.Optimizer) -> list[s
         found.append(f"weights: stored as {', '.join(sorted(map(str, kinds)))}")
     decays = {group["weight_decay"] for group in live}
     if decays != {stored.get("weight_decay")}:
-        found.append(f"optim.weight_decay: {stored.get('weight_decay')} on all -> {' and '.join(f'{value:g}' for value in sorted(decays))}")
+        found.append(
+            f"optim.weight_decay: {stored.get('weight_decay')} on all -> "
+            f"{' and '.join(f'{value:g}' for value in sorted(decays))}"
+        )
     return [f"changed since the checkpoint: {text}" for text in found]

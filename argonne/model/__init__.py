@@ -1,11 +1,19 @@
-"""The models. Importing this registers them for AutoConfig, AutoModel and AutoModelForCausalLM: the one allowed effect of an import."""
+"""The models. Importing this registers them for AutoConfig, AutoModel and AutoModelForCausalLM: the one allowed effect
+of an import.
+"""
 
 from __future__ import annotations
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from argonne.model.configuration_argonne import Argonne1Config, ArgonneConfig
-from argonne.model.modeling_argonne import Argonne1BaseModel, Argonne1ForCausalLM, ArgonneBaseModel, ArgonneForCausalLM, ArgonneModel
+from argonne.model.modeling_argonne import (
+    Argonne1BaseModel,
+    Argonne1ForCausalLM,
+    ArgonneBaseModel,
+    ArgonneForCausalLM,
+    ArgonneModel,
+)
 
 for _config, _base, _causal in (
     (ArgonneConfig, ArgonneBaseModel, ArgonneForCausalLM),

@@ -1,8 +1,9 @@
 """What each query may see, and the attention function that honours it. Ships with each checkpoint.
 
-A `MaskPlan` says it without a dense tensor: causal, perhaps a window, perhaps segments (documents of a packed row; the padded and the real
-part of a row). Only cached decoding, and masks that fit no plan, carry a dense one. `argonne_attention` is registered under the name
-`argonne` in transformers' interface and picks the kernel; the stock names (`sdpa`, `eager`, `flash_attention_2`...) stay selectable.
+A `MaskPlan` says it without a dense tensor: causal, perhaps a window, perhaps segments (documents of a packed row; the
+padded and the real part of a row). Only cached decoding, and masks that fit no plan, carry a dense one.
+`argonne_attention` is registered under the name `argonne` in transformers' interface and picks the kernel; the stock
+names (`sdpa`, `eager`, `flash_attention_2`...) stay selectable.
 """
 
 from __future__ import annotations
@@ -14,7 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
-from transformers.masking_utils import AttentionMaskInterface, create_causal_mask, create_sliding_window_causal_mask, sdpa_mask
+from transformers.masking_utils import (
+    AttentionMaskInterface,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+    sdpa_mask,
+)
 from transformers.modeling_utils import AttentionInterface
 
 from .configuration_argonne import FULL, SLIDING
@@ -28,8 +34,8 @@ IMPLEMENTATION = "argonne"
 class LayerInputs:
     """All that a decoder layer gets besides its hidden states. One object a forward pass, shared by the layers.
 
-    cos, sin: (B or 1, T, head_dim / 2), None with learned positions. masks: layer type -> MaskPlan (ours) or tensor (stock attention).
-    extra: keyword arguments of an engine, handed down to its attention function.
+    cos, sin: (B or 1, T, head_dim / 2), None with learned positions. masks: layer type -> MaskPlan (ours) or tensor
+    (stock attention). extra: keyword arguments of an engine, handed down to its attention function.
     """
 
     cos: Tensor | None
@@ -44,9 +50,9 @@ def segments_of(
 ) -> Segments | str | None:
     """Segments of a batch from restarting positions and a 2-D mask; None for whole rows; "dense" for a mask with holes.
 
-    position_ids (1 or B, T): a segment starts where the position is not the previous one plus one. attention_mask (B, T): padding and text
-    are segments of their own, so that text never sees padding; this needs the text of a row to be contiguous. Positions of tokens on a GPU
-    may stay on the CPU: then counting the segments does not wait for the GPU.
+    position_ids (1 or B, T): a segment starts where the position is not the previous one plus one. attention_mask (B,
+    T): padding and text are segments of their own, so that text never sees padding; this needs the text of a row to be
+    contiguous. Positions of tokens on a GPU may stay on the CPU: then counting the segments does not wait for the GPU.
     """
     rows, length = shape
     starts: Tensor | None = None
@@ -68,11 +74,17 @@ def segments_of(
 
 
 def plan_masks(
-    config: Any, hidden: Tensor, attention_mask: Any, position_ids: Tensor, cache: Cache | None, explicit_positions: bool
+    config: Any,
+    hidden: Tensor,
+    attention_mask: Any,
+    position_ids: Tensor,
+    cache: Cache | None,
+    explicit_positions: bool,
 ) -> dict[str, Any]:
     """Masks by layer type, for the attention implementation that the config names.
 
-    attention_mask: None, (B, Tk) with 1 = real token, a finished 4-D mask, or what `generate` prepares (a dict by layer type).
+    attention_mask: None, (B, Tk) with 1 = real token, a finished 4-D mask, or what `generate` prepares (a dict by layer
+    type).
     """
     kinds = dict.fromkeys(config.layer_types)
     ours = config._attn_implementation == IMPLEMENTATION
@@ -81,7 +93,9 @@ def plan_masks(
     elif ours and attention_mask is not None and attention_mask.dim() == 4:
         masks = dict.fromkeys(kinds, attention_mask)
     else:
-        mask = None if not ours or attention_mask is None or bool(attention_mask.all()) else attention_mask.to(torch.bool)
+        mask = (
+            None if not ours or attention_mask is None or bool(attention_mask.all()) else attention_mask.to(torch.bool)
+        )
         empty = cache is None or int(cache.get_seq_length()) == 0
         if ours and empty and (mask is None or mask.shape[1] == hidden.shape[1]):
             shape = (hidden.shape[0], hidden.shape[1])
@@ -107,8 +121,8 @@ def argonne_attention(
 ) -> tuple[Tensor, None]:
     """Attention under a plan. query (B, Hq, Tq, D); key, value (B, Hkv, Tk, D); returns (B, Tq, Hq, D).
 
-    The kernel is the first of flash, varlen, flex, sdpa, math that can run this, or the one that `configure_training` forced; what ran is
-    kept in `module.attention_path`. Raises ValueError when a forced kernel cannot run.
+    The kernel is the first of flash, varlen, flex, sdpa, math that can run this, or the one that `configure_training`
+    forced; what ran is kept in `module.attention_path`. Raises ValueError when a forced kernel cannot run.
     """
     plan = attention_mask if isinstance(attention_mask, MaskPlan) else MaskPlan(dense=attention_mask)
     if plan.dense is None and query.shape[2] != key.shape[2] and query.shape[2] > 1:

@@ -34,7 +34,9 @@ def config_from_fields(fields: Mapping[str, Any]) -> ArgonneConfig:
         given["rope_parameters"] = {"rope_type": "default", "rope_theta": float(theta)}
     unknown = sorted(name for name in given if not hasattr(kind, name))
     if unknown:
-        raise InputError(f"model.{unknown[0]}: no such field of the architecture; `argonne models` and docs/model.md name them")
+        raise InputError(
+            f"model.{unknown[0]}: no such field of the architecture; `argonne models` and docs/model.md name them"
+        )
     try:
         return kind(**given)
     except ValueError as error:
@@ -50,10 +52,12 @@ def build_model(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> ArgonneForCausalLM:
-    """A fresh model whose weights depend on the seed and the config alone, not on the global random state or the device.
+    """A fresh model whose weights depend on the seed and the config alone, not on the global random state or the
+    device.
 
-    They are filled in the order of the parameters' names. scaled: normal 0.02, residual output projections 0.02 / sqrt(2 L) (GPT-2).
-    argonne: the earlier code's widths, normal H^-0.5 and (2 L)^-0.5 for the residual ones (1.x: 0.02 everywhere). Norms 1, biases 0.
+    They are filled in the order of the parameters' names. scaled: normal 0.02, residual output projections 0.02 /
+    sqrt(2 L) (GPT-2). argonne: the earlier code's widths, normal H^-0.5 and (2 L)^-0.5 for the residual ones (1.x: 0.02
+    everywhere). Norms 1, biases 0.
     """
     if initializer not in ("scaled", "argonne"):
         raise InputError(f"model.initializer is {initializer!r}; expected scaled or argonne")
@@ -80,13 +84,16 @@ def build_model(
 
 
 def check_attention(model: ArgonneForCausalLM, kernel: str, dtype: torch.dtype, *, documents: bool = False) -> set[str]:
-    """The kernels that train this model on its device in `dtype`. Raises InputError when one that a recipe forces cannot, before anything runs.
+    """The kernels that train this model on its device in `dtype`. Raises InputError when one that a recipe forces
+    cannot, before anything runs.
 
     documents: rows will be packed with a document mask.
     """
     config, device = model.config, model.device
     sizes = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
-    query, key, value = (torch.empty(1, heads, 4, config.head_dim, device=device, dtype=dtype, requires_grad=True) for heads in sizes)
+    query, key, value = (
+        torch.empty(1, heads, 4, config.head_dim, device=device, dtype=dtype, requires_grad=True) for heads in sizes
+    )
     segments = Segments.of(torch.tensor([0, 2, 4]), 4, device) if documents else None
     try:
         plans = [MaskPlan(window, segments) for window in {None, config.sliding_window}]

@@ -28,9 +28,10 @@ _NOT_ARCHITECTURE = (
 class ArgonneConfig(PreTrainedConfig):
     """Architecture of an Argonne model, 2.0 and later (`model_type` argonne2).
 
-    Every field that tells the generations apart is explicit; one that a config lacks reads as off. Configs of earlier releases parse:
-    old names map to new ones and never override them. `head_dim` is free: `hidden_size` need not equal heads x head_dim.
-    `sliding_window = W` lets query i see the W keys i-W+1 .. i on the layers whose `layer_types` entry is `sliding_attention`.
+    Every field that tells the generations apart is explicit; one that a config lacks reads as off. Configs of earlier
+    releases parse: old names map to new ones and never override them. `head_dim` is free: `hidden_size` need not equal
+    heads x head_dim. `sliding_window = W` lets query i see the W keys i-W+1 .. i on the layers whose `layer_types`
+    entry is `sliding_attention`.
 
     Raises ValueError when the fields contradict each other.
     """
@@ -101,14 +102,18 @@ class ArgonneConfig(PreTrainedConfig):
         if self.head_dim is None:
             self.head_dim = self.hidden_size // max(1, self.num_attention_heads)
         if self.intermediate_size is None:
-            self.intermediate_size = -(-int(8 * self.hidden_size / 3) // 256) * 256 if self.mlp_gated else 4 * self.hidden_size
-        # No layer_types means full attention: earlier configs advertise a window that no released weights were trained with.
+            self.intermediate_size = (
+                -(-int(8 * self.hidden_size / 3) // 256) * 256 if self.mlp_gated else 4 * self.hidden_size
+            )
+        # No layer_types means full attention: earlier configs advertise a window that no released weights were trained
+        # with.
         advertised = kwargs.pop("local_attention_window", None) or self.sliding_window
         interleaved = kwargs.pop("interleaved_local_attention", True)
         if self.layer_types is None:
             if advertised and interleaved:
                 warnings.warn(
-                    f"this config names a window of {advertised} but no layer_types: read as full attention on every layer, as released "
+                    f"this config names a window of {advertised} but no layer_types: read as full attention on every "
+                    "layer, as released "
                     "weights were trained (`argonne import --attention as-config` keeps the window)",
                     stacklevel=2,
                 )
@@ -136,16 +141,28 @@ class ArgonneConfig(PreTrainedConfig):
 
     def check_architecture(self) -> None:
         """Raise ValueError naming the first field that cannot be, its value and what it must be."""
-        sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+        sizes = (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+        )
         for name in (*sizes, "intermediate_size", "max_position_embeddings"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}; expected a whole number from 1 on")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
-                f"num_attention_heads is {self.num_attention_heads}, not a multiple of num_key_value_heads = {self.num_key_value_heads}"
+                f"num_attention_heads is {self.num_attention_heads}, not a multiple of num_key_value_heads = "
+                f"{self.num_key_value_heads}"
             )
-        choices = {"position_embedding": ("rope", "learned"), "norm_type": ("rms", "layer"), "hidden_act": ("silu", "gelu")}
+        choices = {
+            "position_embedding": ("rope", "learned"),
+            "norm_type": ("rms", "layer"),
+            "hidden_act": ("silu", "gelu"),
+        }
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(known)}")
@@ -154,19 +171,31 @@ class ArgonneConfig(PreTrainedConfig):
                 raise ValueError(f"head_dim is {self.head_dim}; rotary positions need an even number")
             rope = self.rope_parameters or {}
             if rope.get("rope_type", "default") != "default":
-                raise ValueError(f"rope_parameters.rope_type is {rope['rope_type']!r}; Argonne models know 'default' only")
+                raise ValueError(
+                    f"rope_parameters.rope_type is {rope['rope_type']!r}; Argonne models know 'default' only"
+                )
             if not rope.get("rope_theta") or rope["rope_theta"] <= 0:
-                raise ValueError(f"rope_parameters.rope_theta is {rope.get('rope_theta')!r}; expected a positive number")
+                raise ValueError(
+                    f"rope_parameters.rope_theta is {rope.get('rope_theta')!r}; expected a positive number"
+                )
         assert self.layer_types is not None
         if len(self.layer_types) != self.num_hidden_layers:
-            raise ValueError(f"layer_types has {len(self.layer_types)} entries; expected num_hidden_layers = {self.num_hidden_layers}")
+            raise ValueError(
+                f"layer_types has {len(self.layer_types)} entries; expected num_hidden_layers = "
+                f"{self.num_hidden_layers}"
+            )
         for layer, kind in enumerate(self.layer_types):
             if kind not in (FULL, SLIDING):
                 raise ValueError(f"layer_types[{layer}] is {kind!r}; expected {FULL} or {SLIDING}")
         if SLIDING in self.layer_types and not (isinstance(self.sliding_window, int) and self.sliding_window >= 1):
-            raise ValueError(f"sliding_window is {self.sliding_window!r}; a {SLIDING} layer needs a whole number of keys from 1 on")
+            raise ValueError(
+                f"sliding_window is {self.sliding_window!r}; a {SLIDING} layer needs a whole number of keys from 1 on"
+            )
         if self.final_logit_softcapping is not None and self.final_logit_softcapping < 0:
-            raise ValueError(f"final_logit_softcapping is {self.final_logit_softcapping!r}; expected a positive number, or 0 for none")
+            raise ValueError(
+                f"final_logit_softcapping is {self.final_logit_softcapping!r}; expected a positive number, or 0 for "
+                "none"
+            )
 
 
 class Argonne1Config(ArgonneConfig):

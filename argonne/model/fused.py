@@ -1,7 +1,8 @@
-"""FlashAttention, torch's varlen and flex attention under a plan. Differences between torch 2.11 and 2.13 stay here. Ships with each checkpoint.
+"""FlashAttention, torch's varlen and flex attention under a plan. Differences between torch 2.11 and 2.13 stay here.
+Ships with each checkpoint.
 
-Head sizes that a kernel does not know are padded with zeros: zeros in q and k add nothing to a score, zeros in v only to columns that are
-cut off again. All take query (B, Hq, T, D), key and value (B, Hkv, T, D) and return (B, T, Hq, D).
+Head sizes that a kernel does not know are padded with zeros: zeros in q and k add nothing to a score, zeros in v only
+to columns that are cut off again. All take query (B, Hq, T, D), key and value (B, Hkv, T, D) and return (B, T, Hq, D).
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ HALF = (torch.float16, torch.bfloat16)
 class Segments:
     """Cuts of a flattened batch (B * T tokens): a token sees none but its own segment. Row ends are always cuts.
 
-    cumulative: (S + 1,) int32 on the device of the tokens, from 0 to B * T. lengths: the same as Python numbers, where the cuts were known
-    on the CPU. longest: an upper bound of a segment's length; off the CPU the row's, so that compiled code sees one number in all batches.
+    cumulative: (S + 1,) int32 on the device of the tokens, from 0 to B * T. lengths: the same as Python numbers, where
+    the cuts were known on the CPU. longest: an upper bound of a segment's length; off the CPU the row's, so that
+    compiled code sees one number in all batches.
     """
 
     cumulative: Tensor
@@ -44,9 +46,10 @@ class Segments:
 class MaskPlan:
     """What a query sees besides "not the future".
 
-    window: keys it sees, itself included (None = all). segments: what it may not look out of. dense: (B, 1, Tq, Tk) bool, True = visible,
-    replaces all else. own_keys: attend to this call's keys and values, not to what the cache returns (training, and the first call with an
-    empty cache of any class). memo: what a kernel makes of the plan once and reads in every layer.
+    window: keys it sees, itself included (None = all). segments: what it may not look out of. dense: (B, 1, Tq, Tk)
+    bool, True = visible, replaces all else. own_keys: attend to this call's keys and values, not to what the cache
+    returns (training, and the first call with an empty cache of any class). memo: what a kernel makes of the plan once
+    and reads in every layer.
     """
 
     window: int | None = None
@@ -65,18 +68,24 @@ def _flatten(x: Tensor, width: int) -> Tensor:
     return pad_heads(x.transpose(1, 2).flatten(0, 1), width)
 
 
-# --- FlashAttention (an extra) --------------------------------------------------------------------------------------------------------
+# --- FlashAttention (an extra)
+# --------------------------------------------------------------------------------------------------------
 
 
 @cache
 def flash_library(capability: tuple[int, int]) -> tuple[str, Callable[..., Any], Callable[..., Any]] | None:
-    """Name, flash_attn_func and flash_attn_varlen_func of the newest FlashAttention that fits this GPU; None where none is installed.
+    """Name, flash_attn_func and flash_attn_varlen_func of the newest FlashAttention that fits this GPU; None where none
+    is installed.
 
     Raises ImportError when one is installed and broken: taking another path then would hide it.
     """
     candidates = (("flash_attn_interface", (9, 0)), ("flash_attn", (8, 0)), ("flash_attn.cute", (9, 0)))
     for name, lowest in candidates:
-        if capability < lowest or importlib.util.find_spec(name.split(".")[0]) is None or importlib.util.find_spec(name) is None:
+        if (
+            capability < lowest
+            or importlib.util.find_spec(name.split(".")[0]) is None
+            or importlib.util.find_spec(name) is None
+        ):
             continue
         module = importlib.import_module(name)
         if hasattr(module, "flash_attn_func") and hasattr(module, "flash_attn_varlen_func"):
@@ -134,12 +143,15 @@ def call_flash(
     else:
         tensors = [_flatten(x, width) for x in (query, key, value)]
         cuts, longest = plan.segments.cumulative, plan.segments.longest
-        found = ragged(*tensors, cu_seqlens_q=cuts, cu_seqlens_k=cuts, max_seqlen_q=longest, max_seqlen_k=longest, **settings)
+        found = ragged(
+            *tensors, cu_seqlens_q=cuts, cu_seqlens_k=cuts, max_seqlen_q=longest, max_seqlen_k=longest, **settings
+        )
     output: Tensor = found[0] if isinstance(found, tuple) else found
     return output.reshape(rows, length, heads, width)[..., :size]
 
 
-# --- torch.nn.attention.varlen --------------------------------------------------------------------------------------------------------
+# --- torch.nn.attention.varlen
+# --------------------------------------------------------------------------------------------------------
 
 
 @cache
@@ -167,11 +179,15 @@ def why_not_varlen(query: Tensor, key: Tensor, plan: MaskPlan, dropout: float) -
     return _why_not_half(query, key, plan)
 
 
-def call_varlen(function: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, scale: float) -> Tensor:
+def call_varlen(
+    function: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, scale: float
+) -> Tensor:
     """torch's own ragged FlashAttention, its varlen_attn; the window (-1, 0) is causal without one."""
     rows, heads, length, size = query.shape
     width = -(-size // 8) * 8
-    segments = plan.segments or Segments(torch.arange(rows + 1, device=query.device, dtype=torch.int32) * length, None, length)
+    segments = plan.segments or Segments(
+        torch.arange(rows + 1, device=query.device, dtype=torch.int32) * length, None, length
+    )
     settings: dict[str, Any] = {"scale": scale, "window_size": (-1 if plan.window is None else plan.window - 1, 0)}
     if heads != key.shape[1]:
         settings["enable_gqa"] = True
@@ -181,7 +197,8 @@ def call_varlen(function: Callable[..., Any], query: Tensor, key: Tensor, value:
     return output.view(rows, length, heads, width)[..., :size]
 
 
-# --- flex attention -------------------------------------------------------------------------------------------------------------------
+# --- flex attention
+# -------------------------------------------------------------------------------------------------------------------
 
 
 def why_not_flex(query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, dropout: float) -> str | None:
@@ -202,7 +219,9 @@ def why_not_flex(query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, drop
     return None
 
 
-def mask_function(plan: MaskPlan, rows: int, length: int, device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+def mask_function(
+    plan: MaskPlan, rows: int, length: int, device: torch.device
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """The plan as flex attention's mask_mod(batch, head, query, key)."""
     window, number = plan.window, None
     if plan.segments is not None:
@@ -229,7 +248,9 @@ def _compiled_flex() -> Callable[..., Any]:
 
 
 def flex_attention(query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, scale: float) -> Tensor:
-    """torch's flex attention; the block mask is made once a plan. Compiled on CUDA: uncompiled it would hold all scores."""
+    """torch's flex attention; the block mask is made once a plan. Compiled on CUDA: uncompiled it would hold all
+    scores.
+    """
     from torch.nn.attention.flex_attention import create_block_mask
     from torch.nn.attention.flex_attention import flex_attention as plain
 
@@ -247,10 +268,13 @@ def flex_attention(query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, sc
     return output[..., :size].transpose(1, 2)
 
 
-# --- any of them ----------------------------------------------------------------------------------------------------------------------
+# --- any of them
+# ----------------------------------------------------------------------------------------------------------------------
 
 
-def run_fused(kernel: str, query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, scale: float, dropout: float) -> tuple[Tensor, str]:
+def run_fused(
+    kernel: str, query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, scale: float, dropout: float
+) -> tuple[Tensor, str]:
     """`kernels.run_kernel` for flash, varlen and flex."""
     words = (["documents"] if plan.segments is not None else []) + (["window"] if plan.window is not None else [])
     path = f"{kernel}-{'-'.join(words) or 'causal'}"

@@ -1,8 +1,8 @@
 """The kernels that run attention under a plan: which can, in which order, and how. Ships with each checkpoint.
 
-The order is flash, varlen, flex, sdpa, math. `auto` takes the first that can run this device, dtype, head size and mask; a forced kernel
-that cannot is a ValueError. Running out of memory is never a reason to take another one: nothing here is caught.
-All take query (B, Hq, Tq, D), key and value (B, Hkv, Tk, D) and return (B, Tq, Hq, D).
+The order is flash, varlen, flex, sdpa, math. `auto` takes the first that can run this device, dtype, head size and
+mask; a forced kernel that cannot is a ValueError. Running out of memory is never a reason to take another one: nothing
+here is caught. All take query (B, Hq, Tq, D), key and value (B, Hkv, Tk, D) and return (B, Tq, Hq, D).
 """
 
 from __future__ import annotations
@@ -14,7 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .fused import HALF, MaskPlan, Segments, mask_function, pad_heads, run_fused, why_not_flash, why_not_flex, why_not_varlen
+from .fused import (
+    HALF,
+    MaskPlan,
+    Segments,
+    mask_function,
+    pad_heads,
+    run_fused,
+    why_not_flash,
+    why_not_flex,
+    why_not_varlen,
+)
 
 ORDER = ("flash", "varlen", "flex", "sdpa", "math")
 # Flex runs forward only on the CPU: training and evaluation shall not take different paths there by themselves.
@@ -26,9 +36,11 @@ class KernelUnavailable(ValueError):
 
 
 def choose_kernel(wanted: str, query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, dropout: float) -> str:
-    """The kernel that will run. Raises ValueError when `wanted` is no kernel, or is forced and cannot run; the message says why.
+    """The kernel that will run. Raises ValueError when `wanted` is no kernel, or is forced and cannot run; the message
+    says why.
 
-    One query over cached keys is a matrix-vector product that no choice is offered for: it runs on sdpa, or on math where that is forced.
+    One query over cached keys is a matrix-vector product that no choice is offered for: it runs on sdpa, or on math
+    where that is forced.
     """
     if wanted not in ("auto", *ORDER):
         raise ValueError(f"attention kernel {wanted!r} is not known; expected auto or one of {', '.join(ORDER)}")
@@ -37,7 +49,9 @@ def choose_kernel(wanted: str, query: Tensor, key: Tensor, value: Tensor, plan: 
     if wanted != "auto":
         reason = why_not(wanted, query, key, value, plan, dropout)
         if reason:
-            raise KernelUnavailable(f"attention kernel {wanted!r} was asked for and cannot run: {reason}; choose another or auto")
+            raise KernelUnavailable(
+                f"attention kernel {wanted!r} was asked for and cannot run: {reason}; choose another or auto"
+            )
         return wanted
     order = ORDER_ON_CPU if query.device.type == "cpu" else ORDER
     return next(kernel for kernel in order if why_not(kernel, query, key, value, plan, dropout) is None)
@@ -52,7 +66,9 @@ def why_not(kernel: str, query: Tensor, key: Tensor, value: Tensor, plan: MaskPl
     return why_not_flex(query, key, value, plan, dropout) if kernel == "flex" else None
 
 
-def run_kernel(kernel: str, query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, scale: float, dropout: float) -> tuple[Tensor, str]:
+def run_kernel(
+    kernel: str, query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, scale: float, dropout: float
+) -> tuple[Tensor, str]:
     """Output (B, Tq, Hq, D) and the name of the path that made it."""
     if kernel == "math":
         return math_attention(query, key, value, plan, scale, dropout), "math"
@@ -62,7 +78,9 @@ def run_kernel(kernel: str, query: Tensor, key: Tensor, value: Tensor, plan: Mas
 
 
 def visible(plan: MaskPlan, rows: int, queries: int, keys: int, device: torch.device) -> Tensor | None:
-    """The plan as a dense mask (B or 1, 1, Tq, Tk), True = visible; None where everything is. For `math`, and for tests."""
+    """The plan as a dense mask (B or 1, 1, Tq, Tk), True = visible; None where everything is. For `math`, and for
+    tests.
+    """
     if plan.dense is not None:
         return plan.dense
     if queries == 1 and plan.segments is None and plan.window is None:
@@ -90,8 +108,12 @@ def math_attention(query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, sc
     return output.flatten(2, 3).to(dtype)
 
 
-def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, scale: float, dropout: float) -> tuple[Tensor, str]:
-    """torch's fused kernels: causal as it is, a window as blocks, segments one by one; a dense mask only where the plan has one."""
+def sdpa_attention(
+    query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, scale: float, dropout: float
+) -> tuple[Tensor, str]:
+    """torch's fused kernels: causal as it is, a window as blocks, segments one by one; a dense mask only where the plan
+    has one.
+    """
     run = _Sdpa(scale, dropout, query.shape[1] != key.shape[1])
     if query.shape[2] == 1 and plan.segments is None:
         return _decode(run, query, key, value, plan.dense), "sdpa-decode"
@@ -121,13 +143,22 @@ class _Sdpa:
     def plain(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, *, grouped: bool) -> Tensor:
         extra: dict[str, Any] = {"enable_gqa": True} if grouped else {}
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=self.dropout, is_causal=causal and q.shape[2] > 1, scale=self.scale, **extra
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=self.dropout,
+            is_causal=causal and q.shape[2] > 1,
+            scale=self.scale,
+            **extra,
         )
 
     def on_cuda(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-        """CUDA's fused kernels want head sizes in eights, and only its flash kernel (fp16, bf16, no mask) knows grouped queries.
+        """CUDA's fused kernels want head sizes in eights, and only its flash kernel (fp16, bf16, no mask) knows grouped
+        queries.
 
-        With a mask the queries of a group are laid one after the other, so that no key is repeated; without one, in fp32, keys are.
+        With a mask the queries of a group are laid one after the other, so that no key is repeated; without one, in
+        fp32, keys are.
         """
         size = q.shape[-1]
         q, k, v = (pad_heads(x, -(-size // 8) * 8) for x in (q, k, v))
@@ -144,17 +175,27 @@ class _Sdpa:
 
 
 def _decode(run: _Sdpa, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """One query a row. The queries that share a key head take the place of the sequence, so that no key is repeated. (B, 1, Hq, D)"""
+    """One query a row. The queries that share a key head take the place of the sequence, so that no key is repeated.
+    (B, 1, Hq, D)
+    """
     rows, heads, _, width = query.shape
     if mask is not None and mask.shape[1] != 1:
         return run(query, key, value, mask=mask).transpose(1, 2)
-    packed = _Sdpa(run.scale, run.dropout, grouped=False)(query.reshape(rows, key.shape[1], -1, width), key, value, mask=mask)
+    packed = _Sdpa(run.scale, run.dropout, grouped=False)(
+        query.reshape(rows, key.shape[1], -1, width), key, value, mask=mask
+    )
     return packed.reshape(rows, 1, heads, width)
 
 
-@torch.compiler.disable(reason="the lengths of documents differ in every batch: compiled code would be made anew each time")
-def _by_segment(run: _Sdpa, query: Tensor, key: Tensor, value: Tensor, segments: Segments, window: int | None) -> Tensor:
-    """Each segment by itself with the causal kernel. Split and cat, not slices: the gradient of a slice is a full tensor of zeros."""
+@torch.compiler.disable(
+    reason="the lengths of documents differ in every batch: compiled code would be made anew each time"
+)
+def _by_segment(
+    run: _Sdpa, query: Tensor, key: Tensor, value: Tensor, segments: Segments, window: int | None
+) -> Tensor:
+    """Each segment by itself with the causal kernel. Split and cat, not slices: the gradient of a slice is a full
+    tensor of zeros.
+    """
     rows, heads, length, width = query.shape
     lengths = segments.lengths if segments.lengths is not None else tuple(segments.cumulative.diff().tolist())
     flat = [x.transpose(1, 2).reshape(rows * length, x.shape[1], width).split(lengths) for x in (query, key, value)]
@@ -167,9 +208,11 @@ def _by_segment(run: _Sdpa, query: Tensor, key: Tensor, value: Tensor, segments:
 
 
 def _windowed(run: _Sdpa, query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
-    """A window of `window` keys over T > window tokens, in blocks of at least `window`: a block sees itself and the one before it.
+    """A window of `window` keys over T > window tokens, in blocks of at least `window`: a block sees itself and the one
+    before it.
 
-    The first block has none before it; all the others share one small band mask. Work and memory are O(T * block). Returns (B, Hq, T, D).
+    The first block has none before it; all the others share one small band mask. Work and memory are O(T * block).
+    Returns (B, Hq, T, D).
     """
     rows, _, length, _ = query.shape
     block = max(32, window)  # never so few queries that the calls cost more than the work
@@ -184,5 +227,10 @@ def _windowed(run: _Sdpa, query: Tensor, key: Tensor, value: Tensor, window: int
     q, k, v = (F.pad(x, (0, 0, 0, padding)).unflatten(2, (-1, block)).transpose(1, 2) for x in (query, key, value))
     others = q.shape[1] - 1
     near = [torch.cat([x[:, :-1], x[:, 1:]], dim=3).flatten(0, 1) for x in (k, v)]
-    rest = run(q[:, 1:].flatten(0, 1), near[0], near[1], mask=band).unflatten(0, (rows, others)).transpose(1, 2).flatten(2, 3)
+    rest = (
+        run(q[:, 1:].flatten(0, 1), near[0], near[1], mask=band)
+        .unflatten(0, (rows, others))
+        .transpose(1, 2)
+        .flatten(2, 3)
+    )
     return torch.cat([first, rest], dim=2)[:, :, :length]

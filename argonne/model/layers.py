@@ -1,7 +1,7 @@
 """The parts of an Argonne model: norms, rotary positions, attention, MLP, decoder layer. Ships with each checkpoint.
 
-Plain modules: no transformers decorators, hooks or checkpointing classes inside, so that compiling a layer, recomputing it, sharding it or
-cutting a pipeline between two of them needs no patch.
+Plain modules: no transformers decorators, hooks or checkpointing classes inside, so that compiling a layer, recomputing
+it, sharding it or cutting a pipeline between two of them needs no patch.
 """
 
 from __future__ import annotations
@@ -37,14 +37,18 @@ class ArgonneRMSNorm(nn.Module):
 
 
 def make_norm(config: ArgonneConfig, size: int) -> nn.Module:
-    return ArgonneRMSNorm(size, config.rms_norm_eps) if config.norm_type == "rms" else nn.LayerNorm(size, eps=config.rms_norm_eps)
+    return (
+        ArgonneRMSNorm(size, config.rms_norm_eps)
+        if config.norm_type == "rms"
+        else nn.LayerNorm(size, eps=config.rms_norm_eps)
+    )
 
 
 class ArgonneRotaryEmbedding(nn.Module):
     """Rotary position tables (Su et al. 2021). Made anew from the config in each forward pass, in float64.
 
-    It keeps no buffer on purpose: transformers 5 builds models on the meta device, where a non-persistent buffer comes back as garbage,
-    and a buffer would follow `model.to(bfloat16)`.
+    It keeps no buffer on purpose: transformers 5 builds models on the meta device, where a non-persistent buffer comes
+    back as garbage, and a buffer would follow `model.to(bfloat16)`.
     """
 
     def __init__(self, config: ArgonneConfig) -> None:
@@ -86,7 +90,9 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """transformers' `eager`: additive masks, whole attention weights. The reference that engines and tools expect to find."""
+    """transformers' `eager`: additive masks, whole attention weights. The reference that engines and tools expect to
+    find.
+    """
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     weights = torch.matmul(query, key.transpose(2, 3)) * scaling
@@ -98,7 +104,9 @@ def eager_attention_forward(
 
 
 class ArgonneAttention(nn.Module):
-    """Grouped-query causal self-attention; q, k and v each perhaps RMS-normalised over the head before the rotation (v is not rotated)."""
+    """Grouped-query causal self-attention; q, k and v each perhaps RMS-normalised over the head before the rotation (v
+    is not rotated).
+    """
 
     def __init__(self, config: ArgonneConfig, layer_idx: int) -> None:
         super().__init__()
@@ -159,7 +167,10 @@ class ArgonneAttention(nn.Module):
             sliding_window=self.sliding_window,
             **inputs.extra,
         )
-        if self.config._attn_implementation != IMPLEMENTATION and self.attention_path != self.config._attn_implementation:
+        if (
+            self.config._attn_implementation != IMPLEMENTATION
+            and self.attention_path != self.config._attn_implementation
+        ):
             self.attention_path = str(self.config._attn_implementation)
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1))
 
@@ -183,7 +194,9 @@ class ArgonneMLP(nn.Module):
 
 
 class ArgonneDecoderLayer(nn.Module):
-    """Pre-norm block; with `sandwich_norm` the outputs of attention and MLP are normalised too. Plain tensors in and out."""
+    """Pre-norm block; with `sandwich_norm` the outputs of attention and MLP are normalised too. Plain tensors in and
+    out.
+    """
 
     def __init__(self, config: ArgonneConfig, layer_idx: int) -> None:
         super().__init__()

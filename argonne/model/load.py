@@ -1,4 +1,6 @@
-"""Find and load a MODEL: a run, a checkpoint, an exported folder, or a Hub id of this family. Nothing else is ever run or unpickled."""
+"""Find and load a MODEL: a run, a checkpoint, an exported folder, or a Hub id of this family. Nothing else is ever run
+or unpickled.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ FAMILY = ("argonne", "argonne2")
 
 @contextmanager
 def no_progress_bar() -> Iterator[None]:
-    """transformers draws a bar for each load and save, into the middle of other lines: leave it out while the block runs."""
+    """transformers draws a bar for each load and save, into the middle of other lines: leave it out while the block
+    runs.
+    """
     from transformers.utils import logging
 
     had_bar = logging.is_progress_bar_enabled()
@@ -37,7 +41,9 @@ def no_progress_bar() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class FoundModel:
-    """Where a model's weights lie and what is known of them without reading them. `data_state`: where the data of its run stood."""
+    """Where a model's weights lie and what is known of them without reading them. `data_state`: where the data of its
+    run stood.
+    """
 
     folder: Path
     config: dict[str, Any]
@@ -68,7 +74,8 @@ def resolve_model(name: str | Path) -> FoundModel:
         return _from_hub(str(name))
     if not path.is_dir():
         raise InputError(
-            f"{path}: is a file; expected a run, a checkpoint or a model folder (a .pt checkpoint: `argonne import {path} --out DIR`)"
+            f"{path}: is a file; expected a run, a checkpoint or a model folder (a .pt checkpoint: `argonne import "
+            f"{path} --out DIR`)"
         )
     kind, folder = layout.kind_of(path), path
     if kind is Kind.RUN:
@@ -82,10 +89,14 @@ def resolve_model(name: str | Path) -> FoundModel:
         last = path / layout.LAST / layout.STATE  # of a run: its final model does not say where its data stood
         state = _json(last) if last.is_file() else {}
         where = layout.tokenizer_of(folder)
-        return FoundModel(folder, family_config(folder), where, False, state.get("run_id"), state.get("step"), state.get("data"))
+        return FoundModel(
+            folder, family_config(folder), where, False, state.get("run_id"), state.get("step"), state.get("data")
+        )
     if kind is not Kind.NOTHING:
         raise InputError(f"{path}: is {kind.value}; expected a run, a checkpoint or a model folder")
-    raise InputError(f"{path}: neither a run, a checkpoint nor a model folder (no manifest.json, state.json or config.json in it)")
+    raise InputError(
+        f"{path}: neither a run, a checkpoint nor a model folder (no manifest.json, state.json or config.json in it)"
+    )
 
 
 def _checkpoint(path: Path) -> FoundModel:
@@ -96,14 +107,25 @@ def _checkpoint(path: Path) -> FoundModel:
     state = _json(path / layout.STATE)
     if state.get("format_version") != layout.STATE_VERSION:
         raise InputError(
-            f"{path / layout.STATE}: format version {state.get('format_version')!r}, this argonne reads {layout.STATE_VERSION}; update argonne"
+            f"{path / layout.STATE}: format version {state.get('format_version')!r}, this argonne reads "
+            f"{layout.STATE_VERSION}; update argonne"
         )
-    return FoundModel(path, family_config(path), path / layout.TOKENIZER, True, state.get("run_id"), state.get("step"), state.get("data"))
+    return FoundModel(
+        path,
+        family_config(path),
+        path / layout.TOKENIZER,
+        True,
+        state.get("run_id"),
+        state.get("step"),
+        state.get("data"),
+    )
 
 
 def _from_hub(name: str) -> FoundModel:
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise InputError(f"{name}: no such file or folder; give a run, a checkpoint, a model folder or a Hub id such as ORG/NAME")
+        raise InputError(
+            f"{name}: no such file or folder; give a run, a checkpoint, a model folder or a Hub id such as ORG/NAME"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
@@ -114,7 +136,9 @@ def _from_hub(name: str) -> FoundModel:
         folder = Path(snapshot_download(name, allow_patterns=["*.json", layout.WEIGHTS, "*.jinja", "*.txt"]))
     except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{name}: no such folder here, and the Hub did not give it ({reason}); download it and give the folder") from None
+        raise InputError(
+            f"{name}: no such folder here, and the Hub did not give it ({reason}); download it and give the folder"
+        ) from None
     return FoundModel(folder, family_config(folder), layout.tokenizer_of(folder))
 
 
@@ -134,26 +158,35 @@ def family_config(folder: Path) -> dict[str, Any]:
     kind = config.get("model_type")
     if kind not in FAMILY:
         raise InputError(
-            f"{folder}: a model of another family: model_type is {kind!r} ({', '.join(config.get('architectures') or ['no class named'])}); "
+            f"{folder}: a model of another family: model_type is {kind!r} "
+            f"({', '.join(config.get('architectures') or ['no class named'])}); "
             f"expected one of Argonne's ({' or '.join(FAMILY)})"
         )
     return config
 
 
-def load_model(name: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> LoadedModel:
-    """Load a MODEL for inference, in eval mode. `dtype` None keeps the stored one. Raises InputError for anything that is not such a model."""
+def load_model(
+    name: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> LoadedModel:
+    """Load a MODEL for inference, in eval mode. `dtype` None keeps the stored one. Raises InputError for anything that
+    is not such a model.
+    """
     found = resolve_model(name)
     with no_progress_bar():
         if found.is_checkpoint:
             state = read_checkpoint_weights(found.folder)
-            model = _from_pretrained(found.folder, None, state_dict=state, dtype=dtype or next(iter(state.values())).dtype)
+            model = _from_pretrained(
+                found.folder, None, state_dict=state, dtype=dtype or next(iter(state.values())).dtype
+            )
         else:
             model = _from_folder(found.folder, dtype)
     return LoadedModel(model.to(device).eval(), found.tokenizer_folder, found.folder)
 
 
 def _from_pretrained(folder: Path, source: Path | None, **how: Any) -> Any:
-    """transformers' loading with the config of `folder`. What is missing it fills with random numbers and only warns: here that is an error."""
+    """transformers' loading with the config of `folder`. What is missing it fills with random numbers and only warns:
+    here that is an error.
+    """
     from argonne.model.configuration_argonne import Argonne1Config, ArgonneConfig
     from argonne.model.modeling_argonne import ArgonneForCausalLM
 
@@ -166,9 +199,14 @@ def _from_pretrained(folder: Path, source: Path | None, **how: Any) -> Any:
     model, info = loaded
     problems = [f"{name} is missing" for name in sorted(info["missing_keys"])]
     problems += [f"{name} is unknown" for name in sorted(info["unexpected_keys"])]
-    problems += [f"{entry[0]} has shape {tuple(entry[1])}, expected {tuple(entry[2])}" for entry in sorted(info["mismatched_keys"])]
+    problems += [
+        f"{entry[0]} has shape {tuple(entry[1])}, expected {tuple(entry[2])}"
+        for entry in sorted(info["mismatched_keys"])
+    ]
     if problems:
-        raise InputError(f"{folder}: not the weights of this configuration: {'; '.join(problems[:3])} ({len(problems)} differences)")
+        raise InputError(
+            f"{folder}: not the weights of this configuration: {'; '.join(problems[:3])} ({len(problems)} differences)"
+        )
     return model
 
 
@@ -176,7 +214,9 @@ def _from_folder(folder: Path, dtype: torch.dtype | None) -> Any:
     from safetensors import SafetensorError, safe_open
 
     if not any(folder.glob(layout.WEIGHTS)):
-        raise InputError(f"{folder}: no safetensors file; earlier formats come in through `argonne import {folder} --out DIR`")
+        raise InputError(
+            f"{folder}: no safetensors file; earlier formats come in through `argonne import {folder} --out DIR`"
+        )
     names: list[str] = []
     for path in sorted(folder.glob(layout.WEIGHTS)):
         try:
@@ -185,11 +225,20 @@ def _from_folder(folder: Path, dtype: torch.dtype | None) -> Any:
         except SafetensorError as error:
             raise InputError(f"{path}: cannot be read as safetensors ({error}); it is truncated or damaged") from None
     if any(name.startswith("model.model.") for name in names):
-        raise InputError(f"{folder}: the tensors of a training checkpoint, but its state.json is missing; it is damaged, give another one")
+        raise InputError(
+            f"{folder}: the tensors of a training checkpoint, but its state.json is missing; it is damaged, give "
+            "another one"
+        )
     if layout.kind_of(folder) is Kind.LEGACY_FOLDER:
-        raise InputError(f"{folder}: tensors under earlier names; run `argonne import {folder} --out DIR` and use that folder")
+        raise InputError(
+            f"{folder}: tensors under earlier names; run `argonne import {folder} --out DIR` and use that folder"
+        )
     try:
-        how = {"local_files_only": True, "use_safetensors": True, "ignore_mismatched_sizes": True}  # mismatches are named with both shapes
+        how = {
+            "local_files_only": True,
+            "use_safetensors": True,
+            "ignore_mismatched_sizes": True,
+        }  # mismatches are named with both shapes
         return _from_pretrained(folder, folder, dtype=dtype or "auto", **how)
     except (SafetensorError, RuntimeError, OSError) as error:
         raise InputError(f"{folder}: the weights cannot be read: {str(error).strip().splitlines()[0]}") from None
@@ -226,7 +275,9 @@ def read_checkpoint_tensors(checkpoint: Path, prefix: str = "") -> dict[str, tor
 
 
 def load_weights_into(model: ArgonneForCausalLM, folder: Path) -> None:
-    """Copy the weights of a checkpoint or model folder into a model of the same architecture. A longer learned position table is refused."""
+    """Copy the weights of a checkpoint or model folder into a model of the same architecture. A longer learned position
+    table is refused.
+    """
     is_checkpoint = layout.kind_of(folder) is Kind.CHECKPOINT
     state = read_checkpoint_weights(folder) if is_checkpoint else _from_folder(folder, None).state_dict()
     own = dict(model.named_parameters())
@@ -236,7 +287,9 @@ def load_weights_into(model: ArgonneForCausalLM, folder: Path) -> None:
         if name not in state or state[name].shape != parameter.shape
     ]
     if problems:
-        raise InputError(f"{folder}: its weights do not fit this model: {'; '.join(problems[:3])} ({len(problems)} differences)")
+        raise InputError(
+            f"{folder}: its weights do not fit this model: {'; '.join(problems[:3])} ({len(problems)} differences)"
+        )
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(state[name])

@@ -1,8 +1,10 @@
-"""Linear head and cross-entropy in one, without ever holding all logits. Ships with each checkpoint: imports nothing but torch.
+"""Linear head and cross-entropy in one, without ever holding all logits. Ships with each checkpoint: imports nothing
+but torch.
 
-Notation: h (N, H) hidden states, W (V, H) the head's weight, x = h W^T, y = cap tanh(x / cap) with a softcap and y = x without.
-Per token: loss = logsumexp(y) - y[target] + z_loss * logsumexp(y)^2. Every total is a SUM over the targets that are not -100.
-"fp32" means at least fp32: sums are kept in promote_types(dtype, float32), so that float64 models are exact to float64.
+Notation: h (N, H) hidden states, W (V, H) the head's weight, x = h W^T, y = cap tanh(x / cap) with a softcap and y = x
+without. Per token: loss = logsumexp(y) - y[target] + z_loss * logsumexp(y)^2. Every total is a SUM over the targets
+that are not -100. "fp32" means at least fp32: sums are kept in promote_types(dtype, float32), so that float64 models
+are exact to float64.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ class LossOptions:
     """How the loss is computed; no field changes what is computed but `softcap` and `z_loss`.
 
     chunk: rows of h whose logits exist at the same time; 0 = chosen by size.
-    group: process group over which the rows of W are split (tensor parallelism); this rank holds W[first : first + V_local].
+    group: process group over which the rows of W are split (tensor parallelism); this rank holds W[first : first +
+    V_local].
     """
 
     softcap: float | None = None
@@ -35,8 +38,8 @@ class LossOptions:
 
 
 def rows_of_chunk(options: LossOptions, rows: int, vocabulary: int, device: torch.device) -> int:
-    """Rows whose logits are held at once: as given, or at least 256 (below, the matrix products slow down) and as many as fit into 32 MiB
-    of fp32 logits on the CPU, into 1 GiB elsewhere."""
+    """Rows whose logits are held at once: as given, or at least 256 (below, the matrix products slow down) and as many
+    as fit into 32 MiB of fp32 logits on the CPU, into 1 GiB elsewhere."""
     if options.chunk:
         return min(options.chunk, rows)
     budget = (1 << 25 if device.type == "cpu" else 1 << 30) // (4 * vocabulary)
@@ -52,7 +55,9 @@ def compute_dtype(hidden: Tensor) -> torch.dtype:
 class _Logits:
     """Capped logits of one chunk and what the derivative needs."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, targets: Tensor, options: LossOptions, buffers: Tensor | None = None) -> None:
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, targets: Tensor, options: LossOptions, buffers: Tensor | None = None
+    ) -> None:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         rows = hidden.shape[0]
         x = torch.mm(hidden, weight.t(), out=None if buffers is None else buffers[0, :rows]).to(wide)
@@ -83,7 +88,13 @@ class _Logits:
             self.target_log_p = chosen[:, 0] - self.log_z
 
     def add_gradients(
-        self, hidden: Tensor, weight: Tensor, on_target: Tensor, on_log_z: Tensor, into: _Gradients, part: slice | Tensor
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        on_target: Tensor,
+        on_log_z: Tensor,
+        into: _Gradients,
+        part: slice | Tensor,
     ) -> None:
         """d(sum on_log_z * log_z - on_target * y[target]), of h the rows `part`. Consumes the logits."""
         slope, p = self.slope, self.log_p.exp_()
@@ -122,7 +133,9 @@ class _Gradients:
 
 
 class _SummedLoss(torch.autograd.Function):
-    """Sum of the token losses; the gradients are made in the forward pass, where the logits are, so that nothing is computed twice."""
+    """Sum of the token losses; the gradients are made in the forward pass, where the logits are, so that nothing is
+    computed twice.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, options: LossOptions) -> Tensor:
@@ -137,7 +150,9 @@ class _SummedLoss(torch.autograd.Function):
             chunk = rows_of_chunk(options, max(1, picked.shape[0]), weight.shape[0], hidden.device)
             # Fresh memory for each chunk costs the CPU a page fault for every 4 KiB; a GPU's allocator has it at hand.
             reusable = hidden.device.type == "cpu" and dtype == wide
-            buffers = torch.empty(2 if options.softcap else 1, chunk, weight.shape[0], dtype=dtype) if reusable else None
+            buffers = (
+                torch.empty(2 if options.softcap else 1, chunk, weight.shape[0], dtype=dtype) if reusable else None
+            )
             for start in range(0, picked.shape[0], chunk):
                 part = slice(start, start + chunk) if rows is None else rows[start : start + chunk]
                 h, t = hidden[part].to(dtype), targets[part]
@@ -160,7 +175,9 @@ class _SummedLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
-            raise RuntimeError("the summed loss hands its gradients over once: call the model again instead of a second backward")
+            raise RuntimeError(
+                "the summed loss hands its gradients over once: call the model again instead of a second backward"
+            )
         for gradient in (gradients.hidden, gradients.weight):
             if gradient is not None:
                 gradient.mul_(upstream)
@@ -169,10 +186,14 @@ class _SummedLoss(torch.autograd.Function):
 
 
 class _TokenLogProbs(torch.autograd.Function):
-    """Per-token log-probability and log-partition. Upstream gradients are unknown until backward: logits are made again there."""
+    """Per-token log-probability and log-partition. Upstream gradients are unknown until backward: logits are made again
+    there.
+    """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, options: LossOptions) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, options: LossOptions
+    ) -> tuple[Tensor, Tensor]:
         dtype = compute_dtype(hidden)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         log_p = torch.zeros(targets.shape, dtype=wide, device=hidden.device)
@@ -210,7 +231,9 @@ class _TokenLogProbs(torch.autograd.Function):
 
 
 def _rows_that_count(targets: Tensor) -> Tensor | None:
-    """Indices of the targets that are not -100, or None for all. On the CPU only: elsewhere the answer would cost a synchronisation."""
+    """Indices of the targets that are not -100, or None for all. On the CPU only: elsewhere the answer would cost a
+    synchronisation.
+    """
     if targets.device.type != "cpu":
         return None
     valid = targets != IGNORED
@@ -228,9 +251,11 @@ def summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor, options: LossOp
 
 @dataclass(frozen=True)
 class Head:
-    """What turns final hidden states into logits and losses: all that an objective sees of a model, so that a last pipeline stage can run it.
+    """What turns final hidden states into logits and losses: all that an objective sees of a model, so that a last
+    pipeline stage can run it.
 
-    weight: (V, H). hidden: (B, T, H) after the final norm; labels: (B, T), -100 = not trained. whole: all logits at once, not in chunks.
+    weight: (V, H). hidden: (B, T, H) after the final norm; labels: (B, T), -100 = not trained. whole: all logits at
+    once, not in chunks.
     """
 
     weight: Tensor
@@ -259,7 +284,9 @@ class Head:
 
     def _flat(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, LossOptions]:
         if labels.shape != hidden.shape[:-1]:
-            raise ValueError(f"shift_labels has shape {tuple(labels.shape)}; expected that of the inputs, {tuple(hidden.shape[:-1])}")
+            raise ValueError(
+                f"shift_labels has shape {tuple(labels.shape)}; expected that of the inputs, {tuple(hidden.shape[:-1])}"
+            )
         options = replace(self.options, chunk=labels.numel()) if self.whole else self.options
         return hidden.flatten(0, -2), labels.flatten(), options
 

@@ -1,6 +1,8 @@
-"""Argonne language models, all generations in one class, for training and for the Hugging Face Hub. Ships with each checkpoint.
+"""Argonne language models, all generations in one class, for training and for the Hugging Face Hub. Ships with each
+checkpoint.
 
-Needs torch, transformers and the sibling files, nothing else. Module names are fixed: exports, parallel plans and engines read them.
+Needs torch, transformers and the sibling files, nothing else. Module names are fixed: exports, parallel plans and
+engines read them.
 """
 
 from __future__ import annotations
@@ -76,7 +78,9 @@ class ArgonneBaseModel(ArgonnePreTrainedModel):
         self.training_options = TrainingOptions()
         self.post_init()
 
-    def embed(self, input_ids: Tensor | None, position_ids: Tensor | None = None, inputs_embeds: Tensor | None = None) -> Tensor:
+    def embed(
+        self, input_ids: Tensor | None, position_ids: Tensor | None = None, inputs_embeds: Tensor | None = None
+    ) -> Tensor:
         """(B, T) ids to (B, T, H). Learned positions are added here; past the table they are a ValueError."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds, not both and not neither")
@@ -84,8 +88,13 @@ class ArgonneBaseModel(ArgonnePreTrainedModel):
         if self.config.position_embedding == "learned":
             if position_ids is None:
                 position_ids = torch.arange(hidden.shape[1], device=hidden.device)[None]
-            # Where the positions lie on a GPU their largest would cost a wait: there the length is all that is looked at.
-            last = int(position_ids.max()) if position_ids.device.type == "cpu" and position_ids.numel() else hidden.shape[1] - 1
+            # Where the positions lie on a GPU their largest would cost a wait: there the length is all that is looked
+            # at.
+            last = (
+                int(position_ids.max())
+                if position_ids.device.type == "cpu" and position_ids.numel()
+                else hidden.shape[1] - 1
+            )
             last = max(last, hidden.shape[1] - 1)
             if last >= self.config.max_position_embeddings:
                 raise ValueError(
@@ -105,7 +114,8 @@ class ArgonneBaseModel(ArgonnePreTrainedModel):
         cache: Cache | None = None,
         extra: dict[str, Any] | None = None,
     ) -> LayerInputs:
-        """Positions and masks for one forward pass. Explicit position_ids that restart mark the documents of a packed row.
+        """Positions and masks for one forward pass. Explicit position_ids that restart mark the documents of a packed
+        row.
 
         They may lie on the CPU while the model is on a GPU: then nothing here waits for the GPU.
         """
@@ -118,7 +128,9 @@ class ArgonneBaseModel(ArgonnePreTrainedModel):
 
     @staticmethod
     def _positions(hidden: Tensor, attention_mask: Any, cache: Cache | None) -> Tensor:
-        """0, 1, 2... after what the cache holds; with a 2-D mask they count real tokens only, so that left padding shifts nothing."""
+        """0, 1, 2... after what the cache holds; with a 2-D mask they count real tokens only, so that left padding
+        shifts nothing.
+        """
         length = hidden.shape[1]
         if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
             return (attention_mask.to(torch.int64).cumsum(-1) - 1).clamp_min(0)[:, -length:].to(hidden.device)
@@ -140,7 +152,11 @@ class ArgonneBaseModel(ArgonnePreTrainedModel):
         for index in range(start, len(self.layers) if stop is None else stop):
             if record is not None:
                 record.append(hidden)
-            if self.training and torch.is_grad_enabled() and (self.gradient_checkpointing or self.training_options.recomputes(index)):
+            if (
+                self.training
+                and torch.is_grad_enabled()
+                and (self.gradient_checkpointing or self.training_options.recomputes(index))
+            ):
                 hidden = checkpoint(self.layers[index], hidden, inputs, use_reentrant=False)
             else:
                 hidden = self.layers[index](hidden, inputs)
@@ -158,7 +174,9 @@ class ArgonneBaseModel(ArgonnePreTrainedModel):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast | tuple[Any, ...]:
-        """Hidden states (B, T, H) after the final norm. Further keyword arguments reach the attention function of each layer."""
+        """Hidden states (B, T, H) after the final norm. Further keyword arguments reach the attention function of each
+        layer.
+        """
         if kwargs.pop("output_attentions", None):
             raise ValueError("output_attentions is not supported: no attention path here keeps its weights")
         use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
@@ -178,8 +196,10 @@ class ArgonneBaseModel(ArgonnePreTrainedModel):
 class ArgonneForCausalLM(ArgonnePreTrainedModel, GenerationMixin):
     """The language model. Three ways to call it for a loss:
 
-    - `shift_labels` (this project): labels[t] is the target of position t, -100 = none. Returns the SUM of the token losses and no logits.
-    - `labels` (Hugging Face): labels are the inputs, the shift happens inside; the mean, or sum / num_items_in_batch. Returns logits too.
+    - `shift_labels` (this project): labels[t] is the target of position t, -100 = none. Returns the SUM of the token
+      losses and no logits.
+    - `labels` (Hugging Face): labels are the inputs, the shift happens inside; the mean, or sum / num_items_in_batch.
+      Returns logits too.
     - neither: logits only.
     """
 
@@ -203,7 +223,9 @@ class ArgonneForCausalLM(ArgonnePreTrainedModel, GenerationMixin):
         loss_chunk: int = 0,
         z_loss: float = 0.0,
     ) -> None:
-        """Choose how a training run computes. Raises ValueError for an unknown choice; a forced kernel is checked when it first runs."""
+        """Choose how a training run computes. Raises ValueError for an unknown choice; a forced kernel is checked when
+        it first runs.
+        """
         known = {
             "attention": (attention, ("auto", *ORDER)),
             "activation_checkpointing": (activation_checkpointing, ("none", "every_nth", "full")),
@@ -213,8 +235,12 @@ class ArgonneForCausalLM(ArgonnePreTrainedModel, GenerationMixin):
             if value not in choices:
                 raise ValueError(f"{name} is {value!r}; expected one of {', '.join(choices)}")
         if checkpointing_stride < 1 or loss_chunk < 0:
-            raise ValueError(f"checkpointing_stride is {checkpointing_stride} and loss_chunk {loss_chunk}; expected at least 1 and 0")
-        self.model.training_options = TrainingOptions(activation_checkpointing, checkpointing_stride, loss, loss_chunk, z_loss)
+            raise ValueError(
+                f"checkpointing_stride is {checkpointing_stride} and loss_chunk {loss_chunk}; expected at least 1 and 0"
+            )
+        self.model.training_options = TrainingOptions(
+            activation_checkpointing, checkpointing_stride, loss, loss_chunk, z_loss
+        )
         for layer in self._attentions():
             layer.attention_kernel = attention
 
@@ -228,7 +254,9 @@ class ArgonneForCausalLM(ArgonnePreTrainedModel, GenerationMixin):
     def embed(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
         return self.model.embed(input_ids, position_ids)
 
-    def run_layers(self, hidden: Tensor, start: int = 0, stop: int | None = None, *, position_ids: Tensor | None = None) -> Tensor:
+    def run_layers(
+        self, hidden: Tensor, start: int = 0, stop: int | None = None, *, position_ids: Tensor | None = None
+    ) -> Tensor:
         return self.model.run_layers(hidden, start, stop, position_ids=position_ids)
 
     @property
@@ -239,7 +267,9 @@ class ArgonneForCausalLM(ArgonnePreTrainedModel, GenerationMixin):
         return Head(self.lm_head.weight, settings, whole=options.loss == "full")
 
     def head_loss(self, hidden: Tensor, shift_labels: Tensor) -> Tensor:
-        """Sum of the token losses from what the last layer returned: final norm, head, cross-entropy. What a last pipeline stage runs."""
+        """Sum of the token losses from what the last layer returned: final norm, head, cross-entropy. What a last
+        pipeline stage runs.
+        """
         return self.head.summed_loss(self.model.norm(hidden), shift_labels)
 
     def logits(self, normed: Tensor) -> Tensor:
@@ -266,12 +296,15 @@ class ArgonneForCausalLM(ArgonnePreTrainedModel, GenerationMixin):
         objective: Callable[[Head, Tensor], Any] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """An ArgonneOutput, or a tuple without `return_dict`; see the class. `return_token_log_probs` (with shift_labels) adds `token_log_probs`
-        (B, T) fp32, differentiable, 0 where -100. `objective` gets the head and the final hidden states (B, T, H), and what it returns is
-        returned: so that a wrapper around the model (DDP, FSDP2) sees one forward pass, whatever the loss.
+        """An ArgonneOutput, or a tuple without `return_dict`; see the class. `return_token_log_probs` (with
+        shift_labels) adds `token_log_probs` (B, T) fp32, differentiable, 0 where -100. `objective` gets the head and
+        the final hidden states (B, T, H), and what it returns is returned: so that a wrapper around the model (DDP,
+        FSDP2) sees one forward pass, whatever the loss.
         """
         if labels is not None and shift_labels is not None:
-            raise ValueError("labels and shift_labels were both given: labels are shifted inside, shift_labels are not; give one")
+            raise ValueError(
+                "labels and shift_labels were both given: labels are shifted inside, shift_labels are not; give one"
+            )
         if loss_reduction not in ("sum", "mean"):
             raise ValueError(f"loss_reduction is {loss_reduction!r}; expected sum or mean")
         base = self.model(
@@ -293,7 +326,10 @@ class ArgonneForCausalLM(ArgonnePreTrainedModel, GenerationMixin):
             output.logits = self.logits(base.last_hidden_state[:, kept])
             if labels is not None:
                 output.loss = self.loss_function(
-                    logits=output.logits, labels=labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
+                    logits=output.logits,
+                    labels=labels,
+                    vocab_size=self.config.vocab_size,
+                    num_items_in_batch=num_items_in_batch,
                 )
             return output if return_dict is None or return_dict else output.to_tuple()
         if return_token_log_probs:
@@ -317,7 +353,9 @@ class ArgonneOutput(CausalLMOutputWithPast):
 
 
 class Argonne1BaseModel(ArgonneBaseModel):
-    """The same under 1.x's config class: transformers' Auto classes want a model class of its own for each config class."""
+    """The same under 1.x's config class: transformers' Auto classes want a model class of its own for each config
+    class.
+    """
 
     config_class = Argonne1Config
 

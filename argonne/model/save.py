@@ -1,4 +1,6 @@
-"""A complete Hugging Face folder of the custom class: weights, config with a whole auto_map, generation config and the model's own code."""
+"""A complete Hugging Face folder of the custom class: weights, config with a whole auto_map, generation config and the
+model's own code.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ def save_model_folder(
     pad_id: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write `model` into an existing folder so that `from_pretrained(folder, trust_remote_code=True)` works where argonne is not installed.
+    """Write `model` into an existing folder so that `from_pretrained(folder, trust_remote_code=True)` works where
+    argonne is not installed.
 
     `dtype`: cast floating-point weights while writing; the model itself is left as it is.
     """
@@ -29,7 +32,10 @@ def save_model_folder(
 
     from argonne.model.load import no_progress_bar
 
-    state = {name: tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor for name, tensor in model.state_dict().items()}
+    state = {
+        name: tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+        for name, tensor in model.state_dict().items()
+    }
     first_eos = eos_id[0] if isinstance(eos_id, list) else eos_id
     ids = {"eos_token_id": eos_id, "bos_token_id": bos_id, "pad_token_id": pad_id if pad_id is not None else first_eos}
     before = {name: getattr(model.config, name, None) for name in ids}

@@ -23,7 +23,9 @@ def undo_compile(model: nn.Module) -> None:
 
 @contextmanager
 def eager_blocks(model: nn.Module) -> Iterator[None]:
-    """Run layers eagerly while the block runs: the changing shapes of evaluation and generation would recompile what training uses."""
+    """Run layers eagerly while the block runs: the changing shapes of evaluation and generation would recompile what
+    training uses.
+    """
     layers = _layers(model)
     compiled = [layer._compiled_call_impl for layer in layers]
     try:

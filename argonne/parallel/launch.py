@@ -30,9 +30,10 @@ def run_workers(
 ) -> Any:
     """Run `work(*arguments)` on `count` local processes that can reach one another; returns rank 0's result.
 
-    A worker that fails, dies or is killed ends the others, and all start again up to `max_restarts` times. SIGTERM, SIGUSR1 and Ctrl-C are
-    passed on to the workers, which save and return; they have `grace_seconds` for it. `preload`: modules loaded once in the server that workers
-    are forked from, so that a worker, and a restarted one, starts in a fraction of a second. Raises RuntimeError with the first failure's own words.
+    A worker that fails, dies or is killed ends the others, and all start again up to `max_restarts` times. SIGTERM,
+    SIGUSR1 and Ctrl-C are passed on to the workers, which save and return; they have `grace_seconds` for it. `preload`:
+    modules loaded once in the server that workers are forked from, so that a worker, and a restarted one, starts in a
+    fraction of a second. Raises RuntimeError with the first failure's own words.
     """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -66,9 +67,11 @@ def run_workers(
 
 
 def let_the_cause_speak_first(error: RuntimeError) -> None:
-    """A collective may have broken because another worker failed: give that one a moment, since the agent reports the first failure it sees.
+    """A collective may have broken because another worker failed: give that one a moment, since the agent reports the
+    first failure it sees.
 
-    gloo raises a plain RuntimeError, NCCL a DistError; a subclass of our own, or of the library of a computation, is the cause itself.
+    gloo raises a plain RuntimeError, NCCL a DistError; a subclass of our own, or of the library of a computation, is
+    the cause itself.
     """
     if type(error) is RuntimeError or isinstance(error, DistError):
         time.sleep(2.0)

@@ -1,4 +1,6 @@
-"""The processes of one run and what they agree on. A single process is a mesh of size one: the trainer has no second code path."""
+"""The processes of one run and what they agree on. A single process is a mesh of size one: the trainer has no second
+code path.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +28,13 @@ PATIENCE = 6
 class Mesh:
     """This process's place among the workers.
 
-    The ranks of a pipeline, of tensor and of context parallelism read the same rows: `data_rank` of `data_size` is the place in the data, and
-    the first rank of each place speaks for it where counts are added. Pipeline is the outermost dimension, tensor and context the innermost.
+    The ranks of a pipeline, of tensor and of context parallelism read the same rows: `data_rank` of `data_size` is the
+    place in the data, and the first rank of each place speaks for it where counts are added. Pipeline is the outermost
+    dimension, tensor and context the innermost.
 
-    Groups: `agreement` (gloo) for decisions such as stop, save and counts, `saving` (gloo) for saves in the background, `data` for the ranks
-    that hold the same part of the model and differ in their data; None is torch's default group, on which gradients travel.
+    Groups: `agreement` (gloo) for decisions such as stop, save and counts, `saving` (gloo) for saves in the background,
+    `data` for the ranks that hold the same part of the model and differ in their data; None is torch's default group,
+    on which gradients travel.
     """
 
     device: torch.device
@@ -62,7 +66,9 @@ class Mesh:
         return self.rank == 0
 
     def sum_later(self, values: list[int]) -> Callable[[], list[int]]:
-        """Start adding whole numbers over all ranks; the returned function waits and gives the sums. Nothing touches the device."""
+        """Start adding whole numbers over all ranks; the returned function waits and gives the sums. Nothing touches
+        the device.
+        """
         if self.world_size == 1:
             return lambda: values
         tensor = torch.tensor(values, dtype=torch.int64)
@@ -112,12 +118,16 @@ def _data_groups(mesh: Mesh) -> list[list[int]]:
     """Ranks that hold the same part of the model, one list a part."""
     width = mesh.world_size // mesh.pipeline
     return [
-        list(range(stage * width + part, (stage + 1) * width, mesh.inner)) for stage in range(mesh.pipeline) for part in range(mesh.inner)
+        list(range(stage * width + part, (stage + 1) * width, mesh.inner))
+        for stage in range(mesh.pipeline)
+        for part in range(mesh.inner)
     ]
 
 
 def worker_count(nproc: int, device: str) -> int:
-    """Workers to start here: what the recipe says, else one a GPU, else one. Under torchrun or srun this process is a worker already: 1."""
+    """Workers to start here: what the recipe says, else one a GPU, else one. Under torchrun or srun this process is a
+    worker already: 1.
+    """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return 1
     gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
@@ -128,18 +138,23 @@ def worker_count(nproc: int, device: str) -> int:
 
 @contextmanager
 def open_mesh(parallel: ParallelSection, device_name: str, *, timeout_seconds: float = 600.0) -> Iterator[Mesh]:
-    """Join the workers that torchrun, srun or argonne's own launcher started; alone, a mesh of one without any process group."""
+    """Join the workers that torchrun, srun or argonne's own launcher started; alone, a mesh of one without any process
+    group.
+    """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
     pipeline, inner = parallel.pipeline, parallel.tensor * parallel.context
     if world_size % (pipeline * inner * parallel.shard):
         raise InputError(
-            f"parallel: {world_size} workers were started, expected a multiple of pipeline x tensor x context x shard = "
+            f"parallel: {world_size} workers were started, expected a multiple of pipeline x tensor x context x shard "
+            "= "
             f"{pipeline * inner * parallel.shard}"
         )
     replicas = world_size // (pipeline * inner * parallel.shard)
     if parallel.replicate not in (0, replicas):
-        raise InputError(f"parallel.replicate: found {parallel.replicate}, expected {replicas}, the number of workers started")
+        raise InputError(
+            f"parallel.replicate: found {parallel.replicate}, expected {replicas}, the number of workers started"
+        )
     device = choose_device(device_name, local_rank, where="train.device")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -147,9 +162,11 @@ def open_mesh(parallel: ParallelSection, device_name: str, *, timeout_seconds: f
         yield Mesh(device)
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
-    # A hung step is found by its own watch; the groups also wait while rank 0 saves, evaluates or exports, which may take far longer.
+    # A hung step is found by its own watch; the groups also wait while rank 0 saves, evaluates or exports, which may
+    # take far longer.
     timeout = timedelta(seconds=PATIENCE * timeout_seconds)
-    # Restarted workers meet in a store that still holds the addresses of the dead ones: each attempt gets keys of its own.
+    # Restarted workers meet in a store that still holds the addresses of the dead ones: each attempt gets keys of its
+    # own.
     store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
     store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)

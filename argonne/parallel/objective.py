@@ -8,7 +8,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-# Tensors of one micro-batch by name, rows first. `input_ids` and perhaps `position_ids` are the model's; the objective reads the others.
+# Tensors of one micro-batch by name, rows first. `input_ids` and perhaps `position_ids` are the model's; the objective
+# reads the others.
 MicroBatch = Mapping[str, Tensor]
 
 
@@ -26,8 +27,9 @@ class Head(Protocol):
 class Loss:
     """What an objective returns for one micro-batch.
 
-    total: the loss summed over what is trained (the batch names the count it is divided by). rows: each row's share, (B,), detached, where
-    sources are told apart. metrics: name -> (sum, count), both 0-dim and detached, added over micro-batches and ranks before they are divided.
+    total: the loss summed over what is trained (the batch names the count it is divided by). rows: each row's share,
+    (B,), detached, where sources are told apart. metrics: name -> (sum, count), both 0-dim and detached, added over
+    micro-batches and ranks before they are divided.
     """
 
     total: Tensor

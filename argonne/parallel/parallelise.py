@@ -1,4 +1,5 @@
-"""How a model is spread over the mesh. A mode is a page: what it refuses, and what it makes of a model. Here: one copy a rank.
+"""How a model is spread over the mesh. A mode is a page: what it refuses, and what it makes of a model. Here: one copy
+a rank.
 
 Parallelising comes before the optimizer, which must find the parameters that will really be trained.
 """
@@ -23,7 +24,8 @@ from argonne.parallel.objective import Loss, MicroBatch, Objective
 
 @dataclass
 class Sums:
-    """What the micro-batches of one step came to on this rank, on its device; added over all ranks they are the global batch's.
+    """What the micro-batches of one step came to on this rank, on its device; added over all ranks they are the global
+    batch's.
 
     rows: (row losses, micro-batch) of each micro-batch whose objective told them.
     """
@@ -56,7 +58,8 @@ class Parallelised:
     forward_backward(micro_batches, count): gradients of (loss total of the global batch / count), and this rank's sums.
     gradient_norm(parameters): the 2-norm over the whole model, a plain 0-dim tensor, equal on every rank.
     evaluate(micro): the objective without gradients; the same answer on every rank that takes part.
-    forward: whether `plain` can be called by one rank "alone", by all "together" (a forward pass is a collective), or "never".
+    forward: whether `plain` can be called by one rank "alone", by all "together" (a forward pass is a collective), or
+    "never".
     """
 
     model: nn.Module
@@ -69,7 +72,9 @@ class Parallelised:
 
 @dataclass(frozen=True)
 class Mode:
-    """A way to spread a model. `check` raises InputError for degrees that it would not honour, before any worker starts."""
+    """A way to spread a model. `check` raises InputError for degrees that it would not honour, before any worker
+    starts.
+    """
 
     check: Callable[[ParallelSection], None]
     parallelise: Callable[[nn.Module, Mesh, Objective, Casts], Parallelised]
@@ -79,18 +84,27 @@ def check_replicated(parallel: ParallelSection) -> None:
     """Refuse degrees that nothing would honour: what the configuration says is what runs."""
     for name in ("shard", "tensor", "context", "pipeline"):
         if (degree := getattr(parallel, name)) != 1:
-            raise InputError(f"parallel.{name}: found {degree}, expected 1; only data parallelism (parallel.replicate) is built")
+            raise InputError(
+                f"parallel.{name}: found {degree}, expected 1; only data parallelism (parallel.replicate) is built"
+            )
     if parallel.async_tensor:
         raise InputError("parallel.async_tensor: found true, expected false; tensor parallelism is not built")
 
 
 def replicate(model: nn.Module, mesh: Mesh, objective: Objective, casts: Casts) -> Parallelised:
-    """One copy a rank, gradients averaged over ranks in the last backward pass of a step; the model itself on a mesh of one."""
+    """One copy a rank, gradients averaged over ranks in the last backward pass of a step; the model itself on a mesh of
+    one.
+    """
     if mesh.world_size == 1:
         return in_one_call(model, model, mesh, objective, casts)
     stepped = _distributed(model, mesh)
     return in_one_call(
-        stepped, model, mesh, objective, casts, sync=lambda wanted: contextlib.nullcontext() if wanted else stepped.no_sync()
+        stepped,
+        model,
+        mesh,
+        objective,
+        casts,
+        sync=lambda wanted: contextlib.nullcontext() if wanted else stepped.no_sync(),
     )
 
 
@@ -104,7 +118,9 @@ def in_one_call(
     sync: Callable[[bool], contextlib.AbstractContextManager[Any]] = lambda wanted: contextlib.nullcontext(),
     forward: Literal["alone", "together"] = "alone",
 ) -> Parallelised:
-    """For every mode in which one call of `stepped` is a whole forward pass. sync(wanted): around a micro-batch, whether ranks reduce then."""
+    """For every mode in which one call of `stepped` is a whole forward pass. sync(wanted): around a micro-batch,
+    whether ranks reduce then.
+    """
 
     def forward_backward(micro_batches: Sequence[MicroBatch], count: int) -> Sums:
         scale = mesh.data_size / max(1, count)  # the reduction averages over ranks
@@ -132,7 +148,9 @@ REPLICATED = Mode(check_replicated, replicate)
 def _distributed(model: nn.Module, mesh: Mesh) -> DistributedDataParallel:
     # Nothing in the model's buffers is trained: no copies before each forward. torch 2.13 renamed the switch.
     known = inspect.signature(DistributedDataParallel.__init__).parameters
-    buffers: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+    buffers: dict[str, Any] = {
+        "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False
+    }
     devices = [mesh.device] if mesh.device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **buffers)
 
@@ -149,8 +167,13 @@ def loss_of(model: nn.Module, micro: MicroBatch, objective: Objective) -> Loss:
 
 
 def placed(micro: MicroBatch, device: torch.device) -> MicroBatch:
-    """A micro-batch where the model wants it: positions stay on the host, whose documents the model reads without waiting for a device."""
-    return {name: tensor if name == "position_ids" else tensor.to(device, non_blocking=True) for name, tensor in micro.items()}
+    """A micro-batch where the model wants it: positions stay on the host, whose documents the model reads without
+    waiting for a device.
+    """
+    return {
+        name: tensor if name == "position_ids" else tensor.to(device, non_blocking=True)
+        for name, tensor in micro.items()
+    }
 
 
 def total_norm(parameters: Sequence[Tensor]) -> Tensor:

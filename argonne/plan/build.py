@@ -1,4 +1,6 @@
-"""`make_plan`: what a recipe will take on a device: memory by part, largest micro-batch, hours, cost, and what does not close."""
+"""`make_plan`: what a recipe will take on a device: memory by part, largest micro-batch, hours, cost, and what does not
+close.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,22 @@ from argonne.config import BatchSection, DataSection, Recipe
 from argonne.errors import InputError
 from argonne.keys import batches
 from argonne.plan import devices
-from argonne.plan.devices import Choice, Device, best_choice, expected_rate, running_device, usable_memory, what_would_fit
+from argonne.plan.devices import (
+    Choice,
+    Device,
+    best_choice,
+    expected_rate,
+    running_device,
+    usable_memory,
+    what_would_fit,
+)
 from argonne.plan.published import PUBLISHED, SOURCE_TOKENS
 from argonne.plan.shape import shape_of
 
-CONVENTION = "6 FLOPs a weight of a matrix product and token (head counted, embedding look-up not) + 12 x query width x keys seen a layer"
+CONVENTION = (
+    "6 FLOPs a weight of a matrix product and token (head counted, embedding look-up not) + 12 x query width x "
+    "keys seen a layer"
+)
 SMALL = 50_000_000  # parameters under which a plan without --gpu is one for the CPU
 
 
@@ -67,18 +80,25 @@ class Plan:
 
 
 def make_plan(
-    recipe: Recipe, *, gpu: str | Device | None = None, gpus: int = 1, price: float | None = None, name: str | None = None
+    recipe: Recipe,
+    *,
+    gpu: str | Device | None = None,
+    gpus: int = 1,
+    price: float | None = None,
+    name: str | None = None,
 ) -> Plan:
     """The plan of `recipe` on `gpus` devices called `gpu`, at `price` a device and hour.
 
-    gpu: a name of `devices.device_names()`; None: the CPU for models under 50M parameters, one H200 otherwise. name: the recipe's packaged name, so
-    that published figures which do not close are told. Raises InputError for an unknown device, a layout that does not divide, or a model
-    whose sizes are not known.
+    gpu: a name of `devices.device_names()`; None: the CPU for models under 50M parameters, one H200 otherwise. name:
+    the recipe's packaged name, so that published figures which do not close are told. Raises InputError for an unknown
+    device, a layout that does not divide, or a model whose sizes are not known.
     """
     if gpus < 1:
         raise InputError(f"--gpus: found {gpus}, expected at least 1")
     shape = shape_of(recipe.model, recipe.data.sequence_length)
-    device = gpu if isinstance(gpu, Device) else devices.device(gpu or ("cpu" if shape.parameters() < SMALL else "h200"))
+    device = (
+        gpu if isinstance(gpu, Device) else devices.device(gpu or ("cpu" if shape.parameters() < SMALL else "h200"))
+    )
     limit = usable_memory(device, gpus)
     choice = best_choice(recipe, shape, device, gpus)
     steps = total_steps(recipe, partial(tokens_before, recipe.batch), lambda: tokens_per_epoch(recipe.data))
@@ -135,10 +155,14 @@ class StepChoice:
     loss: str
 
 
-def choose_step(recipe: Recipe, *, device_name: str, device_memory: float | None = None, world_size: int = 1) -> StepChoice:
-    """Micro-batch, activation checkpointing and loss for a run that is about to start, the recipe's own where it names them.
+def choose_step(
+    recipe: Recipe, *, device_name: str, device_memory: float | None = None, world_size: int = 1
+) -> StepChoice:
+    """Micro-batch, activation checkpointing and loss for a run that is about to start, the recipe's own where it names
+    them.
 
-    device_name: what the driver says, or "cpu". device_memory: bytes of one device in all; needed for a card that is not in the table.
+    device_name: what the driver says, or "cpu". device_memory: bytes of one device in all; needed for a card that is
+    not in the table.
     """
     shape = shape_of(recipe.model, recipe.data.sequence_length)
     choice = best_choice(_replicated(recipe, world_size), shape, running_device(device_name, device_memory), world_size)
@@ -149,7 +173,9 @@ def choose_step(recipe: Recipe, *, device_name: str, device_memory: float | None
 def plan_of_run(
     recipe: Recipe, step: StepChoice, *, device_name: str, device_memory: float | None = None, world_size: int = 1
 ) -> dict[str, Any]:
-    """The plan of a run as it really starts, to be stored with it: `inspect` sets it beside what was measured (`compare_plan`)."""
+    """The plan of a run as it really starts, to be stored with it: `inspect` sets it beside what was measured
+    (`compare_plan`).
+    """
     chosen = asdict(step)
     batch = replace(recipe.batch, micro=chosen.pop("micro_rows"))
     settled = _replicated(replace(recipe, batch=batch, train=replace(recipe.train, **chosen)), world_size)
@@ -164,7 +190,9 @@ def _replicated(recipe: Recipe, world_size: int) -> Recipe:
     return replace(recipe, parallel=replace(asked, replicate=world_size))
 
 
-def _warnings(recipe: Recipe, name: str | None, uses: list[SourceUse], tokens: int | None, choice: Choice, device: Device) -> list[str]:
+def _warnings(
+    recipe: Recipe, name: str | None, uses: list[SourceUse], tokens: int | None, choice: Choice, device: Device
+) -> list[str]:
     """What the reader must know beside the figures: contradictions, unknowns, assumptions that bite."""
     found = []
     if name in PUBLISHED and (contradiction := PUBLISHED[name].contradiction()):
@@ -174,26 +202,34 @@ def _warnings(recipe: Recipe, name: str | None, uses: list[SourceUse], tokens: i
             found.append(f"source {use.path} is not on this disk: passes over it are not known")
         elif use.here and use.passes is not None and use.passes > use.max_epochs:
             found.append(
-                f"source {use.path} would be read {use.passes:.2f} times, more than its max_epochs {use.max_epochs:g}: the run will be refused"
+                f"source {use.path} would be read {use.passes:.2f} times, more than its max_epochs {use.max_epochs:g}: "
+                "the run will be refused"
             )
     if recipe.data.input:
-        found.append(f"data.input ({', '.join(recipe.data.input)}) is tokenised as the run goes: passes over it are not known")
+        found.append(
+            f"data.input ({', '.join(recipe.data.input)}) is tokenised as the run goes: passes over it are not known"
+        )
     if tokens is None:
-        found.append("the run's length is in epochs of data that is not on this disk: steps, hours and cost are not known")
+        found.append(
+            "the run's length is in epochs of data that is not on this disk: steps, hours and cost are not known"
+        )
     if choice.layout.shard > 1 and recipe.parallel.shard == 1 and choice.fits:
         found.append(
-            f"every device with a full copy does not fit or is slower: this plan shards the state, --parallel.shard {choice.layout.shard}"
+            "every device with a full copy does not fit or is slower: this plan shards the state, --parallel.shard "
+            f"{choice.layout.shard}"
         )
     if device.name == "cpu":
         found.append(
-            f"the CPU's speed is an assumption, {(device.sustained or 0) / 1e9:.0f} GFLOP/s: the first log lines of a run tell the real one"
+            f"the CPU's speed is an assumption, {(device.sustained or 0) / 1e9:.0f} GFLOP/s: the first log lines of a "
+            "run tell the real one"
         )
     return found
 
 
 @dataclass(frozen=True)
 class SourceUse:
-    """What a run takes from one source. `tokens`: how many it holds, `passes`: how often it is read; None where that is not known.
+    """What a run takes from one source. `tokens`: how many it holds, `passes`: how often it is read; None where that is
+    not known.
 
     `here`: read from the token set on this disk, not from the release's figures.
     """
@@ -214,7 +250,9 @@ def tokens_before(batch: BatchSection, step: int) -> int:
 
 
 def steps_within(tokens_before: Callable[[int], int], tokens: int) -> int:
-    """The most steps that draw at most `tokens` tokens: a run never trains on more than was asked for. `tokens_before(step)` rises with it."""
+    """The most steps that draw at most `tokens` tokens: a run never trains on more than was asked for.
+    `tokens_before(step)` rises with it.
+    """
     low, high = 0, 1
     while tokens_before(high) <= tokens:
         high *= 2
@@ -224,11 +262,13 @@ def steps_within(tokens_before: Callable[[int], int], tokens: int) -> int:
     return low
 
 
-def total_steps(recipe: Recipe, tokens_before: Callable[[int], int], tokens_per_epoch: Callable[[], int | None]) -> int | None:
+def total_steps(
+    recipe: Recipe, tokens_before: Callable[[int], int], tokens_per_epoch: Callable[[], int | None]
+) -> int | None:
     """Optimizer steps of the run; None where its length is in epochs of data that is not on this disk.
 
-    tokens_before: tokens before a step, history and changes of batch included. tokens_per_epoch: asked only where the length is in epochs.
-    Raises InputError for a length that makes no whole step.
+    tokens_before: tokens before a step, history and changes of batch included. tokens_per_epoch: asked only where the
+    length is in epochs. Raises InputError for a length that makes no whole step.
     """
     train = recipe.train
     if train.steps is not None:
@@ -266,7 +306,9 @@ def tokens_per_epoch(data: DataSection) -> int | None:
 
 
 def source_uses(data: DataSection, tokens: int | None, released: int | None = None) -> list[SourceUse]:
-    """What a run of `tokens` tokens takes from each source of the mixture. released: tokens of a sole source that is not on this disk."""
+    """What a run of `tokens` tokens takes from each source of the mixture. released: tokens of a sole source that is
+    not on this disk.
+    """
     total = sum(source.weight for source in data.sources) or 1.0
     uses = []
     for source in data.sources:

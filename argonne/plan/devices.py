@@ -23,8 +23,9 @@ class Device:
     """One accelerator, or a CPU.
 
     `bf16`, `fp16`, `tf32`: dense peak in FLOP/s with fp32 accumulation, no sparsity; None where there is no such unit.
-    `memory`: bytes a process can allocate. `matches`: words that all occur in what the driver calls it. `expected_use`: the share of the
-    peak that a plan assumes for this trainer, an assumption and printed as one. `sustained`: FLOP/s assumed where no peak is known.
+    `memory`: bytes a process can allocate. `matches`: words that all occur in what the driver calls it. `expected_use`:
+    the share of the peak that a plan assumes for this trainer, an assumption and printed as one. `sustained`: FLOP/s
+    assumed where no peak is known.
     """
 
     name: str
@@ -38,18 +39,27 @@ class Device:
 
 
 def _gpu(
-    name: str, gib: float, bf16: float | None, tf32: float | None, *matches: str, fp16: float | None = None, use: float = 0.4
+    name: str,
+    gib: float,
+    bf16: float | None,
+    tf32: float | None,
+    *matches: str,
+    fp16: float | None = None,
+    use: float = 0.4,
 ) -> Device:
     half = fp16 if fp16 is not None else bf16
     return Device(name, gib * GIB, bf16 and bf16 * TERA, half and half * TERA, tf32 and tf32 * TERA, matches, use)
 
 
-# NVIDIA's data sheets give the peak with sparsity for Hopper, Ada and Blackwell: these are half of it. Memory is what the driver reports as
-# total, a little under the name. More specific names stand before less specific ones: the first match counts.
+# NVIDIA's data sheets give the peak with sparsity for Hopper, Ada and Blackwell: these are half of it. Memory is what
+# the driver reports as total, a little under the name. More specific names stand before less specific ones: the first
+# match counts.
 _DEVICES = (
     _gpu("b200", 178, 2250, 1125, "b200"),  # HGX B200 data sheet, per GPU: 4,500 bf16 sparse
     _gpu("gh200", 94.5, 989.4, 494.7, "gh200"),  # GH200 data sheet, 96 GB part: 1,979 bf16 sparse
-    _gpu("h200", 139.8, 989.4, 494.7, "h200"),  # H200 SXM data sheet: 1,979 bf16 sparse; 143,771 MiB less what the driver keeps
+    _gpu(
+        "h200", 139.8, 989.4, 494.7, "h200"
+    ),  # H200 SXM data sheet: 1,979 bf16 sparse; 143,771 MiB less what the driver keeps
     _gpu("h100-nvl", 93.1, 835.5, 417.5, "h100", "nvl"),  # H100 NVL data sheet: 1,671 bf16 sparse
     _gpu("h100-pcie", 79.2, 756.5, 378, "h100", "pcie"),  # H100 PCIe data sheet: 1,513 bf16 sparse
     _gpu("h100", 79.2, 989.4, 494.7, "h100"),  # H100 SXM data sheet: 1,979 bf16 sparse
@@ -65,10 +75,18 @@ _DEVICES = (
     _gpu("rtx-3090", 23.6, 71, 35.6, "3090"),  # GA102 white paper: 71 bf16 with fp32 accumulation, dense
     _gpu("v100", 31.7, None, None, "v100", fp16=125),  # V100 data sheet: 125 fp16; no bf16
     _gpu("t4", 14.6, None, None, "t4", fp16=65),  # T4 data sheet: 65 fp16; no bf16
-    # No peak is known for a CPU. 50 GFLOP/s is what two ordinary server cores sustain in fp32 in a whole training step (docs/plan.md).
+    # No peak is known for a CPU. 50 GFLOP/s is what two ordinary server cores sustain in fp32 in a whole training step
+    # (docs/plan.md).
     Device("cpu", None, None, None, None, ("cpu",), 0.0, 50e9),
 )
-_ALIASES = {"24gb": "rtx-4090", "4090": "rtx-4090", "3090": "rtx-3090", "5090": "rtx-5090", "a100": "a100-80gb", "h100-sxm": "h100"}
+_ALIASES = {
+    "24gb": "rtx-4090",
+    "4090": "rtx-4090",
+    "3090": "rtx-3090",
+    "5090": "rtx-5090",
+    "a100": "a100-80gb",
+    "h100-sxm": "h100",
+}
 
 
 def device_names() -> list[str]:
@@ -111,15 +129,18 @@ def peak_of(known: Device, precision: str) -> float | None:
 
 
 def device_peak_flops(name: str, precision: str) -> float | None:
-    """Dense peak in FLOP/s of the device a driver reports by `name`; None where it is not known, so that MFU reads n/a."""
+    """Dense peak in FLOP/s of the device a driver reports by `name`; None where it is not known, so
+    that MFU reads n/a.
+    """
     known = find_device(name)
     return None if known is None else peak_of(known, precision)
 
 
 # A GPU process cannot have all of its card: what the allocator cannot use for fragmentation.
 USABLE = 0.95
-# Tokens of a micro-batch at which a GPU reaches half of its speed, and at which `Device.expected_use` holds: the family's own throughput at
-# micro-batches of 1, 2, 4 and 8 rows of 2,048 was 0.46, 0.72, 0.96 and 1 of the best (docs/plan.md).
+# Tokens of a micro-batch at which a GPU reaches half of its speed, and at which `Device.expected_use` holds: the
+# family's own throughput at micro-batches of 1, 2, 4 and 8 rows of 2,048 was 0.46, 0.72, 0.96 and 1 of the best
+# (docs/plan.md).
 HALF_SPEED_TOKENS, FULL_SPEED_TOKENS = 2048, 16384
 # On a CPU larger micro-batches only leave the caches.
 CPU_TOKENS = 4096
@@ -144,7 +165,11 @@ class Layout:
     @property
     def speed(self) -> float:
         """Assumed share of the speed that communication leaves."""
-        return (0.95 if self.shard > 1 else 1.0) * (0.85 if self.tensor > 1 else 1.0) * (0.9 if self.context * self.pipeline > 1 else 1.0)
+        return (
+            (0.95 if self.shard > 1 else 1.0)
+            * (0.85 if self.tensor > 1 else 1.0)
+            * (0.9 if self.context * self.pipeline > 1 else 1.0)
+        )
 
 
 @dataclass(frozen=True)
@@ -159,7 +184,9 @@ class Choice:
 
 
 def usable_memory(known: Device, gpus: int) -> float:
-    """Bytes a training process may use: of its card, or its share of this machine's memory on a CPU, where all processes are together."""
+    """Bytes a training process may use: of its card, or its share of this machine's memory on a CPU, where all
+    processes are together.
+    """
     return USABLE * (machine_memory() / gpus if known.memory is None else known.memory)
 
 
@@ -175,7 +202,9 @@ def machine_memory() -> float:
 
 
 def best_choice(recipe: Recipe, shape: ModelShape, known: Device, gpus: int) -> Choice:
-    """The fastest choice that fits; where none does, the one that needs least. Raises InputError for degrees that do not divide the devices."""
+    """The fastest choice that fits; where none does, the one that needs least. Raises InputError for degrees that do
+    not divide the devices.
+    """
     limit = usable_memory(known, gpus)
     choices = [choice for layout in layouts(recipe, gpus) for choice in _choices(recipe, shape, known, layout, limit)]
     if fitting := [choice for choice in choices if choice.fits]:
@@ -189,7 +218,8 @@ def layouts(recipe: Recipe, gpus: int) -> Iterator[Layout]:
     fixed = asked.shard * asked.tensor * asked.context * asked.pipeline * max(1, asked.replicate)
     if gpus % fixed or (asked.replicate and gpus != fixed):
         raise InputError(
-            f"[parallel]: replicate {asked.replicate or 'auto'}, shard {asked.shard}, tensor {asked.tensor}, context {asked.context}, pipeline "
+            f"[parallel]: replicate {asked.replicate or 'auto'}, shard {asked.shard}, tensor {asked.tensor}, context "
+            f"{asked.context}, pipeline "
             f"{asked.pipeline} do not make {gpus} devices; give --gpus a multiple of {fixed}, or other degrees"
         )
     yield Layout(asked.replicate or gpus // fixed, asked.shard, asked.tensor, asked.context, asked.pipeline)
@@ -198,7 +228,9 @@ def layouts(recipe: Recipe, gpus: int) -> Iterator[Layout]:
 
 
 def _choices(recipe: Recipe, shape: ModelShape, known: Device, layout: Layout, limit: float) -> Iterator[Choice]:
-    """One choice for each way of checkpointing and of computing the loss that the recipe leaves open, each with its largest micro-batch."""
+    """One choice for each way of checkpointing and of computing the loss that the recipe leaves open, each with its
+    largest micro-batch.
+    """
     train, cpu = recipe.train, known.name == "cpu"
     ways = [(train.activation_checkpointing, train.checkpointing_stride)]
     if train.activation_checkpointing == "auto":
@@ -209,7 +241,9 @@ def _choices(recipe: Recipe, shape: ModelShape, known: Device, layout: Layout, l
             setup = Setup(
                 rows=1,
                 sequence_length=recipe.data.sequence_length,
-                precision=resolve_precision(train.precision, known.name, has_bf16=known.bf16 is not None or known.fp16 is None),
+                precision=resolve_precision(
+                    train.precision, known.name, has_bf16=known.bf16 is not None or known.fp16 is None
+                ),
                 activation_checkpointing=checkpointing,
                 checkpointing_stride=stride,
                 loss=loss,
@@ -233,7 +267,9 @@ def _choices(recipe: Recipe, shape: ModelShape, known: Device, layout: Layout, l
 
 
 def running_device(name: str, memory: float | None) -> Device:
-    """The device a run is on: as its driver names it ("cpu" for a CPU), with `memory` bytes in all where they are known."""
+    """The device a run is on: as its driver names it ("cpu" for a CPU), with `memory` bytes in all where they are
+    known.
+    """
     known = find_device(name) or Device(name, memory, None, None, None)
     return known if memory is None or known.name == "cpu" else replace(known, memory=memory)
 
@@ -256,8 +292,12 @@ def _with_micro_rows(recipe: Recipe, shape: ModelShape, setup: Setup, layout: La
     return with_rows(math.ceil(share / math.ceil(share / low)))
 
 
-def expected_rate(choice: Choice, known: Device, gpus: int, flops_per_token: float) -> tuple[float | None, float | None]:
-    """(assumed MFU, tokens a second over all devices). MFU is None where a sustained rate is assumed instead, both where nothing is known."""
+def expected_rate(
+    choice: Choice, known: Device, gpus: int, flops_per_token: float
+) -> tuple[float | None, float | None]:
+    """(assumed MFU, tokens a second over all devices). MFU is None where a sustained rate is assumed instead, both
+    where nothing is known.
+    """
     peak = peak_of(known, choice.setup.precision)
     if peak is None:
         return None, gpus * known.sustained * choice.speed / flops_per_token if known.sustained else None
@@ -280,7 +320,11 @@ def what_would_fit(recipe: Recipe, shape: ModelShape, known: Device, gpus: int) 
         narrow = replace(recipe, train=replace(recipe.train, precision="bf16_full"))
         if _fits(narrow, shape, known, gpus):
             found.append(f"{gpus} x {known.name} with weights and moments in bf16 (--train.precision bf16_full)")
-    return "would fit on " + " or ".join(found) if found else "fits on no layout that this plan knows; use a smaller model or shorter rows"
+    return (
+        "would fit on " + " or ".join(found)
+        if found
+        else "fits on no layout that this plan knows; use a smaller model or shorter rows"
+    )
 
 
 def _fits(recipe: Recipe, shape: ModelShape, known: Device, gpus: int) -> bool:

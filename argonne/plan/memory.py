@@ -1,15 +1,17 @@
 """Memory of a training step, by part: which tensors are alive at the moment when most are. Pure arithmetic, in bytes.
 
-The counts follow the code: `argonne/model/modeling_argonne.py` for what autograd keeps of a layer, `argonne/model/loss.py` for the head and
-the loss, `argonne/train/step.py` for gradients and moments. Several moments of a step can be its highest; the plan takes the largest:
+The counts follow the code: `argonne/model/modeling_argonne.py` for what autograd keeps of a layer,
+`argonne/model/loss.py` for the head and the loss, `argonne/train/step.py` for gradients and moments. Several moments of
+a step can be its highest; the plan takes the largest:
 
 - loss: every layer's activations are kept, and the loss holds logits of a chunk and its two gradients;
-- backward of a layer: its largest temporaries (and its activations again, where it is recomputed) above what the layers below it keep and the
-  gradients of those above it;
+- backward of a layer: its largest temporaries (and its activations again, where it is recomputed) above what the layers
+  below it keep and the gradients of those above it;
 - embedding: all gradients exist, and the head's and the embedding's share of a tied weight are added;
 - update: weights, gradients and moments.
 
-Widths: `wide` bytes for the residual stream and norms (fp32 under autocast too), `narrow` bytes for what the matrix products read (2 under autocast).
+Widths: `wide` bytes for the residual stream and norms (fp32 under autocast too), `narrow` bytes for what the matrix
+products read (2 under autocast).
 """
 
 from __future__ import annotations
@@ -22,18 +24,22 @@ from argonne.plan.shape import ModelShape
 MIB = 1024**2
 # The loss's own choice of a chunk (argonne/model/loss.py, rows_of_chunk): bytes of fp32 logits held at once.
 CHUNK_BYTES_CPU, CHUNK_BYTES_GPU, CHUNK_LEAST = 32 * MIB, 1024 * MIB, 256
-# A CPU process beside its tensors: code of the libraries that only training touches, their work space, stacks, blocks too small to be returned.
+# A CPU process beside its tensors: code of the libraries that only training touches, their work space, stacks, blocks
+# too small to be returned.
 PROCESS_CPU = 45e6
 # A GPU process: the CUDA context and its libraries' work space, as cards of these years show them.
 PROCESS_GPU = 0.8e9
-# What Python, torch, transformers, pyarrow and tokenizers take before anything is built; a GPU plan counts the card alone.
+# What Python, torch, transformers, pyarrow and tokenizers take before anything is built; a GPU plan counts the card
+# alone.
 LIBRARIES_CPU = 0.4e9
 PARTS = ("weights", "moments", "gradients", "activations", "logits and loss", "temporaries", "process")
 
 
 @dataclass(frozen=True)
 class Setup:
-    """How one device runs a micro-batch. `accumulates`: gradients of earlier micro-batches are held during the pass (always so under DDP)."""
+    """How one device runs a micro-batch. `accumulates`: gradients of earlier micro-batches are held during the pass
+    (always so under DDP).
+    """
 
     rows: int
     sequence_length: int
@@ -99,10 +105,16 @@ def moments(shape: ModelShape, setup: Setup) -> dict[str, dict[str, float]]:
     held = state.gradients if setup.accumulates else 0.0
     layers = range(shape.num_hidden_layers)
     stream = setup.tokens * shape.hidden_size * setup.wide
-    kept = [(stream if setup.recomputes(layer) else activations_of_layer(shape, setup, layer)) / setup.pipeline for layer in layers]
-    tail = stream * (2 if shape.norm_type == "rms" else 1)  # the last norm keeps its input, and an RMS norm its normalised value
+    kept = [
+        (stream if setup.recomputes(layer) else activations_of_layer(shape, setup, layer)) / setup.pipeline
+        for layer in layers
+    ]
+    tail = stream * (
+        2 if shape.norm_type == "rms" else 1
+    )  # the last norm keeps its input, and an RMS norm its normalised value
     head = 4.0 * shape.vocab_size * shape.hidden_size / setup.tensor
-    # The head's gradient: part of the embedding's where they are tied, and then waiting for it; else one of the gradients.
+    # The head's gradient: part of the embedding's where they are tied, and then waiting for it; else one of the
+    # gradients.
     waiting = head if shape.tie_word_embeddings or not setup.accumulates else 0.0
     found = {
         "loss": {
@@ -114,11 +126,14 @@ def moments(shape: ModelShape, setup: Setup) -> dict[str, dict[str, float]]:
         "embedding": {
             **always,
             "gradients": state.gradients,
-            "temporaries": (head if setup.accumulates else 0.0) + (head if shape.tie_word_embeddings else 0.0) + 2 * stream,
+            "temporaries": (head if setup.accumulates else 0.0)
+            + (head if shape.tie_word_embeddings else 0.0)
+            + 2 * stream,
         },
         "update": {**always, "gradients": state.gradients, "temporaries": state.update_temporaries},
     }
-    # Going down, activations are given up and, where none are held yet, gradients appear: any layer can be the highest moment.
+    # Going down, activations are given up and, where none are held yet, gradients appear: any layer can be the highest
+    # moment.
     for layer in reversed(layers):
         above = 0.0 if setup.accumulates else state.gradients_of_layer * (shape.num_hidden_layers - 1 - layer)
         found[f"backward of layer {layer}"] = {
@@ -142,18 +157,24 @@ class State:
 
     @staticmethod
     def of(shape: ModelShape, setup: Setup) -> State:
-        """fp32 weights, gradients and AdamW's two moments, 16 bytes a parameter (8 with bf16 throughout), over the degrees that split them.
+        """fp32 weights, gradients and AdamW's two moments, 16 bytes a parameter (8 with bf16 throughout), over the
+        degrees that split them.
 
-        Muon keeps one moment of the layers' matrices, and its update holds the direction and the orthogonal matrix of all of them.
+        Muon keeps one moment of the layers' matrices, and its update holds the direction and the orthogonal matrix of
+        all of them.
         """
-        ends = 2 if setup.pipeline > 1 and shape.tie_word_embeddings else 1  # both ends of a pipeline hold a tied weight
+        ends = (
+            2 if setup.pipeline > 1 and shape.tie_word_embeddings else 1
+        )  # both ends of a pipeline hold a tied weight
         layers = shape.num_hidden_layers * shape.layer_parameters()
         local = (shape.parameters() - layers) * ends + layers / setup.pipeline
         split = setup.shard * setup.tensor
         size = setup.wide
         gathered = 0.0
         if setup.shard > 1:  # two layers and the ends are whole at a time: one computes, the next is on its way
-            gathered = setup.narrow * (2 * shape.layer_parameters() + shape.vocab_size * shape.hidden_size) / setup.tensor
+            gathered = (
+                setup.narrow * (2 * shape.layer_parameters() + shape.vocab_size * shape.hidden_size) / setup.tensor
+            )
         elif setup.narrow < size:  # autocast keeps the narrow copies of the weights until their backward pass
             gathered = setup.narrow * local / setup.tensor
         of_layer = size * shape.layer_parameters() / setup.pipeline / split
@@ -161,7 +182,9 @@ class State:
         if setup.optimizer == "muon":
             matrices = shape.num_hidden_layers * (shape.attention_weights + shape.mlp_weights) / setup.pipeline / split
             short, long = sorted((shape.hidden_size, shape.intermediate_size))
-            turning = setup.muon_width * (2.0 * short * long + 3.0 * short * short)  # one matrix in its Newton-Schulz iteration
+            turning = setup.muon_width * (
+                2.0 * short * long + 3.0 * short * short
+            )  # one matrix in its Newton-Schulz iteration
         return State(
             weights=size * local / split + gathered,
             gradients=size * local / split,
@@ -172,11 +195,15 @@ class State:
 
 
 def activations_of_layer(shape: ModelShape, setup: Setup, layer: int) -> float:
-    """Bytes that autograd keeps of a layer that is not recomputed until its backward pass: what each operation's derivative reads."""
+    """Bytes that autograd keeps of a layer that is not recomputed until its backward pass: what each operation's
+    derivative reads.
+    """
     hidden, queries, keys = shape.hidden_size, shape.query_width / setup.tensor, shape.key_width / setup.tensor
     wide, narrow, middle = setup.wide, setup.narrow, shape.intermediate_size / setup.tensor
     inner = wide * hidden if shape.norm_type == "rms" else 0  # an RMS norm keeps its normalised value beside its input
-    a_token = 2.0 * (wide * hidden + inner + narrow * hidden)  # twice: residual stream, norm, the norm's output that the products read
+    a_token = 2.0 * (
+        wide * hidden + inner + narrow * hidden
+    )  # twice: residual stream, norm, the norm's output that the products read
     if shape.sandwich_norm:
         a_token += 2 * (wide + narrow) * hidden
     a_token += (wide + narrow) * (queries * shape.q_norm + keys * (shape.k_norm + shape.v_norm))
@@ -188,13 +215,21 @@ def activations_of_layer(shape: ModelShape, setup: Setup, layer: int) -> float:
 
 
 def attention_kept(shape: ModelShape, setup: Setup, window: int | None) -> float:
-    """Bytes a token that attention keeps: q, k, v, the output and the log-sum of each query, or the whole weights where no fused kernel runs."""
+    """Bytes a token that attention keeps: q, k, v, the output and the log-sum of each query, or the whole weights where
+    no fused kernel runs.
+    """
     narrow, length = setup.narrow, setup.sequence_length
-    heads, queries, keys = (size / setup.tensor for size in (shape.num_attention_heads, shape.query_width, shape.key_width))
+    heads, queries, keys = (
+        size / setup.tensor for size in (shape.num_attention_heads, shape.query_width, shape.key_width)
+    )
     projections = narrow * (2 * queries + 2 * keys)
-    if setup.cpu and shape.attention_dropout:  # the CPU's fused kernel has no dropout: weights, mask and dropped weights are whole
+    if (
+        setup.cpu and shape.attention_dropout
+    ):  # the CPU's fused kernel has no dropout: weights, mask and dropped weights are whole
         return projections + narrow * 3 * heads * length
-    block = max(32, window or 0)  # argonne/model/kernels.py, _windowed: blocks of queries, each with its own and the block's keys before it
+    block = max(
+        32, window or 0
+    )  # argonne/model/kernels.py, _windowed: blocks of queries, each with its own and the block's keys before it
     if window is None or block >= length:
         return projections + 4 * heads
     others = (-(-length // block) - 1) * block / length
@@ -204,11 +239,15 @@ def attention_kept(shape: ModelShape, setup: Setup, window: int | None) -> float
 
 
 def backward_work(shape: ModelShape, setup: Setup, layer: int) -> float:
-    """Bytes of temporaries while a layer runs backward, above what all layers keep; a recomputed layer's activations come back first."""
+    """Bytes of temporaries while a layer runs backward, above what all layers keep; a recomputed layer's activations
+    come back first.
+    """
     middle = shape.intermediate_size / setup.tensor
     gradients = setup.tokens * setup.narrow * (2 * middle if shape.mlp_gated else middle)
     stream = setup.tokens * shape.hidden_size * setup.wide
-    again = activations_of_layer(shape, setup, layer) - stream if setup.recomputes(layer) else 0.0  # its input is kept anyway
+    again = (
+        activations_of_layer(shape, setup, layer) - stream if setup.recomputes(layer) else 0.0
+    )  # its input is kept anyway
     # The gradient of the MLP's last product is made where the temporaries are most.
     weight = setup.wide * shape.hidden_size * middle / setup.shard
     return again + gradients + weight + 2 * stream

@@ -9,7 +9,9 @@ _TOLERANCE = 0.005
 
 @dataclass(frozen=True)
 class Published:
-    """Steps, tokens and batch of a release, all of its parts together, as its documents give them. None = not published."""
+    """Steps, tokens and batch of a release, all of its parts together, as its documents give them. None = not
+    published.
+    """
 
     release: str
     steps: int | None = None
@@ -25,7 +27,8 @@ class Published:
         if abs(product / self.tokens - 1) <= _TOLERANCE:
             return None
         return (
-            f"{self.release} as published does not close: {self.steps:,} steps x {self.tokens_per_step:,} tokens ({self.batch}) = "
+            f"{self.release} as published does not close: {self.steps:,} steps x {self.tokens_per_step:,} tokens "
+            f"({self.batch}) = "
             f"{product / 1e9:.2f}B tokens, published are {self.tokens / 1e9:.2f}B"
         )
 
@@ -47,7 +50,8 @@ PUBLISHED = {
 }
 
 
-# Tokens that the one source of a packaged recipe held at its release, where that was published: for plans made where its token set is not.
+# Tokens that the one source of a packaged recipe held at its release, where that was published: for plans made where
+# its token set is not.
 SOURCE_TOKENS = {
     "argonne-2.5-pretrain": 20_839_021_454,
     "argonne-2.5-continue": 55_211_688_156,

@@ -1,9 +1,11 @@
-"""What a model section comes to: sizes, exact parameters, FLOPs a token. Pure arithmetic; the tests hold it against the real modules.
+"""What a model section comes to: sizes, exact parameters, FLOPs a token. Pure arithmetic; the tests hold it against the
+real modules.
 
-FLOPs convention. One multiply-add is 2 FLOPs; the backward pass costs twice the forward one, so training is 3 times the forward pass.
-Counted: every matrix product with a weight, the head included (6 FLOPs a weight and token), and attention's two products over the keys a
-query really sees: (T + 1) / 2 on average with the causal mask, fewer under a window. Not counted: embedding look-up, norms, activations,
-softmax, and whatever activation checkpointing recomputes. Document masks are ignored, so with them the figure is an upper bound.
+FLOPs convention. One multiply-add is 2 FLOPs; the backward pass costs twice the forward one, so training is 3 times the
+forward pass. Counted: every matrix product with a weight, the head included (6 FLOPs a weight and token), and
+attention's two products over the keys a query really sees: (T + 1) / 2 on average with the causal mask, fewer under a
+window. Not counted: embedding look-up, norms, activations, softmax, and whatever activation checkpointing recomputes.
+Document masks are ignored, so with them the figure is an upper bound.
 """
 
 from __future__ import annotations
@@ -73,7 +75,14 @@ class ModelShape:
         attention_bias = self.query_width + 2 * self.key_width + self.hidden_size if self.attention_bias else 0
         mlp_bias = (2 if self.mlp_gated else 1) * self.intermediate_size + self.hidden_size if self.mlp_bias else 0
         gains = self.head_dim * (self.q_norm + self.k_norm + self.v_norm)
-        return self.attention_weights + attention_bias + self.mlp_weights + mlp_bias + gains + norm * (4 if self.sandwich_norm else 2)
+        return (
+            self.attention_weights
+            + attention_bias
+            + self.mlp_weights
+            + mlp_bias
+            + gains
+            + norm * (4 if self.sandwich_norm else 2)
+        )
 
     def parameters(self) -> int:
         """Parameters of the whole model; a head that shares the embedding's weight is counted once."""
@@ -89,7 +98,9 @@ class ModelShape:
 
     def flops_per_token(self, sequence_length: int) -> float:
         """Training FLOPs a token, forward and backward, at this row length (convention: the module's docstring)."""
-        weights = self.num_hidden_layers * (self.attention_weights + self.mlp_weights) + self.vocab_size * self.hidden_size
+        weights = (
+            self.num_hidden_layers * (self.attention_weights + self.mlp_weights) + self.vocab_size * self.hidden_size
+        )
         keys = sum(mean_keys(sequence_length, window) for window in self.windows())
         return 6.0 * weights + 12.0 * self.query_width * keys
 
@@ -109,8 +120,8 @@ def flops_per_token(model: ModelSection | Mapping[str, Any], sequence_length: in
 def shape_of(model: ModelSection | Mapping[str, Any], sequence_length: int = 0) -> ModelShape:
     """The sizes of a model section (or a config.json as a dict), for rows of `sequence_length` tokens.
 
-    A section that only says `init_from` is read from that folder's config.json. Raises InputError where a size is missing, or two
-    fields contradict each other.
+    A section that only says `init_from` is read from that folder's config.json. Raises InputError where a size is
+    missing, or two fields contradict each other.
     """
     given = asdict(model) if isinstance(model, ModelSection) else model
     fields = {name: value for name, value in given.items() if value is not None}
@@ -118,7 +129,9 @@ def shape_of(model: ModelSection | Mapping[str, Any], sequence_length: int = 0) 
         fields = {**stored_fields(str(fields["init_from"])), **fields}
     for name in _NEEDED:
         if not isinstance(fields.get(name), int):
-            raise InputError(f"model.{name}: not set, and neither model.preset nor model.init_from gives it; add one of them")
+            raise InputError(
+                f"model.{name}: not set, and neither model.preset nor model.init_from gives it; add one of them"
+            )
     presets.check(fields)
     full = presets.filled(fields)
     full["max_position_embeddings"] = max(full["max_position_embeddings"], sequence_length)
@@ -130,4 +143,6 @@ def stored_fields(path: str) -> dict[str, Any]:
     for folder in (Path(path), layout.model_of_run(Path(path))):
         if folder is not None and (folder / layout.MODEL_CONFIG).is_file():
             return dict(json.loads((folder / layout.MODEL_CONFIG).read_text()))
-    raise InputError(f"model.init_from: {path} has no config.json to take the sizes from; give the right folder, or model.preset too")
+    raise InputError(
+        f"model.init_from: {path} has no config.json to take the sizes from; give the right folder, or model.preset too"
+    )

@@ -13,7 +13,13 @@ def plan_lines(plan: Plan) -> list[str]:
     """The table that `argonne plan` prints."""
     name = plan.recipe or plan.preset or "recipe"
     degrees = ", ".join(f"{kind} {degree}" for kind, degree in plan.layout.items() if degree > 1)
-    why = "as the recipe says" if plan.micro_is_given else "the smallest" if not plan.fits else "the largest that fits, evened out"
+    why = (
+        "as the recipe says"
+        if plan.micro_is_given
+        else "the smallest"
+        if not plan.fits
+        else "the largest that fits, evened out"
+    )
     if plan.fits and plan.device == "cpu" and not plan.micro_is_given:
         why = "what a CPU works on at once"
     every = f" {plan.checkpointing_stride}" if plan.activation_checkpointing == "every_nth" else ""
@@ -45,7 +51,9 @@ def _length_rows(plan: Plan) -> list[tuple[str, str]]:
         return [("length", "not known: it is in epochs of data that is not here")]
     rows = [("length", f"{plan.steps:,} steps, {plan.tokens:,} tokens")]
     if plan.tokens_per_second is not None and plan.hours is not None and plan.device_hours is not None:
-        basis = "the sustained rate of the note" if plan.expected_mfu is None else f"{100 * plan.expected_mfu:.0f} % MFU"
+        basis = (
+            "the sustained rate of the note" if plan.expected_mfu is None else f"{100 * plan.expected_mfu:.0f} % MFU"
+        )
         rows.append(("speed", f"{plan.tokens_per_second:,.0f} tokens/s, assuming {basis}"))
         long = f"{plan.hours:,.1f} hours" if plan.hours < 72 else f"{plan.hours / 24:,.1f} days"
         time = f"{60 * plan.hours:.1f} minutes" if plan.hours < 2 else long
@@ -56,7 +64,11 @@ def _length_rows(plan: Plan) -> list[tuple[str, str]]:
 
 
 def _source(use: dict[str, Any]) -> str:
-    known = "tokens not known" if use["tokens"] is None else f"{use['tokens']:,} tokens{'' if use['here'] else ' as released'}"
+    known = (
+        "tokens not known"
+        if use["tokens"] is None
+        else f"{use['tokens']:,} tokens{'' if use['here'] else ' as released'}"
+    )
     passes = "" if use["passes"] is None else f", read {use['passes']:.3g} times"
     return f"{use['path']}: {100 * use['share']:.0f} % of the tokens, {known}{passes}"
 
@@ -64,7 +76,8 @@ def _source(use: dict[str, Any]) -> str:
 def compare_plan(plan: dict[str, Any], metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What was planned beside what a run measured: [{name, planned, measured, ratio}], ratio = measured / planned.
 
-    plan: `Plan.to_dict()` as stored with the run. metrics: the records of metrics.jsonl in order. A figure that either side lacks is None.
+    plan: `Plan.to_dict()` as stored with the run. metrics: the records of metrics.jsonl in order. A figure that either
+    side lacks is None.
     """
     steps = {record["step"]: record for record in metrics if record.get("event") == "step"}
     records = [steps[step] for step in sorted(steps)]
@@ -79,7 +92,12 @@ def compare_plan(plan: dict[str, Any], metrics: list[dict[str, Any]]) -> list[di
         ("hours", plan["hours"], _hours(metrics)),
     ]
     return [
-        {"name": name, "planned": planned, "measured": found, "ratio": found / planned if planned and found is not None else None}
+        {
+            "name": name,
+            "planned": planned,
+            "measured": found,
+            "ratio": found / planned if planned and found is not None else None,
+        }
         for name, planned, found in triples
     ]
 

@@ -1,6 +1,8 @@
-"""From the shards of the units to the shards of the set, where they are not the same: duplicates out, or all in one `train.bin`.
+"""From the shards of the units to the shards of the set, where they are not the same: duplicates out, or all in one
+`train.bin`.
 
-The units' shards stay untouched in `parts/` until the manifest is written, so that an interruption here costs nothing but this step.
+The units' shards stay untouched in `parts/` until the manifest is written, so that an interruption here costs nothing
+but this step.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ def is_staged(recipe: dict[str, Any]) -> bool:
 
 
 def is_whole(recipe: dict[str, Any], record: dict[str, Any], out: Path) -> bool:
-    """Are the shards that a unit's record names there in full? They were when it was written; a folder may have been copied in part."""
+    """Are the shards that a unit's record names there in full? They were when it was written; a folder may have been
+    copied in part.
+    """
     folder = out / PARTS if is_staged(recipe) else out
     for entry in entries_of(record):
         wanted = {".bin": entry["bytes"], ".idx": 8 * entry["documents"]}
@@ -50,7 +54,8 @@ def text_hash(text: bytes | memoryview) -> tuple[int, int]:
 
 
 def assemble(recipe: dict[str, Any], records: Sequence[dict[str, Any]], out: Path, dtype: str) -> list[dict[str, Any]]:
-    """Write the final shards of `out` from those of the units; the records as they are then, drops of duplicates included.
+    """Write the final shards of `out` from those of the units; the records as they are then, drops of duplicates
+    included.
 
     Of equal texts the first in the order of the plan stays (within a unit: training documents before held-out ones).
     """
@@ -72,7 +77,10 @@ def assemble(recipe: dict[str, Any], records: Sequence[dict[str, Any]], out: Pat
                     shards.append(_append(writer, out, entry, mask))
                 if duplicates := entry["documents"] - shards[-1]["documents"]:
                     after["drops"]["duplicate"] += duplicates
-            changed = {**totals_of(shards), "shards": [shard for shard in shards if shard["documents"] and single is None]}
+            changed = {
+                **totals_of(shards),
+                "shards": [shard for shard in shards if shard["documents"] and single is None],
+            }
             after |= changed if split == "train" else {"held_out": changed}
         found.append(after)
     for split, writer in (single or {}).items():
@@ -81,8 +89,12 @@ def assemble(recipe: dict[str, Any], records: Sequence[dict[str, Any]], out: Pat
 
 
 def _first_copies(out: Path, records: Sequence[dict[str, Any]]) -> np.ndarray:
-    """(documents,) bool over all shards in order: is this the first document with its text? 24 bytes a document, and a sort."""
-    whole = np.concatenate([np.zeros(0, DOCUMENT), *(_documents(out, entry) for record in records for entry in entries_of(record))])
+    """(documents,) bool over all shards in order: is this the first document with its text? 24 bytes a document, and a
+    sort.
+    """
+    whole = np.concatenate(
+        [np.zeros(0, DOCUMENT), *(_documents(out, entry) for record in records for entry in entries_of(record))]
+    )
     order = np.lexsort((whole["high"], whole["low"]))
     ordered = whole[["low", "high"]][order]
     keep = np.ones(len(whole), dtype=bool)
@@ -98,7 +110,10 @@ def _copy(out: Path, entry: dict[str, Any], mask: np.ndarray | None, dtype: str)
     """One shard without its duplicates; linked, not copied, where there are none."""
     if mask is None or mask.all():
         for suffix in (".bin", ".idx"):
-            source, target = (out / PARTS / entry["file"]).with_suffix(suffix), (out / entry["file"]).with_suffix(suffix)
+            source, target = (
+                (out / PARTS / entry["file"]).with_suffix(suffix),
+                (out / entry["file"]).with_suffix(suffix),
+            )
             target.unlink(missing_ok=True)
             try:
                 os.link(source, target)

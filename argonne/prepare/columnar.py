@@ -1,7 +1,8 @@
-"""Text columns of parquet and of Arrow IPC (file and stream): where to cut a file, and the values of a run of row groups or record batches.
+"""Text columns of parquet and of Arrow IPC (file and stream): where to cut a file, and the values of a run of row
+groups or record batches.
 
-pyarrow trusts an Arrow file: an offset that a flipped bit has moved would be read as it is. So each record batch is checked before a value is
-taken, and a stream without its end mark is taken for what it is, one that was cut off.
+pyarrow trusts an Arrow file: an offset that a flipped bit has moved would be read as it is. So each record batch is
+checked before a value is taken, and a stream without its end mark is taken for what it is, one that was cut off.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 def cut_parquet(path: str, target: int, text_column: str) -> list[tuple[int, int]]:
-    """Runs of row groups of about `target` bytes. Raises InputError when the file cannot be read or lacks the column."""
+    """Runs of row groups of about `target` bytes. Raises InputError when the file cannot be read or
+    lacks the column.
+    """
     with _parquet(path) as source:
         _check_column(path, source.schema_arrow, text_column)
         units, start, size = [], 0, 0
@@ -37,7 +40,9 @@ def cut_parquet(path: str, target: int, text_column: str) -> list[tuple[int, int
 
 
 def cut_arrow(path: str, text_column: str, whole_file: int) -> list[tuple[int, int]]:
-    """Runs of record batches; a stream is one unit. Raises InputError when the file cannot be read or lacks the column."""
+    """Runs of record batches; a stream is one unit. Raises InputError when the file cannot be read or
+    lacks the column.
+    """
     with _arrow(path) as (reader, random_access, _):
         _check_column(path, reader.schema, text_column)
         if not random_access:
@@ -47,7 +52,9 @@ def cut_arrow(path: str, text_column: str, whole_file: int) -> list[tuple[int, i
 
 
 def every_row(path: str, format: str) -> Iterator[dict[str, Any]]:
-    """Every row with all of its columns. Raises what pyarrow and `read_faults` raise, also for a stream that was cut off."""
+    """Every row with all of its columns. Raises what pyarrow and `read_faults` raise, also for a stream that was cut
+    off.
+    """
     if format == "parquet":
         with _opened_parquet(path) as source:
             for batch in source.iter_batches(BATCH_ROWS):
@@ -86,14 +93,18 @@ def _check_column(path: str, schema: Any, text_column: str) -> None:
     count = schema.names.count(text_column)
     if count != 1:
         problem = f"no column {text_column!r}" if not count else f"{count} columns of the name {text_column!r}"
-        raise InputError(f"{path}: {problem}; it has {', '.join(schema.names) or 'none'}; choose one with --text-column")
+        raise InputError(
+            f"{path}: {problem}; it has {', '.join(schema.names) or 'none'}; choose one with --text-column"
+        )
     kind = schema.field(text_column).type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
         texts = ", ".join(field.name for field in schema if "string" in str(field.type) and "<" not in str(field.type))
         others = (
-            f"--text-column ({texts} would do)" if texts else "--text-column, or convert it to a string column (none of this file is one)"
+            f"--text-column ({texts} would do)"
+            if texts
+            else "--text-column, or convert it to a string column (none of this file is one)"
         )
         raise InputError(f"{path}: column {text_column!r} holds {kind}, expected text; choose another with {others}")
 
@@ -119,13 +130,17 @@ def parquet_rows(path: str, start: int, stop: int, text_column: str) -> Iterator
             batch = None
             pa.default_memory_pool().release_unused()
         except (pa.ArrowException, IndexError, *read_faults(path)) as error:
-            raise InputError(f"{path}: after row {before + row:,}: cannot be read ({first_line(error)}); {REMEDY}") from None
+            raise InputError(
+                f"{path}: after row {before + row:,}: cannot be read ({first_line(error)}); {REMEDY}"
+            ) from None
 
 
 def _column_bytes(group: Any, name: str) -> int:
     """Uncompressed bytes of a column in a row group; nested columns before it may have moved its number."""
     columns = map(group.column, range(group.num_columns))
-    return next((column.total_uncompressed_size for column in columns if column.path_in_schema == name), group.total_byte_size)
+    return next(
+        (column.total_uncompressed_size for column in columns if column.path_in_schema == name), group.total_byte_size
+    )
 
 
 def _opened_arrow(path: str) -> tuple[Any, bool, Any]:
@@ -153,7 +168,9 @@ def _arrow(path: str) -> Iterator[tuple[Any, bool, Any]]:
 
 
 def arrow_rows(path: str, start: int, stop: int, text_column: str) -> Iterator[Any]:
-    """Values of the record batches `start <= i < stop`, of all batches of a stream: text, None, or bytes for what is long or not UTF-8."""
+    """Values of the record batches `start <= i < stop`, of all batches of a stream: text, None, or bytes for what is
+    long or not UTF-8.
+    """
     import pyarrow as pa
 
     row = 0
@@ -169,12 +186,22 @@ def arrow_rows(path: str, start: int, stop: int, text_column: str) -> Iterator[A
             if not random_access:
                 _check_end(source)
         except (pa.ArrowException, *read_faults(path)) as error:
-            where = "" if random_access and start == 0 else f" of the record batches from {start:,} on" if random_access else ""
-            raise InputError(f"{path}: after row {row:,}{where}: cannot be read ({first_line(error)}); {REMEDY}") from None
+            where = (
+                ""
+                if random_access and start == 0
+                else f" of the record batches from {start:,} on"
+                if random_access
+                else ""
+            )
+            raise InputError(
+                f"{path}: after row {row:,}{where}: cannot be read ({first_line(error)}); {REMEDY}"
+            ) from None
 
 
 def _check_end(source: Any) -> None:
-    """Raise OSError where the stream that was just read does not end as Arrow since 0.15 ends one; of older ones the end cannot be told."""
+    """Raise OSError where the stream that was just read does not end as Arrow since 0.15 ends one; of older ones the
+    end cannot be told.
+    """
     end = source.tell()
     source.seek(0)
     if source.read(4) != END_OF_STREAM[:4]:
@@ -185,7 +212,9 @@ def _check_end(source: Any) -> None:
 
 
 def _check_offsets(column: Any) -> None:
-    """Raise ArrowInvalid when a value would lie outside its buffer. Whether it is UTF-8 is asked later, value by value."""
+    """Raise ArrowInvalid when a value would lie outside its buffer. Whether it is UTF-8 is asked
+    later, value by value.
+    """
     import pyarrow as pa
     import pyarrow.compute as compute
 
@@ -204,7 +233,13 @@ def _as_bytes(column: Any) -> Any:
     import pyarrow as pa
 
     kind = column.type
-    binary = pa.binary() if pa.types.is_string(kind) else pa.large_binary() if pa.types.is_large_string(kind) else pa.binary_view()
+    binary = (
+        pa.binary()
+        if pa.types.is_string(kind)
+        else pa.large_binary()
+        if pa.types.is_large_string(kind)
+        else pa.binary_view()
+    )
     return pa.Array.from_buffers(binary, len(column), column.buffers(), offset=column.offset)
 
 

@@ -1,7 +1,8 @@
 """Files of text to documents: find them, cut them into work units, read the rows of a unit.
 
-Formats: parquet, Arrow IPC (file and stream), jsonl (.gz, .zst), plain text. A unit is a run of row groups, of record batches or of
-bytes; the cut depends on the files alone, never on who reads them. Every row that is no document comes out with the reason.
+Formats: parquet, Arrow IPC (file and stream), jsonl (.gz, .zst), plain text. A unit is a run of row groups, of record
+batches or of bytes; the cut depends on the files alone, never on who reads them. Every row that is no document comes
+out with the reason.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ class InputFile:
 
 @dataclass(frozen=True)
 class Unit:
-    """One piece of work: row groups, record batches or bytes `start <= i < stop` of a file; `stop` -1 means to its end."""
+    """One piece of work: row groups, record batches or bytes `start <= i < stop` of a file; `stop` -1
+    means to its end.
+    """
 
     index: int
     file: int
@@ -44,11 +47,13 @@ class Unit:
     stop: int
 
 
-def find_files(patterns: Sequence[str], also: Mapping[str, str] | None = None, outside: Path | None = None) -> list[InputFile]:
+def find_files(
+    patterns: Sequence[str], also: Mapping[str, str] | None = None, outside: Path | None = None
+) -> list[InputFile]:
     """The files that the globs match, local or fsspec, in natural order, each once, whatever links lead to it.
 
-    A folder stands for the files of known kinds below it. `also`: more suffixes and the kind of file they stand for. `outside`: a folder
-    whose files are not taken: what is being written is no input.
+    A folder stands for the files of known kinds below it. `also`: more suffixes and the kind of file they stand for.
+    `outside`: a folder whose files are not taken: what is being written is no input.
 
     Raises InputError for a pattern without a match and for a file of a format that is not known.
     """
@@ -62,7 +67,9 @@ def find_files(patterns: Sequence[str], also: Mapping[str, str] | None = None, o
         inside = os.path.join(os.path.realpath(outside), "")
         once = {name: file for name, file in once.items() if not name.startswith(inside)}
         if not once:
-            raise InputError(f"input {', '.join(patterns)}: matches only files of the output folder {outside}; choose another --out")
+            raise InputError(
+                f"input {', '.join(patterns)}: matches only files of the output folder {outside}; choose another --out"
+            )
     return list(once.values())
 
 
@@ -76,13 +83,19 @@ def _matches(pattern: str, also: Mapping[str, str] | None) -> Iterator[InputFile
         names = [path] if not re.search(r"[*?\[]", path) or system.exists(path) else sorted(system.glob(path))
         folders = [name for name in names if system.isdir(name)]
         below = {name: [file for file in system.find(name) if format_of(file, also)] for name in folders}
-        matches = [file for name in names for file in (below[name] if name in below else [name] if system.exists(name) else [])]
+        matches = [
+            file for name in names for file in (below[name] if name in below else [name] if system.exists(name) else [])
+        ]
         sizes = {name: system.size(name) for name in matches}
     except Exception as error:  # every kind of remote system has errors of its own
-        raise InputError(f"input {pattern!r}: cannot be listed ({first_line(error)}); check the address and your access to it") from None
+        raise InputError(
+            f"input {pattern!r}: cannot be listed ({first_line(error)}); check the address and your access to it"
+        ) from None
     if not matches:
         where = f", only folders without one ({KINDS}) in them" if folders else ""
-        raise NothingMatches(f"input {pattern!r}: matches no file{where}; check the folder, the pattern and that you may read it")
+        raise NothingMatches(
+            f"input {pattern!r}: matches no file{where}; check the folder, the pattern and that you may read it"
+        )
     local = "file" in (system.protocol if isinstance(system.protocol, tuple | list) else (system.protocol,))
     for name in matches:
         full = name if local else system.unstrip_protocol(name)
@@ -96,7 +109,9 @@ def _matches(pattern: str, also: Mapping[str, str] | None) -> Iterator[InputFile
 
 
 def unit_bytes(files: Sequence[InputFile]) -> int:
-    """Target size of a unit: 64 units for a small input, 128 MiB for a large one. From the input alone, so that the cut never varies."""
+    """Target size of a unit: 64 units for a small input, 128 MiB for a large one. From the input alone, so that the cut
+    never varies.
+    """
     return min(128 << 20, max(1 << 20, sum(file.bytes for file in files) // 64))
 
 

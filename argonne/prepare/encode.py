@@ -46,16 +46,20 @@ def finished(out: Path, units: int) -> dict[int, dict[str, Any]]:
 
 
 @functools.lru_cache(maxsize=2)
-def _loaded(out: str, encoder: str, _plan: tuple[int, int]) -> tuple[dict[str, Any], TextTokenizer, encoders.ReferenceEncoder]:
-    """(plan, tokenizer, encoder). `_plan`: which plan lies there now; a Ray worker outlives a folder that is removed and written again."""
+def _loaded(
+    out: str, encoder: str, _plan: tuple[int, int]
+) -> tuple[dict[str, Any], TextTokenizer, encoders.ReferenceEncoder]:
+    """(plan, tokenizer, encoder). `_plan`: which plan lies there now; a Ray worker outlives a folder that is removed
+    and written again.
+    """
     plan = files.read_json(Path(out) / layout.UNITS_PLAN)
     tokenizer = load_tokenizer(Path(out) / layout.TOKENIZER, plan["tokenizer"]["added_tokens"])
     return plan, tokenizer, encoders.load(encoder, tokenizer)
 
 
 def held_out_numbers(share: float, unit: int) -> Iterator[bool]:
-    """For each document of a unit in turn: is it held out? Exactly `share` of them to within one, spread evenly, with a start that
-    differs by unit."""
+    """For each document of a unit in turn: is it held out? Exactly `share` of them to within one, spread evenly, with a
+    start that differs by unit."""
     exact = Fraction(str(share))
     begin = Fraction(int.from_bytes(hashlib.sha256(f"hold-out {unit}".encode()).digest()[:4], "little"), 1 << 32)
     total = begin
@@ -77,7 +81,9 @@ class _Output:
     def _open(self) -> tokens.ShardWriter:
         if self.writer is None:
             number = len(self.entries)
-            self.writer = tokens.ShardWriter(self.folder, self.name if number == 0 else f"{self.name}-{number}", self.dtype)
+            self.writer = tokens.ShardWriter(
+                self.folder, self.name if number == 0 else f"{self.name}-{number}", self.dtype
+            )
         return self.writer
 
     def add(self, documents: Encoded) -> None:
@@ -92,7 +98,9 @@ class _Output:
                 continue
             last = max(last, first + 1)
             part = documents.documents[first:last]
-            writer.add(documents.ids[edges[first] : edges[last]], documents.lengths[first:last], int(part["bytes"].sum()))
+            writer.add(
+                documents.ids[edges[first] : edges[last]], documents.lengths[first:last], int(part["bytes"].sum())
+            )
             self._documents.append(part)
             first = last
 
@@ -127,7 +135,9 @@ class _Output:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Documents as ids: all ids in a row, ids of each document, hash (where duplicates are looked for) and UTF-8 bytes of each document."""
+    """Documents as ids: all ids in a row, ids of each document, hash (where duplicates are looked for) and UTF-8 bytes
+    of each document.
+    """
 
     ids: np.ndarray
     lengths: np.ndarray
@@ -222,13 +232,20 @@ class _UnitWork:
         for piece in encoders.pieces_of(text.data, self.encoder) if self.cuttable else [bytes(text.data).decode()]:
             if len(piece) > encoders.WHOLE_WITHIN_BYTES // 4:
                 self.warnings.append(
-                    f"a document has no safe cut in {len(piece):,} characters, which were encoded at once and took memory for it"
+                    f"a document has no safe cut in {len(piece):,} characters, which were encoded at once and took "
+                    "memory for it"
                 )
             yield self.encoder.encode([piece])[0]
         yield np.array([self.tokenizer["eos_id"]], np.uint32)
 
     def record(self) -> dict[str, Any]:
-        found = {"unit": self.unit.index, "rows": self.rows, "drops": self.drops, **self.train.close(), "held_out": self.held.close()}
+        found = {
+            "unit": self.unit.index,
+            "rows": self.rows,
+            "drops": self.drops,
+            **self.train.close(),
+            "held_out": self.held.close(),
+        }
         return {**found, "warnings": self.warnings, "bad": self.bad}
 
     def abort(self) -> None:
@@ -237,7 +254,9 @@ class _UnitWork:
 
 
 def encode_unit(job: Job, number: int) -> dict[str, Any]:
-    """Write the shards of unit `number`, then its record. Raises InputError naming file and row where the input is damaged."""
+    """Write the shards of unit `number`, then its record. Raises InputError naming file and row where the input is
+    damaged.
+    """
     out = Path(job.out)
     (out / layout.UNITS).mkdir(exist_ok=True)
     work = _UnitWork(job, number)

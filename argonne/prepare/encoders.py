@@ -1,6 +1,7 @@
 """Who turns texts into ids: `tokenizers`, the reference, or gigatoken where it has shown the same ids.
 
-Both take a batch of texts and give one flat array of ids with the length of each text, so that no Python list of ids lives long.
+Both take a batch of texts and give one flat array of ids with the length of each text, so that no Python list of ids
+lives long.
 """
 
 from __future__ import annotations
@@ -17,19 +18,21 @@ from argonne.tokens.tokenizer import TextTokenizer, forget_parsed, give_memory_b
 
 PIECE_BYTES = 1 << 20
 WHOLE_WITHIN_BYTES = 16 << 20
-# A single line feed between a visible character and an ASCII letter: no pre-token of the known families crosses it, nor does normalisation.
+# A single line feed between a visible character and an ASCII letter: no pre-token of the known families crosses it, nor
+# does normalisation.
 CUT = re.compile(rb"[!-~]\n(?=[A-Za-z])")
 CONTEXT_BYTES = 256
 
-# Characters on whose class or combining order gigatoken and `tokenizers` disagree, because their Unicode tables are of different years.
-# gigatoken knows Unicode 17, `tokenizers` older tables: NFC then orders marks otherwise, and a letter is cut off as a symbol. The ranges were
-# found by encoding every code point in three surroundings with Qwen's tokenizer (the campaign test in tests/prepare/test_encoders.py does it
-# again).
+# Characters on whose class or combining order gigatoken and `tokenizers` disagree, because their Unicode tables are of
+# different years. gigatoken knows Unicode 17, `tokenizers` older tables: NFC then orders marks otherwise, and a letter
+# is cut off as a symbol. The ranges were found by encoding every code point in three surroundings with Qwen's tokenizer
+# (the campaign test in tests/prepare/test_encoders.py does it again).
 NEWER_RANGES = """
-7fd 88f 897-89f 8ca-8d3 9fe c3c c5c cdc d3b-d3c eba 1715 1abf-1aff 1df6-1dfa a7ce-a7cf a7d2 a7d4 a7f1 a82c 10940-1095f 10d24-10d27
-10d69-10d6d 10eab-10eac 10ec5-10ec7 10efa-10eff 10f46-10f50 10f82-10f85 11070 1133b 113ce-113d0 1145e 11839-1183a 1193d-1193e 11943 119e0
-11a34 11a47 11a99 11d42-11d45 11d97 11db0-11def 11f41-11f42 1612f 16ea0-16edf 16ff0-16ff6 187f8-187ff 18d09-18d1e 18d80-18dff 1e08f
-1e130-1e136 1e2ae 1e2ec-1e2ef 1e4ec-1e4ef 1e5ee-1e5ef 1e6c0-1e6ff 2b73a-2b73f 2cea2-2cead 2ebe0-2ee5d 31350-3347f
+7fd 88f 897-89f 8ca-8d3 9fe c3c c5c cdc d3b-d3c eba 1715 1abf-1aff 1df6-1dfa a7ce-a7cf a7d2 a7d4 a7f1 a82c 10940-1095f
+10d24-10d27 10d69-10d6d 10eab-10eac 10ec5-10ec7 10efa-10eff 10f46-10f50 10f82-10f85 11070 1133b 113ce-113d0 1145e
+11839-1183a 1193d-1193e 11943 119e0 11a34 11a47 11a99 11d42-11d45 11d97 11db0-11def 11f41-11f42 1612f 16ea0-16edf
+16ff0-16ff6 187f8-187ff 18d09-18d1e 18d80-18dff 1e08f 1e130-1e136 1e2ae 1e2ec-1e2ef 1e4ec-1e4ef 1e5ee-1e5ef
+1e6c0-1e6ff 2b73a-2b73f 2cea2-2cead 2ebe0-2ee5d 31350-3347f
 """
 LOWEST_NEWER = 0x7FD
 
@@ -61,7 +64,9 @@ class ReferenceEncoder:
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """(all ids one after the other as uint32, the number of ids of each text as int64)."""
         arrays = self._tokenizer.encode_batch(texts)
-        return np.concatenate([np.zeros(0, np.uint32), *arrays]), np.array([len(array) for array in arrays], dtype=np.int64)
+        return np.concatenate([np.zeros(0, np.uint32), *arrays]), np.array(
+            [len(array) for array in arrays], dtype=np.int64
+        )
 
 
 class FastEncoder(ReferenceEncoder):
@@ -106,7 +111,9 @@ def _newer() -> np.ndarray:
 
 
 def any_newer(texts: Sequence[str]) -> bool:
-    """Does any of the texts hold such a character? About two nanoseconds a character of a text that is not ASCII, a megabyte at a time."""
+    """Does any of the texts hold such a character? About two nanoseconds a character of a text that is not ASCII, a
+    megabyte at a time.
+    """
     whole = "".join(text for text in texts if not text.isascii())
     for start in range(0, len(whole), PIECE_BYTES):
         codes = np.frombuffer(whole[start : start + PIECE_BYTES].encode("utf-32-le"), dtype="<u4")
@@ -116,8 +123,9 @@ def any_newer(texts: Sequence[str]) -> bool:
 
 
 def choose(tokenizer: TextTokenizer, asked: str, texts: Sequence[str]) -> tuple[str, str]:
-    """(encoder, why, in one line): gigatoken when it is installed and gives the reference's ids on the hard probes and on `texts` (the first
-    documents); else the reference. Raises InputError when gigatoken was asked for by name and cannot be used."""
+    """(encoder, why, in one line): gigatoken when it is installed and gives the reference's ids on the hard probes and
+    on `texts` (the first documents); else the reference. Raises InputError when gigatoken was asked for by name and
+    cannot be used."""
     if asked == "tokenizers":
         return "tokenizers", "encoder: tokenizers, as asked"
     fault = _fast_fault(tokenizer, texts)
@@ -148,8 +156,8 @@ def _fast_fault(tokenizer: TextTokenizer, texts: Sequence[str]) -> str | None:
 def pieces_of(text: bytes | memoryview, encoder: ReferenceEncoder) -> Iterator[str]:
     """A long UTF-8 text in pieces of about 1 MB whose ids, one after the other, are the ids of the whole.
 
-    It is cut only where the encoder gives the same ids for the surroundings in one and in two pieces. Where 16 MB hold no such place, the rest is
-    one piece. Raises UnicodeDecodeError when the text is not UTF-8.
+    It is cut only where the encoder gives the same ids for the surroundings in one and in two pieces. Where 16 MB hold
+    no such place, the rest is one piece. Raises UnicodeDecodeError when the text is not UTF-8.
     """
     view, start = memoryview(text), 0
     while len(view) - start > PIECE_BYTES:

@@ -1,6 +1,8 @@
-"""Who encodes the units: this process, a pool of processes, a SLURM array, Ray. Each yields (unit, record) as units finish.
+"""Who encodes the units: this process, a pool of processes, a SLURM array, Ray. Each yields (unit, record) as units
+finish.
 
-A unit writes the same bytes wherever it runs, and a finished one is never run again, so that engines may be mixed and interrupted.
+A unit writes the same bytes wherever it runs, and a finished one is never run again, so that engines may be mixed and
+interrupted.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ SLURM_TASKS = 8
 
 
 def run(engine: str, job: Job, units: list[int], workers: int) -> Results:
-    """Encode `units` with `workers` processes, array tasks or Ray tasks (0 = a sensible number). Raises what a worker raised."""
+    """Encode `units` with `workers` processes, array tasks or Ray tasks (0 = a sensible number). Raises what a worker
+    raised.
+    """
     if not units:
         return iter(())
     if engine == "slurm":
@@ -81,14 +85,20 @@ def end_with(parent: int) -> None:
 
 
 def _ray(job: Job, units: list[int], workers: int) -> Results:
-    """One Ray task a unit, on the cluster that RAY_ADDRESS names or on this machine. The folder must be visible to every node."""
+    """One Ray task a unit, on the cluster that RAY_ADDRESS names or on this machine. The folder must be visible to
+    every node.
+    """
     try:
         import ray
     except ImportError:
-        raise InputError("--engine ray: Ray is not installed; pip install 'argonne[ray]', or use --engine local") from None
+        raise InputError(
+            "--engine ray: Ray is not installed; pip install 'argonne[ray]', or use --engine local"
+        ) from None
     started = not ray.is_initialized()
     if started:
-        size: dict[str, Any] = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": workers or os.cpu_count(), "include_dashboard": False}
+        size: dict[str, Any] = (
+            {} if "RAY_ADDRESS" in os.environ else {"num_cpus": workers or os.cpu_count(), "include_dashboard": False}
+        )
         ray.init(log_to_driver=False, logging_level=40, **size)
     try:
         encode = ray.remote(num_cpus=1, max_retries=SUBMISSIONS)(_run_one)
@@ -115,7 +125,9 @@ def _run_one(job: Job, number: int) -> tuple[int, dict[str, Any], str | None]:
 
 
 def _slurm(job: Job, units: list[int], tasks: int) -> Results:
-    """An array of `tasks`, waited for here; what a killed or failed task left undone is submitted again, three times in all."""
+    """An array of `tasks`, waited for here; what a killed or failed task left undone is submitted again, three times in
+    all.
+    """
     out, waiting, tasks = Path(job.out).resolve(), set(units), min(tasks, len(units))
     folder = out / "slurm"
     folder.mkdir(exist_ok=True)
@@ -136,7 +148,10 @@ def _slurm(job: Job, units: list[int], tasks: int) -> Results:
             message = files.read_json(problem)["message"]
             problem.unlink()
             raise InputError(message)
-    raise InputError(f"--engine slurm: {len(waiting)} units are not done after {SUBMISSIONS} arrays; see {folder}/*.log, then run again")
+    raise InputError(
+        f"--engine slurm: {len(waiting)} units are not done after {SUBMISSIONS} arrays; see {folder}/*.log, then run "
+        "again"
+    )
 
 
 def _submit(job: Job, folder: Path, tasks: int) -> str:
@@ -151,7 +166,9 @@ def _submit(job: Job, folder: Path, tasks: int) -> str:
     ]
     files.write_text(script, "\n".join(lines) + "\n")
     try:
-        found = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, check=True, cwd=Path.cwd())
+        found = subprocess.run(
+            ["sbatch", "--parsable", str(script)], capture_output=True, text=True, check=True, cwd=Path.cwd()
+        )
     except FileNotFoundError:
         remedy = "start it where SLURM is, or use --part K/N in jobs of your own"
         raise InputError(f"--engine slurm: there is no sbatch here; {remedy}") from None

@@ -32,7 +32,8 @@ Grams = frozenset[tuple[str, ...]]
 
 
 def evaluation_files(patterns: Sequence[str]) -> list[dict[str, Any]]:
-    """The evaluation files that the patterns match, each with the hash of its bytes: part of what decides which documents are left out.
+    """The evaluation files that the patterns match, each with the hash of its bytes: part of what decides which
+    documents are left out.
 
     Raises InputError when a pattern matches nothing or a file cannot be read.
     """
@@ -47,11 +48,15 @@ def _digest(path: str) -> str:
         with fsspec.open(path, "rb") as source:
             return hashlib.file_digest(source, "sha256").hexdigest()
     except OSError as error:
-        raise InputError(f"--decontaminate {path}: cannot be read ({first_line(error)}); restore it or leave it out") from None
+        raise InputError(
+            f"--decontaminate {path}: cannot be read ({first_line(error)}); restore it or leave it out"
+        ) from None
 
 
 def build(recipe: dict[str, Any], evaluation: Sequence[dict[str, Any]]) -> dict[str, Filter]:
-    """The filters that a recipe asks for, by the reason under which they count. `evaluation`: what `evaluation_files` found for it."""
+    """The filters that a recipe asks for, by the reason under which they count. `evaluation`: what `evaluation_files`
+    found for it.
+    """
     found: dict[str, Filter] = {}
     if "quality" in recipe["filter"]:
         found["quality"] = is_low_quality
@@ -78,7 +83,9 @@ def is_low_quality(text: Text) -> bool:
 
 
 def _words(text: Text) -> Iterator[list[str]]:
-    """Lower-case words, block by block; each block begins with the last words of the one before, so that no gram is lost between them."""
+    """Lower-case words, block by block; each block begins with the last words of the one before, so that no gram is
+    lost between them.
+    """
     carried: list[str] = []
     tail = ""
     for block in blocks_of(text):
@@ -118,14 +125,18 @@ def _strings(value: Any) -> Iterator[str]:
 
 @functools.lru_cache(maxsize=2)
 def evaluation_grams(listed: tuple[tuple[str, str, str], ...]) -> tuple[Grams, Grams]:
-    """All 13-word runs of the evaluation files (path, format, sha256), of every text in every field, and the first three words of each.
+    """All 13-word runs of the evaluation files (path, format, sha256), of every text in every field, and the first
+    three words of each.
 
     Raises InputError when a file is not the one that was listed or no text has 13 words.
     """
     grams: set[tuple[str, ...]] = set()
     for path, kind, digest in listed:
         if _digest(path) != digest:
-            raise InputError(f"--decontaminate {path}: has changed since the work began; restore it, or remove the output and start again")
+            raise InputError(
+                f"--decontaminate {path}: has changed since the work began; restore it, or remove the output and start "
+                "again"
+            )
         for value in _values(path, kind):
             for text in _strings(value):
                 words = WORD.findall(text.lower())
@@ -137,7 +148,9 @@ def evaluation_grams(listed: tuple[tuple[str, str, str], ...]) -> tuple[Grams, G
 
 
 def _values(path: str, kind: str) -> Iterator[Any]:
-    """Every row of an evaluation file. Raises InputError when it cannot be read: what is not read would be trained on."""
+    """Every row of an evaluation file. Raises InputError when it cannot be read: what is not read
+    would be trained on.
+    """
     import pyarrow as pa
 
     try:
@@ -155,4 +168,6 @@ def _values(path: str, kind: str) -> Iterator[Any]:
             else:
                 yield source.read().decode()
     except (pa.ArrowException, csv.Error, RecursionError, *read_faults(path)) as error:
-        raise InputError(f"--decontaminate {path}: cannot be read ({first_line(error)}); restore it or leave it out") from None
+        raise InputError(
+            f"--decontaminate {path}: cannot be read ({first_line(error)}); restore it or leave it out"
+        ) from None

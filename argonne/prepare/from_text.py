@@ -1,7 +1,9 @@
-"""Training from text: the work of `argonne prepare` goes on beside the trainer, which reads each shard once it is finished.
+"""Training from text: the work of `argonne prepare` goes on beside the trainer, which reads each shard once it is
+finished.
 
-Bytes, order and position are those of `prepare` and then training, because it is the same plan and the same code. A background process
-(this module run with `-m`) does the work; it ends with the trainer that started it, and the next start goes on where it ended.
+Bytes, order and position are those of `prepare` and then training, because it is the same plan and the same code. A
+background process (this module run with `-m`) does the work; it ends with the trainer that started it, and the next
+start goes on where it ended.
 """
 
 from __future__ import annotations
@@ -33,10 +35,13 @@ RESTARTS = 3
 
 
 def options_of(data: DataSection, run_folder: Path | None) -> PrepareOptions:
-    """The `prepare` that `data.input` stands for. Of its globs the first that matches is used. Raises InputError when none does."""
+    """The `prepare` that `data.input` stands for. Of its globs the first that matches is used. Raises InputError when
+    none does.
+    """
     if run_folder is None:
         raise InputError(
-            "data.input: needs a run folder to write the tokens into; prepare them with `argonne prepare` and name them in data.sources"
+            "data.input: needs a run folder to write the tokens into; prepare them with `argonne prepare` and name "
+            "them in data.sources"
         )
     if data.tokenizer is None:
         raise InputError("data.tokenizer: not set, and data.input needs one; give the tokenizer's folder")
@@ -53,8 +58,13 @@ def options_of(data: DataSection, run_folder: Path | None) -> PrepareOptions:
 
 
 def _begun_with(patterns: Sequence[str], folder: Path) -> str | None:
-    """The pattern that the run began with, where it is still asked for: text that is tokenised may be gone, another pattern may match by now."""
-    for name in (layout.UNITS_PLAN, layout.MANIFEST):  # the plan goes once the manifest is there, perhaps between two looks
+    """The pattern that the run began with, where it is still asked for: text that is tokenised may be gone, another
+    pattern may match by now.
+    """
+    for name in (
+        layout.UNITS_PLAN,
+        layout.MANIFEST,
+    ):  # the plan goes once the manifest is there, perhaps between two looks
         if not (folder / name).exists():
             continue
         try:
@@ -72,7 +82,9 @@ def first_match(patterns: Sequence[str]) -> str:
         except NothingMatches:
             continue
         return pattern
-    raise InputError(f"data.input: none of {', '.join(map(repr, patterns))} matches a file; check the folder and the patterns")
+    raise InputError(
+        f"data.input: none of {', '.join(map(repr, patterns))} matches a file; check the folder and the patterns"
+    )
 
 
 class GrowingStream(TokenStream):
@@ -86,7 +98,9 @@ class GrowingStream(TokenStream):
         self._impatient = threading.Event()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """For ranks that have none of the files (`reader = "rank-0"`): where everything lies, once the last unit is finished."""
+        """For ranks that have none of the files (`reader = "rank-0"`): where everything lies, once the last unit is
+        finished.
+        """
         self.reaches(1 << 62)
         return TokenStream, (self.shards, self.documents)
 
@@ -109,7 +123,9 @@ class GrowingStream(TokenStream):
                 break
             self._work.keep_going()
             if self._impatient.wait(POLL_SECONDS):
-                raise InputError(f"{self._work.out}: reading ended before token {position:,} was there; start the run again to go on")
+                raise InputError(
+                    f"{self._work.out}: reading ended before token {position:,} was there; start the run again to go on"
+                )
         return self.known_tokens >= position
 
     @contextmanager
@@ -172,7 +188,9 @@ class TextWork:
         if self.complete:
             return tokens.open_folder(self.out).train.shards, True
         dtype = tokens.dtype_for(self.plan["tokenizer"]["vocab_size"])
-        while self._finished < len(self.plan["units"]) and (path := encode.record_path(self.out, self._finished)).exists():
+        while (
+            self._finished < len(self.plan["units"]) and (path := encode.record_path(self.out, self._finished)).exists()
+        ):
             try:
                 record = files.read_json(path)
             except InputError:
@@ -198,14 +216,17 @@ class TextWork:
                 return  # another rank's process, or one that outlives its trainer for a moment
             if self._deaths >= RESTARTS:
                 raise InputError(
-                    f"{self.out}: the tokenising process died {self._deaths} times at the same unit; `argonne prepare` by itself will show why"
+                    f"{self.out}: the tokenising process died {self._deaths} times at the same unit; `argonne prepare` "
+                    "by itself will show why"
                 )
             request = json.dumps(dataclasses.asdict(self.options), default=str)
             command = [sys.executable, "-m", "argonne.prepare.from_text", request, str(os.getpid())]
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
 
     def _works(self) -> bool:
-        """Does this rank's own process work? One that ended since the last look by itself (0) left the work to another rank's; else it died."""
+        """Does this rank's own process work? One that ended since the last look by itself (0) left the work to another
+        rank's; else it died.
+        """
         if self._process is None:
             return False
         code = self._process.poll()
@@ -233,13 +254,17 @@ class TextWork:
 
 
 def open_text(data: DataSection, run_folder: Path | None) -> tuple[TokenSet, TextWork]:
-    """The token set of `data.input`, growing where rows can be read before it is complete: packed, sequential, `prefetch = "steps"`."""
+    """The token set of `data.input`, growing where rows can be read before it is complete: packed, sequential,
+    `prefetch = "steps"`.
+    """
     work = TextWork(options_of(data, run_folder))
     early = data.order == "sequential" and data.documents == "packed" and data.prefetch == "steps" and not data.hold_out
     if not early or work.complete:
         work.wait()
         opened = tokens.open_folder(work.out)
-        return dataclasses.replace(opened, fingerprint=opened.manifest["plan"]) if data.order == "sequential" else opened, work
+        return dataclasses.replace(
+            opened, fingerprint=opened.manifest["plan"]
+        ) if data.order == "sequential" else opened, work
     work.keep_going()
     stream = GrowingStream(work)
     stream.grow()  # what earlier sessions have left is checked like any shard

@@ -12,7 +12,8 @@ from argonne.prepare.documents import InputFile
 from argonne.prepare.textual import field_names
 
 ADVICE = {
-    "invalid-json": "each line must be one JSON object; an array becomes lines with `jq -c '.[]' FILE.json > FILE.jsonl`",
+    "invalid-json": "each line must be one JSON object; an array becomes lines with "
+    "`jq -c '.[]' FILE.json > FILE.jsonl`",
     "invalid-utf8": "convert the files first: `iconv -f ENCODING -t UTF-8`",
     "empty": "check how the files were written",
 }
@@ -59,7 +60,11 @@ def account(manifest: Mapping[str, Any]) -> str:
     dropped = sum(manifest["drops"].values())
     reasons = f" ({describe_drops(manifest['drops'])})" if dropped else ""
     held = f" + {manifest['held_out']['documents']:,} held out" if manifest["held_out"]["share"] else ""
-    bad = f"; {len(manifest['bad_files']):,} files could not be read whole, see bad_files in the manifest" if manifest["bad_files"] else ""
+    bad = (
+        f"; {len(manifest['bad_files']):,} files could not be read whole, see bad_files in the manifest"
+        if manifest["bad_files"]
+        else ""
+    )
     return f"{manifest['rows']:,} rows = {manifest['documents']:,} documents{held} + {dropped:,} dropped{reasons}{bad}"
 
 
@@ -71,7 +76,8 @@ def held_out_warning(manifest: Mapping[str, Any]) -> str | None:
     total = held + documents
     if held:
         return (
-            f"warning: --hold-out {share} held out all {total:,} documents; nothing is left to train on: give a smaller share or more text"
+            f"warning: --hold-out {share} held out all {total:,} documents; nothing is left to train on: give a "
+            "smaller share or more text"
         )
     return (
         f"warning: --hold-out {share} held out none of {total:,} documents, so that no held-out loss can be measured; "
@@ -82,6 +88,12 @@ def held_out_warning(manifest: Mapping[str, Any]) -> str | None:
 def not_written(error: OSError, out: Path) -> str:
     """What an error of the operating system means for the user."""
     if error.errno == errno.ENOSPC:
-        return f"{out}: no space left on the disk; the units that are finished are kept: free some and run the same command again"
+        return (
+            f"{out}: no space left on the disk; the units that are finished are kept: free some and run the same "
+            "command again"
+        )
     reason = error.strerror or str(error)
-    return f"{error.filename or out}: {reason}; check the path and that you may read and write there, then run the same command again"
+    return (
+        f"{error.filename or out}: {reason}; check the path and that you may read and write there, then run the "
+        "same command again"
+    )

@@ -1,4 +1,6 @@
-"""The plan of `argonne prepare`: which files there are, how they are cut into units of work, with which tokenizer. Written once, by one process."""
+"""The plan of `argonne prepare`: which files there are, how they are cut into units of work, with which tokenizer.
+Written once, by one process.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ TOKENIZER_CHARACTERS = 500_000_000
 
 @contextmanager
 def turn(out: Path) -> Iterator[None]:
-    """One process at a time plans, and one finishes; others wait. A folder that was made for this and stayed empty is removed again."""
+    """One process at a time plans, and one finishes; others wait. A folder that was made for this and stayed empty is
+    removed again.
+    """
     made = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     try:
@@ -37,7 +41,8 @@ def turn(out: Path) -> Iterator[None]:
 
 
 def open_plan(options: PrepareOptions, out: Path) -> dict[str, Any] | None:
-    """The plan of `out`: the one that lies there, if it is of the same input and options, else a new one; None where the set is finished.
+    """The plan of `out`: the one that lies there, if it is of the same input and options, else a new one; None where
+    the set is finished.
 
     Raises InputError before anything is written where the input, the options or the folder are wrong.
     """
@@ -48,7 +53,9 @@ def open_plan(options: PrepareOptions, out: Path) -> dict[str, Any] | None:
     if (out / layout.MANIFEST).exists():
         return None
     ours = {layout.TOKENS_LOCK, layout.TOKENS_TURN, layout.TOKENIZER}
-    foreign = out.exists() and any(entry.name not in ours and not entry.name.startswith(files.TEMPORARY) for entry in out.iterdir())
+    foreign = out.exists() and any(
+        entry.name not in ours and not entry.name.startswith(files.TEMPORARY) for entry in out.iterdir()
+    )
     # Looked for once more: another process may have planned, or finished, since the first look.
     if foreign and not (out / layout.UNITS_PLAN).exists() and not (out / layout.MANIFEST).exists():
         raise InputError(f"{out}: exists and holds no plan of `argonne prepare`; choose another --out or remove it")
@@ -88,7 +95,8 @@ def _known_plan(options: PrepareOptions, out: Path) -> dict[str, Any] | None:
     plan: dict[str, Any] = files.read_json(out / layout.UNITS_PLAN)
     if plan.get("format_version") != PLAN_VERSION:
         raise InputError(
-            f"{out / layout.UNITS_PLAN}: version {plan.get('format_version')}, this argonne writes {PLAN_VERSION}; remove {out} and start again"
+            f"{out / layout.UNITS_PLAN}: version {plan.get('format_version')}, this argonne writes {PLAN_VERSION}; "
+            f"remove {out} and start again"
         )
     listed = [(file["path"], file["bytes"]) for file in plan["files"]]
     if other := what_differs(options, plan):
@@ -107,13 +115,18 @@ def what_differs(options: PrepareOptions, made: dict[str, Any]) -> str | None:
     recipe = options.recipe()
     if made["recipe"] != recipe:
         return f"other options ({', '.join(name for name in recipe if made['recipe'].get(name) != recipe[name])})"
-    if options.tokenizer is not None and load_tokenizer(options.tokenizer).fingerprint != made["tokenizer"]["fingerprint"]:
+    if (
+        options.tokenizer is not None
+        and load_tokenizer(options.tokenizer).fingerprint != made["tokenizer"]["fingerprint"]
+    ):
         return "another tokenizer"
     return None
 
 
 def _described(options: PrepareOptions, tokenizer: TextTokenizer) -> dict[str, Any]:
-    """What the plan and the manifest say of the tokenizer. Raises InputError where it lacks a token that the documents need."""
+    """What the plan and the manifest say of the tokenizer. Raises InputError where it lacks a token that the documents
+    need.
+    """
     if tokenizer.eos_id is None:
         raise InputError(
             f"tokenizer {tokenizer.folder}: names no end-of-text token, and each document ends with one; set "
@@ -121,7 +134,8 @@ def _described(options: PrepareOptions, tokenizer: TextTokenizer) -> dict[str, A
         )
     if options.bos and tokenizer.bos_id is None:
         raise InputError(
-            f"tokenizer {tokenizer.folder}: names no bos_token, which --bos asks for; set it in tokenizer_config.json or leave --bos out"
+            f"tokenizer {tokenizer.folder}: names no bos_token, which --bos asks for; set it in tokenizer_config.json "
+            "or leave --bos out"
         )
     return {
         "fingerprint": tokenizer.fingerprint,
@@ -157,8 +171,12 @@ def _check_text(options: PrepareOptions, found: list[InputFile], units: list[Uni
         raise InputError(messages.no_text(found, options.text_column, dropped))
 
 
-def sample_texts(found: list[InputFile], units: list[Unit], recipe: dict[str, Any], dropped: Counter[str] | None = None) -> Iterator[str]:
-    """Documents to train a tokenizer on: the same share of every unit, at most 500 million characters together. Drops are added to `dropped`."""
+def sample_texts(
+    found: list[InputFile], units: list[Unit], recipe: dict[str, Any], dropped: Counter[str] | None = None
+) -> Iterator[str]:
+    """Documents to train a tokenizer on: the same share of every unit, at most 500 million characters together. Drops
+    are added to `dropped`.
+    """
     share = TOKENIZER_CHARACTERS // len(units)
     for unit in units:
         characters = 0
@@ -177,7 +195,9 @@ def sample_texts(found: list[InputFile], units: list[Unit], recipe: dict[str, An
 
 def train_tokenizer_on_files(flags: TokenizerOptions) -> Path:
     """`argonne tokenizer train`: byte-level BPE on the files that the globs match."""
-    options = PrepareOptions(flags.input, flags.out, train_tokenizer=flags.vocab_size, text_column=flags.text_column, split=flags.split)
+    options = PrepareOptions(
+        flags.input, flags.out, train_tokenizer=flags.vocab_size, text_column=flags.text_column, split=flags.split
+    )
     found = documents.find_files(flags.input)
     units, _ = _cut_all(options, found)
     _check_text(options, found, units)

@@ -1,8 +1,8 @@
 """`argonne prepare`: files of text to a token set.
 
-The plan lists the work units once; each unit becomes its own shards, written under a temporary name and renamed; the manifest comes
-last. So the bytes do not depend on the number of workers, on the engine, or on interruptions, and running the same command again
-finishes the work.
+The plan lists the work units once; each unit becomes its own shards, written under a temporary name and renamed; the
+manifest comes last. So the bytes do not depend on the number of workers, on the engine, or on interruptions, and
+running the same command again finishes the work.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ WORKER_BYTES, FAST_WORKER_BYTES = 16 << 20, 96 << 20
 def prepare(options: PrepareOptions, progress: Progress | None = None) -> Path:
     """Write the token set `options.out` and return it. Running it again after an interruption finishes the work.
 
-    Raises InputError for wrong input, for an output folder that holds something else, and when too many rows were no documents.
+    Raises InputError for wrong input, for an output folder that holds something else, and when too many rows were no
+    documents.
     """
     check_options(options)
     out = Path(options.out)
@@ -67,7 +68,9 @@ def prepare(options: PrepareOptions, progress: Progress | None = None) -> Path:
     return out
 
 
-def _finish_last(options: PrepareOptions, plan: dict[str, Any], out: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
+def _finish_last(
+    options: PrepareOptions, plan: dict[str, Any], out: Path, say: Callable[[str], None]
+) -> dict[str, Any] | None:
     """Of several parts the one that ends last finishes the set."""
     assert options.part is not None
     part = f"part {options.part[0]}/{options.part[1]} is done"
@@ -97,7 +100,9 @@ def _check_complete(options: PrepareOptions, out: Path) -> None:
 
 @contextmanager
 def sole_writer(out: Path, *, shared: bool) -> Iterator[None]:
-    """Hold the folder's lock while units are encoded; several `--part`s hold it together. The kernel frees it when a process dies."""
+    """Hold the folder's lock while units are encoded; several `--part`s hold it together. The kernel frees it when a
+    process dies.
+    """
     with open(out / layout.TOKENS_LOCK, "w") as lock:
         try:
             fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
@@ -123,7 +128,9 @@ def encode_units(options: PrepareOptions, plan: dict[str, Any], out: Path, progr
         wanted = [number for number in wanted if number % parts == part - 1]
     job = encode.Job(str(out), _encoder(options, plan, out, progress) if wanted else "tokenizers")
     try:
-        for number, record in engines.run(options.engine, job, wanted, options.workers or _sensible_workers(options, job, weights, wanted)):
+        for number, record in engines.run(
+            options.engine, job, wanted, options.workers or _sensible_workers(options, job, weights, wanted)
+        ):
             for warning in record["warnings"]:
                 progress.say(f"warning: unit {number}: {warning}")
             progress.add(weights[number], record["documents"], record["tokens"], record["text_bytes"])
@@ -140,7 +147,9 @@ def _sensible_workers(options: PrepareOptions, job: encode.Job, weights: list[in
 
 
 def _encoder(options: PrepareOptions, plan: dict[str, Any], out: Path, progress: Progress) -> str:
-    """Name of the encoder, after gigatoken was compared with the reference on hard probes and on the first documents of the input."""
+    """Name of the encoder, after gigatoken was compared with the reference on hard probes and on the first documents of
+    the input.
+    """
     tokenizer = load_tokenizer(out / layout.TOKENIZER, plan["tokenizer"]["added_tokens"])
     first = sample_texts([InputFile(**file) for file in plan["files"]], [Unit(**plan["units"][0])], plan["recipe"])
     probes = [] if options.encoder == "tokenizers" else list(itertools.islice(first, PROBES))
@@ -170,18 +179,22 @@ def _check_drops(options: PrepareOptions, records: list[dict[str, Any]], out: Pa
     if bad_rows > options.max_drop_fraction * max(manifest["rows"], 1):
         advice = f": {found}" if (found := messages.advice(manifest["drops"])) else ""
         raise InputError(
-            f"{out}: {bad_rows:,} of {manifest['rows']:,} rows are no documents ({messages.describe_drops(manifest['drops'])}), more than "
+            f"{out}: {bad_rows:,} of {manifest['rows']:,} rows are no documents "
+            f"({messages.describe_drops(manifest['drops'])}), more than "
             f"--max-drop-fraction {options.max_drop_fraction}; mend the input{advice}, or raise the limit and "
             "run again: the work so far is kept"
         )
     if manifest["documents"] + manifest["held_out_documents"] == 0:
         raise InputError(
-            f"{out}: no document is left of {manifest['rows']:,} rows ({messages.describe_drops(manifest['drops']) or 'it is empty'})"
+            f"{out}: no document is left of {manifest['rows']:,} rows "
+            f"({messages.describe_drops(manifest['drops']) or 'it is empty'})"
         )
 
 
 def _manifest(plan: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, Any]:
-    """The manifest: what is in the set, what was left out and why, what it was made from. No times, no hosts: equal input, equal bytes."""
+    """The manifest: what is in the set, what was left out and why, what it was made from. No times, no hosts: equal
+    input, equal bytes.
+    """
     of_file: list[list[dict[str, Any]]] = [[] for _ in plan["files"]]
     for record, unit in zip(records, plan["units"], strict=True):
         of_file[unit["file"]].append(record)

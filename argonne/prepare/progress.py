@@ -1,4 +1,6 @@
-"""How far a long preparation is: a bar on a terminal, a plain line now and then elsewhere. Everything goes to stderr."""
+"""How far a long preparation is: a bar on a terminal, a plain line now and then elsewhere. Everything
+goes to stderr.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ class Progress:
 
     def __init__(self, label: str, total_bytes: int, stream: TextIO | Literal["stderr"] | None = "stderr") -> None:
         self.label, self.total = label, total_bytes
-        self.stream = stream = sys.stderr if stream == "stderr" else stream  # looked up now, not when this module was imported
+        self.stream = stream = (
+            sys.stderr if stream == "stderr" else stream
+        )  # looked up now, not when this module was imported
         self.done = self.fresh = self.documents = self.tokens = self.text_bytes = 0
         self._began = self._printed = time.monotonic()
         self._bar = None
@@ -24,7 +28,9 @@ class Progress:
             self._bar = tqdm(total=total_bytes, desc=label, unit="B", unit_scale=True, file=stream, dynamic_ncols=True)
 
     def add(self, input_bytes: int, documents: int, tokens: int, text_bytes: int, *, fresh: bool = True) -> None:
-        """One more unit is finished; `fresh=False` when an earlier run finished it (it does not count for the speed)."""
+        """One more unit is finished; `fresh=False` when an earlier run finished it (it does not count
+        for the speed).
+        """
         self.done += input_bytes
         self.documents += documents
         self.tokens += tokens
@@ -40,13 +46,18 @@ class Progress:
 
     def _counts(self) -> str:
         seconds = max(time.monotonic() - self._began, 1e-9)
-        return f"{self.documents:,} documents, {self.tokens:,} tokens, {self.text_bytes / 1e6 / seconds:.1f} MB/s of text"
+        return (
+            f"{self.documents:,} documents, {self.tokens:,} tokens, {self.text_bytes / 1e6 / seconds:.1f} MB/s of text"
+        )
 
     def _left(self) -> str:
         if not self.fresh or not self.total:
             return ""
         seconds = (self.total - self.done) * (time.monotonic() - self._began) / self.fresh
-        return f", {100 * self.done / self.total:.0f} %, about {int(seconds // 3600)}h{int(seconds % 3600 // 60):02d}m left"
+        return (
+            f", {100 * self.done / self.total:.0f} %, about {int(seconds // 3600)}h{int(seconds % 3600 // 60):02d}m "
+            "left"
+        )
 
     def say(self, line: str) -> None:
         """One line for a person."""
@@ -59,4 +70,6 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
         if self.stream is not None:
-            print(f"{self.label}: {self._counts()}, {time.monotonic() - self._began:.1f} s", file=self.stream, flush=True)
+            print(
+                f"{self.label}: {self._counts()}, {time.monotonic() - self._began:.1f} s", file=self.stream, flush=True
+            )

@@ -17,7 +17,9 @@ REMEDY = "restore it, or pass --skip-bad-shards"
 
 
 def read_faults(path: str) -> tuple[type[Exception], ...]:
-    """What the readers raise for a truncated or damaged file; behind a URL any error, for each kind of system has its own."""
+    """What the readers raise for a truncated or damaged file; behind a URL any error, for each kind of system has its
+    own.
+    """
     import zstandard
 
     return (Exception,) if "://" in path else (OSError, EOFError, ValueError, zlib.error, zstandard.ZstdError)
@@ -28,7 +30,9 @@ def first_line(error: BaseException) -> str:
 
 
 class LongText:
-    """A document over a megabyte, as UTF-8 bytes that were checked but not decoded: it may be a map of a file larger than memory."""
+    """A document over a megabyte, as UTF-8 bytes that were checked but not decoded: it may be a map of a file larger
+    than memory.
+    """
 
     def __init__(self, data: bytes | memoryview) -> None:
         self.data = memoryview(data)
@@ -57,7 +61,9 @@ class Refused:
 
 @dataclass
 class RowBatch:
-    """Documents in file order, and how many rows were no documents, by reason. A long document is a batch of its own."""
+    """Documents in file order, and how many rows were no documents, by reason. A long document is a
+    batch of its own.
+    """
 
     texts: list[Text] = field(default_factory=list)
     drops: Counter[str] = field(default_factory=Counter)

@@ -39,7 +39,8 @@ def open_file(path: str) -> IO[bytes]:
 
 
 class _ZstdFile(io.RawIOBase):
-    """zstd frames one after the other, decompressed. A last one that is cut off is an error: the library's own reader ends there in silence.
+    """zstd frames one after the other, decompressed. A last one that is cut off is an error: the library's own reader
+    ends there in silence.
 
     8 KiB go in at a time: what comes out of them is bounded, and no slower than larger pieces.
     """
@@ -75,7 +76,9 @@ class _ZstdFile(io.RawIOBase):
 
 
 def jsonl_rows(path: str, start: int, stop: int | None, text_column: str) -> Iterator[Any]:
-    """A line belongs to the unit in which its first byte lies. Blank lines are no rows. `stop` None: to the end of the file."""
+    """A line belongs to the unit in which its first byte lies. Blank lines are no rows. `stop` None: to the end of the
+    file.
+    """
     with open_file(path) as source:
         position, number = start, 0
         try:
@@ -147,7 +150,9 @@ def text_rows(path: str, size: int, split: str) -> Iterator[Any]:
 
 
 def _split_stream(source: IO[bytes], split: str) -> Iterator[bytes]:
-    """Pieces between separators, the separators left out; runs of blank lines are one separator. Memory: one piece and one read."""
+    """Pieces between separators, the separators left out; runs of blank lines are one separator. Memory: one piece and
+    one read.
+    """
     expression = {"blank-lines": rb"\r?\n[ \t]*\r?\n\s*", "lines": rb"\r?\n"}.get(split) or re.escape(split.encode())
     pattern = re.compile(expression)
     waiting: list[bytes] = []

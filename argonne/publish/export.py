@@ -26,11 +26,13 @@ GREEDY_TOKENS = 16
 
 
 def export_model(model_path: Path, out: Path, *, kind: str = "hf") -> dict[str, Any]:
-    """Write MODEL (run, checkpoint, model folder) as the folder `out` and return what was written and how it was proven.
+    """Write MODEL (run, checkpoint, model folder) as the folder `out` and return what was written and how it was
+    proven.
 
-    kind "hf": the custom class with its code, for `trust_remote_code=True`. kind "native": GPT-2, Llama, Mistral or Gemma 4 where one
-    computes exactly the same. Either is loaded by stock transformers in a fresh offline process without argonne, and its logits and greedy
-    text are compared, before `out` appears. Raises InputError when no native class is exact.
+    kind "hf": the custom class with its code, for `trust_remote_code=True`. kind "native": GPT-2, Llama, Mistral or
+    Gemma 4 where one computes exactly the same. Either is loaded by stock transformers in a fresh offline process
+    without argonne, and its logits and greedy text are compared, before `out` appears. Raises InputError when no native
+    class is exact.
     """
     if kind not in ("hf", "native"):
         raise InputError(f"--as is {kind!r}; expected hf or native")
@@ -38,7 +40,9 @@ def export_model(model_path: Path, out: Path, *, kind: str = "hf") -> dict[str, 
         raise InputError(f"{out} exists already; choose another name or remove it")
     loaded = load_model(model_path)
     model, settings = loaded.model, loaded.folder / layout.GENERATION_CONFIG
-    ids = stop_ids(loaded.folder if settings.is_file() else loaded.tokenizer_folder or loaded.folder, model.config.to_dict())
+    ids = stop_ids(
+        loaded.folder if settings.is_file() else loaded.tokenizer_folder or loaded.folder, model.config.to_dict()
+    )
     native = native_twin(model) if kind == "native" else None
     with atomic_directory(out) as folder:
         if native is None:
@@ -74,7 +78,10 @@ def save_native(native: Native, folder: Path, ids: dict[str, Any], dtype: torch.
         twin = native.model_class(native.config).to(dtype)
     missing, unexpected = twin.load_state_dict(native.state, strict=False, assign=True)
     if missing or unexpected:
-        raise RuntimeError(f"{native.model_class.__name__}: missing {list(missing)}, unexpected {list(unexpected)}: the name map is wrong")
+        raise RuntimeError(
+            f"{native.model_class.__name__}: missing {list(missing)}, unexpected {list(unexpected)}: the name map is "
+            "wrong"
+        )
     twin.tie_weights()
     twin.generation_config = GenerationConfig(**named)
     with no_progress_bar():
@@ -93,11 +100,18 @@ def expectations(model: ArgonneForCausalLM) -> dict[str, Tensor]:
     new = min(GREEDY_TOKENS, length - prompt)
     greedy = single.generate(ids[:, :prompt], max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
     logits = single(input_ids=ids, use_cache=False).logits
-    return {"input_ids": ids, "logits": logits.contiguous(), "greedy_ids": greedy.contiguous(), "prompt_length": torch.tensor(prompt)}
+    return {
+        "input_ids": ids,
+        "logits": logits.contiguous(),
+        "greedy_ids": greedy.contiguous(),
+        "prompt_length": torch.tensor(prompt),
+    }
 
 
 def prove(folder: Path, model: ArgonneForCausalLM) -> dict[str, Any]:
-    """Load the folder in a fresh process and compare. Raises RuntimeError when anything differs: then nothing is put in place."""
+    """Load the folder in a fresh process and compare. Raises RuntimeError when anything differs: then nothing is put in
+    place.
+    """
     from safetensors.torch import save_file
 
     with tempfile.TemporaryDirectory(prefix="argonne-proof-") as scratch:
@@ -105,14 +119,20 @@ def prove(folder: Path, model: ArgonneForCausalLM) -> dict[str, Any]:
         save_file(expectations(model), expected)
         found = run_fresh(folder, expected, Path(scratch))
     if found["relative_difference"] > TOLERANCE:
-        raise RuntimeError(f"{folder}: logits differ by {found['relative_difference']:.1e} of the largest, allowed {TOLERANCE:.0e}")
+        raise RuntimeError(
+            f"{folder}: logits differ by {found['relative_difference']:.1e} of the largest, allowed {TOLERANCE:.0e}"
+        )
     if not found["greedy_equal"] and found["greedy_gap"] > TOLERANCE:
-        raise RuntimeError(f"{folder}: greedy text differs where the two best logits are {found['greedy_gap']:.1e} apart")
+        raise RuntimeError(
+            f"{folder}: greedy text differs where the two best logits are {found['greedy_gap']:.1e} apart"
+        )
     return found
 
 
 def run_fresh(folder: Path, expected: Path, scratch: Path) -> dict[str, Any]:
-    """fresh_load.py in a process of its own: offline, with an empty cache of remote code, where argonne cannot be imported."""
+    """fresh_load.py in a process of its own: offline, with an empty cache of remote code, where argonne cannot be
+    imported.
+    """
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
@@ -125,6 +145,8 @@ def run_fresh(folder: Path, expected: Path, scratch: Path) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=scratch, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("@@")]
     if done.returncode or not lines:
-        raise RuntimeError(f"{folder}: does not load in a fresh process: {(done.stderr.strip().splitlines() or ['no output'])[-1]}")
+        raise RuntimeError(
+            f"{folder}: does not load in a fresh process: {(done.stderr.strip().splitlines() or ['no output'])[-1]}"
+        )
     result: dict[str, Any] = json.loads(lines[-1][2:])
     return result

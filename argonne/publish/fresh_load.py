@@ -1,6 +1,8 @@
-"""Run as a script in a fresh process: load a staged folder with stock transformers, offline and without argonne, and compare.
+"""Run as a script in a fresh process: load a staged folder with stock transformers, offline and without argonne, and
+compare.
 
-Usage: python fresh_load.py FOLDER EXPECTED.safetensors; prints one JSON line. Imports nothing of argonne, and blocks it.
+Usage: python fresh_load.py FOLDER EXPECTED.safetensors; prints one JSON line. Imports nothing of argonne, and blocks
+it.
 """
 
 from __future__ import annotations
@@ -24,7 +26,11 @@ def compare(folder: str, expected_path: str) -> dict[str, Any]:
     ids = expected["greedy_ids"]
     prompt = int(expected["prompt_length"])
     greedy = model.generate(
-        ids[:, :prompt], max_new_tokens=ids.shape[1] - prompt, min_new_tokens=ids.shape[1] - prompt, do_sample=False, pad_token_id=0
+        ids[:, :prompt],
+        max_new_tokens=ids.shape[1] - prompt,
+        min_new_tokens=ids.shape[1] - prompt,
+        do_sample=False,
+        pad_token_id=0,
     )
     hidden = AutoModel.from_pretrained(folder, **settings).eval()(input_ids=ids[:, :prompt]).last_hidden_state
     return {

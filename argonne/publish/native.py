@@ -1,4 +1,6 @@
-"""A model as a class that transformers and other engines bring along: GPT-2, Llama, Mistral, Gemma 4. Exact, or refused with the reason."""
+"""A model as a class that transformers and other engines bring along: GPT-2, Llama, Mistral, Gemma 4. Exact, or refused
+with the reason.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ class Native:
 
 
 def native_twin(model: ArgonneForCausalLM) -> Native:
-    """The native class that computes exactly what `model` does. Raises InputError saying what stands against each class."""
+    """The native class that computes exactly what `model` does. Raises InputError saying what stands against each
+    class.
+    """
     config = model.config
     assert isinstance(config, ArgonneConfig)
     makers = (
@@ -47,7 +51,8 @@ def native_twin(model: ArgonneForCausalLM) -> Native:
             return make(config, {key: value.detach() for key, value in model.state_dict().items()})
         reasons.append(f"{name}: {reason}")
     raise InputError(
-        f"no native class computes exactly this model ({'; '.join(reasons)}); export it with --as hf, which every engine with a "
+        f"no native class computes exactly this model ({'; '.join(reasons)}); export it with --as hf, which every "
+        "engine with a "
         "Transformers backend can run (vLLM: --model-impl transformers)"
     )
 
@@ -55,12 +60,19 @@ def native_twin(model: ArgonneForCausalLM) -> Native:
 def _common(config: ArgonneConfig) -> dict[str, Any]:
     """Config fields that Llama, Mistral and Gemma 4 name as we do."""
     names = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"]
-    names += ["intermediate_size", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "initializer_range"]
+    names += [
+        "intermediate_size",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+        "initializer_range",
+    ]
     ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return {name: getattr(config, name) for name in names} | ids
 
 
-# --- 1.x ------------------------------------------------------------------------------------------------------------------------------
+# --- 1.x
+# ----------------------------------------------------------------------------------------------------
 
 
 def gpt2_is(config: ArgonneConfig) -> dict[str, bool]:
@@ -118,7 +130,8 @@ def to_gpt2(config: ArgonneConfig, state: dict[str, Tensor]) -> Native:
     return Native(GPT2LMHeadModel, twin, new)
 
 
-# --- 2.x ------------------------------------------------------------------------------------------------------------------------------
+# --- 2.x
+# ----------------------------------------------------------------------------------------------------
 
 
 def _llama_like(config: ArgonneConfig) -> dict[str, bool]:
@@ -159,7 +172,11 @@ def to_llama(config: ArgonneConfig, state: dict[str, Tensor]) -> Native:
     """The same tensors under the same names."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return Native(LlamaForCausalLM, LlamaConfig(**_rotary(config), attention_bias=config.attention_bias, mlp_bias=config.mlp_bias), state)
+    return Native(
+        LlamaForCausalLM,
+        LlamaConfig(**_rotary(config), attention_bias=config.attention_bias, mlp_bias=config.mlp_bias),
+        state,
+    )
 
 
 def to_mistral(config: ArgonneConfig, state: dict[str, Tensor]) -> Native:
@@ -169,7 +186,8 @@ def to_mistral(config: ArgonneConfig, state: dict[str, Tensor]) -> Native:
     return Native(MistralForCausalLM, MistralConfig(**_rotary(config), sliding_window=config.sliding_window), state)
 
 
-# --- 3.x ------------------------------------------------------------------------------------------------------------------------------
+# --- 3.x
+# ----------------------------------------------------------------------------------------------------
 
 
 def gemma4_is(config: ArgonneConfig) -> dict[str, bool]:
@@ -188,8 +206,8 @@ def gemma4_is(config: ArgonneConfig) -> dict[str, bool]:
 def to_gemma4(config: ArgonneConfig, state: dict[str, Tensor]) -> Native:
     """Folded: it scales embeddings by sqrt(H), does not scale scores, and its v norm has no gain.
 
-    embedding / sqrt(H) (and final norm x sqrt(H) where the head is tied to it), q_norm x head_dim^-0.5, o_proj columns x v gain. Folded in
-    fp32 at least and rounded once.
+    embedding / sqrt(H) (and final norm x sqrt(H) where the head is tied to it), q_norm x head_dim^-0.5, o_proj columns
+    x v gain. Folded in fp32 at least and rounded once.
     """
     from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
@@ -208,7 +226,10 @@ def to_gemma4(config: ArgonneConfig, state: dict[str, Tensor]) -> Native:
         attention = f"model.layers.{layer}.self_attn"
         fold(f"{attention}.q_norm.weight", config.head_dim**-0.5)
         gain = new.pop(f"{attention}.v_norm.weight")
-        fold(f"{attention}.o_proj.weight", gain.to(torch.promote_types(gain.dtype, torch.float32)).repeat(config.num_attention_heads))
+        fold(
+            f"{attention}.o_proj.weight",
+            gain.to(torch.promote_types(gain.dtype, torch.float32)).repeat(config.num_attention_heads),
+        )
         new[f"model.layers.{layer}.layer_scalar"] = torch.ones(1, dtype=gain.dtype)
     twin = Gemma4TextConfig(
         **_common(config),

@@ -1,4 +1,6 @@
-"""What any artifact is: a token set, a run, a checkpoint or an exported model, with its hashes verified and its lineage."""
+"""What any artifact is: a token set, a run, a checkpoint or an exported model, with its hashes verified and its
+lineage.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ EXPECTED = "expected a token set, a tokenizer, a run, a checkpoint or a model fo
 
 
 def inspect_path(path: Path) -> Facts:
-    """Facts of the artifact at `path`: kind, what it holds, lineage, and `problems`, one line for each thing that does not verify.
+    """Facts of the artifact at `path`: kind, what it holds, lineage, and `problems`, one line for each thing that does
+    not verify.
 
     Raises InputError where nothing is there or it is no artifact of ours.
     """
@@ -44,8 +47,19 @@ def _tokenizer(path: Path) -> Facts:
     from argonne.tokens.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(path)
-    facts = {"vocab_size": tokenizer.vocab_size, "eos_id": tokenizer.eos_id, "bos_id": tokenizer.bos_id, "pad_id": tokenizer.pad_id}
-    return {"kind": "tokenizer", "path": str(path), **facts, "fingerprint": tokenizer.fingerprint, "problems": _sealed(path)}
+    facts = {
+        "vocab_size": tokenizer.vocab_size,
+        "eos_id": tokenizer.eos_id,
+        "bos_id": tokenizer.bos_id,
+        "pad_id": tokenizer.pad_id,
+    }
+    return {
+        "kind": "tokenizer",
+        "path": str(path),
+        **facts,
+        "fingerprint": tokenizer.fingerprint,
+        "problems": _sealed(path),
+    }
 
 
 def _sealed(path: Path) -> list[str]:
@@ -92,10 +106,14 @@ def _run(path: Path) -> Facts:
     from argonne.train.checkpoint import list_checkpoints
 
     saved = list_checkpoints(path)
-    problems = [problem for item in saved for problem in verify_directory(item.path)] + _sealed(path / layout.FINAL_MODEL)
+    problems = [problem for item in saved for problem in verify_directory(item.path)] + _sealed(
+        path / layout.FINAL_MODEL
+    )
     metrics = read_metrics(path) if (path / layout.METRICS).is_file() else None
     last = metrics.last("step") if metrics else None
-    plan = next((path / name for name in (layout.COMPUTE_PLAN, layout.EARLIER_COMPUTE_PLAN) if (path / name).is_file()), None)
+    plan = next(
+        (path / name for name in (layout.COMPUTE_PLAN, layout.EARLIER_COMPUTE_PLAN) if (path / name).is_file()), None
+    )
     return {
         "kind": "run",
         "path": str(path),

@@ -1,7 +1,8 @@
 """Reading `metrics.jsonl`, the append-only record of a run.
 
-A run that is resumed writes some steps a second time: the last record of an (event, step) is the one that counts; warnings of one step are told
-apart by their message. A line that was cut by a kill is left out and named in `problems`; nothing else is ever skipped.
+A run that is resumed writes some steps a second time: the last record of an (event, step) is the one that counts;
+warnings of one step are told apart by their message. A line that was cut by a kill is left out and named in `problems`;
+nothing else is ever skipped.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ class Metrics:
         return found[-1] if found else None
 
     def series(self, event: str, *names: str) -> tuple[list[int], list[float]]:
-        """Steps and values of `record[name][name]...`; a record without a number there (null, absent) gives no point."""
+        """Steps and values of `record[name][name]...`; a record without a number there (null, absent)
+        gives no point.
+        """
         steps, values = [], []
         for record in self.of(event):
             value: Any = record
@@ -53,7 +56,9 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> Metrics:
-    """Read a run folder's `metrics.jsonl` (or the file itself). Raises InputError where there is none, or a line is not such a record."""
+    """Read a run folder's `metrics.jsonl` (or the file itself). Raises InputError where there is none, or a line is not
+    such a record.
+    """
     file = path / layout.METRICS if path.is_dir() else path
     if not file.is_file():
         raise InputError(f"{path}: no {layout.METRICS} there; give a run folder that a training verb wrote")
@@ -72,7 +77,9 @@ def read_metrics(path: Path) -> Metrics:
         event, step = (record.get("event"), record.get("step")) if isinstance(record, dict) else (None, None)
         if not isinstance(event, str) or not isinstance(step, int):
             found = f"keys {sorted(record)}" if isinstance(record, dict) else type(record).__name__
-            raise InputError(f"{file}, line {number}: found {found}, expected an object with event and step: another program's file")
+            raise InputError(
+                f"{file}, line {number}: found {found}, expected an object with event and step: another program's file"
+            )
         key = (event, step, str(record.get("message", "")) if event == "warning" else "")
         kept.pop(key, None)
         kept[key] = record
@@ -81,7 +88,8 @@ def read_metrics(path: Path) -> Metrics:
 
 
 def smoothed(values: list[float], share: float = 0.02) -> list[float]:
-    """Exponential moving average over about `share` of the values, with bias correction (as in Adam, Kingma and Ba 2015).
+    """Exponential moving average over about `share` of the values, with bias correction (as in Adam, Kingma and Ba
+    2015).
 
     As many values as came in; non-finite ones are passed over.
     """

@@ -19,13 +19,17 @@ from argonne.report import report_page as page
 from argonne.report.records import Metrics, read_metrics, smoothed
 from argonne.report.report_plots import Curve, Mark, Panel
 
-_KEY_TO_MARKS = "Horizontal axis: step. Vertical lines: resumed (dashed), stopped (dotted), step skipped (solid), warning (dotted)."
+_KEY_TO_MARKS = (
+    "Horizontal axis: step. Vertical lines: resumed (dashed), stopped (dotted), step skipped (solid), warning (dotted)."
+)
 _MARKS = ("resume", "stop", "skip", "warning")
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """Everything the page says about one run. `config` and `manifest` are empty where the run has no such file, and `problems` says so."""
+    """Everything the page says about one run. `config` and `manifest` are empty where the run has no such file, and
+    `problems` says so.
+    """
 
     name: str
     folder: Path
@@ -44,13 +48,20 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
     if not runs:
         raise InputError("report: no run given; name at least one run folder")
     names = [Path(run).resolve().name for run in runs]  # the whole path where two runs share one
-    records = [_read_run(Path(run), name if names.count(name) == 1 else str(run)) for name, run in zip(names, runs, strict=True)]
+    records = [
+        _read_run(Path(run), name if names.count(name) == 1 else str(run))
+        for name, run in zip(names, runs, strict=True)
+    ]
     target = out or Path(runs[0]) / layout.REPORT
     title = " and ".join(record.name for record in records) if len(records) < 3 else f"{len(records)} runs"
     body = [page.heading(title, 1)]
     for record in records:
         body += [page.paragraph(f"{record.name}: {problem}", "alert") for problem in record.problems]
-    body += _compared_head(records) if len(records) > 1 else [page.paragraph(records[0].state), page.cards(_facts(records[0]))]
+    body += (
+        _compared_head(records)
+        if len(records) > 1
+        else [page.paragraph(records[0].state), page.cards(_facts(records[0]))]
+    )
     last_step = max(record.metrics.records[-1]["step"] for record in records)
     body += [page.heading("Curves"), page.paragraph(_KEY_TO_MARKS)]
     body += ['<div class="panels">', *(page.figure(panel, last_step) for panel in _panels(records)), "</div>"]
@@ -72,7 +83,9 @@ def _read_run(folder: Path, name: str) -> RunRecord:
     ending = layout.ending_of(folder)  # the run's markers, never its name
     state = f"{ending.lower() if ending else 'not complete, last record'} at step {metrics.records[-1]['step']:,}"
     found = files.read_json(manifest) if manifest.is_file() else {}
-    return RunRecord(name, folder, metrics, config.read_text() if config.is_file() else "", found, state, tuple(problems))
+    return RunRecord(
+        name, folder, metrics, config.read_text() if config.is_file() else "", found, state, tuple(problems)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------- facts
@@ -95,10 +108,16 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
     memory = metrics.series("step", "memory_gb")[1]
     facts.append(("peak memory, GB", f"{max(memory):.2f}" if memory else "n/a"))
     # From each record to the next of the same session: the time between a stop and the next resume does not count.
-    rows = sorted((row for row in metrics.records if isinstance(row.get("time"), int | float)), key=lambda row: row["time"])
-    worked = sum(late["time"] - early["time"] for early, late in pairwise(rows) if late["event"] not in ("start", "resume"))
+    rows = sorted(
+        (row for row in metrics.records if isinstance(row.get("time"), int | float)), key=lambda row: row["time"]
+    )
+    worked = sum(
+        late["time"] - early["time"] for early, late in pairwise(rows) if late["event"] not in ("start", "resume")
+    )
     facts.append(("time at work", _duration(worked)))
-    waited = [_duration(_summed(metrics.series("step", name)[1])) for name in ("wait_data_seconds", "wait_save_seconds")]
+    waited = [
+        _duration(_summed(metrics.series("step", name)[1])) for name in ("wait_data_seconds", "wait_save_seconds")
+    ]
     facts.append(("waiting: data, saves", ", ".join(waited)))
     facts.append(("resumed, skipped", f"{len(metrics.of('resume'))}, {len(metrics.of('skip'))}"))
     return facts
@@ -123,8 +142,13 @@ def _number(value: Any, form: str) -> str:
 def _compared_head(records: list[RunRecord]) -> list[str]:
     facts = [dict(_facts(record)) for record in records]
     rows = [["state", *(record.state for record in records)]]
-    rows += [[name, *(each.get(name, "") for each in facts)] for name in dict.fromkeys(name for each in facts for name in each)]
-    parts = [page.table(["", *(record.name for record in records)], rows, numbers=range(1, len(records) + 1), swatches=True)]
+    rows += [
+        [name, *(each.get(name, "") for each in facts)]
+        for name in dict.fromkeys(name for each in facts for name in each)
+    ]
+    parts = [
+        page.table(["", *(record.name for record in records)], rows, numbers=range(1, len(records) + 1), swatches=True)
+    ]
     trees = [tomllib.loads(record.config_text) for record in records]
     changed: dict[str, list[str]] = {}
     for number, tree in enumerate(trees):
@@ -132,7 +156,12 @@ def _compared_head(records: list[RunRecord]) -> list[str]:
             changed.setdefault(key, [str(first)] * len(records))[number] = str(other)
     if changed:
         parts.append(page.heading("What differs in the configuration"))
-        parts.append(page.table(["key", *(record.name for record in records)], [[key, *values] for key, values in sorted(changed.items())]))
+        parts.append(
+            page.table(
+                ["key", *(record.name for record in records)],
+                [[key, *values] for key, values in sorted(changed.items())],
+            )
+        )
     return parts
 
 
@@ -148,7 +177,11 @@ def _panels(records: list[RunRecord]) -> list[Panel]:
     ]
 
     def plain(event: str, name: str) -> list[Curve]:
-        return [curve for number, record in enumerate(records) for curve in _curve(record, number, event, (name,), record.name)]
+        return [
+            curve
+            for number, record in enumerate(records)
+            for curve in _curve(record, number, event, (name,), record.name)
+        ]
 
     def by_source(event: str, name: str) -> list[Curve]:
         sources = dict.fromkeys(source for record in records for source in record.metrics.sources())
@@ -163,7 +196,9 @@ def _panels(records: list[RunRecord]) -> list[Panel]:
         Panel("Throughput", "tokens/s", plain("step", "tokens_per_second"), marks, from_zero=True),
         Panel("MFU", "share of the device's peak", plain("step", "mfu"), from_zero=True),
         Panel("Memory", "GB", plain("step", "memory_gb"), from_zero=True),
-        Panel("Waiting", "seconds since the session began", _told_apart(records, "step", stalls), marks, from_zero=True),
+        Panel(
+            "Waiting", "seconds since the session began", _told_apart(records, "step", stalls), marks, from_zero=True
+        ),
         Panel("Tokens per source", "tokens", by_source("step", "tokens"), from_zero=True),
         Panel("Loss per source", "nats per token", by_source("step", "loss")),
         Panel("Held-out loss per source", "nats per token", by_source("held_out", "loss")),
@@ -185,7 +220,9 @@ def _loss_panel(records: list[RunRecord], marks: list[Mark]) -> Panel:
     for number, record in enumerate(records):
         steps, values = record.metrics.series("step", "loss")
         label = "training, smoothed" if alone else f"{record.name}: training"
-        curves.append(Curve(f"curve-{number}-step-loss", steps, values, number, label="training" if alone else "", faint=True))
+        curves.append(
+            Curve(f"curve-{number}-step-loss", steps, values, number, label="training" if alone else "", faint=True)
+        )
         curves.append(Curve(f"curve-{number}-smoothed-loss", steps, smoothed(values), number, label))
         label, looks = ("held-out", {"colour": 1}) if alone else (f"{record.name}: held-out", {"dash": 1})
         curves += _curve(record, number, "held_out", ("loss",), label, **looks)
@@ -219,7 +256,11 @@ def _details(record: RunRecord, named: bool) -> list[str]:
     parts.append(page.heading(f"{prefix}Events"))
     events = [row for row in record.metrics.records if row["event"] not in ("step", "sample")]
     rows = [[_clock(row), f"{row['step']:,}", row["event"], _event_text(row)] for row in events]
-    parts.append(page.folded(f"{len(rows)} events", page.table(["UTC", "step", "event", ""], rows, numbers=[1]), is_open=len(rows) <= 12))
+    parts.append(
+        page.folded(
+            f"{len(rows)} events", page.table(["UTC", "step", "event", ""], rows, numbers=[1]), is_open=len(rows) <= 12
+        )
+    )
     if record.manifest:
         facts = _flat(record.manifest)
         parts.append(page.heading(f"{prefix}Manifest"))
@@ -235,7 +276,11 @@ def _clock(row: dict[str, Any]) -> str:
 
 
 def _event_text(row: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {_short(value)}" for key, value in row.items() if key not in ("event", "step", "time") and value is not None)
+    return ", ".join(
+        f"{key} {_short(value)}"
+        for key, value in row.items()
+        if key not in ("event", "step", "time") and value is not None
+    )
 
 
 def _short(value: Any) -> str:

@@ -1,4 +1,6 @@
-"""The report's page: one HTML document with its style inside. No script, no font and no picture is loaded from anywhere."""
+"""The report's page: one HTML document with its style inside. No script, no font and no picture is loaded from
+anywhere.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ def page(title: str, body: Iterable[str]) -> str:
         f"<title>{escape(title)}</title>",
         f"<style>\n{STYLE.read_text()}</style>",
     ]
-    return "\n".join(["<!doctype html>", '<html lang="en">', "<head>", *head, "</head>", "<body>", *body, "</body>", "</html>", ""])
+    return "\n".join(
+        ["<!doctype html>", '<html lang="en">', "<head>", *head, "</head>", "<body>", *body, "</body>", "</html>", ""]
+    )
 
 
 def cards(facts: Sequence[tuple[str, str]]) -> str:
@@ -27,8 +31,12 @@ def cards(facts: Sequence[tuple[str, str]]) -> str:
     return f'<div class="cards">{"".join(tiles)}</div>'
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[int] = (), swatches: bool = False) -> str:
-    """A table; columns listed in `numbers` are right-aligned; `swatches` puts the runs' colours before the heads from the second on."""
+def table(
+    header: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[int] = (), swatches: bool = False
+) -> str:
+    """A table; columns listed in `numbers` are right-aligned; `swatches` puts the runs' colours before the heads from
+    the second on.
+    """
 
     def cell(text: str, column: int, tag: str) -> str:
         kind = ' class="number"' if column in numbers else ""
@@ -60,7 +68,9 @@ def figure(panel: Panel, last_step: int) -> str:
         looks = f"dash{curve.dash % 4} faint" if curve.faint else f"dash{curve.dash % 4}"
         keys += f'<span class="key">{_swatch(curve.colour, looks)}{escape(curve.label)}</span>'
     unit = f"<span>{escape(panel.unit)}</span>" if panel.unit else ""
-    return f"<figure><figcaption><h3>{escape(panel.title)}</h3>{unit}{keys}</figcaption>{draw(panel, last_step)}</figure>"
+    return (
+        f"<figure><figcaption><h3>{escape(panel.title)}</h3>{unit}{keys}</figcaption>{draw(panel, last_step)}</figure>"
+    )
 
 
 def folded(title: str, inside: str, is_open: bool = False) -> str:

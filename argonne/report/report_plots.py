@@ -1,4 +1,5 @@
-"""The report's plots: matplotlib to SVG text whose colours are CSS variables, so that one picture serves a light and a dark page.
+"""The report's plots: matplotlib to SVG text whose colours are CSS variables, so that one picture serves a light and a
+dark page.
 
 Every curve has exactly one vertex a record: path simplification is off, and nothing is resampled.
 """
@@ -43,7 +44,9 @@ class Curve:
 
 @dataclass(frozen=True)
 class Mark:
-    """A vertical line at a step: kind is resume, stop, skip or warning. `colour` is the run's where several are compared."""
+    """A vertical line at a step: kind is resume, stop, skip or warning. `colour` is the run's where several are
+    compared.
+    """
 
     step: int
     kind: str
@@ -70,7 +73,9 @@ def colour_variable(index: int) -> str:
 
 
 def draw(panel: Panel, last_step: int) -> str:
-    """The panel as an SVG element without a fixed size. All panels of a report share the step axis from 0 to `last_step`."""
+    """The panel as an SVG element without a fixed size. All panels of a report share the step axis from 0 to
+    `last_step`.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -109,10 +114,17 @@ def draw(panel: Panel, last_step: int) -> str:
             variable, dash = _MARKS[mark.kind]
             if mark.colour is not None:
                 variable = colour_variable(mark.colour)
-            line = axes.axvline(mark.step, color=_BY_VARIABLE[variable], linestyle=dash, linewidth=1.0, alpha=0.9, zorder=1.5)
+            line = axes.axvline(
+                mark.step, color=_BY_VARIABLE[variable], linestyle=dash, linewidth=1.0, alpha=0.9, zorder=1.5
+            )
             line.set_gid(f"mark-{mark.kind}-{mark.step}-{number}")
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        figure.savefig(
+            buffer,
+            format="svg",
+            transparent=True,
+            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
+        )
     return _themed(buffer.getvalue(), panel.title)
 
 

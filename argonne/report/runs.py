@@ -33,7 +33,9 @@ def _row(run: RunFolder) -> dict[str, Any]:
         status = f"stopped ({stopped['reason']})" if (stopped := run.marker(layout.STOPPED)) else "failed"
     metrics = read_metrics(path) if (path / layout.METRICS).is_file() else None
     last = (metrics.last("step") if metrics else None) or {}
-    activity = max(file.stat().st_mtime for file in (path / layout.MANIFEST, path / layout.METRICS, lock) if file.exists())
+    activity = max(
+        file.stat().st_mtime for file in (path / layout.MANIFEST, path / layout.METRICS, lock) if file.exists()
+    )
     return {
         "name": path.name,
         "path": str(path),

@@ -1,4 +1,6 @@
-"""Generation: a key-value cache, batches of prompts, streaming. One engine for `argonne generate`, the trainer's samples and serving."""
+"""Generation: a key-value cache, batches of prompts, streaming. One engine for `argonne generate`, the trainer's
+samples and serving.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from argonne.tokens.tokenizer import TextTokenizer, load_tokenizer
 
 @dataclass(frozen=True)
 class Completion:
-    """New ids of one prompt, without the stop token. `stop`: "eos", "length" (max_new_tokens) or "context" (the model's is full)."""
+    """New ids of one prompt, without the stop token. `stop`: "eos", "length" (max_new_tokens) or "context" (the model's
+    is full).
+    """
 
     ids: list[int]
     stop: str
@@ -29,8 +33,8 @@ def stream_ids(
 ) -> Iterator[list[int | None]]:
     """Continue every prompt by one token a step: yields a list with each row's new id, None for a row that has ended.
 
-    A row ends after its EOS (which is yielded) or where options or the model's context end. Dropout is off meanwhile, and the model's
-    mode is put back after. Raises InputError for an empty prompt or one that fills the model's context.
+    A row ends after its EOS (which is yielded) or where options or the model's context end. Dropout is off meanwhile,
+    and the model's mode is put back after. Raises InputError for an empty prompt or one that fills the model's context.
     """
     room = _room(model, prompts)
     device = next(model.parameters()).device
@@ -76,11 +80,15 @@ def _room(model: Any, prompts: Sequence[Sequence[int]]) -> int:
         raise InputError("prompt: found no token, expected at least one; give some text")
     longest, context = max(map(len, prompts)), int(model.config.max_position_embeddings)
     if longest >= context:
-        raise InputError(f"prompt: found {longest:,} tokens, expected fewer than the model's context of {context:,}; shorten it")
+        raise InputError(
+            f"prompt: found {longest:,} tokens, expected fewer than the model's context of {context:,}; shorten it"
+        )
     return context - longest
 
 
-def complete_ids(model: Any, prompts: Sequence[Sequence[int]], options: SamplingOptions, eos_ids: Sequence[int]) -> list[Completion]:
+def complete_ids(
+    model: Any, prompts: Sequence[Sequence[int]], options: SamplingOptions, eos_ids: Sequence[int]
+) -> list[Completion]:
     """All prompts in one batch, to their ends."""
     rows: list[list[int]] = [[] for _ in prompts]
     ended = [False] * len(prompts)
@@ -95,14 +103,18 @@ def complete_ids(model: Any, prompts: Sequence[Sequence[int]], options: Sampling
 
 
 def stop_ids(model: Any, tokenizer: TextTokenizer) -> list[int]:
-    """Where generation ends: the tokenizer's EOS and what the model's generation config names (a chat model's turn end)."""
+    """Where generation ends: the tokenizer's EOS and what the model's generation config names (a chat model's turn
+    end).
+    """
     named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     named = named if isinstance(named, list) else [named]
     return sorted({token for token in [tokenizer.eos_id, *named] if token is not None})
 
 
 def prompt_ids(tokenizer: TextTokenizer, prompt: str) -> list[int]:
-    """Ids of the prompt. An empty prompt starts a document, as training saw it: after BOS, or after the EOS of the one before."""
+    """Ids of the prompt. An empty prompt starts a document, as training saw it: after BOS, or after the EOS of the one
+    before.
+    """
     ids = tokenizer.encode(prompt)
     start = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
     return ids if ids or start is None else [start]
@@ -142,7 +154,9 @@ class Engine:
 
 
 def open_engine(model_path: str | Path, *, device: str = "auto") -> Engine:
-    """Load a run, a checkpoint or an exported folder for generation. Raises InputError where it is none, or its tokenizer is missing."""
+    """Load a run, a checkpoint or an exported folder for generation. Raises InputError where it is none, or its
+    tokenizer is missing.
+    """
     from argonne.model.load import load_model
     from argonne.parallel.mesh import choose_device
 
@@ -152,6 +166,8 @@ def open_engine(model_path: str | Path, *, device: str = "auto") -> Engine:
     return Engine(loaded.model, load_tokenizer(loaded.tokenizer_folder), loaded.folder)
 
 
-def generate_text(model_path: str | Path, prompt: str, options: SamplingOptions | None = None, *, device: str = "auto") -> Iterator[str]:
+def generate_text(
+    model_path: str | Path, prompt: str, options: SamplingOptions | None = None, *, device: str = "auto"
+) -> Iterator[str]:
     """Open the model and stream the continuation of `prompt`: what `argonne generate` prints."""
     return open_engine(model_path, device=device).stream(prompt, options or SamplingOptions())

@@ -10,7 +10,9 @@ from argonne.errors import InputError
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How text is continued. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 keep every token; the same seed gives the same text."""
+    """How text is continued. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 keep every token; the same seed gives
+    the same text.
+    """
 
     max_new_tokens: int = key(200, "tokens at most")
     temperature: float = key(0.8, "0 = greedy")

@@ -15,8 +15,9 @@ class Decoder(Protocol):
 class TextStream:
     """Feed ids one by one; get the text that is certain so far.
 
-    A character of several bytes may be spread over tokens: while the end of the text decodes to U+FFFD it is held back, and what a later
-    token completes comes out whole. Each piece is decoded with the ids before it, because some tokenizers treat a first token otherwise.
+    A character of several bytes may be spread over tokens: while the end of the text decodes to U+FFFD it is held back,
+    and what a later token completes comes out whole. Each piece is decoded with the ids before it, because some
+    tokenizers treat a first token otherwise.
     """
 
     def __init__(self, tokenizer: Decoder, context: Sequence[int] = ()) -> None:

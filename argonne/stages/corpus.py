@@ -1,7 +1,7 @@
 """A real corpus that every Python installation carries: documentation strings and help topics of its standard library.
 
-Nothing is imported or executed: sources are parsed with `ast`, and `pydoc_data/topics.py` is read as data. The list of modules is fixed,
-so that two machines with the same Python have the same corpus.
+Nothing is imported or executed: sources are parsed with `ast`, and `pydoc_data/topics.py` is read as data. The list of
+modules is fixed, so that two machines with the same Python have the same corpus.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from pathlib import Path
 from argonne import files
 from argonne.errors import InputError
 
-# Packages are taken with all their modules, tests left out. Platform modules are listed too: their sources are installed everywhere.
+# Packages are taken with all their modules, tests left out. Platform modules are listed too: their sources are
+# installed everywhere.
 _MODULE_LIST = """
 abc argparse ast asyncio base64 bdb bisect bz2 calendar cmd code codecs collections colorsys compileall concurrent
 configparser contextlib copy copyreg csv ctypes curses dataclasses datetime dbm decimal difflib dis doctest email
@@ -51,7 +52,8 @@ class Corpus:
 def write_corpus(path: Path, *, modules: Sequence[str] = MODULES, library: Path | None = None) -> Corpus:
     """Collect the corpus of this Python (or of the library folder given) into the JSON-lines file `path`.
 
-    Entries shorter than 80 characters and exact repetitions are left out and counted. Raises InputError when the library has no sources.
+    Entries shorter than 80 characters and exact repetitions are left out and counted. Raises InputError when the
+    library has no sources.
     """
     library = library or Path(sysconfig.get_paths()["stdlib"])
     seen: set[str] = set()
@@ -68,7 +70,8 @@ def write_corpus(path: Path, *, modules: Sequence[str] = MODULES, library: Path 
             lines.append(json.dumps({"text": text, "source": source}, ensure_ascii=False))
     if not lines:
         raise InputError(
-            f"{library}: no documentation strings found there; this Python carries no sources, use one that does (python.org, Debian, uv)"
+            f"{library}: no documentation strings found there; this Python carries no sources, use one that does "
+            "(python.org, Debian, uv)"
         )
     missing = tuple(name for name in modules if not list(_sources(library, name)))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +104,9 @@ def _sources(library: Path, module: str) -> Iterator[Path]:
 
 
 def _docstrings(tree: ast.Module, module: str) -> Iterator[tuple[str, str]]:
-    """One document for the module, and one for each class or function with what is inside it, as `help()` would show them."""
+    """One document for the module, and one for each class or function with what is inside it, as `help()` would show
+    them.
+    """
     if text := ast.get_docstring(tree):
         yield module, f"{module}\n\n{text}"
     for node in tree.body:

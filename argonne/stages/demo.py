@@ -1,4 +1,6 @@
-"""`argonne demo`: every stage at laptop size, with the same functions as the verbs, on text that every Python carries."""
+"""`argonne demo`: every stage at laptop size, with the same functions as the verbs, on text that every
+Python carries.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +22,17 @@ PROMPTS = ("Return a list of", "The following example")
 
 
 def run_demo(
-    out: Path, *, overrides: Mapping[str, str] | None = None, modules: Sequence[str] = MODULES, say: Callable[[str], None] | None = None
+    out: Path,
+    *,
+    overrides: Mapping[str, str] | None = None,
+    modules: Sequence[str] = MODULES,
+    say: Callable[[str], None] | None = None,
 ) -> None:
-    """Collect a corpus, train a tokenizer, prepare, pretrain with a stop and a resume, measure, generate and write a report, all below `out`.
+    """Collect a corpus, train a tokenizer, prepare, pretrain with a stop and a resume, measure, generate and write a
+    report, all below `out`.
 
-    Interrupted, it goes on where it was. `overrides`: recipe keys, as on the command line. Raises InputError where `out` is something else.
+    Interrupted, it goes on where it was. `overrides`: recipe keys, as on the command line. Raises InputError where
+    `out` is something else.
     """
     demo = _Demo(Path(out), dict(overrides or {}), modules, say or partial(print, flush=True))
     demo.corpus()
@@ -36,7 +44,9 @@ def run_demo(
 
 
 class _Demo:
-    def __init__(self, out: Path, overrides: dict[str, str], modules: Sequence[str], say: Callable[[str], None]) -> None:
+    def __init__(
+        self, out: Path, overrides: dict[str, str], modules: Sequence[str], say: Callable[[str], None]
+    ) -> None:
         if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "corpus.jsonl").exists())):
             raise InputError(f"{out}: exists and is no demo folder; choose another with --out")
         self.out, self.modules, self.say, self.started = out, modules, say, time.monotonic()
@@ -58,9 +68,13 @@ class _Demo:
         else:
             found.path.replace(path)
         self.say(
-            f"      {found.documents:,} documents, {found.bytes / 1e6:.2f} MB of text, from {found.modules} modules (parsed, not imported)"
+            f"      {found.documents:,} documents, {found.bytes / 1e6:.2f} MB of text, from {found.modules} modules "
+            "(parsed, not imported)"
         )
-        self.say(f"      left out: {found.too_short} very short, {found.repeated} repeated, {len(found.missing)} modules this Python lacks")
+        self.say(
+            f"      left out: {found.too_short} very short, {found.repeated} repeated, {len(found.missing)} modules "
+            "this Python lacks"
+        )
 
     def prepare(self) -> None:
         from argonne.prepare.options import PrepareOptions
@@ -73,7 +87,10 @@ class _Demo:
         self.heading(2, f"A tokenizer of {VOCABULARY:,} entries, and the text as tokens", command)
         prepare(PrepareOptions(input=(source,), out=self.tokens, train_tokenizer=VOCABULARY, hold_out=HOLD_OUT))
         made = open_tokens(self.tokens)
-        self.say(f"      {made.train.tokens:,} tokens to train on, {made.held_out.tokens:,} held out ({made.held_out.documents} documents)")
+        self.say(
+            f"      {made.train.tokens:,} tokens to train on, {made.held_out.tokens:,} held out "
+            f"({made.held_out.documents} documents)"
+        )
 
     def train(self) -> None:
         from argonne.recipe import load_recipe
@@ -84,13 +101,17 @@ class _Demo:
         keys = " ".join(f"--{path} {shlex.quote(value)}" for path, value in self.overrides.items())
         command = f"argonne pretrain {RECIPE} --run {shlex.quote(str(self.run))} {keys}"
         self.heading(
-            3, f"Pretraining: {steps} steps of {recipe.batch.tokens_per_step:,} tokens; stopped in the middle, then resumed", command
+            3,
+            f"Pretraining: {steps} steps of {recipe.batch.tokens_per_step:,} tokens; stopped in the middle, then "
+            "resumed",
+            command,
         )
         middle = steps // 2
         result = run(recipe, self.run, stop_after_step=middle)
         if not result.outcome.complete:
             self.say(
-                f"      Stopped on purpose after step {result.outcome.step}. Everything is in the checkpoint; the same command goes on:"
+                f"      Stopped on purpose after step {result.outcome.step}. Everything is in the checkpoint; the same "
+                "command goes on:"
             )
             run(recipe, self.run)
 
@@ -120,9 +141,13 @@ class _Demo:
         from argonne.serve.options import SamplingOptions
 
         command = f"argonne generate {shlex.quote(str(self.run))} --prompt {shlex.quote(PROMPTS[0])}"
-        self.heading(5, "What it writes (a model of this size has learned the look of the text, not its sense)", command)
+        self.heading(
+            5, "What it writes (a model of this size has learned the look of the text, not its sense)", command
+        )
         engine = open_engine(self.run)
-        for prompt, text in zip(PROMPTS, engine.complete(PROMPTS, SamplingOptions(max_new_tokens=60, seed=1)), strict=True):
+        for prompt, text in zip(
+            PROMPTS, engine.complete(PROMPTS, SamplingOptions(max_new_tokens=60, seed=1)), strict=True
+        ):
             self.say("\n".join(f"      | {line}" for line in f"{prompt}{text}".splitlines()))
             self.say("")
 
@@ -137,13 +162,20 @@ class _Demo:
         for command, meaning in (
             (f"argonne generate {run} --prompt 'class ' --temperature 0.5", "your own prompt"),
             (f"argonne inspect {run}", "what the run is: hashes verified, where it came from"),
-            ("argonne prepare --input 'YOUR/*.txt' --train-tokenizer 2048 --hold-out 0.05 --out tokens/mine", "your own text, then:"),
             (
-                "argonne pretrain nano-3.0 --run runs/mine --data.sources '[{ path = \"tokens/mine\", max_epochs = 20 }]' --train.steps 1000",
+                "argonne prepare --input 'YOUR/*.txt' --train-tokenizer 2048 --hold-out 0.05 --out tokens/mine",
+                "your own text, then:",
+            ),
+            (
+                'argonne pretrain nano-3.0 --run runs/mine --data.sources \'[{ path = "tokens/mine", max_epochs = 20 '
+                "}]' --train.steps 1000",
                 "a longer run; stop it with Ctrl-C or kill, start it again and it goes on exactly where it was",
             ),
             (f"argonne report {run} runs/mine --out both.html", "two runs in the same axes"),
-            (f"argonne pretrain nano-2.5 --run runs/older --data.sources {sources}", "an earlier architecture on the same text"),
+            (
+                f"argonne pretrain nano-2.5 --run runs/older --data.sources {sources}",
+                "an earlier architecture on the same text",
+            ),
             ("argonne models", "the architectures of all generations, with their exact sizes"),
         ):
             self.say(f"  {command}\n      {meaning}")

@@ -1,4 +1,6 @@
-"""What a run gives the loop beside data and loss, and writes about itself: held-out loss, samples, files of a checkpoint, export, banner."""
+"""What a run gives the loop beside data and loss, and writes about itself: held-out loss, samples, files of a
+checkpoint, export, banner.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,9 @@ def show_text(recipe: Recipe, data: Data, micro_rows: int) -> Shown:
 
 
 def held_out_loss(model: Parallelised, recipe: Recipe, data: Data, micro_rows: int) -> Work[dict[str, Any]]:
-    """Mean loss on the first held-out windows (the same ones each time), bits per byte where tokens are counted; {} where nothing is held out."""
+    """Mean loss on the first held-out windows (the same ones each time), bits per byte where tokens are counted; {}
+    where nothing is held out.
+    """
     total, count, size = 0.0, 0, 0
     by_source: dict[int, list[float]] = {}
     sums: dict[str, list[float]] = {}
@@ -67,7 +71,9 @@ def held_out_loss(model: Parallelised, recipe: Recipe, data: Data, micro_rows: i
         for name, pair in loss.metrics.items():
             sums[name] = [held + float(part) for held, part in zip(sums.get(name, [0.0, 0.0]), pair, strict=True)]
         if loss.rows is not None:
-            for row, source, counted in zip(loss.rows.tolist(), batch["source"].tolist(), batch[data.unit].tolist(), strict=True):
+            for row, source, counted in zip(
+                loss.rows.tolist(), batch["source"].tolist(), batch[data.unit].tolist(), strict=True
+            ):
                 part = by_source.setdefault(source, [0.0, 0])
                 part[0] += row
                 part[1] += counted
@@ -79,7 +85,10 @@ def held_out_loss(model: Parallelised, recipe: Recipe, data: Data, micro_rows: i
     if sums:
         found["metrics"] = {name: value / number if number else None for name, (value, number) in sums.items()}
     if len(by_source) > 1:
-        means = {source: {"loss": loss / max(1, counted), data.unit: counted} for source, (loss, counted) in by_source.items()}
+        means = {
+            source: {"loss": loss / max(1, counted), data.unit: counted}
+            for source, (loss, counted) in by_source.items()
+        }
         found["sources"] = {data.source_names[source]: mean for source, mean in means.items()}
     return found
 
@@ -96,7 +105,9 @@ def sample_text(model: nn.Module, recipe: Recipe, tokenizer: TextTokenizer) -> W
 
 
 def export_final(model: Parallelised, run: Path, tokenizer: TextTokenizer) -> None:
-    """Write the complete Hugging Face folder, atomically; an older one is replaced. Where no rank holds the whole model it is read from disk."""
+    """Write the complete Hugging Face folder, atomically; an older one is replaced. Where no rank holds the whole model
+    it is read from disk.
+    """
     whole = model.plain if model.forward == "alone" else load_model(run / LAST).model
     with atomic_directory(run / "final_model", replace=True) as temporary:
         tokenizer.save(temporary)
@@ -117,13 +128,19 @@ def banner(model: Any, run: RunFolder, recipe: Recipe, mesh: Mesh) -> list[str]:
     dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()})
     if mesh.is_main:
         run.update_manifest(attention_paths=paths, precision=precision, parameter_dtypes=dtypes)
-    groups = [f"{path} on layers {_ranges([layer for layer, found in enumerate(paths) if found == path])}" for path in dict.fromkeys(paths)]
+    groups = [
+        f"{path} on layers {_ranges([layer for layer, found in enumerate(paths) if found == path])}"
+        for path in dict.fromkeys(paths)
+    ]
     return [f"attention: {'; '.join(groups)}", f"precision: {precision}, weights in {', '.join(dtypes)}"]
 
 
 def _ranges(numbers: list[int]) -> str:
     """[0, 2, 4, 5, 6] -> 0, 2, 4-6."""
-    runs = [[number for _, number in run] for _, run in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
+    runs = [
+        [number for _, number in run]
+        for _, run in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
+    ]
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
@@ -160,7 +177,8 @@ def record_start(
     step = int(start.progress.get("step", 0))
     rows, length = data.rows(step), data.sequence_length(step)
     say(
-        f"model: {parameters:,} parameters, {recipe.model.num_hidden_layers} layers, {recipe.model.preset or 'from ' + str(recipe.model.init_from)}"
+        f"model: {parameters:,} parameters, {recipe.model.num_hidden_layers} layers, "
+        f"{recipe.model.preset or 'from ' + str(recipe.model.init_from)}"
     )
     say(
         f"batch: {rows * length:,} tokens a step = {rows} rows x {length}, {micro_rows} rows a micro-batch "
@@ -171,7 +189,9 @@ def record_start(
     say(start.description)
 
 
-def run_state(step: int, recipe: Recipe, data: Data, run: RunFolder, progress: Progress, mesh: Mesh, start: Start) -> dict[str, Any]:
+def run_state(
+    step: int, recipe: Recipe, data: Data, run: RunFolder, progress: Progress, mesh: Mesh, start: Start
+) -> dict[str, Any]:
     """state.json: counts and identities, never buffers."""
     return {
         "run_id": run.run_id,

@@ -50,7 +50,8 @@ def run(
     profile: bool = False,
     data_from_start: bool = False,
 ) -> RunResult:
-    """Train `recipe` in `run_folder`, resuming by itself where the run exists. Raises InputError for anything wrong with recipe, data or run.
+    """Train `recipe` in `run_folder`, resuming by itself where the run exists. Raises InputError for anything wrong
+    with recipe, data or run.
 
     `started`: monotonic seconds when the command began, for the wall time. `profile`: write a trace of a few steps.
     `data_from_start`: with a `.pt` of the family as `resume_from`, begin the data at its start whatever the file says.

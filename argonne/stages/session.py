@@ -30,7 +30,9 @@ PRELOADED = ("torch.distributed", "transformers", "argonne.stages.session")
 
 
 def run_session(session: Session) -> Outcome:
-    """Run one session to its end, on local workers of its own where the recipe or the GPUs of this machine ask for several."""
+    """Run one session to its end, on local workers of its own where the recipe or the GPUs of this machine ask for
+    several.
+    """
     parallel = session.recipe.parallel
     session.mode.check(parallel)
     count = worker_count(parallel.nproc, session.recipe.train.device)
@@ -66,9 +68,15 @@ def train_session(session: Session) -> Outcome:
     watch = StopWatch(session.recipe.stop, started=session.started)
     run = RunFolder(session.folder)
     timeout = parse_duration(session.recipe.parallel.timeout, "parallel.timeout")
-    for text, where in ((session.recipe.stop.grace, "stop.grace"), (session.recipe.log.telemetry_limit, "log.telemetry_limit")):
+    for text, where in (
+        (session.recipe.stop.grace, "stop.grace"),
+        (session.recipe.log.telemetry_limit, "log.telemetry_limit"),
+    ):
         parse_duration(text, where)  # used later, and wrong now
-    with open_mesh(session.recipe.parallel, session.recipe.train.device, timeout_seconds=timeout) as mesh, watch.listening():
+    with (
+        open_mesh(session.recipe.parallel, session.recipe.train.device, timeout_seconds=timeout) as mesh,
+        watch.listening(),
+    ):
         problem: InputError | None = None
         if mesh.is_main:
             try:
@@ -86,7 +94,9 @@ def train_session(session: Session) -> Outcome:
 
 @contextmanager
 def _determinism(wanted: bool) -> Iterator[None]:
-    """Ask torch for algorithms that give the same bits each time, while the block runs; an operation that has none is an error."""
+    """Ask torch for algorithms that give the same bits each time, while the block runs; an operation that has none is
+    an error.
+    """
     if not wanted:
         yield
         return
@@ -123,7 +133,9 @@ def _train(session: Session, run: RunFolder, mesh: Mesh, watch: StopWatch) -> Ou
             record_start(run, recipe, opened.idle, data, start, mesh, built.loader.micro_rows, opened.total_steps, say)
         mesh.barrier()
         metrics = MetricsLog(run.path, recipe.log, enabled=mesh.is_main, run_name=run.run_id)
-        metrics.write("resume" if start.checkpoint is not None and start.own else "start", progress.step, parent=start.parent)
+        metrics.write(
+            "resume" if start.checkpoint is not None and start.own else "start", progress.step, parent=start.parent
+        )
         shown = session.stage.shows(recipe, data, built.loader.micro_rows)
         trainer = Trainer(
             recipe,
@@ -146,7 +158,9 @@ def _train(session: Session, run: RunFolder, mesh: Mesh, watch: StopWatch) -> Ou
             total_steps=opened.total_steps,
         )
         return trainer.fit(session.stop_after_step, profile=session.profile)
-    except KernelUnavailable as error:  # the model imports no error of ours: a forced kernel that cannot run is wrong input
+    except (
+        KernelUnavailable
+    ) as error:  # the model imports no error of ours: a forced kernel that cannot run is wrong input
         raise InputError(f"train.attention: {error}") from None
     finally:
         if metrics is not None:
@@ -163,7 +177,8 @@ def _check_finished(session: Session, step: int) -> None:
     changed = [f"{path}: {old!r} -> {new!r}" for path, (old, new) in found.items() if not is_free(path)]
     if changed:
         raise InputError(
-            f"{session.folder}: complete at step {step}, with another recipe ({'; '.join(changed)}); a finished run is not trained "
+            f"{session.folder}: complete at step {step}, with another recipe ({'; '.join(changed)}); a finished run is "
+            "not trained "
             f"further: give another --run, and --resume-from {last} to go on from its end"
         )
 

@@ -1,4 +1,6 @@
-"""Setting a run up: its start, its data, and the model in the one right order, weights -> parallelise -> optimizer -> restore -> compile."""
+"""Setting a run up: its start, its data, and the model in the one right order, weights -> parallelise -> optimizer ->
+restore -> compile.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +81,9 @@ class Built:
 
 
 def open_run(session: Session, run: RunFolder, mesh: Mesh, say: Callable[[str], None]) -> Opened:
-    """Find the start, compare configs, open the data; everything that can be wrong with the input is found here or in `build`."""
+    """Find the start, compare configs, open the data; everything that can be wrong with the input is found here or in
+    `build`.
+    """
     if mesh.is_main:
         clean_leftovers(run.path, say)
     mesh.barrier()
@@ -114,7 +118,9 @@ def _reads_alone(recipe: Recipe, mesh: Mesh) -> bool:
 
 
 def build(session: Session, opened: Opened, run: RunFolder, mesh: Mesh, say: Callable[[str], None]) -> Built:
-    """The model on its mesh, the optimizer over what will really be trained, the restored state; then what only changes speed and memory."""
+    """The model on its mesh, the optimizer over what will really be trained, the restored state; then what only changes
+    speed and memory.
+    """
     recipe, start, data, stage = opened.recipe, opened.start, opened.data, session.stage
     model = stage.weights(recipe, start).to(mesh.device).train()  # type: ignore[arg-type] # nn.Module.to takes a device
     dtype = compute_dtype(recipe.train.precision, mesh.device)
@@ -134,7 +140,9 @@ def build(session: Session, opened: Opened, run: RunFolder, mesh: Mesh, say: Cal
     exchange = mesh if _reads_alone(recipe, mesh) else None
     loader = Loader(data, mesh.data_rank, mesh.data_size, 1, pin_memory=mesh.device.type == "cuda", exchange=exchange)
     loader.set_micro_rows(
-        choose_micro_rows(parallelised, objective, precision, recipe, data, loader, progress.step, mesh, choice, run.path)
+        choose_micro_rows(
+            parallelised, objective, precision, recipe, data, loader, progress.step, mesh, choice, run.path
+        )
     )
     chosen = dataclasses.replace(choice, micro_rows=loader.micro_rows)
     plan = plan_of_run(recipe, chosen, **_device_facts(mesh), world_size=mesh.world_size)
@@ -161,7 +169,9 @@ def build(session: Session, opened: Opened, run: RunFolder, mesh: Mesh, say: Cal
 
 
 def _compare_config(start: Start, session: Session, mesh: Mesh, say: Callable[[str], None]) -> None:
-    """List every key that differs from the checkpoint's recipe; in its own run, one that changes what is trained needs `--allow`."""
+    """List every key that differs from the checkpoint's recipe; in its own run, one that changes what is trained needs
+    `--allow`.
+    """
     if start.recipe_tree is None:
         return
     found = changes(start, session.recipe)
@@ -176,14 +186,23 @@ def _compare_config(start: Start, session: Session, mesh: Mesh, say: Callable[[s
             refused.append(path)
     if refused:
         flags = " ".join(refused)
-        raise InputError(f"{session.folder}: the recipe differs from the run's in {', '.join(refused)}; restore it, or say --allow {flags}")
+        raise InputError(
+            f"{session.folder}: the recipe differs from the run's in {', '.join(refused)}; restore it, or say --allow "
+            f"{flags}"
+        )
 
 
 def changes(start: Start, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
-    """The keys in which a recipe differs from the one of a checkpoint, without those that do nothing, or leave it to the run."""
+    """The keys in which a recipe differs from the one of a checkpoint, without those that do nothing, or leave it to
+    the run.
+    """
     found = differences(start.recipe_tree or {}, to_tree(start.settled(recipe)))
     keys = all_keys()
-    return {path: pair for path, pair in found.items() if path not in keys or (pair[1] != "auto" and unmet(recipe, path) is None)}
+    return {
+        path: pair
+        for path, pair in found.items()
+        if path not in keys or (pair[1] != "auto" and unmet(recipe, path) is None)
+    }
 
 
 def returns_memory(train: TrainSection, device_type: str, planned_bytes: float) -> bool:
@@ -194,7 +213,9 @@ def returns_memory(train: TrainSection, device_type: str, planned_bytes: float) 
 
 
 def choose(recipe: Recipe, mesh: Mesh) -> StepChoice:
-    """What `auto` comes to here: micro-batch, activation checkpointing and loss, by the memory of one of the run's devices."""
+    """What `auto` comes to here: micro-batch, activation checkpointing and loss, by the memory of one of the run's
+    devices.
+    """
     return choose_step(recipe, **_device_facts(mesh), world_size=mesh.world_size)
 
 
@@ -217,7 +238,9 @@ def choose_micro_rows(
     choice: StepChoice,
     run: Path,
 ) -> int:
-    """Rows of one forward pass on one device: the recipe's number; on a GPU found by trying, upward from the plan's; 4,096 tokens on the CPU."""
+    """Rows of one forward pass on one device: the recipe's number; on a GPU found by trying, upward from the plan's;
+    4,096 tokens on the CPU.
+    """
     rows, length = -(-data.rows(step) // mesh.data_size), data.sequence_length(step)
     # Never more than an earlier session of the run had to back off to.
     recorded = int(read_json(run / MICRO_ROWS_FILE)["rows"]) if (run / MICRO_ROWS_FILE).exists() else None

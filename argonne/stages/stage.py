@@ -1,4 +1,5 @@
-"""A stage: its data, its loss, where its weights start, what its telemetry shows. Everything else is the session's and the loop's.
+"""A stage: its data, its loss, where its weights start, what its telemetry shows. Everything else is the session's and
+the loop's.
 
 A stage is made of functions of a module, never of closures: it travels to the workers by pickle.
 """
@@ -25,9 +26,11 @@ class StageData(Data, Rows, Protocol):
 
 @dataclass(frozen=True)
 class Stage:
-    """open_data(recipe, state, run_folder, allow) raises InputError for anything wrong with it; the others may look at what it returned.
+    """open_data(recipe, state, run_folder, allow) raises InputError for anything wrong with it; the others may look at
+    what it returned.
 
-    weights(recipe, start): the model on the CPU in its training dtype. shows(recipe, data, micro_rows): held-out loss and samples.
+    weights(recipe, start): the model on the CPU in its training dtype. shows(recipe, data, micro_rows): held-out loss
+    and samples.
     """
 
     objective: Callable[[Recipe, StageData], Objective]

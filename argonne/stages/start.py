@@ -1,4 +1,6 @@
-"""Where a run starts: its own newest checkpoint, a given checkpoint with its whole state, given weights, or fresh ones."""
+"""Where a run starts: its own newest checkpoint, a given checkpoint with its whole state, given
+weights, or fresh ones.
+"""
 
 from __future__ import annotations
 
@@ -47,11 +49,19 @@ class Start:
     def settled(self, given: Recipe) -> Recipe:
         """The recipe with what it leaves open, and what would change the arithmetic, as the checkpoint settled it."""
         stored = (self.recipe_tree or {}).get("train", {})
-        left = {name: stored[name] for name in SETTLED if name in stored and getattr(given.train, name) == "auto"} if self.own else {}
-        return dataclasses.replace(given, model=self.stored_model(given.model), train=dataclasses.replace(given.train, **left))
+        left = (
+            {name: stored[name] for name in SETTLED if name in stored and getattr(given.train, name) == "auto"}
+            if self.own
+            else {}
+        )
+        return dataclasses.replace(
+            given, model=self.stored_model(given.model), train=dataclasses.replace(given.train, **left)
+        )
 
     def stored_model(self, given: ModelSection) -> ModelSection:
-        """The recipe's model section with what it leaves unset taken from the checkpoint (resolved values are not changes)."""
+        """The recipe's model section with what it leaves unset taken from the checkpoint (resolved values are not
+        changes).
+        """
         stored = (self.recipe_tree or {}).get("model", {})
         unset = _left_unset(given, stored)
         if (context := stored.get("max_position_embeddings")) and given.max_position_embeddings is not None:
@@ -61,22 +71,32 @@ class Start:
 
 def _left_unset(model: ModelSection, stored: dict[str, Any]) -> dict[str, Any]:
     """The stored values of what `model` leaves unset; a list of JSON is a tuple there."""
-    names = [item.name for item in dataclasses.fields(model) if item.name in stored and getattr(model, item.name) is None]
+    names = [
+        item.name for item in dataclasses.fields(model) if item.name in stored and getattr(model, item.name) is None
+    ]
     found = {name: stored[name] for name in names}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
 
 
 def find_start(
-    run: RunFolder, recipe: Recipe, resume_from: Path | None, say: Callable[[str], None], *, data_from_start: bool = False
+    run: RunFolder,
+    recipe: Recipe,
+    resume_from: Path | None,
+    say: Callable[[str], None],
+    *,
+    data_from_start: bool = False,
 ) -> Start:
-    """Decide where the run starts. Damaged checkpoints are passed over by name; a run with none that is whole is an error, not a fresh start.
+    """Decide where the run starts. Damaged checkpoints are passed over by name; a run with none that is whole is an
+    error, not a fresh start.
 
     `data_from_start`: what a `.pt` of the family says of its place in the data is left aside.
     """
     if list_checkpoints(run.path):
         newest = newest_complete(run.path, say)
         if newest is None:
-            raise InputError(f"{run.path}: none of its checkpoints is complete; restore one, or remove the run to start again")
+            raise InputError(
+                f"{run.path}: none of its checkpoints is complete; restore one, or remove the run to start again"
+            )
         return _whole_state(newest.path, own=True)
     if resume_from is not None and resume_from.suffix in LEGACY_SUFFIXES:
         path = resume_from.resolve()
@@ -93,7 +113,8 @@ def find_start(
         )
     if data_from_start:
         raise InputError(
-            "--data-from-start: is for --resume-from checkpoint_step_<N>.pt; without such a file there is no place in the data to leave aside"
+            "--data-from-start: is for --resume-from checkpoint_step_<N>.pt; without such a file there is no place in "
+            "the data to leave aside"
         )
     if resume_from is not None:
         return _whole_state(resume_from.resolve(), own=False)
@@ -128,7 +149,8 @@ def _whole_state(path: Path, *, own: bool) -> Start:
 
 
 def carried_data(state: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """The data state of a run that starts at step 0 from weights of another: nothing but where each source stood, so that reading goes on there.
+    """The data state of a run that starts at step 0 from weights of another: nothing but where each source stood, so
+    that reading goes on there.
 
     Another order has no common cut with the epoch underway: each source goes on with its next epoch.
     """
@@ -136,7 +158,10 @@ def carried_data(state: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
     same = (last["order"], last["documents"], last["seed"]) == (recipe.data.order, recipe.data.documents, recipe.seed)
     places = state["positions"]
     if not same:
-        places = {name: {"epoch": place["epoch"] + (place["used"] > 0), "piece": 0, "used": 0} for name, place in places.items()}
+        places = {
+            name: {"epoch": place["epoch"] + (place["used"] > 0), "piece": 0, "used": 0}
+            for name, place in places.items()
+        }
     return {**state, "step": 0, "samples": 0, "tokens": 0, "phases": [], "positions": places}
 
 
@@ -145,13 +170,17 @@ def check_tokenizer(start: Start, found: str, data_tokenizer: Path, allow: froze
     trained = start.tokenizer_fingerprint
     if trained is not None and trained != found and "data.tokenizer" not in allow:
         raise InputError(
-            f"data: its tokenizer {data_tokenizer} (fingerprint {found[:12]}) is not the one the weights were trained with ({trained[:12]}); "
-            "prepare the text with the model's own tokenizer, or pass --allow data.tokenizer where the ids mean the same"
+            f"data: its tokenizer {data_tokenizer} (fingerprint {found[:12]}) is not the one the weights were trained "
+            f"with ({trained[:12]}); "
+            "prepare the text with the model's own tokenizer, or pass --allow data.tokenizer where the ids mean the "
+            "same"
         )
 
 
 def fit_model_section(recipe: Recipe, vocabulary: int, start: Start) -> ModelSection:
-    """The complete architecture: preset or source of the weights, the data's vocabulary where none is given, the context at least the row length."""
+    """The complete architecture: preset or source of the weights, the data's vocabulary where none is given, the
+    context at least the row length.
+    """
     model = recipe.model
     stored = start.weights_config or (start.recipe_tree or {}).get("model", {})
     model = dataclasses.replace(model, **_left_unset(model, stored))
@@ -175,7 +204,9 @@ def architecture_fields(model: ModelSection) -> dict[str, Any]:
 
 
 def build_weights(recipe: Recipe, start: Start) -> ArgonneForCausalLM:
-    """The model on the CPU in its training dtype: fresh from the seed, or from given weights. A checkpoint is loaded into it afterwards."""
+    """The model on the CPU in its training dtype: fresh from the seed, or from given weights. A checkpoint is loaded
+    into it afterwards.
+    """
     dtype = torch.bfloat16 if recipe.train.precision == "bf16_full" else torch.float32
     try:
         config = config_from_fields(architecture_fields(recipe.model))

@@ -1,8 +1,8 @@
 """Which files hold text, and token sets written by others, opened in place.
 
-By path: a folder of ours; a token file with a header (the family's `train.bin`, llm.c) or a glob of them; Megatron's `.bin` with `.idx`;
-datatrove's `.ds`; the family's document manifest (`.json`). By prefix, because nothing in the file tells: `raw-uint16:PATH` (nanoGPT),
-`raw-uint32:PATH`.
+By path: a folder of ours; a token file with a header (the family's `train.bin`, llm.c) or a glob of them; Megatron's
+`.bin` with `.idx`; datatrove's `.ds`; the family's document manifest (`.json`). By prefix, because nothing in the file
+tells: `raw-uint16:PATH` (nanoGPT), `raw-uint32:PATH`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def format_of(path: str, also: Mapping[str, str] | None = None) -> str | None:
 
 
 def open_tokens(path: Path | str) -> TokenSet:
-    """Open a token set of any kind after checking headers, sizes and manifest (not hashes: `inspect_tokens` and `data.verify`).
+    """Open a token set of any kind after checking headers, sizes and manifest (not hashes: `inspect_tokens` and
+    `data.verify`).
 
     Raises InputError naming the file that is missing, truncated, of another format or not what the manifest says.
     """
@@ -58,7 +59,9 @@ def open_tokens(path: Path | str) -> TokenSet:
     if not path.exists():
         raise InputError(f"token set {text}: no such file or folder; write one with `argonne prepare`")
     if format_of(text):
-        raise InputError(f"{path}: is text, not tokens; make a token set of it with `argonne prepare`, or name it in data.input")
+        raise InputError(
+            f"{path}: is text, not tokens; make a token set of it with `argonne prepare`, or name it in data.input"
+        )
     if path.suffix == ".ds":
         return _datatrove(path)
     if path.suffix == ".json":
@@ -96,7 +99,9 @@ def _raw(path: Path, dtype: str) -> TokenSet:
     size = path.stat().st_size
     width = np.dtype(dtype).itemsize
     if size % width or not size:
-        raise InputError(f"{path}: {size:,} bytes are no whole number of {dtype} tokens; truncated, or of another width")
+        raise InputError(
+            f"{path}: {size:,} bytes are no whole number of {dtype} tokens; truncated, or of another width"
+        )
     return _foreign(path, f"raw {dtype}", [Shard(path, dtype, size // width, offset=0)])
 
 
@@ -108,7 +113,9 @@ def _datatrove(path: Path) -> TokenSet:
     size, tokens = path.stat().st_size, int(ends[-1]) if len(ends) else 0
     dtype = {2 * tokens: "uint16", 4 * tokens: "uint32"}.get(size)
     if dtype is None or not tokens:
-        raise InputError(f"{path}: {size:,} bytes, but {index.name} counts {tokens:,} tokens; truncated or not of one run")
+        raise InputError(
+            f"{path}: {size:,} bytes, but {index.name} counts {tokens:,} tokens; truncated or not of one run"
+        )
     return _foreign(path, "datatrove", [Shard(path, dtype, tokens, offset=0, index=index)], len(ends))
 
 
@@ -120,24 +127,37 @@ def _megatron(path: Path, index: Path) -> TokenSet:
     dtype = MEGATRON_DTYPES.get(int(head[17]))
     sequences, bounds = (int(value) for value in head[18:34].view("<u8"))
     if dtype is None:
-        raise InputError(f"{index}: token type code {int(head[17])}, expected one of {', '.join(map(str, MEGATRON_DTYPES))}")
+        raise InputError(
+            f"{index}: token type code {int(head[17])}, expected one of {', '.join(map(str, MEGATRON_DTYPES))}"
+        )
     if len(head) != 34 + 12 * sequences + 8 * bounds:
-        raise InputError(f"{index}: {len(head):,} bytes, expected {34 + 12 * sequences + 8 * bounds:,}; truncated, write it again")
+        raise InputError(
+            f"{index}: {len(head):,} bytes, expected {34 + 12 * sequences + 8 * bounds:,}; truncated, write it again"
+        )
     sizes = head[34 : 34 + 4 * sequences].view("<i4").astype(np.int64)
     pointers = head[34 + 4 * sequences : 34 + 12 * sequences].view("<i8")
     documents = head[34 + 12 * sequences :].view("<i8")
     ends = np.concatenate([[0], np.cumsum(sizes)])
     width = np.dtype(dtype).itemsize
     if not np.array_equal(pointers, ends[:-1] * width):
-        raise InputError(f"{index}: its sequences do not lie one after the other in {path.name}; merge it with Megatron's own tool first")
+        raise InputError(
+            f"{index}: its sequences do not lie one after the other in {path.name}; merge it with Megatron's own tool "
+            "first"
+        )
     if (size := path.stat().st_size) != int(ends[-1]) * width:
-        raise InputError(f"{path}: {size:,} bytes, its index counts {int(ends[-1]):,} {dtype} tokens; truncated, write it again")
+        raise InputError(
+            f"{path}: {size:,} bytes, its index counts {int(ends[-1]):,} {dtype} tokens; truncated, write it again"
+        )
     document_ends = ends[documents[documents > 0]]
-    return _foreign(path, "megatron", [Shard(path, dtype, int(ends[-1]), offset=0, ends=document_ends)], len(document_ends))
+    return _foreign(
+        path, "megatron", [Shard(path, dtype, int(ends[-1]), offset=0, ends=document_ends)], len(document_ends)
+    )
 
 
 def _document_manifest(path: Path) -> TokenSet:
-    """The family's own list of long documents: headerless uint32 files, each with the lengths of its documents as .npy."""
+    """The family's own list of long documents: headerless uint32 files, each with the lengths of its
+    documents as .npy.
+    """
     tree = files.read_json(path)
     if not isinstance(tree, dict) or not isinstance(tree.get("files"), list):
         raise InputError(f"{path}: no document manifest (no list 'files' in it)")
@@ -150,22 +170,30 @@ def _document_manifest(path: Path) -> TokenSet:
         ends = np.cumsum(np.load(lengths), dtype=np.int64)
         total = int(ends[-1]) if len(ends) else 0
         if (size := tokens.stat().st_size) != 4 * total:
-            raise InputError(f"{tokens}: {size:,} bytes, {lengths.name} counts {total:,} uint32 tokens; truncated, write it again")
+            raise InputError(
+                f"{tokens}: {size:,} bytes, {lengths.name} counts {total:,} uint32 tokens; truncated, write it again"
+            )
         shards.append(Shard(tokens, "uint32", total, offset=0, ends=ends))
         documents += len(ends)
     return _foreign(path, "document manifest", shards, documents)
 
 
 def _foreign(path: Path, kind: str, shards: list[Shard], documents: int | None = None) -> TokenSet:
-    """A token set without a manifest of ours: its fingerprint is taken from sizes and samples, its tokenizer from the folder beside it."""
+    """A token set without a manifest of ours: its fingerprint is taken from sizes and samples, its tokenizer from the
+    folder beside it.
+    """
     folder = path.parent / layout.TOKENIZER
     fingerprint = files.fingerprint([[shard.path.name, shard.tokens, _sample(shard.path)] for shard in shards])
     stream = TokenStream(shards, documents)
-    return TokenSet(path, kind, shards[0].dtype, fingerprint, stream, tokenizer_folder=folder if folder.is_dir() else None)
+    return TokenSet(
+        path, kind, shards[0].dtype, fingerprint, stream, tokenizer_folder=folder if folder.is_dir() else None
+    )
 
 
 def _sample(path: Path) -> str:
-    """Hash of 64 pieces of 4 KiB spread over the file: cheap for 80 GB, and another tokenisation of another corpus never has it."""
+    """Hash of 64 pieces of 4 KiB spread over the file: cheap for 80 GB, and another tokenisation of another corpus
+    never has it.
+    """
     digest = hashlib.sha256()
     size = path.stat().st_size
     with open(path, "rb") as file:

@@ -20,8 +20,9 @@ CHUNK = 1 << 22
 def inspect_tokens(path: Path | str, verify: bool = True) -> dict[str, Any]:
     """Facts about a token set of any known format. `problems` lists what is damaged; empty = every check passed.
 
-    With `verify`, every byte of our own format is compared with its hash; of a foreign format, which has none, that every id is inside the
-    vocabulary where the tokenizer is known. Raises InputError when `path` is no token set at all.
+    With `verify`, every byte of our own format is compared with its hash; of a foreign format, which has none, that
+    every id is inside the vocabulary where the tokenizer is known. Raises InputError when `path` is no token set at
+    all.
     """
     path = Path(path)
     problems = []
@@ -68,8 +69,8 @@ def _facts(opened: TokenSet) -> dict[str, Any]:
 
 
 def _unsealed(folder: Path, verify: bool, *others: str) -> list[str]:
-    """Lines for what differs from the hash list of `folder`, and for the list or one of `others` where it is not as `files.write_json` writes:
-    they are checked by writing them anew."""
+    """Lines for what differs from the hash list of `folder`, and for the list or one of `others` where it is not as
+    `files.write_json` writes: they are checked by writing them anew."""
     problems, listed = [], None
     for path in (folder / name for name in (files.HASH_LIST, *others)):
         try:
@@ -85,10 +86,19 @@ def _unsealed(folder: Path, verify: bool, *others: str) -> list[str]:
             problems.append(f"{path}: not as it was written; restore it or prepare again")
     if listed is None:
         return problems
-    ours = {layout.TOKENS_LOCK, layout.TOKENS_TURN, files.HASH_LIST, f"{layout.TOKENIZER}/{files.HASH_LIST}", *listed["files"]}
+    ours = {
+        layout.TOKENS_LOCK,
+        layout.TOKENS_TURN,
+        files.HASH_LIST,
+        f"{layout.TOKENIZER}/{files.HASH_LIST}",
+        *listed["files"],
+    }
     # A name that the list does not know: a damaged one in it, or somebody else's file.
     unknown = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - ours
-    strangers = [f"{folder / name}: is not named in {files.HASH_LIST}; if it is yours, move it elsewhere" for name in sorted(unknown)]
+    strangers = [
+        f"{folder / name}: is not named in {files.HASH_LIST}; if it is yours, move it elsewhere"
+        for name in sorted(unknown)
+    ]
     return files.verify_directory(folder, hashes=verify) + problems + strangers
 
 
@@ -109,13 +119,16 @@ def _ids_outside(opened: TokenSet) -> list[str]:
                 piece = mapped[start : start + CHUNK]
                 if len(piece) and int(piece.max()) >= limit:
                     place = start + int((piece >= limit).argmax())
-                    problems.append(f"{shard.path}: token {place:,} has id {int(mapped[place]):,}, the vocabulary has {limit:,}")
+                    problems.append(
+                        f"{shard.path}: token {place:,} has id {int(mapped[place]):,}, the vocabulary has {limit:,}"
+                    )
                     break
     return problems
 
 
 class Verification:
-    """Hashes of the shards, checked while training already runs: a thread reads each file once, and a mismatch stops the run at its next step.
+    """Hashes of the shards, checked while training already runs: a thread reads each file once, and a mismatch stops
+    the run at its next step.
 
     What was found right is kept in `folder`, by path, size and time of change, and not read again.
     """
@@ -139,7 +152,9 @@ class Verification:
 
     def run(self) -> None:
         """Check everything that is not known to be right; the first fault ends it and is kept in `problem`."""
-        known: dict[str, Any] = files.read_json(self._record) if self._record is not None and self._record.exists() else {}
+        known: dict[str, Any] = (
+            files.read_json(self._record) if self._record is not None and self._record.exists() else {}
+        )
         for path, expected in self._wanted:
             try:
                 state = [path.stat().st_size, path.stat().st_mtime_ns, expected]

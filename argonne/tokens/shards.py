@@ -1,8 +1,9 @@
 """Token shards on disk: one header, tokens, document ends, and a manifest that names them all.
 
-`tokens-00000.bin`: 256 int32 of header (magic, version, tokens as two uint32), then the tokens. uint32 with magic 20240801 and version
-7, or uint16 with magic 20240520 and version 1: what llm.c's readers and the readers of the family's `train.bin` accept.
-`tokens-00000.idx`: one uint64 a document, the shard's token count up to and including its last token. Version 1 of this format is final.
+`tokens-00000.bin`: 256 int32 of header (magic, version, tokens as two uint32), then the tokens. uint32 with magic
+20240801 and version 7, or uint16 with magic 20240520 and version 1: what llm.c's readers and the readers of the
+family's `train.bin` accept. `tokens-00000.idx`: one uint64 a document, the shard's token count up to and including its
+last token. Version 1 of this format is final.
 """
 
 from __future__ import annotations
@@ -50,13 +51,16 @@ def read_header(path: Path) -> tuple[str, int]:
     with open(path, "rb") as file:
         head = file.read(HEADER_BYTES)
     if len(head) < HEADER_BYTES:
-        raise InputError(f"{path}: {size:,} bytes are less than a header of {HEADER_BYTES:,}; the file is truncated or no token file")
+        raise InputError(
+            f"{path}: {size:,} bytes are less than a header of {HEADER_BYTES:,}; the file is truncated or no token file"
+        )
     words = np.frombuffer(head, dtype="<u4")
     dtype = DTYPES.get(int(words[0]))
     if dtype is None:
         expected = " or ".join(str(magic) for magic in DTYPES)
         raise InputError(
-            f"{path}: magic number {int(words[0])}, expected {expected}; not a token file with a header (raw tokens: raw-uint16:PATH)"
+            f"{path}: magic number {int(words[0])}, expected {expected}; not a token file with a header (raw tokens: "
+            "raw-uint16:PATH)"
         )
     tokens = int(words[2]) | int(words[3]) << 32
     found = (size - HEADER_BYTES) // np.dtype(dtype).itemsize
@@ -107,7 +111,9 @@ class ShardWriter:
     def close(self) -> dict[str, Any]:
         """Finish the shard; its manifest entry."""
         if self.limit is not None and self.tokens > self.limit:
-            raise InputError(f"{self.path}: {self.tokens:,} tokens, more than the {self.limit:,} of one shard; cut this document up")
+            raise InputError(
+                f"{self.path}: {self.tokens:,} tokens, more than the {self.limit:,} of one shard; cut this document up"
+            )
         self._file.seek(0)
         self._file.write(header(self.dtype, self.tokens))
         self._file.flush()
@@ -137,7 +143,9 @@ class ShardWriter:
 
 @dataclass(frozen=True)
 class Shard:
-    """One memory-mapped run of tokens. `offset` is the byte where they start; `index` (or `ends`) holds document ends, where there are any."""
+    """One memory-mapped run of tokens. `offset` is the byte where they start; `index` (or `ends`) holds document ends,
+    where there are any.
+    """
 
     path: Path
     dtype: str
@@ -151,7 +159,9 @@ class Shard:
     def map(self) -> np.ndarray:
         if self.tokens == 0:
             return np.zeros(0, dtype=self.dtype)
-        return np.memmap(self.path, dtype=np.dtype(self.dtype).newbyteorder("<"), mode="r", offset=self.offset, shape=(self.tokens,))
+        return np.memmap(
+            self.path, dtype=np.dtype(self.dtype).newbyteorder("<"), mode="r", offset=self.offset, shape=(self.tokens,)
+        )
 
 
 class TokenStream:
@@ -251,7 +261,9 @@ class TokenStream:
 
     @contextlib.contextmanager
     def not_waiting(self) -> Iterator[None]:
-        """Inside, whoever waits for tokens that are not there gets an InputError instead. In a finished set nobody waits."""
+        """Inside, whoever waits for tokens that are not there gets an InputError instead. In a finished set nobody
+        waits.
+        """
         yield
 
     @property
@@ -272,7 +284,8 @@ class TokenStream:
         """(documents,) int64 positions just after each document. Raises InputError where the format keeps none."""
         if not self.has_documents:
             raise InputError(
-                f"{self.shards[0].path}: this token format does not record where documents end; prepare the text with `argonne prepare`"
+                f"{self.shards[0].path}: this token format does not record where documents end; prepare the text with "
+                "`argonne prepare`"
             )
         ends = (self._shard_ends(number).astype(np.int64) + start for number, start in enumerate(self._bounds[:-1]))
         return np.concatenate([np.zeros(0, np.int64), *ends])
@@ -309,10 +322,13 @@ def open_folder(folder: Path) -> TokenSet:
     streams = []
     try:
         for name, part in (("tokens", manifest), ("held-out tokens", manifest["held_out"])):
-            stream = TokenStream([shard_of(folder, entry, manifest["dtype"]) for entry in part["shards"]], part["documents"])
+            stream = TokenStream(
+                [shard_of(folder, entry, manifest["dtype"]) for entry in part["shards"]], part["documents"]
+            )
             if stream.tokens != part["tokens"]:
                 raise InputError(
-                    f"{folder}: the shards hold {stream.tokens:,} {name}, the manifest says {part['tokens']:,}; prepare the tokens again"
+                    f"{folder}: the shards hold {stream.tokens:,} {name}, the manifest says {part['tokens']:,}; "
+                    "prepare the tokens again"
                 )
             streams.append(stream)
         tokenizer = manifest["tokenizer"]
@@ -340,7 +356,9 @@ def open_folder(folder: Path) -> TokenSet:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a finished folder; InputError when it is unfinished, foreign or of a later version."""
     if not (folder / MANIFEST).is_file():
-        unfinished = "; `argonne prepare` was interrupted here: run it again to finish" if (folder / UNITS_PLAN).exists() else ""
+        unfinished = (
+            "; `argonne prepare` was interrupted here: run it again to finish" if (folder / UNITS_PLAN).exists() else ""
+        )
         advice = unfinished or "; name a folder that `argonne prepare` wrote, or a token file in it"
         raise InputError(f"{folder}: no {MANIFEST} in this folder, so it is no finished token set{advice}")
     manifest = files.read_json(folder / MANIFEST)
@@ -348,7 +366,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder / MANIFEST}: not the manifest of a token set (no format {FORMAT!r})")
     if manifest.get("format_version") != FORMAT_VERSION:
         raise InputError(
-            f"{folder / MANIFEST}: format version {manifest.get('format_version')}, this argonne reads {FORMAT_VERSION}; update argonne"
+            f"{folder / MANIFEST}: format version {manifest.get('format_version')}, this argonne reads "
+            f"{FORMAT_VERSION}; update argonne"
         )
     return manifest
 
@@ -367,7 +386,8 @@ def shard_of(folder: Path, entry: dict[str, Any], dtype: str) -> Shard:
     found_dtype, tokens = read_header(path)
     if (found_dtype, tokens) != (dtype, entry["tokens"]):
         raise InputError(
-            f"{path}: holds {tokens:,} {found_dtype} tokens, the manifest says {entry['tokens']:,} {dtype}; restore it or prepare again"
+            f"{path}: holds {tokens:,} {found_dtype} tokens, the manifest says {entry['tokens']:,} {dtype}; restore it "
+            "or prepare again"
         )
     index = index_of(path)
     if (size := _size(index)) != 8 * entry["documents"]:
@@ -377,8 +397,8 @@ def shard_of(folder: Path, entry: dict[str, Any], dtype: str) -> Shard:
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write `sha256.json` (every file of the set, in the form of `files.seal_directory`), then the manifest: the last file makes the set
-    complete."""
+    """Write `sha256.json` (every file of the set, in the form of `files.seal_directory`), then the manifest: the last
+    file makes the set complete."""
     content = (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode()
     entries: dict[str, Any] = {MANIFEST: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}}
     for entry in entries_of(manifest):
@@ -387,6 +407,9 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     for path in sorted((folder / TOKENIZER).iterdir()):
         if path.name != files.HASH_LIST:
             files.fsync_path(path)
-            entries[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": files.sha256_of_file(path)}
+            entries[path.relative_to(folder).as_posix()] = {
+                "bytes": path.stat().st_size,
+                "sha256": files.sha256_of_file(path),
+            }
     files.write_json(folder / files.HASH_LIST, {"format_version": 1, "files": entries})
     files.write_bytes(folder / MANIFEST, content)

@@ -1,7 +1,8 @@
 """Text to token ids and back: one loader for every tokenizer file, and byte-level BPE training.
 
-`tokenizer.json` as the `tokenizers` library reads it is the truth. Nothing is downloaded and no remote code runs. Control tokens
-(`special: true`) that appear inside a text are encoded as plain text: a web page that quotes `<|endoftext|>` does not end a document.
+`tokenizer.json` as the `tokenizers` library reads it is the truth. Nothing is downloaded and no remote code runs.
+Control tokens (`special: true`) that appear inside a text are encoded as plain text: a web page that quotes
+`<|endoftext|>` does not end a document.
 """
 
 from __future__ import annotations
@@ -33,13 +34,19 @@ TURN_TOKENS = ("<|im_start|>", "<|im_end|>")
 CONTENT_TOKENS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 SPARE_TOKENS = tuple(f"<|spare_{number}|>" for number in range(16))
 BARE_TOKENS = ("<|start_of_text|>", "<pad>", "<|end_of_text|>", "<unk>", "<mask>")
-SPLIT_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLIT_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 class TextTokenizer:
-    """A loaded tokenizer. `added_tokens = "plain"` makes every added token plain text inside a document, not only the control tokens."""
+    """A loaded tokenizer. `added_tokens = "plain"` makes every added token plain text inside a document, not only the
+    control tokens.
+    """
 
-    def __init__(self, parsed: ParsedTokenizer, config: dict[str, Any], folder: Path, added_tokens: str = "library") -> None:
+    def __init__(
+        self, parsed: ParsedTokenizer, config: dict[str, Any], folder: Path, added_tokens: str = "library"
+    ) -> None:
         if added_tokens not in ADDED_TOKENS:
             raise InputError(f"added_tokens: found {added_tokens!r}, expected {' or '.join(map(repr, ADDED_TOKENS))}")
         self._parsed, self.config = parsed, config
@@ -55,9 +62,17 @@ class TextTokenizer:
 
     @property
     def text_json(self) -> str:
-        """The tokenizer.json that sees no control token in a text: what an encoder without `encode_special_tokens` must be built from."""
-        kept = [token for token in self.head.get("added_tokens", []) if self.added_tokens == "library" and not token["special"]]
-        return json.dumps({**self._parsed.specification(), "added_tokens": kept, "post_processor": None}, ensure_ascii=False)
+        """The tokenizer.json that sees no control token in a text: what an encoder without `encode_special_tokens` must
+        be built from.
+        """
+        kept = [
+            token
+            for token in self.head.get("added_tokens", [])
+            if self.added_tokens == "library" and not token["special"]
+        ]
+        return json.dumps(
+            {**self._parsed.specification(), "added_tokens": kept, "post_processor": None}, ensure_ascii=False
+        )
 
     @property
     def has_pre_tokens(self) -> bool:
@@ -72,7 +87,8 @@ class TextTokenizer:
                 return int(token_id)
             if name is not None and name == content:
                 raise InputError(
-                    f"{self.folder}: {TOKENIZER_CONFIG} names the {role} {name!r}, which is not in {TOKENIZER_FILE}; mend one of them"
+                    f"{self.folder}: {TOKENIZER_CONFIG} names the {role} {name!r}, which is not in {TOKENIZER_FILE}; "
+                    "mend one of them"
                 )
         return None
 
@@ -97,7 +113,9 @@ class TextTokenizer:
 
     @cached_property
     def token_bytes(self) -> np.ndarray:
-        """(vocab_size,) int32: bytes of text that each id stands for; control tokens stand for none. For bits per byte."""
+        """(vocab_size,) int32: bytes of text that each id stands for; control tokens stand for none.
+        For bits per byte.
+        """
         sizes = np.zeros(self.vocab_size, dtype=np.int32)
         byte_level = "ByteLevel" in json.dumps([self.head.get("pre_tokenizer"), self.head.get("decoder")])
         for token, token_id in self._whole.get_vocab(with_added_tokens=False).items():
@@ -112,7 +130,9 @@ class TextTokenizer:
         return sizes
 
     def save(self, folder: Path) -> None:
-        """Write a complete Hugging Face tokenizer folder: tokenizer.json, tokenizer_config.json and what came with them."""
+        """Write a complete Hugging Face tokenizer folder: tokenizer.json, tokenizer_config.json and what came with
+        them.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         original = self.folder / TOKENIZER_FILE
         if original.is_file():
@@ -127,7 +147,8 @@ class TextTokenizer:
 
 
 def load_tokenizer(folder: Path | str, added_tokens: str = "library") -> TextTokenizer:
-    """The tokenizer of a folder with tokenizer.json, or with vocab.json and merges.txt (converted through transformers).
+    """The tokenizer of a folder with tokenizer.json, or with vocab.json and merges.txt (converted through
+    transformers).
 
     Raises InputError naming the folder and the files that are missing or cannot be read.
     """
@@ -138,7 +159,10 @@ def load_tokenizer(folder: Path | str, added_tokens: str = "library") -> TextTok
         raise InputError(f"tokenizer {folder}: no such folder; give a local folder that holds {TOKENIZER_FILE}")
     config = files.read_json(folder / TOKENIZER_CONFIG) if (folder / TOKENIZER_CONFIG).is_file() else {}
     if not isinstance(config, dict):
-        raise InputError(f"{folder / TOKENIZER_CONFIG}: found a {type(config).__name__}, expected an object of settings; restore the file")
+        raise InputError(
+            f"{folder / TOKENIZER_CONFIG}: found a {type(config).__name__}, expected an object of settings; restore "
+            "the file"
+        )
     if (folder / TOKENIZER_FILE).is_file():
         text = (folder / TOKENIZER_FILE).read_bytes().decode(errors="replace")
     elif (folder / VOCABULARY).is_file() and (folder / MERGES).is_file():
@@ -146,7 +170,8 @@ def load_tokenizer(folder: Path | str, added_tokens: str = "library") -> TextTok
             text, config = _converted(folder, config)
         except Exception as error:  # transformers and tokenizers raise what they like for a damaged file
             raise InputError(
-                f"{folder}: its vocab.json and merges.txt cannot be read ({error}); restore them, or name another folder"
+                f"{folder}: its vocab.json and merges.txt cannot be read ({error}); restore them, or name another "
+                "folder"
             ) from None
     else:
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
@@ -170,8 +195,9 @@ def _converted(folder: Path, config: dict[str, Any]) -> tuple[str, dict[str, Any
 def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path, *, bare: bool = False) -> Path:
     """Train byte-level BPE on `texts` into the folder `out` and return it.
 
-    `vocab_size` counts everything: 256 bytes, merges, end of text, pad, the turn, think and tool tokens and 16 spare ids; `bare` has the
-    five special tokens of Argonne 1.x instead. Raises InputError when `vocab_size` leaves no room for a merge or `texts` is empty.
+    `vocab_size` counts everything: 256 bytes, merges, end of text, pad, the turn, think and tool tokens and 16 spare
+    ids; `bare` has the five special tokens of Argonne 1.x instead. Raises InputError when `vocab_size` leaves no room
+    for a merge or `texts` is empty.
     """
     from tokenizers import Regex as TokenizersRegex
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -180,7 +206,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path, *, bare: b
     smallest = 256 + len(special) + 1
     if vocab_size < smallest:
         raise InputError(
-            f"vocab_size: found {vocab_size}, expected at least {smallest} (256 bytes, {len(special)} special tokens, one merge)"
+            f"vocab_size: found {vocab_size}, expected at least {smallest} (256 bytes, {len(special)} special tokens, "
+            "one merge)"
         )
     tokenizer = Tokenizer(models.BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=bare)
@@ -189,7 +216,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path, *, bare: b
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, min_frequency=2, special_tokens=list(special), initial_alphabet=sorted(alphabet), show_progress=False
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=list(special),
+        initial_alphabet=sorted(alphabet),
+        show_progress=False,
     )
     texts = iter(texts)
     if (first := next(texts, None)) is None:
@@ -202,7 +233,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path, *, bare: b
         names = dict(zip(("bos_token", "pad_token", "eos_token", "unk_token", "mask_token"), BARE_TOKENS, strict=True))
     else:
         names = {"eos_token": END_OF_TEXT[0], "pad_token": "<|pad|>"}
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", **names, "clean_up_tokenization_spaces": False, "model_max_length": 10**9}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **names,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 10**9,
+    }
     with files.atomic_directory(out) as temporary:
         (temporary / TOKENIZER_FILE).write_text(json.dumps(specification, ensure_ascii=False))
         (temporary / TOKENIZER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
@@ -212,7 +248,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path, *, bare: b
 class ParsedTokenizer:
     """What a tokenizer.json says, without truncation and padding; control tokens inside a text are plain text to it.
 
-    `head`: all of it but the vocabulary and the merges, which as Python objects take more memory than the tokenizer itself.
+    `head`: all of it but the vocabulary and the merges, which as Python objects take more memory than the tokenizer
+    itself.
     """
 
     def __init__(self, text: str, head: dict[str, Any], tokenizer: Tokenizer) -> None:
@@ -240,8 +277,9 @@ class ParsedTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of each text as uint32, on the threads `tokenizers` is allowed.
 
-        Texts that are in the normal form already, which Python tells at gigabytes a second, go past a normalizer that does nothing else: it
-        takes a seventh of the work. A character that only one of the two knows is left as it is by both.
+        Texts that are in the normal form already, which Python tells at gigabytes a second, go past a normalizer that
+        does nothing else: it takes a seventh of the work. A character that only one of the two knows is left as it is
+        by both.
         """
         normal = [self._only_nfc and is_nfc(text) for text in texts]
         others = iter(self._ids([text for text, done in zip(texts, normal, strict=True) if not done]))
@@ -272,7 +310,8 @@ def parse_tokenizer(text: str, folder: Path) -> ParsedTokenizer:
         return _parse(text)
     except Exception as error:  # the library raises a plain Exception for any fault in the file
         raise InputError(
-            f"{folder / TOKENIZER_FILE}: not a tokenizer the tokenizers library can read ({error}); restore the file, or name another folder"
+            f"{folder / TOKENIZER_FILE}: not a tokenizer the tokenizers library can read ({error}); restore the file, "
+            "or name another folder"
         ) from None
 
 

@@ -1,9 +1,11 @@
-"""How the C library treats memory that tensors give back. It matters on the CPU only: a GPU has torch's caching allocator.
+"""How the C library treats memory that tensors give back. It matters on the CPU only: a GPU has torch's caching
+allocator.
 
-glibc serves blocks under a threshold, which it raises by itself to 32 MiB, from one heap. The blocks of a training step come and go in another
-order than they were made in, holes stay behind, and the process holds up to half as much again as its tensors need (measured: docs/plan.md).
-With a fixed threshold every larger block is mapped by itself and returned at once: what the process holds is what the plan counts. The price
-is a page fault for every 4 KiB of a new tensor, so small runs, which spend much of their time there, keep the heap.
+glibc serves blocks under a threshold, which it raises by itself to 32 MiB, from one heap. The blocks of a training step
+come and go in another order than they were made in, holes stay behind, and the process holds up to half as much again
+as its tensors need (measured: docs/plan.md). With a fixed threshold every larger block is mapped by itself and returned
+at once: what the process holds is what the plan counts. The price is a page fault for every 4 KiB of a new tensor, so
+small runs, which spend much of their time there, keep the heap.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def return_freed_memory() -> bool:
-    """From now on, map blocks of 1 MiB and more by themselves. False where the C library has no such switch (it is glibc's)."""
+    """From now on, map blocks of 1 MiB and more by themselves. False where the C library has no such switch (it is
+    glibc's).
+    """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False

@@ -1,7 +1,9 @@
-"""Work beside training: held-out loss and samples. A failure there is told and survived, and a request to stop leaves it at once.
+"""Work beside training: held-out loss and samples. A failure there is told and survived, and a request to stop leaves
+it at once.
 
-Work is a generator that yields between forward passes. One rank drives it alone, in a thread with a time limit; or, where a forward pass is a
-collective, all ranks drive it together and agree between the passes on going on, so that none is left behind in one.
+Work is a generator that yields between forward passes. One rank drives it alone, in a thread with a time limit; or,
+where a forward pass is a collective, all ranks drive it together and agree between the passes on going on, so that none
+is left behind in one.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ class LeftBehind(Exception):
 
 
 def drive_alone(make: Callable[[], Work[Result]], watch: StopWatch, seconds: float) -> Result:
-    """The result of the work, run beside this thread. Raises LeftBehind on a request to stop, TimeoutError, and what the work raises."""
+    """The result of the work, run beside this thread. Raises LeftBehind on a request to stop, TimeoutError, and what
+    the work raises.
+    """
     if (reason := watch.reason()) is not None:
         raise LeftBehind(reason)
     box: list[tuple[Result | None, Exception | None]] = []

@@ -1,6 +1,8 @@
-"""Checkpoints: complete and verified, or absent. Tensors in safetensors under flat names, everything else in state.json; never a pickle.
+"""Checkpoints: complete and verified, or absent. Tensors in safetensors under flat names, everything else in
+state.json; never a pickle.
 
-Order of a save: temporary folder, tensors, state, fsync, hashes, re-read, rename, fsync of the parent, `checkpoint_last`, and only then prune.
+Order of a save: temporary folder, tensors, state, fsync, hashes, re-read, rename, fsync of the parent,
+`checkpoint_last`, and only then prune.
 """
 
 from __future__ import annotations
@@ -53,7 +55,9 @@ def checkpoint_path(run: Path, step: int) -> Path:
 
 
 def run_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, torch.Tensor]:
-    """Parameters and persistent buffers under `model.<name>` (a tied weight once, under its first name), and the optimizer's: live, not copies."""
+    """Parameters and persistent buffers under `model.<name>` (a tied weight once, under its first name), and the
+    optimizer's: live, not copies.
+    """
     kept = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
     state = model.state_dict()
     found = {f"model.{name}": state[name] for name in state if name in kept}
@@ -65,7 +69,9 @@ class NonFiniteWeights(RuntimeError):
 
 
 def check_finite(model: nn.Module, mesh: Mesh) -> None:
-    """Raise NonFiniteWeights naming the first parameters that hold NaN or infinity: on every rank, when it is so on any of them."""
+    """Raise NonFiniteWeights naming the first parameters that hold NaN or infinity: on every rank, when it is so on any
+    of them.
+    """
     mine = []
     for name, parameter in model.named_parameters():
         held = parameter.detach()
@@ -75,7 +81,8 @@ def check_finite(model: nn.Module, mesh: Mesh) -> None:
         if names:
             where = f" on rank {rank}" if mesh.world_size > 1 else ""
             raise NonFiniteWeights(
-                f"{len(names)} tensors hold non-finite values{where} ({', '.join(names[:3])}): the checkpoint is refused"
+                f"{len(names)} tensors hold non-finite values{where} ({', '.join(names[:3])}): the checkpoint is "
+                "refused"
             )
 
 
@@ -88,7 +95,8 @@ def save_checkpoint(
     *,
     add_files: Callable[[Path], None] = lambda folder: None,
 ) -> None:
-    """Write `checkpoint_step_<step>` on all ranks together and point `checkpoint_last` at it. `add_files` puts config and tokenizer beside.
+    """Write `checkpoint_step_<step>` on all ranks together and point `checkpoint_last` at it. `add_files` puts config
+    and tokenizer beside.
 
     Raises OSError (disk full, read-only) after removing the temporary; earlier checkpoints are untouched.
     """
@@ -130,18 +138,25 @@ def save_checkpoint(
 
 
 def _shortage(run: Path, tensors: dict[str, torch.Tensor]) -> str:
-    """What to add to the message of a failed save where the disk is too small: how much it takes, how much is free, how much is missing."""
+    """What to add to the message of a failed save where the disk is too small: how much it takes, how much is free, how
+    much is missing.
+    """
     saved = list_checkpoints(run)
     files = sum(path.stat().st_size for path in saved[-1].path.rglob("*") if path.is_file()) if saved else 0
     needed = max(files, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
     free = shutil.disk_usage(run).free
     if free > needed:
         return ""
-    return f"; a checkpoint takes {needed / 1e6:,.2f} MB and {free / 1e6:,.2f} MB are free: {(needed - free) / 1e6:,.2f} MB are missing"
+    return (
+        f"; a checkpoint takes {needed / 1e6:,.2f} MB and {free / 1e6:,.2f} MB are free: "
+        f"{(needed - free) / 1e6:,.2f} MB are missing"
+    )
 
 
 def _together(mesh: Mesh, action: Callable[[], None] | None) -> None:
-    """Run one phase on the ranks that have a part in it; when it fails anywhere it fails everywhere, and no rank waits for another."""
+    """Run one phase on the ranks that have a part in it; when it fails anywhere it fails everywhere, and no rank waits
+    for another.
+    """
     problem: BaseException | None = None
     reason = ""
     try:
@@ -165,7 +180,11 @@ def unreadable_tensors(folder: Path, expected: set[str]) -> list[str]:
                 found |= set(file.keys())
         except (SafetensorError, OSError) as error:
             return [f"{path}: {error}"]
-    return [f"{len(expected - found)} tensors are missing, such as {sorted(expected - found)[0]}"] if expected - found else []
+    return (
+        [f"{len(expected - found)} tensors are missing, such as {sorted(expected - found)[0]}"]
+        if expected - found
+        else []
+    )
 
 
 def point_last(run: Path, target: Path) -> None:
@@ -195,11 +214,16 @@ def newest_complete(run: Path, say: Callable[[str], None]) -> Saved | None:
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """state.json of a checkpoint. Raises InputError for a folder that is none, or one written by a newer format."""
     if not (checkpoint / STATE).is_file():
-        raise InputError(f"{checkpoint}: not an argonne checkpoint ({STATE} is missing); give a checkpoint_step_<N> folder")
+        raise InputError(
+            f"{checkpoint}: not an argonne checkpoint ({STATE} is missing); give a checkpoint_step_<N> folder"
+        )
     state = read_json(checkpoint / STATE)
     version = state.get("format_version") if isinstance(state, dict) else None
     if not isinstance(version, int) or not 1 <= version <= STATE_VERSION:
-        raise InputError(f"{checkpoint / STATE}: format version {version!r}, expected at most {STATE_VERSION}; a newer argonne wrote it")
+        raise InputError(
+            f"{checkpoint / STATE}: format version {version!r}, expected at most {STATE_VERSION}; a newer argonne "
+            "wrote it"
+        )
     return state
 
 
@@ -223,7 +247,8 @@ def stored_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
 def load_tensors(checkpoint: Path, tensors: dict[str, torch.Tensor], mesh: Mesh) -> None:
     """Fill live tensors in place from a checkpoint of any number of ranks.
 
-    All or nothing: every tensor is there with its full shape and nothing is left over, else InputError naming the first differences.
+    All or nothing: every tensor is there with its full shape and nothing is left over, else InputError naming the first
+    differences.
     """
     shapes = mesh.gather({name: tuple(tensor.shape) for name, tensor in tensors.items()})
     wanted = {name: shape for part in shapes for name, shape in part.items()}
@@ -235,7 +260,8 @@ def load_tensors(checkpoint: Path, tensors: dict[str, torch.Tensor], mesh: Mesh)
             problems.append(f"{name} is {stored[name]}, expected {wanted[name]}")
     if problems:
         raise InputError(
-            f"{checkpoint}: not a checkpoint of this model and optimizer: {'; '.join(problems[:3])} ({len(problems)} differences)"
+            f"{checkpoint}: not a checkpoint of this model and optimizer: {'; '.join(problems[:3])} ({len(problems)} "
+            "differences)"
         )
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
@@ -244,10 +270,11 @@ def load_tensors(checkpoint: Path, tensors: dict[str, torch.Tensor], mesh: Mesh)
 
 
 def prune(run: Path, keep: CheckpointSection, best_step: int | None, say: Callable[[str], None]) -> list[Path]:
-    """Delete checkpoints that no rule keeps, oldest first, printing each. Called only after a newer one is complete and verified.
+    """Delete checkpoints that no rule keeps, oldest first, printing each. Called only after a newer one is complete and
+    verified.
 
-    `keep_last` counts complete checkpoints up to the newest save: a damaged one that the run resumed before never takes the place of a good
-    one, wherever its step is. Those beyond the newest save stay until the run gets there.
+    `keep_last` counts complete checkpoints up to the newest save: a damaged one that the run resumed before never takes
+    the place of a good one, wherever its step is. Those beyond the newest save stay until the run gets there.
     """
     newest = step_in_name((run / LAST).resolve()) if (run / LAST).exists() else None
     saved = [item for item in list_checkpoints(run) if newest is None or item.step <= newest]
@@ -269,7 +296,9 @@ def prune(run: Path, keep: CheckpointSection, best_step: int | None, say: Callab
 
 
 def clean_leftovers(run: Path, say: Callable[[str], None]) -> None:
-    """Remove temporaries of killed saves and finish what a kill after the last rename left undone. The caller holds the run's lock."""
+    """Remove temporaries of killed saves and finish what a kill after the last rename left undone. The caller holds the
+    run's lock.
+    """
     for path in collect_temporaries(run):
         say(f"removed {path.name}, left by an interrupted write")
     whole = [saved.path for saved in list_checkpoints(run) if not verify_directory(saved.path, hashes=False)]

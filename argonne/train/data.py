@@ -1,4 +1,6 @@
-"""What the loop asks of data: pure functions of the step, and batches of this rank. Who reads and how is the data's own affair."""
+"""What the loop asks of data: pure functions of the step, and batches of this rank. Who reads and how is the data's own
+affair.
+"""
 
 from __future__ import annotations
 
@@ -42,18 +44,23 @@ class Data(Protocol):
     def tokens_by_source(self, step: int) -> dict[str, int]: ...
     def state(self, step: int) -> dict[str, Any]: ...
     def held_out(self, windows: int, rows: int) -> Iterator[MicroBatch]:
-        """At most `windows` held-out rows in batches of at most `rows`, the same at each call; none where nothing is held out."""
+        """At most `windows` held-out rows in batches of at most `rows`, the same at each call; none where nothing is
+        held out.
+        """
         ...
 
     def attach(self, model: Parallelised, mesh: Mesh) -> None:
-        """Once the model is on its mesh, before the first row is read: a reference pass, a sampler, checks in the background."""
+        """Once the model is on its mesh, before the first row is read: a reference pass, a sampler, checks in the
+        background.
+        """
         ...
 
     def close(self) -> None: ...
 
 
 class Batch(Protocol):
-    """One rank's part of the global batch of a step. Every rank has the same number of micro-batches; rows that fill up train nothing.
+    """One rank's part of the global batch of a step. Every rank has the same number of micro-batches; rows that fill up
+    train nothing.
 
     count: what this rank's rows add to the divisor of the loss.
     """

@@ -39,13 +39,17 @@ def parse_moment(text: str, where: str) -> float:
     try:
         return datetime.fromisoformat(text).timestamp()
     except ValueError:
-        raise InputError(f"{where}: found {text!r}, expected ISO 8601 such as 2026-11-21T18:00:00+00:00, or Unix seconds") from None
+        raise InputError(
+            f"{where}: found {text!r}, expected ISO 8601 such as 2026-11-21T18:00:00+00:00, or Unix seconds"
+        ) from None
 
 
 class StopWatch:
-    """Knows whether this process was asked to stop, and why. The wall time counts from the start of the command, set-up included.
+    """Knows whether this process was asked to stop, and why. The wall time counts from the start of the command, set-up
+    included.
 
-    Durations use the monotonic clock, so that a clock set back changes nothing; only a deadline, a moment in the world, reads the wall clock.
+    Durations use the monotonic clock, so that a clock set back changes nothing; only a deadline, a moment in the world,
+    reads the wall clock.
     """
 
     def __init__(self, stop: StopSection, *, started: float | None = None) -> None:
@@ -102,7 +106,8 @@ class NonFinitePolicy:
 
 
 class SpikeWatch:
-    """Tells a loss that lies far above the recent ones: over the median by ten typical deviations and by a tenth of itself.
+    """Tells a loss that lies far above the recent ones: over the median by ten typical deviations and by a tenth of
+    itself.
 
     The typical deviation is the median absolute deviation times 1.4826, which a spike itself does not move.
     """
@@ -128,9 +133,11 @@ class Diverged(RuntimeError):
 
 
 class HangWatch:
-    """Ends a worker that makes no step for `seconds`, after writing every thread's stack to `path`. None: watches nothing.
+    """Ends a worker that makes no step for `seconds`, after writing every thread's stack to `path`. None: watches
+    nothing.
 
-    It runs in C, so a process stuck inside a collective is caught as well; the launcher then ends and restarts the others.
+    It runs in C, so a process stuck inside a collective is caught as well; the launcher then ends and restarts the
+    others.
     """
 
     def __init__(self, path: Path, seconds: float | None) -> None:

@@ -1,8 +1,9 @@
 """Muon for the matrices of the layers, fused AdamW for everything else, as one optimizer.
 
-Muon: Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024). The momentum of a matrix is replaced by an orthogonal
-matrix near it, found by five Newton-Schulz steps. Ours orthogonalises the whole matrix in a dtype the recipe names, gathered where it is
-sharded; the work is spread over the ranks that hold the matrix and the results are exchanged, so the update does not depend on the mesh.
+Muon: Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024). The momentum of a matrix is
+replaced by an orthogonal matrix near it, found by five Newton-Schulz steps. Ours orthogonalises the whole matrix in a
+dtype the recipe names, gathered where it is sharded; the work is spread over the ranks that hold the matrix and the
+results are exchanged, so the update does not depend on the mesh.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ STEPS = 5
 def orthogonalise(matrix: torch.Tensor, dtype: torch.dtype, eps: float = 1e-7) -> torch.Tensor:
     """An (m, n) matrix near U V^T of the singular value decomposition U S V^T of `matrix`, in `dtype`.
 
-    Quintic Newton-Schulz iteration with the coefficients of the Muon paper: singular values end between about 0.7 and 1.2.
+    Quintic Newton-Schulz iteration with the coefficients of the Muon paper: singular values end between about 0.7 and
+    1.2.
     """
     a, b, c = COEFFICIENTS
     x = matrix.to(dtype)
@@ -55,7 +57,9 @@ class MuonAdamW(torch.optim.Optimizer):
         data_size: int = 1,
         data_group: dist.ProcessGroup | None = None,
     ) -> None:
-        """data_size, data_group: how many ranks hold a copy of each plain matrix, and their group (None = torch's default group)."""
+        """data_size, data_group: how many ranks hold a copy of each plain matrix, and their group (None = torch's
+        default group).
+        """
         groups = list(groups)
         self._data_size, self._data_group = data_size, data_group
         self._dtype: torch.dtype = getattr(torch, dtype)
@@ -92,7 +96,9 @@ class MuonAdamW(torch.optim.Optimizer):
             parameter.copy_(new if found_inf is None else torch.where(found_inf > 0, parameter, new))
 
     def _orthogonal(self, directions: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Every direction orthogonalised whole; a sharded one is gathered, and comes back as this rank's part, placed as it was."""
+        """Every direction orthogonalised whole; a sharded one is gathered, and comes back as this rank's part, placed
+        as it was.
+        """
         sharded = [direction for direction in directions if isinstance(direction, DTensor)]
         if not sharded:
             return self._spread(directions, self._data_size, self._data_group)
@@ -108,7 +114,9 @@ class MuonAdamW(torch.optim.Optimizer):
         ]
 
     def _spread(self, directions: list[torch.Tensor], size: int, group: dist.ProcessGroup | None) -> list[torch.Tensor]:
-        """Orthogonalise every direction, each on one rank, largest first so that the shares are even; every rank gets all results."""
+        """Orthogonalise every direction, each on one rank, largest first so that the shares are even; every rank gets
+        all results.
+        """
         if size == 1:
             return [orthogonalise(direction, self._dtype) for direction in directions]
         rank = dist.get_rank(group)
@@ -117,7 +125,10 @@ class MuonAdamW(torch.optim.Optimizer):
         for turn, index in enumerate(order):
             if turn % size == rank:
                 results[index].copy_(orthogonalise(directions[index], self._dtype))
-        works = [dist.broadcast(results[index], group=group, group_src=turn % size, async_op=True) for turn, index in enumerate(order)]
+        works = [
+            dist.broadcast(results[index], group=group, group_src=turn % size, async_op=True)
+            for turn, index in enumerate(order)
+        ]
         for work in works:
             work.wait()
         return results

@@ -1,4 +1,6 @@
-"""Parameter groups, optimizers, and the precision that they step in. Every state tensor has a flat name: a checkpoint needs no pickle."""
+"""Parameter groups, optimizers, and the precision that they step in. Every state tensor has a flat name: a checkpoint
+needs no pickle.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from argonne.train.muon import MuonAdamW
 
 
 def parameter_groups(model: nn.Module, optim: OptimSection) -> list[dict[str, Any]]:
-    """AdamW's groups, decayed and not, and for Muon a group of the layers' matrices before them. Each keeps its own peak rate.
+    """AdamW's groups, decayed and not, and for Muon a group of the layers' matrices before them. Each keeps its own
+    peak rate.
 
     Matrices decay; gains and biases do not, unless `decay_all` says that all does.
     """
@@ -29,7 +32,11 @@ def parameter_groups(model: nn.Module, optim: OptimSection) -> list[dict[str, An
             muon[name] = parameter
         else:
             (decayed if optim.decay_all or parameter.ndim >= 2 else plain)[name] = parameter
-    groups = [(muon, optim.weight_decay, optim.muon_lr), (decayed, optim.weight_decay, optim.lr), (plain, 0.0, optim.lr)]
+    groups = [
+        (muon, optim.weight_decay, optim.muon_lr),
+        (decayed, optim.weight_decay, optim.lr),
+        (plain, 0.0, optim.lr),
+    ]
     return [
         {
             "params": list(members.values()),
@@ -47,7 +54,8 @@ def parameter_groups(model: nn.Module, optim: OptimSection) -> list[dict[str, An
 def build_optimizer(model: nn.Module, optim: OptimSection, mesh: Mesh | None = None) -> torch.optim.Optimizer:
     """The recipe's optimizer, its state allocated at once so that a checkpoint loads into it in place.
 
-    After parallelising, which may have replaced the parameters. mesh: where Muon finds the ranks to share its work with.
+    After parallelising, which may have replaced the parameters. mesh: where Muon finds the ranks to share its work
+    with.
     """
     groups = parameter_groups(model, optim)
     optimizer: torch.optim.Optimizer
@@ -86,11 +94,15 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
-    """`auto` is bf16 on CUDA (where the card has it) and fp32 elsewhere. A precision the device cannot run is an InputError."""
+    """`auto` is bf16 on CUDA (where the card has it) and fp32 elsewhere. A precision the device cannot run is an
+    InputError.
+    """
     if name == "auto":
         return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
     if name in ("bf16", "bf16_full") and device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise InputError(f"train.precision: found {name}, but {torch.cuda.get_device_name(device)} has no bf16; use fp16 or fp32")
+        raise InputError(
+            f"train.precision: found {name}, but {torch.cuda.get_device_name(device)} has no bf16; use fp16 or fp32"
+        )
     return name
 
 
@@ -138,7 +150,8 @@ class Precision:
 def step_where_finite(optimizer: torch.optim.Optimizer, norm: torch.Tensor) -> torch.Tensor:
     """Apply the update only where the gradient norm is finite; weights and moments stay untouched otherwise.
 
-    The fused kernel reads `found_inf` on the device, so nothing waits for the host. Returns found_inf: 1.0 where the step was skipped.
+    The fused kernel reads `found_inf` on the device, so nothing waits for the host. Returns found_inf: 1.0 where the
+    step was skipped.
     """
     found_inf = torch.logical_not(torch.isfinite(norm)).to(torch.float32)
     optimizer.found_inf = found_inf  # type: ignore[attr-defined]

@@ -1,4 +1,6 @@
-"""The largest micro-batch, found by trying before the first step: all workers together, upward from the plan's guess."""
+"""The largest micro-batch, found by trying before the first step: all workers together, upward from
+the plan's guess.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ HEADROOM = 0.95
 
 
 def largest_that_fits(fits: Callable[[int], bool], guess: int, most: int) -> int:
-    """The largest number of rows from 1 to `most` that fits, up to an eighth; 1 is taken as it is. `fits` is asked as rarely as that allows."""
+    """The largest number of rows from 1 to `most` that fits, up to an eighth; 1 is taken as it is. `fits` is asked as
+    rarely as that allows.
+    """
     low, high = 0, most + 1
     rows = max(1, min(guess, most))
     while True:
@@ -43,9 +47,11 @@ def probe_micro_rows(
     guess: int,
     most: int,
 ) -> int:
-    """Rows of a micro-batch that every worker holds forward and backward beside weights, gradients and moments. CUDA only.
+    """Rows of a micro-batch that every worker holds forward and backward beside weights, gradients and moments. CUDA
+    only.
 
-    micro_of(rows): a micro-batch of so many rows. Two passes a try, without touching weights, gradients, moments or the generators' state.
+    micro_of(rows): a micro-batch of so many rows. Two passes a try, without touching weights, gradients, moments or the
+    generators' state.
     """
 
     total = torch.cuda.get_device_properties(mesh.device).total_memory

@@ -12,7 +12,9 @@ WAIT, WARMUP, ACTIVE = 3, 1, 3
 
 
 def start_profiler(run: Path, say: Callable[[str], None]) -> profile:
-    """A started profiler: call `step()` after each training step. It skips the first steps, then writes `profile/trace.json` and a table."""
+    """A started profiler: call `step()` after each training step. It skips the first steps, then writes
+    `profile/trace.json` and a table.
+    """
 
     def write(found: profile) -> None:
         folder = run / "profile"
@@ -23,6 +25,10 @@ def start_profiler(run: Path, say: Callable[[str], None]) -> profile:
         say(f"profile of {ACTIVE} steps: {folder / 'trace.json'} (open in Perfetto), {folder / 'operators.txt'}")
 
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
-    started = profile(activities=activities, schedule=schedule(wait=WAIT, warmup=WARMUP, active=ACTIVE, repeat=1), on_trace_ready=write)
+    started = profile(
+        activities=activities,
+        schedule=schedule(wait=WAIT, warmup=WARMUP, active=ACTIVE, repeat=1),
+        on_trace_ready=write,
+    )
     started.start()
     return started

@@ -1,4 +1,6 @@
-"""What is done when memory runs out in a step. Tokens of a step and their order never change, only how many rows a forward pass holds."""
+"""What is done when memory runs out in a step. Tokens of a step and their order never change, only how many rows a
+forward pass holds.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ MICRO_ROWS_FILE = "micro_rows.json"
 
 
 class OutOfMemory(RuntimeError):
-    """One of several workers ran out of memory: all start again from the last checkpoint with the smaller micro-batch it recorded."""
+    """One of several workers ran out of memory: all start again from the last checkpoint with the smaller micro-batch
+    it recorded.
+    """
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -28,14 +32,19 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def back_off(optimizer: torch.optim.Optimizer, mesh: Mesh, loader: Batches, run: Path, step: int, reason: str, *, updated: bool) -> str:
-    """Halve the micro-batch, for this session and later ones; returns what to tell. `updated`: the step's update had begun.
+def back_off(
+    optimizer: torch.optim.Optimizer, mesh: Mesh, loader: Batches, run: Path, step: int, reason: str, *, updated: bool
+) -> str:
+    """Halve the micro-batch, for this session and later ones; returns what to tell. `updated`: the step's update had
+    begun.
 
     Raises InputError at one row, OutOfMemory where the step cannot be tried again or other ranks must follow.
     """
     rows = loader.micro_rows
     if updated:
-        raise OutOfMemory(f"out of memory in the middle of an update at step {step + 1} ({reason}); resume from the last checkpoint")
+        raise OutOfMemory(
+            f"out of memory in the middle of an update at step {step + 1} ({reason}); resume from the last checkpoint"
+        )
     if rows == 1:
         raise InputError(
             f"out of memory with one row a micro-batch ({reason}); shorten data.sequence_length, "

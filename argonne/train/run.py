@@ -57,14 +57,20 @@ class RunFolder:
     def acquire(self) -> None:
         """Own the run, or raise InputError naming the process that does. A lock whose process is gone is taken over.
 
-        The lock appears whole (a link to a flushed file): a process that dies on the way leaves none, or one that names it.
+        The lock appears whole (a link to a flushed file): a process that dies on the way leaves none, or one that names
+        it.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
             raise InputError(f"--run {self.path}: a file is in the way; give a folder") from None
         path = self.path / LOCK
-        mine = {"host": socket.gethostname(), "pid": os.getpid(), "started": _process_start(os.getpid()), "time": time.time()}
+        mine = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started": _process_start(os.getpid()),
+            "time": time.time(),
+        }
         prepared = self.path / f"{TEMPORARY}{LOCK}-{os.getpid()}"
         try:
             write_json(prepared, mine)
@@ -75,7 +81,9 @@ class RunFolder:
         except FileExistsError:
             raise InputError(_locked_message(path)) from None
         except OSError as error:
-            raise InputError(f"{path}: the run cannot be taken ({error}); make the folder writable, or choose another run") from None
+            raise InputError(
+                f"{path}: the run cannot be taken ({error}); make the folder writable, or choose another run"
+            ) from None
         finally:
             with suppress(OSError):
                 prepared.unlink(missing_ok=True)
@@ -84,19 +92,25 @@ class RunFolder:
     def release(self) -> None:
         if self._locked:
             self._locked = False
-            with suppress(OSError):  # the process ends: its lock is dead, and taken over, even where it cannot be removed
+            with suppress(
+                OSError
+            ):  # the process ends: its lock is dead, and taken over, even where it cannot be removed
                 (self.path / LOCK).unlink(missing_ok=True)
             with suppress(OSError):  # a session that was refused before it wrote anything leaves no empty folder behind
                 self.path.rmdir()
 
     def write_manifest(self, facts: dict[str, Any]) -> None:
-        """What ran: versions, hardware, commit, and the facts the stage hands over. Identity survives a resume; sessions are counted."""
+        """What ran: versions, hardware, commit, and the facts the stage hands over. Identity survives a resume;
+        sessions are counted.
+        """
         import torch
         import transformers
 
         old = self.manifest() if self.exists() else {}
         package = Path(__file__).resolve().parents[2]
-        git = subprocess.run(["git", "-C", str(package), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        git = subprocess.run(
+            ["git", "-C", str(package), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        )
         manifest = {
             "format_version": 1,
             "run_id": old.get("run_id") or f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}",
@@ -128,7 +142,9 @@ class RunFolder:
 
 @contextmanager
 def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Among processes of this host: two that find the same dead lock must not both take it, the second removing the first's."""
+    """Among processes of this host: two that find the same dead lock must not both take it, the second removing the
+    first's.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):  # a file system without such locks: only the link below decides
@@ -139,7 +155,9 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Give `source` a second name; FileExistsError where it is taken. Without hard links the content is written under the exclusive name."""
+    """Give `source` a second name; FileExistsError where it is taken. Without hard links the content is written under
+    the exclusive name.
+    """
     try:
         os.link(source, target)
     except FileExistsError:
@@ -150,7 +168,9 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _process_start(pid: int) -> str:
-    """Start time of a process in clock ticks since boot, so that a reused pid is not mistaken for the owner; empty where unknown."""
+    """Start time of a process in clock ticks since boot, so that a reused pid is not mistaken for the owner; empty
+    where unknown.
+    """
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
@@ -158,7 +178,9 @@ def _process_start(pid: int) -> str:
 
 
 def lock_is_stale(path: Path) -> bool:
-    """Whether the lock's owner is gone: on this host by pid and start time, elsewhere only when nobody touched the lock for long."""
+    """Whether the lock's owner is gone: on this host by pid and start time, elsewhere only when nobody touched the lock
+    for long.
+    """
     try:
         owner = json.loads(path.read_text())
     except FileNotFoundError:

@@ -1,4 +1,6 @@
-"""When and how the loop saves: in place, or beside training from a copy. A failed save is told and survived; the last good one stays."""
+"""When and how the loop saves: in place, or beside training from a copy. A failed save is told and survived; the last
+good one stays.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ class Saver:
         return minutes > 0 and time.monotonic() - self.last_time >= 60 * minutes and self.last_step != step
 
     def save(self, step: int, state: dict[str, Any], best_step: int | None, *, final: bool = False) -> bool:
-        """Save `step`; True when it is written (or, asynchronously, begun). With `final` it is complete on return and a failure is raised."""
+        """Save `step`; True when it is written (or, asynchronously, begun). With `final` it is complete on return and a
+        failure is raised.
+        """
         start = time.monotonic()
         self._best_step = best_step
         self.wait(final=final)
@@ -111,8 +115,13 @@ class Saver:
         self.blocked_seconds += blocked
         self.last_step, self.last_time = step, time.monotonic()
         path, seconds = checkpoint.checkpoint_path(self.run, step), time.monotonic() - start
-        self.metrics.write("checkpoint", step, path=path.name, seconds=round(seconds, 3), blocked_seconds=round(blocked, 3))
-        self.say(f"saved {path} in {seconds:.1f} s" + (f", {blocked:.1f} s of them in the loop's way" if self.keep.asynchronous else ""))
+        self.metrics.write(
+            "checkpoint", step, path=path.name, seconds=round(seconds, 3), blocked_seconds=round(blocked, 3)
+        )
+        self.say(
+            f"saved {path} in {seconds:.1f} s"
+            + (f", {blocked:.1f} s of them in the loop's way" if self.keep.asynchronous else "")
+        )
         if self.mesh.is_main:
             checkpoint.prune(self.run, self.keep, self._best_step, self.say)
 

@@ -1,11 +1,12 @@
 """The learning rate as a pure function of the step.
 
-`learning_rate(step, ...)` is the rate that optimizer step number `step` applies, counted from 0. The conventions, so that no step is wasted
-on a rate of zero and the last step of the run really uses the final rate:
+`learning_rate(step, ...)` is the rate that optimizer step number `step` applies, counted from 0. The conventions, so
+that no step is wasted on a rate of zero and the last step of the run really uses the final rate:
 
-- warmup of w steps: step s < w applies (s + 1) / w of the rate, so the first step moves and step w - 1 applies the full rate;
-- a decay of d steps: its k-th step (k = 1 .. d) lies k / d of the way from the peak to the final rate, so exactly d steps are below
-  the peak and the last one applies the final rate;
+- warmup of w steps: step s < w applies (s + 1) / w of the rate, so the first step moves and step w - 1 applies the full
+  rate;
+- a decay of d steps: its k-th step (k = 1 .. d) lies k / d of the way from the peak to the final rate, so exactly d
+  steps are below the peak and the last one applies the final rate;
 - from the end of the run on, the rate stays at the final one (a cosine that is not clamped rises again).
 """
 
@@ -70,7 +71,9 @@ def final_rate(optim: OptimSection, schedule: ScheduleSection) -> float:
 
 
 def decay_steps(total_steps: int, schedule: ScheduleSection) -> int:
-    """Steps of the decay: all after the warmup for a cosine; for wsd the given number, or the given share of the run, rounded."""
+    """Steps of the decay: all after the warmup for a cosine; for wsd the given number, or the given share of the run,
+    rounded.
+    """
     if schedule.kind == "cosine":
         return total_steps - schedule.warmup
     if schedule.kind != "wsd":
@@ -82,18 +85,25 @@ def decay_steps(total_steps: int, schedule: ScheduleSection) -> int:
 def check_schedule(total_steps: int, optim: OptimSection, schedule: ScheduleSection) -> None:
     """Raise InputError where the schedule contradicts itself or does not fit into `total_steps`."""
     if total_steps < 1:
-        raise InputError(f"train: the run has {total_steps} steps, expected at least 1; give more train.steps, tokens or epochs")
+        raise InputError(
+            f"train: the run has {total_steps} steps, expected at least 1; give more train.steps, tokens or epochs"
+        )
     check_rates(optim, schedule)
     if schedule.warmup > total_steps:
-        raise InputError(f"schedule.warmup: found {schedule.warmup} steps, more than the run's {total_steps}; lower it or train longer")
+        raise InputError(
+            f"schedule.warmup: found {schedule.warmup} steps, more than the run's {total_steps}; lower it or train "
+            "longer"
+        )
     if schedule.kind != "wsd":
         return
     length = decay_steps(total_steps, schedule)
     if schedule.decay and not length:
         raise InputError(
-            f"schedule.decay: a share of {schedule.decay:g} of {total_steps} steps is less than one step; give at least 1 step, or 0 on purpose"
+            f"schedule.decay: a share of {schedule.decay:g} of {total_steps} steps is less than one step; give at "
+            "least 1 step, or 0 on purpose"
         )
     if schedule.warmup + length > total_steps:
         raise InputError(
-            f"schedule: {schedule.warmup} steps of warmup and {length} of decay do not fit into the run's {total_steps}; shorten one"
+            f"schedule: {schedule.warmup} steps of warmup and {length} of decay do not fit into the run's "
+            f"{total_steps}; shorten one"
         )

@@ -1,4 +1,5 @@
-"""What the loop observes, read when it is due, and where it goes: metrics.jsonl always, TensorBoard and W&B where asked for, a line to read.
+"""What the loop observes, read when it is due, and where it goes: metrics.jsonl always, TensorBoard and W&B where asked
+for, a line to read.
 
 Nothing here makes a training step wait for the device.
 """
@@ -29,7 +30,9 @@ from argonne.train.optim import resolve_precision
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step left: tensors on the device, none of them waited for, its rate, and the global count that its loss is divided by."""
+    """What one step left: tensors on the device, none of them waited for, its rate, and the global count that its loss
+    is divided by.
+    """
 
     sums: Sums
     norm: torch.Tensor
@@ -64,7 +67,14 @@ class Telemetry:
     """Collects step readings and turns them into metrics records and log lines."""
 
     def __init__(
-        self, recipe: Recipe, data: Data, mesh: Mesh, metrics: MetricsLog, line: ProgressLine, total_steps: int, first_step: int
+        self,
+        recipe: Recipe,
+        data: Data,
+        mesh: Mesh,
+        metrics: MetricsLog,
+        line: ProgressLine,
+        total_steps: int,
+        first_step: int,
     ) -> None:
         self.recipe, self.data, self.mesh, self.metrics, self.line = recipe, data, mesh, metrics, line
         self.total_steps, self.first_step = total_steps, first_step
@@ -79,7 +89,9 @@ class Telemetry:
         self._peak_flops = device_peak_flops(name, resolve_precision(recipe.train.precision, mesh.device))
         self._metrics: dict[str, torch.Tensor] = {}
         count = len(data.source_names)
-        self._source_loss = torch.zeros(count, device=mesh.device, dtype=torch.float64 if mesh.device.type != "mps" else torch.float32)
+        self._source_loss = torch.zeros(
+            count, device=mesh.device, dtype=torch.float64 if mesh.device.type != "mps" else torch.float32
+        )
         self._source_count = torch.zeros_like(self._source_loss)
 
     def waited_for_data(self, seconds: float) -> None:
@@ -103,13 +115,17 @@ class Telemetry:
         self._pending.append(self._last)
 
     def readings(self) -> list[tuple[int, bool]]:
-        """(step, skipped) of the steps whose readings have arrived since the last call, in order. Tells of a loss spike on the way."""
+        """(step, skipped) of the steps whose readings have arrived since the last call, in order. Tells of a loss spike
+        on the way.
+        """
         found = []
         while self._pending and (self._pending[0].ready() or len(self._pending) > 16):
             reading = self._pending.popleft()
             loss, _, skipped = reading.values()
             found.append((reading.step, skipped > 0))
-            about = loss * self.mesh.data_size / max(1, reading.count)  # of this rank's rows: the others' are not waited for
+            about = (
+                loss * self.mesh.data_size / max(1, reading.count)
+            )  # of this rank's rows: the others' are not waited for
             if usual := self._spikes.observe(about):
                 step = reading.step
                 before, after = self.data.tokens_by_source(step - 1), self.data.tokens_by_source(step)
@@ -120,7 +136,9 @@ class Telemetry:
         return found
 
     def log(self, step: int, save_seconds: float) -> None:
-        """Write the record of `step`: its own loss, norm and rate (so that a resumed run writes the same), and this session's speed."""
+        """Write the record of `step`: its own loss, norm and rate (so that a resumed run writes the same), and this
+        session's speed.
+        """
         reading = self._last
         if reading is None or reading.step != step:
             raise RuntimeError(f"no reading of step {step}")
@@ -157,7 +175,9 @@ class Telemetry:
         self.line.say(step_line({"step": step, **record}, self.total_steps, left))
 
     def _sources(self, step: int, parts: list[list[list[float]]]) -> dict[str, dict[str, float | None]]:
-        """Tokens and passes of each source up to `step`, and its loss since the last record (null for a single source: it is the loss)."""
+        """Tokens and passes of each source up to `step`, and its loss since the last record (null for a single source:
+        it is the loss).
+        """
         losses, counts = ([sum(column) for column in zip(*part, strict=True)] for part in zip(*parts, strict=True))
         self._source_loss.zero_()
         self._source_count.zero_()
@@ -179,8 +199,8 @@ def _means(parts: list[dict[str, list[float]]]) -> dict[str, float | None]:
 class MetricsLog:
     """Append-only records of a run, one JSON object a line, each written whole.
 
-    What the disk does not take (full, gone) is kept in memory and written as soon as it does: training goes on. TensorBoard and W&B may fail
-    without harm: the failure is recorded once and that writer is dropped.
+    What the disk does not take (full, gone) is kept in memory and written as soon as it does: training goes on.
+    TensorBoard and W&B may fail without harm: the failure is recorded once and that writer is dropped.
     """
 
     def __init__(self, folder: Path, log: LogSection, *, enabled: bool = True, run_name: str = "") -> None:
@@ -230,7 +250,11 @@ class MetricsLog:
             self._failing = False
         except OSError as error:
             if not self._failing:
-                print(f"warning: metrics.jsonl: {error}; records are kept and written when there is room", file=sys.stderr, flush=True)
+                print(
+                    f"warning: metrics.jsonl: {error}; records are kept and written when there is room",
+                    file=sys.stderr,
+                    flush=True,
+                )
             self._failing = True
 
     def close(self) -> None:
@@ -239,12 +263,20 @@ class MetricsLog:
         self._drain()
         if self._waiting:
             lines = self._waiting.count(b"\n")
-            print(f"warning: metrics.jsonl: the last {lines:,} records could not be written and are lost", file=sys.stderr, flush=True)
+            print(
+                f"warning: metrics.jsonl: the last {lines:,} records could not be written and are lost",
+                file=sys.stderr,
+                flush=True,
+            )
         self._file.close()
 
 
 def _scalars(event: str, values: dict[str, Any]) -> dict[str, float]:
-    found = {f"{event}/{name}": value for name, value in values.items() if isinstance(value, int | float) and not isinstance(value, bool)}
+    found = {
+        f"{event}/{name}": value
+        for name, value in values.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
     for source, numbers in (values.get("sources") or {}).items():
         found |= {f"{event}/{source}/{name}": value for name, value in numbers.items() if value is not None}
     return found
@@ -254,7 +286,9 @@ def _tensorboard(folder: Path) -> Any:
     try:
         from torch.utils.tensorboard.writer import SummaryWriter
     except ImportError:
-        raise RuntimeError("tensorboard is not installed (pip install 'argonne[tensorboard]', or log.tensorboard = false)") from None
+        raise RuntimeError(
+            "tensorboard is not installed (pip install 'argonne[tensorboard]', or log.tensorboard = false)"
+        ) from None
     writer = SummaryWriter(str(folder))
 
     def write(event: str, step: int, values: dict[str, Any]) -> None:
@@ -320,7 +354,9 @@ def step_line(record: dict[str, Any], total_steps: int, seconds_left: float) -> 
     """The line of one logged step, for a person."""
     mfu = "n/a" if record["mfu"] is None else f"{100 * record['mfu']:.1f}%"
     return (
-        f"step {record['step']:>{len(str(total_steps))}}/{total_steps}  loss {record['loss']:.4f}  lr {record['lr']:.3g}  "
-        f"grad {record['grad_norm']:.3f}  {human(record['tokens_per_second'])} tok/s  mfu {mfu}  {record['memory_gb']:.2f} GB  "
+        f"step {record['step']:>{len(str(total_steps))}}/{total_steps}  loss {record['loss']:.4f}  lr "
+        f"{record['lr']:.3g}  "
+        f"grad {record['grad_norm']:.3f}  {human(record['tokens_per_second'])} tok/s  mfu {mfu}  "
+        f"{record['memory_gb']:.2f} GB  "
         f"tokens {human(record['tokens'])}  left {human_time(seconds_left)}"
     )

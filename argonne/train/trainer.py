@@ -1,4 +1,6 @@
-"""fit(): the only training loop. A stage hands it a model, data and an objective; the loop gives exact steps, saves and stops."""
+"""fit(): the only training loop. A stage hands it a model, data and an objective; the loop gives exact steps, saves and
+stops.
+"""
 
 from __future__ import annotations
 
@@ -43,9 +45,11 @@ class Trained:
 
 @dataclass(frozen=True)
 class Hooks:
-    """What a stage gives beside data and loss. All but `export`, `checkpoint_files` and `state` are telemetry: a failure is recorded, never fatal.
+    """What a stage gives beside data and loss. All but `export`, `checkpoint_files` and `state` are telemetry: a
+    failure is recorded, never fatal.
 
-    state(step): what state.json holds. held_out, sample: work that yields between forward passes, on the plain model in eval mode.
+    state(step): what state.json holds. held_out, sample: work that yields between forward passes, on the plain model in
+    eval mode.
     """
 
     export: Callable[[Parallelised], None]
@@ -81,7 +85,9 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Upcoming:
-    """The batch of a step, and what the ranks agreed on with it: the count that its loss is divided by, stopping, saving."""
+    """The batch of a step, and what the ranks agreed on with it: the count that its loss is divided by, stopping,
+    saving.
+    """
 
     batch: Batch
     count: int
@@ -90,7 +96,8 @@ class Upcoming:
 
 
 def take_step(trained: Trained, batch: Batch, count: int, rate: float, *, grad_clip: float) -> StepResult:
-    """Forward and backward over the micro-batches, clip by the global norm, update where the gradient is finite. Nothing waits for the device.
+    """Forward and backward over the micro-batches, clip by the global norm, update where the gradient is finite.
+    Nothing waits for the device.
 
     count: what the loss of the global batch is divided by. rate: the learning rate that is set already, for the record.
     """
@@ -133,18 +140,30 @@ class Trainer:
         self.policy = NonFinitePolicy(recipe.optim.max_skipped)
         plain = self.parallelised.plain
         self.saver = Saver(
-            run.path, plain, self.optimizer, mesh, recipe.checkpoint, metrics, self.line.say, hooks.checkpoint_files, progress.step
+            run.path,
+            plain,
+            self.optimizer,
+            mesh,
+            recipe.checkpoint,
+            metrics,
+            self.line.say,
+            hooks.checkpoint_files,
+            progress.step,
         )
         self.compiled = trained.compiled
         self._measured: tuple[int, float] | None = None  # step and loss of the newest held-out evaluation
         self._telemetry_limit = parse_duration(recipe.log.telemetry_limit, "log.telemetry_limit")
         timeout = parse_duration(recipe.parallel.timeout, "parallel.timeout")
-        self._hang_watch = HangWatch(run.path / f"stacks_rank_{mesh.rank}.txt", timeout if mesh.world_size > 1 else None)
+        self._hang_watch = HangWatch(
+            run.path / f"stacks_rank_{mesh.rank}.txt", timeout if mesh.world_size > 1 else None
+        )
 
     def fit(self, stop_after: int | None = None, *, profile: bool = False) -> Outcome:
-        """Train to the end, or until a request to stop; always leaves a complete checkpoint behind. Raises Diverged past the non-finite limit.
+        """Train to the end, or until a request to stop; always leaves a complete checkpoint behind. Raises Diverged
+        past the non-finite limit.
 
-        `stop_after`: end this session after that many completed steps, as a request to stop would. `profile`: write a trace of three steps.
+        `stop_after`: end this session after that many completed steps, as a request to stop would. `profile`: write a
+        trace of three steps.
         """
         if (step := self.progress.step) < self.total_steps:
             # The rate about to be applied is the requested curve's, whatever a restored state says.
@@ -178,7 +197,9 @@ class Trainer:
             self.line.close()
 
     def _fetch(self, step: int) -> Callable[[], Upcoming] | None:
-        """Take the batch of `step` and start agreeing on it; None past the last step. Ranks that read the same rows count them once."""
+        """Take the batch of `step` and start agreeing on it; None past the last step. Ranks that read the same rows
+        count them once.
+        """
         if step >= self.total_steps:
             return None
         batch = self.loader.batch(step)
@@ -194,7 +215,9 @@ class Trainer:
         return wait
 
     def _train_step(self, batch: Batch, count: int) -> Callable[[], Upcoming] | None:
-        """One optimizer step on `batch`, whose global count is `count`; returns the next batch, fetched while the device works on this one."""
+        """One optimizer step on `batch`, whose global count is `count`; returns the next batch, fetched while the
+        device works on this one.
+        """
         step = batch.step
         rate = learning_rate(step, self.total_steps, self.recipe.optim, self.recipe.schedule)
         set_learning_rate(self.optimizer, rate, self.recipe.optim.lr)
@@ -217,7 +240,9 @@ class Trainer:
             # Outside the handler: the traceback no longer keeps the step's tensors alive.
             now = self._updates()
             updated = updates is not None and now is not None and not torch.equal(updates, now)
-            self._warn(step + 1, back_off(self.optimizer, self.mesh, self.loader, self.run.path, step, reason, updated=updated))
+            self._warn(
+                step + 1, back_off(self.optimizer, self.mesh, self.loader, self.run.path, step, reason, updated=updated)
+            )
             batch = self.loader.batch(step)
         upcoming = self._fetch(step + 1)
         self.telemetry.observe(step + 1, result)
@@ -226,7 +251,9 @@ class Trainer:
         return upcoming
 
     def _updates(self) -> torch.Tensor | None:
-        """How often the optimizer has stepped, to tell after a failure whether an update had begun. On the device: nothing waits for it."""
+        """How often the optimizer has stepped, to tell after a failure whether an update had begun. On the device:
+        nothing waits for it.
+        """
         state: dict[str, Any] = next(iter(self.optimizer.state.values()), {})
         step = state.get("step")
         return step.clone() if isinstance(step, torch.Tensor) else None
@@ -249,11 +276,14 @@ class Trainer:
             if skipped:
                 self.progress.skipped += 1
                 self.metrics.write("skip", where, in_a_row=self.policy.in_a_row)
-                self.line.say(f"warning: step {where} is skipped: its gradient is not finite ({self.policy.in_a_row} in a row)")
+                self.line.say(
+                    f"warning: step {where} is skipped: its gradient is not finite ({self.policy.in_a_row} in a row)"
+                )
         if self.policy.exceeded():
             newest = checkpoint.newest_complete(self.run.path, self.line.say)
             raise Diverged(
-                f"{self.policy.in_a_row} steps in a row had a non-finite gradient (optim.max_skipped = {self.policy.limit}); "
+                f"{self.policy.in_a_row} steps in a row had a non-finite gradient (optim.max_skipped = "
+                f"{self.policy.limit}); "
                 f"the last good checkpoint is {newest.path if newest else 'none'}: resume it with a lower rate"
             )
         first_of_session = self.telemetry.first_step
@@ -278,11 +308,15 @@ class Trainer:
         step = self.progress.step
         self.metrics.write("held_out", step, **found)
         bits = f", {found['bits_per_byte']:.4f} bits per byte" if found.get("bits_per_byte") is not None else ""
-        self.line.say(f"step {step}: held-out loss {found['loss']:.4f}{bits} ({found[self.data.unit]:,} {self.data.unit})")
+        self.line.say(
+            f"step {step}: held-out loss {found['loss']:.4f}{bits} ({found[self.data.unit]:,} {self.data.unit})"
+        )
         self._measured = (step, float(found["loss"]))
 
     def _aside(self, name: str, make: Callable[[], Work[Result]], *, together: bool) -> Result | None:
-        """Evaluation or sampling: on the main rank alone, outside collectives, or by all ranks in step. None where it was given up."""
+        """Evaluation or sampling: on the main rank alone, outside collectives, or by all ranks in step. None where it
+        was given up.
+        """
         if not together and not self.mesh.is_main:
             return None
         self._hang_watch.pause()
@@ -298,7 +332,11 @@ class Trainer:
         devices = [self.mesh.device] if self.mesh.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), eager_blocks(plain):
             try:
-                return drive_together(work, self.mesh, self.watch, limit) if together else drive_alone(work, self.watch, limit)
+                return (
+                    drive_together(work, self.mesh, self.watch, limit)
+                    if together
+                    else drive_alone(work, self.watch, limit)
+                )
             except LeftBehind as reason:
                 self._warn(self.progress.step, f"{name} is left out: {reason}")
             except Exception as error:

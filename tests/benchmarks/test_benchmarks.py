@@ -14,8 +14,26 @@ from benchmarks.all import MODULES
 from benchmarks.harness import Benchmark, Column, markdown, measure, save, write_table
 from benchmarks.own_loop import make_recipe, timed_steps
 
-TINY = {"vocab": 64, "hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2, "mlp": 64, "length": 16, "rows": 2, "steps": 2}
-FACTS = {"cpu": "a CPU", "cores": "2", "python": "3", "torch": "2", "transformers": "5", "date": "today", "commit": "abc"}
+TINY = {
+    "vocab": 64,
+    "hidden": 32,
+    "layers": 2,
+    "heads": 4,
+    "kv_heads": 2,
+    "mlp": 64,
+    "length": 16,
+    "rows": 2,
+    "steps": 2,
+}
+FACTS = {
+    "cpu": "a CPU",
+    "cores": "2",
+    "python": "3",
+    "torch": "2",
+    "transformers": "5",
+    "date": "today",
+    "commit": "abc",
+}
 
 
 def make_benchmark(**changes: object) -> Benchmark:
@@ -32,7 +50,10 @@ def make_benchmark(**changes: object) -> Benchmark:
 
 def record(point: str = "small", commit: str = "abc", **rounds: list[float]) -> dict[str, object]:
     results = {name: [{"speed": speed, "memory": 10.0} for speed in speeds] for name, speeds in rounds.items()}
-    return {"command": "python -m toy", "points": {point: {"machine": {**FACTS, "commit": commit}, "rounds": 3, "results": results}}}
+    return {
+        "command": "python -m toy",
+        "points": {point: {"machine": {**FACTS, "commit": commit}, "rounds": 3, "results": results}},
+    }
 
 
 def test_the_table_shows_median_spread_and_ratio() -> None:
@@ -59,9 +80,14 @@ def test_points_measured_one_by_one_end_in_one_table_each_with_its_commit(tmp_pa
     save(benchmark, record("small", commit="second", ours=[3], theirs=[4]), tmp_path)
     joined = save(benchmark, record("large", commit="third", ours=[5], theirs=[6]), tmp_path)
     assert joined == json.loads((tmp_path / "toy.json").read_text())
-    assert [(point, found["machine"]["commit"]) for point, found in joined["points"].items()] == [("small", "second"), ("large", "third")]
+    assert [(point, found["machine"]["commit"]) for point, found in joined["points"].items()] == [
+        ("small", "second"),
+        ("large", "third"),
+    ]
     table = markdown(benchmark, joined)
-    assert table.index("**Small**") < table.index("commit second") < table.index("**Large**") < table.index("commit third")
+    assert (
+        table.index("**Small**") < table.index("commit second") < table.index("**Large**") < table.index("commit third")
+    )
 
 
 def test_a_contestant_that_failed_is_in_the_table() -> None:

@@ -25,7 +25,9 @@ class Mother:
     def __init__(self) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, "-m", "tests.crash.mother"]
-        self._process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         assert self._answer() == {"ready": True}
         self.pids: list[int] = []
 
@@ -39,7 +41,13 @@ class Mother:
         """Fork the victims of one session; returns their process ids. `options`: `crash`, `plant` and `stop_after`."""
         file = run.parent / "recipe.toml"
         file.write_text(to_toml(recipe))
-        job = {"recipe": str(file), "run": str(run), "ranks": ranks, "log": str(run.parent / f"{run.name}.log"), **options}
+        job = {
+            "recipe": str(file),
+            "run": str(run),
+            "ranks": ranks,
+            "log": str(run.parent / f"{run.name}.log"),
+            **options,
+        }
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()

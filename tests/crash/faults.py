@@ -1,11 +1,12 @@
 """Crash injection: the n-th operation of a save on the disk is the last thing that a victim does.
 
-Operations are every open for writing, write, fsync, rename, unlink, rmdir, mkdir and symlink below the run folder, from the moment a save
-(or another folder that is to be complete or absent) begins until the next step is logged. They are seen through Python's audit events and
-wrapped `open` and `os.fsync`.
+Operations are every open for writing, write, fsync, rename, unlink, rmdir, mkdir and symlink below the run folder, from
+the moment a save (or another folder that is to be complete or absent) begins until the next step is logged. They are
+seen through Python's audit events and wrapped `open` and `os.fsync`.
 
-Modes: `kill` dies before the operation (in the middle of it where it is a write), and the kernel keeps what was written. `power cut` loses
-also what was not flushed: unflushed bytes of each file, and the rename of a folder whose parent was not flushed.
+Modes: `kill` dies before the operation (in the middle of it where it is a write), and the kernel keeps what was
+written. `power cut` loses also what was not flushed: unflushed bytes of each file, and the rename of a folder whose
+parent was not flushed.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ EXIT_CODE = 9
 
 
 class Injector:
-    """Counts operations below `run`; `at` is the number of the fatal one, 0 for none: then `report` gets the list of all."""
+    """Counts operations below `run`; `at` is the number of the fatal one, 0 for none: then `report` gets the list of
+    all.
+    """
 
     def __init__(self, run: Path, *, at: int, mode: str, report: str, begin: str) -> None:
         self.begin = begin
@@ -134,7 +137,8 @@ def _absolute(path: Any, folder: int) -> str:
 
 
 def arm(run: Path, *, at: int, report: str, mode: str = "kill", begin: str = SAVE) -> None:
-    """Make operation `at` of this process fatal, counted from the making of folder `begin` on: its first save, if nothing else is said.
+    """Make operation `at` of this process fatal, counted from the making of folder `begin` on: its first save, if
+    nothing else is said.
 
     There is no way back: the process is a victim.
     """

@@ -83,8 +83,11 @@ def _state(pid: int) -> str:
         return "X"
 
 
-def kill_until_complete(mother: Mother, recipe: Recipe, run: Path, *, kills: int, inside_saves: int, seed: int, ranks: int = 1) -> Kills:
-    """Kill `run` at least `kills` times after step 1, at least `inside_saves` of them inside a save, then let it finish.
+def kill_until_complete(
+    mother: Mother, recipe: Recipe, run: Path, *, kills: int, inside_saves: int, seed: int, ranks: int = 1
+) -> Kills:
+    """Kill `run` at least `kills` times after step 1, at least `inside_saves` of them inside a save, then let it
+    finish.
 
     The next victim dies at a step drawn so that the wanted kills spread over what is left of the run.
     """

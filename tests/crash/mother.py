@@ -1,8 +1,8 @@
 """A process that has torch and the package loaded and forks victims: a victim starts in a fraction of a second.
 
-Run as `python -m tests.crash.mother`. It reads one job a line from stdin (JSON: recipe, run, log, ranks, stop_after, crash, plant), answers
-`{"pids": [..]}` when the victims run and `{"codes": [..]}` when all have ended (negative: the signal). It never trains itself, so that
-nothing but modules is inherited.
+Run as `python -m tests.crash.mother`. It reads one job a line from stdin (JSON: recipe, run, log, ranks, stop_after,
+crash, plant), answers `{"pids": [..]}` when the victims run and `{"codes": [..]}` when all have ended (negative: the
+signal). It never trains itself, so that nothing but modules is inherited.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ MODULES = (
 
 
 def serve(modules: Iterable[str], work: Callable[[dict[str, Any]], int]) -> None:
-    """Load `modules`, then fork the ranks of one job after another, each of which ends with the exit code of `work(job)`."""
+    """Load `modules`, then fork the ranks of one job after another, each of which ends with the exit code of
+    `work(job)`.
+    """
     for name in modules:
         importlib.import_module(name)
     import torch
@@ -76,7 +78,12 @@ def _victim(job: dict[str, Any], rank: int, ranks: int, port: int, work: Callabl
     code = 1
     try:
         if ranks > 1:  # joins as a worker of torchrun does
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+            os.environ |= {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(ranks),
+                "LOCAL_WORLD_SIZE": str(ranks),
+            }
             os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
         code = work(job)
     except BaseException:

@@ -30,7 +30,9 @@ def _before_step(wanted: int, plant: Any) -> None:
 
 
 def nan_weight_on_rank_1() -> None:
-    """After step 3 one weight of one rank is lost, as by a bit flip in its memory: nobody's gradient sees it before the next save."""
+    """After step 3 one weight of one rank is lost, as by a bit flip in its memory: nobody's gradient sees it before the
+    next save.
+    """
 
     def spoil(head: Any) -> None:
         import torch

@@ -25,7 +25,9 @@ def complete_steps(run: Path) -> list[int]:
 
 
 def crash_at_every_operation(mother: Mother, recipe: Recipe, run: Path, mode: str) -> list[str]:
-    """One session for each operation of a save: it resumes what the last one left, and dies one operation later. Returns the operations."""
+    """One session for each operation of a save: it resumes what the last one left, and dies one operation later.
+    Returns the operations.
+    """
     report, visited = run.parent / f"{run.name}.operation", []
     for number in range(1, 1000):
         before = complete_steps(run)
@@ -46,7 +48,9 @@ def crash_at_every_operation(mother: Mother, recipe: Recipe, run: Path, mode: st
 
 
 @pytest.mark.parametrize("mode", ["kill", pytest.param("power cut", marks=pytest.mark.campaign)])
-def test_a_crash_at_any_operation_of_a_save_costs_nothing(mother: Mother, finish: Finish, nano: Nano, tmp_path: Path, mode: str) -> None:
+def test_a_crash_at_any_operation_of_a_save_costs_nothing(
+    mother: Mother, finish: Finish, nano: Nano, tmp_path: Path, mode: str
+) -> None:
     quiet = {"checkpoint.sample_prompt": "", "eval.windows": "0", "checkpoint.keep_last": "1"}
     recipe = nano(**{"train.steps": "80", "checkpoint.every_steps": "1", **quiet})
     finish(recipe, tmp_path / "whole")

@@ -18,7 +18,9 @@ def names_in(file: Path) -> set[str]:
 def test_every_test_that_the_guarantees_name_exists() -> None:
     named = re.findall(r"(tests/[\w/]+\.py)::(\w+)", GUARANTEES.read_text())
     assert len(named) > 80
-    missing = [f"{file}::{name}" for file, name in named if not (ROOT / file).is_file() or name not in names_in(ROOT / file)]
+    missing = [
+        f"{file}::{name}" for file, name in named if not (ROOT / file).is_file() or name not in names_in(ROOT / file)
+    ]
     assert missing == []
 
 

@@ -1,4 +1,6 @@
-"""A run killed with `kill -9` at random moments and resumed each time is the run that was never touched: bit for bit."""
+"""A run killed with `kill -9` at random moments and resumed each time is the run that was never
+touched: bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,13 @@ STEPS = 60
 
 def recipe_of(nano: Nano, **overrides: str) -> Recipe:
     return nano(
-        **{"train.steps": str(STEPS), "checkpoint.every_steps": "2", "checkpoint.sample_tokens": "2", "eval.windows": "2", **overrides}
+        **{
+            "train.steps": str(STEPS),
+            "checkpoint.every_steps": "2",
+            "checkpoint.sample_tokens": "2",
+            "eval.windows": "2",
+            **overrides,
+        }
     )
 
 
@@ -32,7 +40,9 @@ def assert_untouched(killed: Path, whole: Path) -> None:
     assert stored(killed / "final_model") == stored(whole / "final_model")
 
 
-def test_five_kills_two_of_them_inside_a_save_leave_no_trace(mother: Mother, finish: Finish, nano: Nano, tmp_path: Path) -> None:
+def test_five_kills_two_of_them_inside_a_save_leave_no_trace(
+    mother: Mother, finish: Finish, nano: Nano, tmp_path: Path
+) -> None:
     recipe = recipe_of(nano)
     finish(recipe, tmp_path / "whole")
     kills = kill_until_complete(mother, recipe, tmp_path / "killed", kills=5, inside_saves=2, seed=1)

@@ -46,7 +46,9 @@ def test_sampling_that_fails_on_rank_0_neither_stops_nor_changes_two_ranks(
     assert stored(tmp_path / "run" / "final_model") == stored(tmp_path / "whole" / "final_model")
 
 
-def test_a_disk_that_is_full_for_one_rank_costs_both_the_same_checkpoint(mother: Mother, nano: Nano, tmp_path: Path) -> None:
+def test_a_disk_that_is_full_for_one_rank_costs_both_the_same_checkpoint(
+    mother: Mother, nano: Nano, tmp_path: Path
+) -> None:
     recipe = nano(**{"eval.windows": "0", "checkpoint.sample_prompt": ""})
     mother.start(recipe, tmp_path / "run", ranks=2, plant="full_disk_on_rank_1")
     assert mother.wait() == [0, 0], (tmp_path / "run.log").read_text()[-4000:]
@@ -56,8 +58,17 @@ def test_a_disk_that_is_full_for_one_rank_costs_both_the_same_checkpoint(mother:
     assert verify_directory(tmp_path / "run" / LAST) == []
 
 
-def test_a_weight_lost_on_one_rank_refuses_the_save_on_both_and_hangs_neither(mother: Mother, nano: Nano, tmp_path: Path) -> None:
-    recipe = nano(**{"eval.windows": "0", "checkpoint.sample_prompt": "", "checkpoint.every_steps": "2", "parallel.timeout": '"20s"'})
+def test_a_weight_lost_on_one_rank_refuses_the_save_on_both_and_hangs_neither(
+    mother: Mother, nano: Nano, tmp_path: Path
+) -> None:
+    recipe = nano(
+        **{
+            "eval.windows": "0",
+            "checkpoint.sample_prompt": "",
+            "checkpoint.every_steps": "2",
+            "parallel.timeout": '"20s"',
+        }
+    )
     mother.start(recipe, tmp_path / "run", ranks=2, plant="nan_weight_on_rank_1")
     codes = mother.wait()
     said = (tmp_path / "run.log").read_text()
@@ -67,7 +78,9 @@ def test_a_weight_lost_on_one_rank_refuses_the_save_on_both_and_hangs_neither(mo
     assert [saved.step for saved in list_checkpoints(tmp_path / "run")] == [2]
 
 
-def test_a_second_process_on_a_run_is_refused_and_harms_nothing(mother: Mother, finish: Finish, nano: Nano, tmp_path: Path) -> None:
+def test_a_second_process_on_a_run_is_refused_and_harms_nothing(
+    mother: Mother, finish: Finish, nano: Nano, tmp_path: Path
+) -> None:
     recipe = nano()
     finish(recipe, tmp_path / "whole")
     (pid,) = mother.start(recipe, tmp_path / "run")

@@ -16,7 +16,9 @@ from argonne.data.loader import Loader
 SLOW = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def section(*paths: Path, length: int = 8, max_epochs: float = 100.0, weights: tuple[float, ...] = (), **more: Any) -> DataSection:
+def section(
+    *paths: Path, length: int = 8, max_epochs: float = 100.0, weights: tuple[float, ...] = (), **more: Any
+) -> DataSection:
     sources = tuple(
         SourceSection(path=str(path), weight=weights[number] if weights else 1.0, max_epochs=max_epochs)
         for number, path in enumerate(paths)
@@ -24,8 +26,12 @@ def section(*paths: Path, length: int = 8, max_epochs: float = 100.0, weights: t
     return DataSection(sources=sources, sequence_length=length, **more)
 
 
-def global_rows(data: TrainingData, steps: range | list[int], world: int = 1, micro: int = 3, prefetch: int = 0) -> list[np.ndarray]:
-    """The rows of each step in global order, (rows, T) inputs and targets and the source, put together from all ranks."""
+def global_rows(
+    data: TrainingData, steps: range | list[int], world: int = 1, micro: int = 3, prefetch: int = 0
+) -> list[np.ndarray]:
+    """The rows of each step in global order, (rows, T) inputs and targets and the source, put together
+    from all ranks.
+    """
     found = []
     loaders = [Loader(data, rank, world, micro, prefetch=prefetch) for rank in range(world)]
     for step in steps:
@@ -38,7 +44,8 @@ def global_rows(data: TrainingData, steps: range | list[int], world: int = 1, mi
                 keep = sources.numpy() >= 0
                 assert (micro_batch["shift_labels"].numpy()[~keep] == -100).all()
                 joined = np.concatenate(
-                    [micro_batch["input_ids"].numpy(), micro_batch["shift_labels"].numpy(), sources.numpy()[:, None]], axis=1
+                    [micro_batch["input_ids"].numpy(), micro_batch["shift_labels"].numpy(), sources.numpy()[:, None]],
+                    axis=1,
                 )
                 rows.append(joined[keep])
         found.append(np.concatenate(rows))
@@ -48,7 +55,9 @@ def global_rows(data: TrainingData, steps: range | list[int], world: int = 1, mi
 
 
 def starts(rows: list[np.ndarray]) -> list[int]:
-    """First token of each row (tokens are their own positions); checks that the row is a window and its targets are one further."""
+    """First token of each row (tokens are their own positions); checks that the row is a window and its targets are one
+    further.
+    """
     found = np.concatenate(rows)
     length = (found.shape[1] - 1) // 2
     inputs, labels = found[:, :length], found[:, length:-1]

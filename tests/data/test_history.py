@@ -1,7 +1,8 @@
-"""Any history of a run: steps, stops, resumes and changes of weight, source, row length and batch, against a slow account of what was read.
+"""Any history of a run: steps, stops, resumes and changes of weight, source, row length and batch, against a slow
+account of what was read.
 
-The account is kept here in plain sets of token positions and knows nothing of how the rows are found. Token p of a source has the id p plus
-the source's offset, so that a row shows where it lies.
+The account is kept here in plain sets of token positions and knows nothing of how the rows are found. Token p of a
+source has the id p plus the source's offset, so that a row shows where it lies.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from argonne.data.loader import Loader
 SLOTS = 3
 OFFSET = 1000
 LONGEST_ROW = 9
-# (documents, shards): odd sizes, seams everywhere, a document of one token, shards of one document; two documents at least are long.
+# (documents, shards): odd sizes, seams everywhere, a document of one token, shards of one document; two documents at
+# least are long.
 SHAPES = (
     ([50, 31, 20], 2),
     ([3, 11, 1, 40, 17, 8, 9, 10], 3),
@@ -43,7 +45,9 @@ class Segment:
     shares: tuple[tuple[int, str], ...]  # (slot, weight) in the recipe's order
     rows: int
     length: int
-    scheduled: int | None  # the batch changes so many steps into the session, by `batch.steps`; None: at its start, by hand
+    scheduled: (
+        int | None
+    )  # the batch changes so many steps into the session, by `batch.steps`; None: at its start, by hand
     steps: int
     lost: int  # steps trained after the last checkpoint
     world: int
@@ -66,10 +70,13 @@ class History:
 def histories(draw: st.DrawFn) -> History:
     documents = draw(st.sampled_from(["packed", "packed", "within", "first-window"]))
     count = draw(st.integers(2, 5))
-    menu = draw(st.lists(st.integers(1, LONGEST_ROW), min_size=2, max_size=3))  # few, so that a length comes back within an epoch
+    menu = draw(
+        st.lists(st.integers(1, LONGEST_ROW), min_size=2, max_size=3)
+    )  # few, so that a length comes back within an epoch
     lengths = draw(st.lists(st.sampled_from(menu), min_size=count, max_size=count))
     if documents != "packed":
-        # Documents passed over while rows were longer are not looked at again in the epoch: only one direction has a simple account.
+        # Documents passed over while rows were longer are not looked at again in the epoch: only one direction has a
+        # simple account.
         lengths = sorted(lengths, reverse=draw(st.booleans()))
     shares = st.lists(
         st.tuples(st.integers(0, SLOTS - 1), st.sampled_from(["1", "2", "0.3", "7", "0"])),
@@ -111,7 +118,9 @@ class Row:
 
 @dataclass
 class Account:
-    """What of one source is still unread in the epoch underway; positions of targets (packed) or numbers of documents."""
+    """What of one source is still unread in the epoch underway; positions of targets (packed) or
+    numbers of documents.
+    """
 
     lengths: list[int]
     history: History
@@ -122,7 +131,9 @@ class Account:
         self.ends = [sum(self.lengths[: number + 1]) for number in range(len(self.lengths))]
 
     def take(self, row: Row, length: int) -> None:
-        """Book a row; it must be of the epoch underway while one can be made of that, and it may hold nothing that was read in it."""
+        """Book a row; it must be of the epoch underway while one can be made of that, and it may hold nothing that was
+        read in it.
+        """
         packed = self.history.documents == "packed"
         possible = self.unread if packed else {number for number in self.unread if self.lengths[number] > length}
         if len(possible) < (length if packed else 1):
@@ -151,7 +162,9 @@ class Account:
         return number
 
     def check_targets(self, row: Row) -> None:
-        """Each target is the true next token; with a document mask none crosses a document, and positions begin again with each."""
+        """Each target is the true next token; with a document mask none crosses a document, and positions begin again
+        with each.
+        """
         last = {end - 1 for end in self.ends} if self.history.mask else set()
         offset = OFFSET * row.slot
         assert row.labels == [-100 if place in last else place + 1 + offset for place in row.places]
@@ -185,11 +198,16 @@ class Run:
         elif self.changes or segment.scheduled is not None:
             at = self.step + (segment.scheduled or 0)
             self.changes = [change for change in self.changes if change.step < at]
-            self.changes.append(BatchChange(step=at, tokens_per_step=segment.rows * segment.length, sequence_length=segment.length))
+            self.changes.append(
+                BatchChange(step=at, tokens_per_step=segment.rows * segment.length, sequence_length=segment.length)
+            )
         else:
             self.base = (segment.rows, segment.length)
         rows, length = self.base
-        sources = tuple(SourceSection(path=str(self.path(slot)), weight=float(weight), max_epochs=1e6) for slot, weight in segment.shares)
+        sources = tuple(
+            SourceSection(path=str(self.path(slot)), weight=float(weight), max_epochs=1e6)
+            for slot, weight in segment.shares
+        )
         data = DataSection(
             sources=sources,
             sequence_length=length,
@@ -216,7 +234,9 @@ class Run:
 
 def read(data: TrainingData, segment: Segment, steps: range) -> list[list[Row]]:
     """The rows of each step in global order, put together from all ranks."""
-    readers = [Loader(data, rank, segment.world, segment.micro, prefetch=segment.prefetch) for rank in range(segment.world)]
+    readers = [
+        Loader(data, rank, segment.world, segment.micro, prefetch=segment.prefetch) for rank in range(segment.world)
+    ]
     found = []
     for step in steps:
         rows = []
@@ -239,7 +259,9 @@ def read(data: TrainingData, segment: Segment, steps: range) -> list[list[Row]]:
 
 
 def check_quotas(shares: Sequence[tuple[int, str]], drawn: Sequence[int]) -> None:
-    """After each row of a phase every source is within two rows of its share, and has it exactly where it is a whole number for all."""
+    """After each row of a phase every source is within two rows of its share, and has it exactly where it is a whole
+    number for all.
+    """
     weights = {slot: int(10 * float(weight)) for slot, weight in shares}
     whole = sum(weights.values())
     had = dict.fromkeys(weights, 0)
@@ -252,14 +274,18 @@ def check_quotas(shares: Sequence[tuple[int, str]], drawn: Sequence[int]) -> Non
 
 @settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(history=histories())
-def test_no_history_of_stops_and_changes_repeats_or_skips_a_token(write_tokens: Callable[..., Path], history: History) -> None:
+def test_no_history_of_stops_and_changes_repeats_or_skips_a_token(
+    write_tokens: Callable[..., Path], history: History
+) -> None:
     live_through(history, write_tokens)
 
 
 @pytest.mark.campaign
 @settings(max_examples=5_000, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(history=histories())
-def test_thousands_of_histories_neither_repeat_nor_skip_a_token(write_tokens: Callable[..., Path], history: History) -> None:
+def test_thousands_of_histories_neither_repeat_nor_skip_a_token(
+    write_tokens: Callable[..., Path], history: History
+) -> None:
     live_through(history, write_tokens)
 
 

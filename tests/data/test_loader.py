@@ -70,7 +70,10 @@ def test_the_valid_tokens_of_all_ranks_add_up_to_the_batch(write_tokens: Callabl
 
 
 def test_the_reader_on_rank_0_gives_the_same_batches(write_tokens: Callable[..., Path]) -> None:
-    folders = write_tokens("a", [5, 11, 6, 3, 40, 7, 12, 58, 9, 4, 145, 100]), write_tokens("b", [50, 13, 11], offset=1000)
+    folders = (
+        write_tokens("a", [5, 11, 6, 3, 40, 7, 12, 58, 9, 4, 145, 100]),
+        write_tokens("b", [50, 13, 11], offset=1000),
+    )
     batch = BatchSection(tokens_per_step=7 * 8)
     plain = open_training_data(section(*folders, order="shuffled", document_mask=True), batch, 3)
     reading = open_training_data(section(*folders, order="shuffled", document_mask=True, reader="rank-0"), batch, 3)
@@ -99,7 +102,9 @@ def test_under_rank_0_the_other_ranks_need_no_files(write_tokens: Callable[..., 
     alone = open_training_data(section(folder, order="shuffled"), BatchSection(tokens_per_step=6 * 8), 3)
     for step, expected in enumerate(global_rows(alone, range(3))):
         rows = [part["input_ids"] for batch in (first[step], second[step]) for part in batch.micro_batches]
-        valid = [part["shift_labels"][:, 0] >= 0 for batch in (first[step], second[step]) for part in batch.micro_batches]
+        valid = [
+            part["shift_labels"][:, 0] >= 0 for batch in (first[step], second[step]) for part in batch.micro_batches
+        ]
         found = np.concatenate([part[keep].numpy() for part, keep in zip(rows, valid, strict=True)])
         assert np.array_equal(found, expected[:, :8])
 
@@ -110,4 +115,6 @@ def test_micro_rows_can_change_between_steps_without_changing_the_rows(write_tok
         loader.batch(0)
         loader.set_micro_rows(1)
         batch = loader.batch(1)
-    assert [part["input_ids"].tolist() for part in batch.micro_batches] == [[list(range(first, first + 8))] for first in (32, 40, 48, 56)]
+    assert [part["input_ids"].tolist() for part in batch.micro_batches] == [
+        [list(range(first, first + 8))] for first in (32, 40, 48, 56)
+    ]

@@ -30,7 +30,9 @@ def test_every_block_of_the_weights_sum_has_exact_quotas(weights: list[int], blo
 
 @given(weights=weight_lists, samples=st.integers(0, 10**9))
 @example(weights=[60, 7, 1, 1, 60], samples=381)  # 2.79 rows off
-def test_no_prefix_drifts_from_its_share_by_a_row_for_each_halving_of_the_sources(weights: list[int], samples: int) -> None:
+def test_no_prefix_drifts_from_its_share_by_a_row_for_each_halving_of_the_sources(
+    weights: list[int], samples: int
+) -> None:
     halvings = (len(weights) - 1).bit_length()
     for count, weight in zip(counts(weights, samples), weights, strict=True):
         off = abs(count * sum(weights) - samples * weight)

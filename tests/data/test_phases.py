@@ -1,4 +1,6 @@
-"""Resume, and changes of row length, batch, weights, sources and order between two sessions: nothing is repeated or skipped."""
+"""Resume, and changes of row length, batch, weights, sources and order between two sessions: nothing is repeated or
+skipped.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ def test_resume_at_any_step_reads_what_an_uninterrupted_run_reads(
 ) -> None:
     first, second = write_tokens("a", [90, 33]), write_tokens("b", [70], offset=1000)
     chosen = section(first, second, weights=(0.7, 0.3), order=order)
-    batch = BatchSection(tokens_per_step=40, steps=(BatchChange(step=4, tokens_per_step=48), BatchChange(step=9, sequence_length=4)))
+    batch = BatchSection(
+        tokens_per_step=40, steps=(BatchChange(step=4, tokens_per_step=48), BatchChange(step=9, sequence_length=4))
+    )
     whole = open_training_data(chosen, batch, 3)
     expected = global_rows(whole, range(14))
     part = resumed(chosen, batch, whole, stop)
@@ -61,7 +65,9 @@ def test_another_row_length_neither_repeats_nor_skips_within_the_epoch(
     assert after.tokens_before(stop + steps) == len(seen)
 
 
-def test_a_row_over_a_seam_of_two_shuffled_windows_predicts_the_true_next_tokens(write_tokens: Callable[..., Path]) -> None:
+def test_a_row_over_a_seam_of_two_shuffled_windows_predicts_the_true_next_tokens(
+    write_tokens: Callable[..., Path],
+) -> None:
     folder = write_tokens("a", [400])
     data = open_training_data(section(folder, length=4, order="shuffled"), BatchSection(tokens_per_step=8), 3)
     after = resumed(section(folder, length=6, order="shuffled"), BatchSection(tokens_per_step=12), data, 3)
@@ -70,7 +76,9 @@ def test_a_row_over_a_seam_of_two_shuffled_windows_predicts_the_true_next_tokens
     assert (np.diff(rows[:, :6], axis=1) != 1).any()
 
 
-def test_a_row_length_that_comes_back_off_its_old_grid_reads_what_is_left_of_the_shuffled_epoch(write_tokens: Callable[..., Path]) -> None:
+def test_a_row_length_that_comes_back_off_its_old_grid_reads_what_is_left_of_the_shuffled_epoch(
+    write_tokens: Callable[..., Path],
+) -> None:
     folder, read = write_tokens("a", [81]), []
     data = open_training_data(section(folder, length=4, order="shuffled"), BatchSection(tokens_per_step=8), 3)
     read += global_rows(data, range(2))
@@ -83,7 +91,11 @@ def test_a_row_length_that_comes_back_off_its_old_grid_reads_what_is_left_of_the
 
 
 def test_a_changed_weight_or_a_new_source_goes_on_where_each_source_stood(write_tokens: Callable[..., Path]) -> None:
-    first, second, third = write_tokens("a", [400]), write_tokens("b", [400], offset=1000), write_tokens("c", [400], offset=2000)
+    first, second, third = (
+        write_tokens("a", [400]),
+        write_tokens("b", [400], offset=1000),
+        write_tokens("c", [400], offset=2000),
+    )
     batch = BatchSection(tokens_per_step=32)
     data = open_training_data(section(first, second), batch, 3)
     read = starts(global_rows(data, range(5)))
@@ -101,7 +113,11 @@ def test_a_changed_weight_or_a_new_source_goes_on_where_each_source_stood(write_
 
 
 def test_steps_of_an_earlier_phase_name_the_sources_as_the_recipe_does_now(write_tokens: Callable[..., Path]) -> None:
-    first, second, batch = write_tokens("a", [400]), write_tokens("b", [400], offset=1000), BatchSection(tokens_per_step=32)
+    first, second, batch = (
+        write_tokens("a", [400]),
+        write_tokens("b", [400], offset=1000),
+        BatchSection(tokens_per_step=32),
+    )
     data = open_training_data(section(first, second, weights=(3.0, 1.0)), batch, 3)
     turned = resumed(section(second, first), batch, data, 2)
     (then,), (now,) = global_rows(data, [1]), global_rows(turned, [1])
@@ -133,7 +149,9 @@ def test_changes_of_the_order_itself_are_refused_unless_allowed(
     assert allowed.samples_before(2) == 8
 
 
-def test_other_tokens_under_the_same_name_are_refused_unless_allowed(write_tokens: Callable[..., Path], tmp_path: Path) -> None:
+def test_other_tokens_under_the_same_name_are_refused_unless_allowed(
+    write_tokens: Callable[..., Path], tmp_path: Path
+) -> None:
     folder, batch = write_tokens("a", [400]), BatchSection(tokens_per_step=32)
     state = open_training_data(section(folder), batch, 3).state(2)
     folder.rename(tmp_path / "old")
@@ -145,7 +163,9 @@ def test_other_tokens_under_the_same_name_are_refused_unless_allowed(write_token
 
 
 @pytest.mark.parametrize("order", [("sequential", "shuffled"), ("shuffled", "sequential")])
-def test_after_an_allowed_change_of_order_the_next_epoch_begins(write_tokens: Callable[..., Path], order: tuple[str, str]) -> None:
+def test_after_an_allowed_change_of_order_the_next_epoch_begins(
+    write_tokens: Callable[..., Path], order: tuple[str, str]
+) -> None:
     folder, batch = write_tokens("a", [81]), BatchSection(tokens_per_step=40)
     before, after = section(folder, order=order[0]), section(folder, order=order[1])
     state = open_training_data(before, batch, 3).state(1)

@@ -28,7 +28,9 @@ def test_a_source_is_never_read_more_often_than_its_max_epochs(write_tokens: Cal
     assert data.passes(3) == {"a": 1.5}
 
 
-def test_the_last_row_within_max_epochs_is_read_and_the_next_one_refused_also_in_a_later_phase(write_tokens: Callable[..., Path]) -> None:
+def test_the_last_row_within_max_epochs_is_read_and_the_next_one_refused_also_in_a_later_phase(
+    write_tokens: Callable[..., Path],
+) -> None:
     batch = BatchSection(tokens_per_step=16, steps=(BatchChange(step=3, tokens_per_step=8),))
     data = open_training_data(section(write_tokens("a", [81]), max_epochs=1.5), batch, 3)
     with Loader(data, 0, 1, 2, prefetch=0) as loader:
@@ -39,7 +41,9 @@ def test_the_last_row_within_max_epochs_is_read_and_the_next_one_refused_also_in
 
 def test_tokens_per_epoch_ends_where_the_first_source_is_used_up(write_tokens: Callable[..., Path]) -> None:
     first, second = write_tokens("a", [81]), write_tokens("b", [801], offset=1000)
-    data = open_training_data(section(first, second, weights=(1.0, 3.0), max_epochs=1.0), BatchSection(tokens_per_step=8), 3)
+    data = open_training_data(
+        section(first, second, weights=(1.0, 3.0), max_epochs=1.0), BatchSection(tokens_per_step=8), 3
+    )
     steps = data.tokens_per_epoch // 8
     assert 40 <= steps <= 43
     data.check_steps(steps)
@@ -48,7 +52,9 @@ def test_tokens_per_epoch_ends_where_the_first_source_is_used_up(write_tokens: C
 
 
 def test_held_out_windows_are_fixed_and_apart_from_training(write_tokens: Callable[..., Path]) -> None:
-    data = open_training_data(section(write_tokens("a", [100], held_out=[100, 50])), BatchSection(tokens_per_step=16), 3)
+    data = open_training_data(
+        section(write_tokens("a", [100], held_out=[100, 50])), BatchSection(tokens_per_step=16), 3
+    )
     first = [batch["input_ids"].tolist() for batch in data.held_out(5, 2)]
     Loader(data, 0, 1, 2).batch(1)
     assert first == [batch["input_ids"].tolist() for batch in data.held_out(5, 2)]

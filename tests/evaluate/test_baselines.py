@@ -34,7 +34,12 @@ def slow_bigram(train: list[int]) -> list[list[float]]:
         row = [pairs[before, after] for after in range(VOCABULARY)]
         total, types = sum(row), sum(count > 0 for count in row)
         if total:
-            table.append([max(count - discount, 0) / total + discount * types / total * unigram[after] for after, count in enumerate(row)])
+            table.append(
+                [
+                    max(count - discount, 0) / total + discount * types / total * unigram[after]
+                    for after, count in enumerate(row)
+                ]
+            )
         else:
             table.append(unigram)
     return table
@@ -47,7 +52,9 @@ def test_unigram_and_bigram_equal_their_formulas(train: list[int], held_out: lis
     unigram, bigram = slow_unigram(train), slow_bigram(train)
     expected = -sum(math.log2(unigram[token]) for document in held_out for token in document)
     assert unigram_bits(np.array(train), documents, VOCABULARY) == pytest.approx(expected)
-    expected = -sum(math.log2(bigram[before][after]) for document in held_out for before, after in pairwise([EOS, *document]))
+    expected = -sum(
+        math.log2(bigram[before][after]) for document in held_out for before, after in pairwise([EOS, *document])
+    )
     assert bigram_bits(np.array(train), documents, VOCABULARY, EOS) == pytest.approx(expected)
 
 
@@ -55,7 +62,9 @@ def test_unigram_and_bigram_equal_their_formulas(train: list[int], held_out: lis
 @given(STREAMS)
 def test_every_row_of_the_bigram_model_is_a_distribution(train: list[int]) -> None:
     for before in range(VOCABULARY):
-        bits = [bigram_bits(np.array(train), [np.array([before, after])], VOCABULARY, EOS) for after in range(VOCABULARY)]
+        bits = [
+            bigram_bits(np.array(train), [np.array([before, after])], VOCABULARY, EOS) for after in range(VOCABULARY)
+        ]
         first = bigram_bits(np.array(train), [np.array([before])], VOCABULARY, EOS)
         assert sum(2 ** -(value - first) for value in bits) == pytest.approx(1.0)
 

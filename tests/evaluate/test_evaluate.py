@@ -44,7 +44,9 @@ def write_jsonl(path: Path, documents: list[str]) -> Path:
 def token_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokens")
     source = write_jsonl(folder / "text.jsonl", texts(150, seed=1))
-    return prepare(PrepareOptions(input=(str(source),), out=folder / "set", train_tokenizer=300, hold_out=0.1, workers=1))
+    return prepare(
+        PrepareOptions(input=(str(source),), out=folder / "set", train_tokenizer=300, hold_out=0.1, workers=1)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -104,10 +106,14 @@ def test_bits_per_byte_of_the_held_out_part_equals_a_plain_loop(
     assert found["standard_error"] == pytest.approx(error, rel=1e-4)
 
 
-def test_text_files_give_the_same_as_a_plain_loop(model_folder: Path, model: Any, tokenizer: TextTokenizer, tmp_path: Path) -> None:
+def test_text_files_give_the_same_as_a_plain_loop(
+    model_folder: Path, model: Any, tokenizer: TextTokenizer, tmp_path: Path
+) -> None:
     documents = texts(6, seed=9)
     found = evaluate(model_folder, ["bpb"], write_jsonl(tmp_path / "a.jsonl", documents), device="cpu")["tasks"]["bpb"]
-    bits = sum(plain_bits(model, np.array([*tokenizer.encode(text), tokenizer.eos_id]), tokenizer.eos_id) for text in documents)
+    bits = sum(
+        plain_bits(model, np.array([*tokenizer.encode(text), tokenizer.eos_id]), tokenizer.eos_id) for text in documents
+    )
     assert found["bits_per_byte"] == pytest.approx(bits / sum(len(text.encode()) for text in documents), rel=1e-5)
     assert found["documents"] == 6
 
@@ -127,7 +133,9 @@ def test_a_limit_takes_whole_documents_and_says_how_many_there_were(model_folder
 
 def test_the_answer_is_json_and_has_a_line_for_a_person(model_folder: Path, token_set: Path) -> None:
     calls: list[tuple[int, int]] = []
-    found = evaluate(model_folder, ["bpb"], token_set, device="cpu", progress=lambda done, total: calls.append((done, total)))
+    found = evaluate(
+        model_folder, ["bpb"], token_set, device="cpu", progress=lambda done, total: calls.append((done, total))
+    )
     assert json.loads(json.dumps(found)) == found
     assert calls[-1][0] == calls[-1][1] > 0
     assert f"bpb: {found['tasks']['bpb']['bits_per_byte']:.4f} bits per byte" in render(found)
@@ -145,7 +153,9 @@ def test_every_token_is_a_target_exactly_once(length: int, context: int) -> None
 
 def test_scores_come_in_the_order_asked_and_do_not_depend_on_the_batch(model: Any) -> None:
     chooser = np.random.default_rng(2)
-    requests = [ScoreRequest(chooser.integers(0, 300, size=size), start=1 + size // 4) for size in (5, 49, 12, 2, 30, 30, 7)]
+    requests = [
+        ScoreRequest(chooser.integers(0, 300, size=size), start=1 + size // 4) for size in (5, 49, 12, 2, 30, 30, 7)
+    ]
     together = score(model, requests, tokens_a_batch=200)
     for request, answer in zip(requests, together, strict=True):
         (alone,) = score(model, [request])
@@ -156,7 +166,9 @@ def test_scores_come_in_the_order_asked_and_do_not_depend_on_the_batch(model: An
 def test_greedy_marks_the_models_first_choice(model: Any) -> None:
     with torch.no_grad():
         best = int(model(input_ids=torch.tensor([[4, 5]]), use_cache=False).logits[0, -1].argmax())
-    hit, miss = score(model, [ScoreRequest(np.array([4, 5, best]), 2), ScoreRequest(np.array([4, 5, (best + 1) % 300]), 2)])
+    hit, miss = score(
+        model, [ScoreRequest(np.array([4, 5, best]), 2), ScoreRequest(np.array([4, 5, (best + 1) % 300]), 2)]
+    )
     assert hit.greedy.tolist() == [True]
     assert miss.greedy.tolist() == [False]
 
@@ -187,10 +199,14 @@ def test_bad_input_is_named(model_folder: Path, token_set: Path, tmp_path: Path)
     with pytest.raises(InputError, match="matches no file"):
         evaluate(model_folder, ["bpb"], tmp_path / "none.txt", device="cpu")
     source = write_jsonl(tmp_path / "t.jsonl", texts(40, seed=4))
-    bare = prepare(PrepareOptions(input=(str(source),), out=tmp_path / "bare", tokenizer=token_set / "tokenizer", workers=1))
+    bare = prepare(
+        PrepareOptions(input=(str(source),), out=tmp_path / "bare", tokenizer=token_set / "tokenizer", workers=1)
+    )
     with pytest.raises(InputError, match="holds no held-out documents"):
         evaluate(model_folder, ["bpb"], bare, device="cpu")
-    other = prepare(PrepareOptions(input=(str(source),), out=tmp_path / "other", train_tokenizer=310, hold_out=0.2, workers=1))
+    other = prepare(
+        PrepareOptions(input=(str(source),), out=tmp_path / "other", train_tokenizer=310, hold_out=0.2, workers=1)
+    )
     with pytest.raises(InputError, match="made with another tokenizer"):
         evaluate(model_folder, ["bpb"], other, device="cpu")
 
@@ -206,7 +222,9 @@ def test_the_standard_error_shrinks_with_the_square_root_of_the_documents() -> N
     assert ratio(np.array([3.0]), np.array([2.0])) == (1.5, None)
 
 
-def test_baselines_are_measured_on_the_same_documents(token_set: Path, tokenizer: TextTokenizer, model_folder: Path) -> None:
+def test_baselines_are_measured_on_the_same_documents(
+    token_set: Path, tokenizer: TextTokenizer, model_folder: Path
+) -> None:
     found = baseline_results(token_set, tokenizer)
     assert found["bytes"] == evaluate(model_folder, ["bpb"], token_set, device="cpu")["tasks"]["bpb"]["bytes"]
     assert found["bigram"] < found["unigram"] < found["uniform"]

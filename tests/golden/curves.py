@@ -1,9 +1,10 @@
 """Golden curves: 20 fp32 steps of each generation at nano width on the CPU, through the real loader, loop and metrics.
 
-Recorded in `tests/golden/curves.json`. A change of these numbers means that what is trained has changed. Where that is wanted, record
-them again with `python -m tests.golden.curves` and say in the commit what changed them.
+Recorded in `tests/golden/curves.json`. A change of these numbers means that what is trained has changed. Where that is
+wanted, record them again with `python -m tests.golden.curves` and say in the commit what changed them.
 
-The data is computed here and its tokenizer is written out, so that nothing depends on a library's version but the arithmetic itself.
+The data is computed here and its tokenizer is written out, so that nothing depends on a library's version but the
+arithmetic itself.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ RECORDED = Path(__file__).with_name("curves.json")
 VALUES = ("loss", "grad_norm")
 VOCABULARY, LENGTH, END = 64, 32, 63
 STEPS, ROWS = 20, 8
-# Higher rates let the last bits of a processor grow beyond 1e-4 within 20 steps: at this one, SSE and AVX-512 differ by at most 1e-5.
+# Higher rates let the last bits of a processor grow beyond 1e-4 within 20 steps: at this one, SSE and AVX-512 differ by
+# at most 1e-5.
 RATE = 1e-3
 
 # Each generation with the sizes of a toy and the proportions that make it special.
@@ -57,7 +59,11 @@ ORDERS: dict[str, dict[str, Any]] = {
     },
     "2.5": {"data.order": "shuffled", "data.documents": "within"},
     "3.0": {},
-    "4.0": {"data.order": "shuffled", "data.document_mask": True, "batch.micro": 4},  # and each step in two micro-batches
+    "4.0": {
+        "data.order": "shuffled",
+        "data.document_mask": True,
+        "batch.micro": 4,
+    },  # and each step in two micro-batches
 }
 MIXED = "4.0"
 
@@ -93,7 +99,9 @@ def write_data(folder: Path) -> Path:
     for name, count, shift in (("counting", 240, 5), ("other", 90, 31)):
         text = folder / f"{name}.jsonl"
         text.write_text("".join(json.dumps({"text": document}) + "\n" for document in _documents(count, shift)))
-        prepare(PrepareOptions(input=(str(text),), out=folder / name, tokenizer=tokenizer, workers=1, encoder="tokenizers"))
+        prepare(
+            PrepareOptions(input=(str(text),), out=folder / name, tokenizer=tokenizer, workers=1, encoder="tokenizers")
+        )
     return folder
 
 
@@ -109,7 +117,9 @@ def golden_recipe(generation: str, data: Path, changes: dict[str, Any] | None = 
         "checkpoint": {"every_minutes": 0, "sample_prompt": ""},
         "log": {"every_steps": 1, "tensorboard": False},
     }
-    mixed = {"data.sources": [*tree["data"]["sources"], {"path": str(data / "other"), "weight": 0.5, "max_epochs": 9.0}]}
+    mixed = {
+        "data.sources": [*tree["data"]["sources"], {"path": str(data / "other"), "weight": 0.5, "max_epochs": 9.0}]
+    }
     for path, value in {**(mixed if generation == MIXED else {}), **ORDERS[generation], **(changes or {})}.items():
         *sections, name = path.split(".")
         place = tree
@@ -131,9 +141,13 @@ def record() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         data = write_data(folder / "data")
-        curves = {generation: measure(golden_recipe(generation, data), folder / generation) for generation in GENERATIONS}
+        curves = {
+            generation: measure(golden_recipe(generation, data), folder / generation) for generation in GENERATIONS
+        }
     lines = [
-        f'  "{generation}": {{\n' + ",\n".join(f'    "{value}": {json.dumps(curve[value])}' for value in VALUES) + "\n  }"
+        f'  "{generation}": {{\n'
+        + ",\n".join(f'    "{value}": {json.dumps(curve[value])}' for value in VALUES)
+        + "\n  }"
         for generation, curve in curves.items()
     ]
     RECORDED.write_text("{\n" + ",\n".join(lines) + "\n}\n")

@@ -1,4 +1,6 @@
-"""What is trained, to 1e-4: the recorded curves hold, and no change of architecture, schedule or data order goes by unseen."""
+"""What is trained, to 1e-4: the recorded curves hold, and no change of architecture, schedule or data order goes by
+unseen.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +84,8 @@ ORDER: list[tuple[str, str, Any]] = [
     ("batch.tokens_per_step", "3.0", 512),
     ("batch.steps", "3.0", [{"step": 12, "tokens_per_step": 512}]),
 ]
-# A preset and init_from only fill the other fields; Muon's own keys and the limit of skipped steps do not act under AdamW.
+# A preset and init_from only fill the other fields; Muon's own keys and the limit of skipped steps do not act under
+# AdamW.
 NOT_A_CURVE = {"preset", "init_from", "muon_lr", "muon_momentum", "muon_dtype", "max_skipped"}
 PLANTED = [
     *((f"model.{field}", generation, value) for field, generation, value in ARCHITECTURE),
@@ -122,7 +125,9 @@ def test_twenty_steps_follow_the_recorded_curve(
     assert first_difference(found, recorded[generation]) is None
 
 
-@pytest.mark.parametrize(("key", "generation", "value"), PLANTED, ids=[f"{key}-{generation}" for key, generation, _ in PLANTED])
+@pytest.mark.parametrize(
+    ("key", "generation", "value"), PLANTED, ids=[f"{key}-{generation}" for key, generation, _ in PLANTED]
+)
 def test_a_change_of_one_key_leaves_the_recorded_curve(
     key: str, generation: str, value: Any, data: Path, tmp_path: Path, recorded: dict[str, dict[str, list[float]]]
 ) -> None:

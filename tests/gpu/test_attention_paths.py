@@ -1,4 +1,6 @@
-"""Every attention path of a CUDA machine against the plain formula in float64; which kernels ran; what memory they took."""
+"""Every attention path of a CUDA machine against the plain formula in float64; which kernels ran; what memory they
+took.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def tensors(dtype: torch.dtype, heads: int, shared: int, width: int) -> list[tor
     generator = torch.Generator("cuda").manual_seed(0)
     sizes = (heads, shared, shared)
     return [
-        torch.randn(2, n, LENGTH, width, generator=generator, device="cuda", dtype=torch.float64).to(dtype).requires_grad_(True)
+        torch.randn(2, n, LENGTH, width, generator=generator, device="cuda", dtype=torch.float64)
+        .to(dtype)
+        .requires_grad_(True)
         for n in sizes
     ]
 
@@ -51,7 +55,9 @@ def test_a_path_equals_the_plain_formula_forward_and_backward(
         pytest.skip(reason)
     wide = [x.detach().double().requires_grad_(True) for x in (q, k, v)]
     exact = math_attention(*wide, wanted, width**-0.5, 0.0)
-    upstream = torch.randn(exact.shape, device="cuda", dtype=torch.float64, generator=torch.Generator("cuda").manual_seed(1))
+    upstream = torch.randn(
+        exact.shape, device="cuda", dtype=torch.float64, generator=torch.Generator("cuda").manual_seed(1)
+    )
     expected = [exact, *torch.autograd.grad(exact, wide, upstream)]
     output, path = run_kernel(kernel, q, k, v, wanted, width**-0.5, 0.0)
     found = [output, *torch.autograd.grad(output, (q, k, v), upstream.to(dtype))]
@@ -84,15 +90,22 @@ def test_bf16_autocast_runs_a_fused_kernel_in_every_layer(generation: str, packe
     layers = model.config.num_hidden_layers
     fused = [name for name in ran if any(word in name for word in FUSED)]
     assert len(fused) >= 2 * layers, ran  # forward and backward
-    assert not any("softmax" in name and "log" not in name for name in ran), "a softmax outside a fused kernel: the plain path ran"
-    expected = {"full_attention": "documents" if packed else "causal", "sliding_attention": "documents-window" if packed else "window"}
+    assert not any("softmax" in name and "log" not in name for name in ran), (
+        "a softmax outside a fused kernel: the plain path ran"
+    )
+    expected = {
+        "full_attention": "documents" if packed else "causal",
+        "sliding_attention": "documents-window" if packed else "window",
+    }
     for path, kind in zip(model.attention_paths(), model.config.layer_types or [], strict=True):
         assert path.split("-", 1)[1].replace("window-blocks", "window") == expected[kind]
         assert path.split("-", 1)[0] != "math"
 
 
 def peak_gib(kernel: str) -> float:
-    """Peak memory of a forward and backward pass of 1.5's attention shape: 16 heads of 81, 2,048 tokens, 8 rows, bf16."""
+    """Peak memory of a forward and backward pass of 1.5's attention shape: 16 heads of 81, 2,048
+    tokens, 8 rows, bf16.
+    """
     q, k, v = (torch.randn(8, 16, 2048, 81, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -105,7 +118,8 @@ def test_fused_attention_takes_a_fraction_of_the_plain_memory(record_property: A
     plain, fused = peak_gib("math"), peak_gib("sdpa")
     record_property("peak_gib", {"math": plain, "sdpa": fused})
     print(
-        f"attention of 1.5: math {plain:.2f} GiB, fused {fused:.2f} GiB, ratio {plain / fused:.1f}; the whole model's published ratio is 2.6"
+        f"attention of 1.5: math {plain:.2f} GiB, fused {fused:.2f} GiB, ratio {plain / fused:.1f}; the whole model's "
+        "published ratio is 2.6"
     )
     assert plain > 2.6 * fused
 
@@ -126,9 +140,13 @@ def test_a_window_or_document_mask_is_never_a_dense_tensor(generation: str) -> N
 
 
 def test_positions_may_stay_on_the_cpu() -> None:
-    model = build_model(config_from_fields(presets()["nano-3.0"].fields), seed=0, device="cuda", dtype=torch.bfloat16).eval()
+    model = build_model(
+        config_from_fields(presets()["nano-3.0"].fields), seed=0, device="cuda", dtype=torch.bfloat16
+    ).eval()
     ids = torch.randint(0, 2048, (2, 256), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
     positions = torch.cat([torch.arange(100), torch.arange(156)]).expand(2, -1)
     with torch.no_grad():
-        there, here = (model(input_ids=ids, position_ids=x, use_cache=False).logits for x in (positions.cuda(), positions))
+        there, here = (
+            model(input_ids=ids, position_ids=x, use_cache=False).logits for x in (positions.cuda(), positions)
+        )
     assert torch.equal(there, here)

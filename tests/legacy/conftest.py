@@ -26,13 +26,17 @@ def one_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokens")
     text = folder / "topics.jsonl"
     text.write_text("".join(json.dumps({"text": topics[name]}) + "\n" for name in sorted(topics)[:40]))
-    options = PrepareOptions(input=(str(text),), out=folder / "set", train_tokenizer=512, hold_out=0.1, workers=1, format="train.bin")
+    options = PrepareOptions(
+        input=(str(text),), out=folder / "set", train_tokenizer=512, hold_out=0.1, workers=1, format="train.bin"
+    )
     return prepare(options)
 
 
 @pytest.fixture(scope="session")
 def short_file(one_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A train.bin of 1,000 tokens written by the format's definition alone: 256 words of 32 bits, then uint32 tokens."""
+    """A train.bin of 1,000 tokens written by the format's definition alone: 256 words of 32 bits, then
+    uint32 tokens.
+    """
     folder = tmp_path_factory.mktemp("short")
     header = np.zeros(256, dtype="<i4")
     header[[0, 2]] = 20240801, 1000
@@ -46,7 +50,12 @@ def in_order(nano: Nano, one_file: Path) -> Nano:
     """Recipes on the train.bin, with nothing that takes time beside training."""
 
     def make(preset: str = "nano-3.0", **overrides: str) -> Recipe:
-        quiet = {"checkpoint.sample_prompt": "", "checkpoint.every_steps": "0", "eval.windows": "0", "eval.every_steps": "0"}
+        quiet = {
+            "checkpoint.sample_prompt": "",
+            "checkpoint.every_steps": "0",
+            "eval.windows": "0",
+            "eval.every_steps": "0",
+        }
         return nano(preset, **{**quiet, **sources(one_file), **overrides})
 
     return make

@@ -1,4 +1,6 @@
-"""What the family's earlier trainer writes, made by torch alone: parameters in the order of its classes, its optimizer, its scheduler."""
+"""What the family's earlier trainer writes, made by torch alone: parameters in the order of its classes, its optimizer,
+its scheduler.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,10 @@ def spelled_out(generation: str, layers: int = 2) -> dict[str, str]:
     }
     if generation[0] != "1":
         return {"embed_tokens.weight": "model.embed_tokens.weight", **blocks, "norm.weight": "model.norm.weight"}
-    tables = {"position_embedding": "model.embed_positions.weight", "token_embedding.weight": "model.embed_tokens.weight"}
+    tables = {
+        "position_embedding": "model.embed_positions.weight",
+        "token_embedding.weight": "model.embed_tokens.weight",
+    }
     end = {"ln_f.weight": "model.norm.weight", "ln_f.bias": "model.norm.bias", "head.weight": "lm_head.weight"}
     return {**tables, **end, **blocks} if generation == "1.0" else {**tables, **blocks, **end}
 
@@ -81,7 +86,9 @@ def tokens_of(one_file: Path) -> np.ndarray:
 
 
 def earlier_parameters(recipe: Recipe, generation: str, vocabulary: int = 512) -> list[nn.Parameter]:
-    """Random parameters of the shapes of the recipe's model, in the earlier order; tables padded to `vocabulary` rows."""
+    """Random parameters of the shapes of the recipe's model, in the earlier order; tables padded to
+    `vocabulary` rows.
+    """
     model = build_model(config_from_fields(architecture_fields(recipe.model)), seed=5)
     now, torch_generator = dict(model.named_parameters()), torch.Generator().manual_seed(11)
     found = []
@@ -96,10 +103,14 @@ def earlier_parameters(recipe: Recipe, generation: str, vocabulary: int = 512) -
 def earlier_file(
     path: Path, recipe: Recipe, generation: str = "3.0", *, steps: int = 3, vocabulary: int = 512, **content: Any
 ) -> dict[str, Any]:
-    """What the earlier trainer saves after `steps` steps: its own torch AdamW and LambdaLR, moments of its own in every tensor."""
+    """What the earlier trainer saves after `steps` steps: its own torch AdamW and LambdaLR, moments of its own in every
+    tensor.
+    """
     parameters = earlier_parameters(recipe, generation, vocabulary)
     optimizer = torch.optim.AdamW(parameters, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.1, 0.5 * (1 + np.cos(np.pi * step / 12))))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: max(0.1, 0.5 * (1 + np.cos(np.pi * step / 12)))
+    )
     for step in range(steps):
         for number, parameter in enumerate(parameters):
             parameter.grad = torch.full_like(parameter, 0.01 * (number + 1) * (step + 1))

@@ -112,9 +112,11 @@ def test_greedy_text_is_the_earlier_one(golden: Path) -> None:
 
 
 def earlier_windowed_decode(windowed: Any, full: Any, ids: torch.Tensor, length: int) -> torch.Tensor:
-    """The earlier code applied its window to the prompt and forgot it in cached decoding; its stored text is of that mixture.
+    """The earlier code applied its window to the prompt and forgot it in cached decoding; its stored text is of that
+    mixture.
 
-    Ours keeps the window in both (test_caches.py), so its own greedy text differs from the twelfth token on, and rightly so.
+    Ours keeps the window in both (test_caches.py), so its own greedy text differs from the twelfth token on, and
+    rightly so.
     """
     cache, step, model = DynamicCache(), ids, windowed
     while ids.shape[1] < length:
@@ -142,7 +144,9 @@ def test_padding_masks_are_the_earlier_ones(side: str, shared: Path) -> None:
     model, _ = load_earlier(golden)
     tensors = load_file(golden / "tensors.safetensors")
     mask = tensors[f"attention_mask_{side}"]
-    positions = torch.arange(mask.shape[1])[None].expand_as(mask)  # the earlier code did not shift positions for left padding
+    positions = torch.arange(mask.shape[1])[None].expand_as(
+        mask
+    )  # the earlier code did not shift positions for left padding
     with torch.no_grad():
         found = model(input_ids=tensors["input_ids"], attention_mask=mask, position_ids=positions).logits
     assert_close(found[mask.bool()], tensors[f"logits_mask_{side}"][mask.bool()])
@@ -152,7 +156,13 @@ def test_an_import_is_a_complete_folder(golden: Path, tmp_path: Path) -> None:
     out = tmp_path / "imported"
     report = import_checkpoint(golden, out, attention=attention_of(golden))
     names = {path.name for path in out.iterdir()}
-    assert {"config.json", "generation_config.json", "model.safetensors", "modeling_argonne.py", "configuration_argonne.py"} <= names
+    assert {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "modeling_argonne.py",
+        "configuration_argonne.py",
+    } <= names
     assert {"attention.py", "fused.py", "kernels.py", "layers.py", "loss.py"} <= names
     config = json.loads((out / "config.json").read_text())
     assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
@@ -172,11 +182,20 @@ def test_every_import_loads_in_a_fresh_process_where_argonne_is_not_installed(sh
         model, _ = load_earlier(golden, attention_of(golden))
         expected = {**expectations(model), "input_ids": tensors["input_ids"], "logits": tensors["logits"]}
         save_file(expected, tmp_path / f"{name}.safetensors")
-        lines.append(f"print('@@' + json.dumps(compare({str(tmp_path / name)!r}, {str(tmp_path / name)!r} + '.safetensors')))")
+        lines.append(
+            f"print('@@' + json.dumps(compare({str(tmp_path / name)!r}, {str(tmp_path / name)!r} + '.safetensors')))"
+        )
     script = "import json, sys\nsys.modules['argonne'] = None\nfrom fresh_load import compare\n" + "\n".join(lines)
     folder = Path(argonne.publish.fresh_load.__file__).parent
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": str(folder)}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "HF_MODULES_CACHE": str(tmp_path / "modules"),
+        "PYTHONPATH": str(folder),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=tmp_path, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     found = [json.loads(line[2:]) for line in done.stdout.splitlines() if line.startswith("@@")]
     assert len(found) == len(FIXTURES)
@@ -185,7 +204,12 @@ def test_every_import_loads_in_a_fresh_process_where_argonne_is_not_installed(sh
         assert answer["greedy_equal"] or answer["greedy_gap"] < 1e-4
 
 
-NATIVE_CLASS = {"a10": "GPT2LMHeadModel", "a15": "GPT2LMHeadModel", "a20": "MistralForCausalLM", "a25": "LlamaForCausalLM"}
+NATIVE_CLASS = {
+    "a10": "GPT2LMHeadModel",
+    "a15": "GPT2LMHeadModel",
+    "a20": "MistralForCausalLM",
+    "a25": "LlamaForCausalLM",
+}
 
 
 def test_the_native_twin_of_an_import_has_the_earlier_logits(golden: Path, tmp_path: Path) -> None:
@@ -230,14 +254,18 @@ VARIANTS: dict[str, Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
     "pipelined, repeated": lambda tensors: pipelined(tensors, keep_blocks=True),
     "pipelined only": lambda tensors: pipelined(tensors, keep_blocks=False),
     "compiled": lambda tensors: {f"_orig_mod.{name}": tensor for name, tensor in tensors.items()},
-    "compiled inside": lambda tensors: {name.replace(".attn.", "._orig_mod.attn."): tensor for name, tensor in tensors.items()},
+    "compiled inside": lambda tensors: {
+        name.replace(".attn.", "._orig_mod.attn."): tensor for name, tensor in tensors.items()
+    },
     "data parallel": lambda tensors: {f"module.{name}": tensor for name, tensor in tensors.items()},
 }
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("kind", ["folder", "bin", "pt"])
-def test_pipelined_and_compiled_files_load_in_every_container(variant: str, kind: str, editable: Any, shared: Path) -> None:
+def test_pipelined_and_compiled_files_load_in_every_container(
+    variant: str, kind: str, editable: Any, shared: Path
+) -> None:
     folder = editable("a15_sdpa_odd81")
     tensors = VARIANTS[variant](load_file(folder / "model.safetensors"))
     (folder / "model.safetensors").unlink()
@@ -248,7 +276,16 @@ def test_pipelined_and_compiled_files_load_in_every_container(variant: str, kind
         torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     else:
         path = folder / "checkpoint_step_70.pt"
-        torch.save({"global_step": 70, "tokens_processed": 1, "loss": 2.0, "model_state_dict": tensors, "optimizer_state_dict": {}}, path)
+        torch.save(
+            {
+                "global_step": 70,
+                "tokens_processed": 1,
+                "loss": 2.0,
+                "model_state_dict": tensors,
+                "optimizer_state_dict": {},
+            },
+            path,
+        )
     model, _ = load_earlier(path)
     expected = load_file(shared / "golden" / "a15_sdpa_odd81" / "tensors.safetensors")
     with torch.no_grad():
@@ -256,7 +293,9 @@ def test_pipelined_and_compiled_files_load_in_every_container(variant: str, kind
 
 
 def test_stages_of_several_blocks_are_counted_through(tmp_path: Path) -> None:
-    tensors = {f"pipeline_stages.{s}.{j}.ln1.weight": torch.full((2,), float(3 * s + j)) for s in range(2) for j in range(3)}
+    tensors = {
+        f"pipeline_stages.{s}.{j}.ln1.weight": torch.full((2,), float(3 * s + j)) for s in range(2) for j in range(3)
+    }
     torch.save(tensors, tmp_path / "x.pt")
     (tmp_path / "config.json").write_text('{"model_type": "argonne"}')
     found = read_earlier(tmp_path / "x.pt").tensors
@@ -330,7 +369,10 @@ def truncate(folder: Path) -> None:
 
 
 BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "missing": (lambda f: change_tensors(f, lambda t: t.pop("blocks.1.attn.q_norm.weight")), "layers.1.self_attn.q_norm.weight is missing"),
+    "missing": (
+        lambda f: change_tensors(f, lambda t: t.pop("blocks.1.attn.q_norm.weight")),
+        "layers.1.self_attn.q_norm.weight is missing",
+    ),
     "unknown": (lambda f: change_tensors(f, lambda t: t.update(extra=torch.ones(1))), "parameter extra is unknown"),
     "mis-shaped": (
         lambda f: change_tensors(f, lambda t: t.update({"norm.weight": torch.ones(47)})),
@@ -340,7 +382,10 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: change_tensors(f, lambda t: t.update({"embed_tokens.weight": torch.ones(100, 48)})),
         "embed_tokens.weight has shape",
     ),
-    "untied": (lambda f: change_tensors(f, lambda t: t["lm_head.weight"].add_(1)), "lm_head.weight differs from embed_tokens.weight"),
+    "untied": (
+        lambda f: change_tensors(f, lambda t: t["lm_head.weight"].add_(1)),
+        "lm_head.weight differs from embed_tokens.weight",
+    ),
     "truncated": (truncate, "truncated or damaged"),
     "other family": (lambda f: change_config(f, model_type="llama"), "model_type is 'llama'"),
     "experiment": (lambda f: change_config(f, attn_gate=True), "attn_gate is True"),

@@ -1,4 +1,6 @@
-"""Where an earlier run stood in its data: its next window exactly, or the beginning of the data, and only when that was asked for."""
+"""Where an earlier run stood in its data: its next window exactly, or the beginning of the data, and only when that was
+asked for.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,12 @@ def test_tokens_position_and_counters_carry_over_whatever_the_batch_was(data: st
     rows = data.draw(st.integers(1, (len(stream) - 1) // T - ROWS), label="rows read so far")
     steps = data.draw(st.integers(1, rows), label="steps so far")
     base = data.draw(st.sampled_from([(0, 0), (7, 7 * 1000 + 3)]), label="steps and tokens of other data before")
-    content = {"data_position": rows * T, "dataset_base_global_step": base[0], "dataset_base_tokens_processed": base[1], "block_size": T}
+    content = {
+        "data_position": rows * T,
+        "dataset_base_global_step": base[0],
+        "dataset_base_tokens_processed": base[1],
+        "block_size": T,
+    }
     file = TrainingFile(Path("checkpoint.pt"), base[0] + steps, base[1] + rows * T, content, {}, None, [])
     source = f'[{{ path = "{one_file}", max_epochs = 2 }}]'
     keys = {"data.sources": source, "data.sequence_length": str(T), "batch.tokens_per_step": str(ROWS * T)}
@@ -56,7 +63,11 @@ def unsuited(in_order: Nano, short_file: Path, one_file: Path) -> dict[str, tupl
     plain = in_order()
     rows = {"current_file_idx": 7, "position_in_file": 1234}
     return {
-        "other length": (in_order(**{"data.sequence_length": "64"}), {"block_size": T}, "rows of 32 tokens, the recipe says 64"),
+        "other length": (
+            in_order(**{"data.sequence_length": "64"}),
+            {"block_size": T},
+            "rows of 32 tokens, the recipe says 64",
+        ),
         "a mixture": (in_order(**sources(one_file, short_file)), {}, "not one token file"),
         "another order": (in_order(**{"data.order": "shuffled"}), {}, "shuffled"),
         "file and row": (plain, {"data_position": rows}, "current_file_idx = 7, position_in_file = 1234"),
@@ -84,12 +95,19 @@ def test_a_position_that_means_nothing_in_the_data_needs_data_from_start(
         assert data.mixture.positions(3).get(data.sources[0].tokens.fingerprint) is None, name
 
 
-def test_with_data_from_start_the_counters_go_on_and_the_data_begins(in_order: Nano, tokens: Path, tmp_path: Path) -> None:
+def test_with_data_from_start_the_counters_go_on_and_the_data_begins(
+    in_order: Nano, tokens: Path, tmp_path: Path
+) -> None:
     recipe = in_order(**sources(tokens), **{"train.steps": "5"})
     earlier_file(tmp_path / "checkpoint_step_3.pt", recipe, data_position={"current_file_idx": 7})
-    run(recipe, tmp_path / "new", resume_from=tmp_path / "checkpoint_step_3.pt", data_from_start=True, stop_after_step=4)
+    run(
+        recipe, tmp_path / "new", resume_from=tmp_path / "checkpoint_step_3.pt", data_from_start=True, stop_after_step=4
+    )
     run(recipe, tmp_path / "new", resume_from=tmp_path / "checkpoint_step_3.pt", data_from_start=True)
-    assert [(record["step"], record["tokens"]) for record in curve(tmp_path / "new")] == [(4, 4 * ROWS * T), (5, 5 * ROWS * T)]
+    assert [(record["step"], record["tokens"]) for record in curve(tmp_path / "new")] == [
+        (4, 4 * ROWS * T),
+        (5, 5 * ROWS * T),
+    ]
     places = json.loads((tmp_path / "new" / LAST / "state.json").read_text())["data"]["positions"]
     assert [place["used"] for place in places.values()] == [2 * ROWS * T]
 

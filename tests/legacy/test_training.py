@@ -1,4 +1,6 @@
-"""The family's `checkpoint_step_<N>.pt`: read as its trainer wrote it, written as its trainer reads it, refused where it does not fit."""
+"""The family's `checkpoint_step_<N>.pt`: read as its trainer wrote it, written as its trainer reads it, refused where
+it does not fit.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,10 @@ def test_the_earlier_trainers_own_calls_take_an_exported_file(in_order: Nano, tm
     run(recipe, tmp_path / "cut", stop_after_step=4)
     content = torch.load(export_pt(tmp_path / "cut", tmp_path / "exported")["path"], weights_only=True)
     assert list(content["model_state_dict"]) == [*spelled_out("3.0"), "lm_head.weight"]
-    assert content["model_state_dict"]["lm_head.weight"].data_ptr() == content["model_state_dict"]["embed_tokens.weight"].data_ptr()
+    assert (
+        content["model_state_dict"]["lm_head.weight"].data_ptr()
+        == content["model_state_dict"]["embed_tokens.weight"].data_ptr()
+    )
     parameters = earlier_parameters(recipe, "3.0")
     optimizer = torch.optim.AdamW(parameters, lr=1.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
@@ -69,10 +74,17 @@ def test_the_earlier_trainers_own_calls_take_an_exported_file(in_order: Nano, tm
     for parameter, name in zip(parameters, spelled_out("3.0").values(), strict=True):
         assert torch.equal(optimizer.state[parameter]["exp_avg_sq"], ours[f"optim.exp_avg_sq.{name}"])
         assert optimizer.state[parameter]["step"] == 4
-    assert (scheduler.last_epoch, optimizer.param_groups[0]["weight_decay"], optimizer.param_groups[0]["betas"]) == (4, 0.1, (0.9, 0.95))
+    assert (scheduler.last_epoch, optimizer.param_groups[0]["weight_decay"], optimizer.param_groups[0]["betas"]) == (
+        4,
+        0.1,
+        (0.9, 0.95),
+    )
     assert content["loss"] == curve(tmp_path / "cut")[3]["loss"]
     config = json.loads((tmp_path / "exported" / "config.json").read_text())
-    assert (config["local_attention_window"], config["interleaved_local_attention"]) == (63, True)  # w earlier keys and the own one
+    assert (config["local_attention_window"], config["interleaved_local_attention"]) == (
+        63,
+        True,
+    )  # w earlier keys and the own one
 
 
 def load_state(folder: Path) -> dict[str, Tensor]:
@@ -92,7 +104,11 @@ def test_every_weight_and_moment_lands_on_its_own_parameter(generation: str, nan
     assert len(found) == 4 * len(spelled_out(generation))
     for number, (old, new) in enumerate(spelled_out(generation).items()):
         entry = tree["optimizer_state_dict"]["state"][number]
-        expected = {"optim.exp_avg": entry["exp_avg"], "optim.exp_avg_sq": entry["exp_avg_sq"], "model": tree["model_state_dict"][old]}
+        expected = {
+            "optim.exp_avg": entry["exp_avg"],
+            "optim.exp_avg_sq": entry["exp_avg_sq"],
+            "model": tree["model_state_dict"][old],
+        }
         for kind, value in expected.items():
             assert torch.equal(found[f"{kind}.{new}"], value[0] if old == "position_embedding" else value), (kind, old)
         assert found[f"optim.step.{new}"] == 3
@@ -114,7 +130,9 @@ def test_padded_vocabulary_rows_are_trimmed_in_weights_and_moments_and_said(nano
     restore(opened(tmp_path / "checkpoint_step_3.pt", recipe), model, optimizer, said.append)
     found = run_tensors(model, optimizer)
     assert torch.equal(found["model.model.embed_tokens.weight"], tree["model_state_dict"]["embed_tokens.weight"][:500])
-    assert torch.equal(found["optim.exp_avg.model.embed_tokens.weight"], tree["optimizer_state_dict"]["state"][0]["exp_avg"][:500])
+    assert torch.equal(
+        found["optim.exp_avg.model.embed_tokens.weight"], tree["optimizer_state_dict"]["state"][0]["exp_avg"][:500]
+    )
     assert "512 rows trimmed to the vocabulary of 500" in "\n".join(said)
 
 
@@ -179,13 +197,22 @@ def spoilt(path: Path, recipe: Recipe, how: str) -> list[str]:
     elif how == "fewer moments":
         group["params"] = group["params"][:-1]
     elif how == "two groups":
-        tree["optimizer_state_dict"]["param_groups"] = [{**group, "params": [0]}, {**group, "params": group["params"][1:]}]
+        tree["optimizer_state_dict"]["param_groups"] = [
+            {**group, "params": [0]},
+            {**group, "params": group["params"][1:]},
+        ]
     elif how == "rearranged":
         tree["model_state_dict"] = dict(sorted(weights.items()))
     elif how == "other count":
         tree["tokens_processed"] = 2
     elif how == "other rotary base":
-        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": T, "rope_theta": 1e4}
+        sizes = {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "max_position_embeddings": T,
+            "rope_theta": 1e4,
+        }
         (path.parent / "config.json").write_text(json.dumps({"model_type": "argonne2", "logit_softcap": 15.0, **sizes}))
     torch.save(tree, path)
     if how == "truncated":
@@ -194,7 +221,16 @@ def spoilt(path: Path, recipe: Recipe, how: str) -> list[str]:
 
 
 SPOILT = [
-    *("code", "truncated", "no steps", "no optimizer", "missing weight", "unknown weight", "mis-shaped weight", "mis-shaped moment"),
+    *(
+        "code",
+        "truncated",
+        "no steps",
+        "no optimizer",
+        "missing weight",
+        "unknown weight",
+        "mis-shaped weight",
+        "mis-shaped moment",
+    ),
     *("missing moment", "fewer moments", "two groups", "rearranged", "other count", "other rotary base"),
 ]
 
@@ -240,7 +276,9 @@ def test_what_the_earlier_class_cannot_express_is_refused_by_name(in_order: Nano
     assert not (tmp_path / "exported").exists()
 
 
-def test_an_export_is_complete_or_absent_and_takes_no_ones_place(in_order: Nano, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_is_complete_or_absent_and_takes_no_ones_place(
+    in_order: Nano, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = in_order(**{"train.steps": "4", "schedule.decay": "0", "schedule.warmup": "1"})
     run(recipe, tmp_path / "whole")
     with pytest.raises(InputError, match="has no optimizer state"):

@@ -17,10 +17,14 @@ from argonne.model.kernels import math_attention, run_kernel, sdpa_attention
 Make = Callable[..., ArgonneForCausalLM]
 
 
-def tensors(rows: int, length: int, heads: int = 4, shared: int = 2, width: int = 6, seed: int = 0) -> list[torch.Tensor]:
+def tensors(
+    rows: int, length: int, heads: int = 4, shared: int = 2, width: int = 6, seed: int = 0
+) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     sizes = (heads, shared, shared)
-    return [torch.randn(rows, n, length, width, generator=generator, dtype=torch.float64, requires_grad=True) for n in sizes]
+    return [
+        torch.randn(rows, n, length, width, generator=generator, dtype=torch.float64, requires_grad=True) for n in sizes
+    ]
 
 
 def positions_of(lengths: list[int], total: int) -> torch.Tensor:
@@ -29,7 +33,9 @@ def positions_of(lengths: list[int], total: int) -> torch.Tensor:
     return row[:total]
 
 
-def brute_force(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, position_ids: torch.Tensor | None, window: int | None) -> torch.Tensor:
+def brute_force(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, position_ids: torch.Tensor | None, window: int | None
+) -> torch.Tensor:
     """One query at a time: the keys it may see, by the words of the contract."""
     rows, heads, length, width = q.shape
     out = torch.zeros(rows, length, heads, width, dtype=q.dtype)
@@ -126,9 +132,14 @@ def test_the_paths_taken_are_reported(make_model: Make, ids: torch.Tensor) -> No
 
 
 @pytest.mark.parametrize("generation", ["1", "2", "3-window"])
-def test_bf16_autocast_takes_the_fused_kernel_and_never_the_plain_one(generation: str, make_model: Make, ids: torch.Tensor) -> None:
+def test_bf16_autocast_takes_the_fused_kernel_and_never_the_plain_one(
+    generation: str, make_model: Make, ids: torch.Tensor
+) -> None:
     model = make_model(generation, dtype=torch.float32, attention_dropout=0.0).train()  # no CPU kernel fuses dropout
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile, torch.autocast("cpu", torch.bfloat16):
+    with (
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile,
+        torch.autocast("cpu", torch.bfloat16),
+    ):
         model(input_ids=ids, shift_labels=ids, use_cache=False).loss.backward()
     ran = {event.key for event in profile.key_averages()}
     assert "aten::_scaled_dot_product_flash_attention_for_cpu" in ran

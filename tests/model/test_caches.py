@@ -1,4 +1,6 @@
-"""Cached decoding equals recomputing, in every cache class, past the window, with padding on the left, through `generate` too."""
+"""Cached decoding equals recomputing, in every cache class, past the window, with padding on the left, through
+`generate` too.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ def test_cached_equals_recomputed_beyond_the_window(
 
 @pytest.mark.parametrize("implementation", ["argonne", "sdpa", "eager"])
 @pytest.mark.parametrize("generation", GENERATIONS)
-def test_a_left_padded_batch_equals_its_rows_alone(generation: str, implementation: str, make_model: Make, ids: torch.Tensor) -> None:
+def test_a_left_padded_batch_equals_its_rows_alone(
+    generation: str, implementation: str, make_model: Make, ids: torch.Tensor
+) -> None:
     model = make_model(generation)
     model.set_attn_implementation(implementation)
     lengths = [40, 23]
@@ -78,7 +82,9 @@ def test_the_padding_of_a_row_is_one_segment_whatever_its_positions() -> None:
     assert isinstance(segments, Segments)
     assert segments.lengths == (7, 5, 12)
     mask[1, 9:] = False
-    segments = segments_of(torch.tensor([[0] * 8 + [0, 1, 0, 1], [0, 1, 2, 0, 1, 2, 3, 4, 5, 1, 1, 1]]), mask, (2, 12), torch.device("cpu"))
+    segments = segments_of(
+        torch.tensor([[0] * 8 + [0, 1, 0, 1], [0, 1, 2, 0, 1, 2, 3, 4, 5, 1, 1, 1]]), mask, (2, 12), torch.device("cpu")
+    )
     assert isinstance(segments, Segments)
     assert segments.lengths == (7, 1, 2, 2, 3, 6, 3)  # documents within the text of a padded row are kept apart too
 
@@ -108,7 +114,12 @@ def test_generate_gives_each_prompt_of_a_padded_batch_its_own_text(
     batch, mask = torch.zeros(2, 20, dtype=torch.int64), torch.zeros(2, 20, dtype=torch.int64)
     for row, length in enumerate(lengths):
         batch[row, -length:], mask[row, -length:] = ids[row, :length], 1
-    settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": 18, "pad_token_id": 0, "cache_implementation": cache}
+    settings: dict[str, Any] = {
+        "do_sample": False,
+        "max_new_tokens": 18,
+        "pad_token_id": 0,
+        "cache_implementation": cache,
+    }
     together = model.generate(batch, attention_mask=mask, **settings)
     for row, length in enumerate(lengths):
         text = ids[row : row + 1, :length]
@@ -146,8 +157,12 @@ def test_learned_positions_end_with_their_table_cached_or_not(make_model: Make) 
     model = make_model("1", max_position_embeddings=20)
     ids = torch.ones(1, 21, dtype=torch.int64)
     model(input_ids=ids[:, :20])
-    with pytest.raises(ValueError, match="position 20 is beyond the table of learned positions: max_position_embeddings is 20"):
+    with pytest.raises(
+        ValueError, match="position 20 is beyond the table of learned positions: max_position_embeddings is 20"
+    ):
         model(input_ids=ids)
     with pytest.raises(ValueError, match="position 20 is beyond"):
         model.generate(ids[:, :18], max_new_tokens=6, do_sample=False, pad_token_id=0)
-    assert model.generate(ids[:, :18], max_new_tokens=3, do_sample=False, pad_token_id=0).shape[1] == 21  # the last one is never fed
+    assert (
+        model.generate(ids[:, :18], max_new_tokens=3, do_sample=False, pad_token_id=0).shape[1] == 21
+    )  # the last one is never fed

@@ -18,7 +18,10 @@ from argonne.presets import presets
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_attention_heads": 6, "num_key_value_heads": 4}, "num_attention_heads is 6, not a multiple of num_key_value_heads = 4"),
+        (
+            {"num_attention_heads": 6, "num_key_value_heads": 4},
+            "num_attention_heads is 6, not a multiple of num_key_value_heads = 4",
+        ),
         ({"head_dim": 7}, "head_dim is 7"),
         ({"layer_types": ["full_attention"] * 3}, "layer_types has 3 entries"),
         ({"layer_types": ["full_attention"] * 3 + ["local"]}, r"layer_types\[3\] is 'local'"),
@@ -39,7 +42,9 @@ def test_a_config_that_cannot_be_is_refused_with_the_field_and_its_value(change:
 
 
 def test_what_is_not_given_follows_the_rules() -> None:
-    config = config_from_fields({"vocab_size": 10, "hidden_size": 4_080, "num_hidden_layers": 2, "num_attention_heads": 24})
+    config = config_from_fields(
+        {"vocab_size": 10, "hidden_size": 4_080, "num_hidden_layers": 2, "num_attention_heads": 24}
+    )
     assert (config.intermediate_size, config.head_dim, config.num_key_value_heads) == (11_008, 170, 24)
     assert config.layer_types == ["full_attention"] * 2
     assert not any((config.q_norm, config.k_norm, config.v_norm, config.sandwich_norm))
@@ -56,7 +61,14 @@ def test_a_config_survives_its_file(name: str, tmp_path: Path) -> None:
 
 
 def test_an_earlier_config_with_a_window_and_no_layer_types_is_full_attention_and_says_so() -> None:
-    earlier = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 3, "qk_norm": True, "v_norm": True, "logit_softcap": 15.0}
+    earlier = {
+        "hidden_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 3,
+        "qk_norm": True,
+        "v_norm": True,
+        "logit_softcap": 15.0,
+    }
     with pytest.warns(UserWarning, match="window of 8") as caught:
         config = ArgonneConfig(**earlier, local_attention_window=8, interleaved_local_attention=True, rope_theta=1e6)
     assert len(caught) == 1
@@ -71,17 +83,26 @@ def test_an_earlier_config_with_a_window_and_no_layer_types_is_full_attention_an
 def test_stale_aliases_never_override_the_modern_names() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        config = ArgonneConfig(hidden_size=56, n_embd=999, num_hidden_layers=2, n_layer=7, max_position_embeddings=64, block_size=32)
+        config = ArgonneConfig(
+            hidden_size=56, n_embd=999, num_hidden_layers=2, n_layer=7, max_position_embeddings=64, block_size=32
+        )
     assert (config.hidden_size, config.num_hidden_layers, config.max_position_embeddings) == (56, 2, 64)
     assert not hasattr(config, "block_size")
     first = Argonne1Config(n_embd=108, n_layer=2, n_head=1, block_size=24, dropout=0.25, vocab_size=120)
-    assert (first.hidden_size, first.num_hidden_layers, first.num_attention_heads, first.max_position_embeddings) == (108, 2, 1, 24)
+    assert (first.hidden_size, first.num_hidden_layers, first.num_attention_heads, first.max_position_embeddings) == (
+        108,
+        2,
+        1,
+        24,
+    )
     assert first.attention_dropout == first.hidden_dropout == 0.25
     assert first.intermediate_size == 432
 
 
 def test_training_switches_of_earlier_configs_are_not_carried_along() -> None:
-    config = ArgonneConfig(hidden_size=56, use_flash_attention=True, use_gradient_checkpointing=True, z_loss_weight=0.1, mtp_horizon=2)
+    config = ArgonneConfig(
+        hidden_size=56, use_flash_attention=True, use_gradient_checkpointing=True, z_loss_weight=0.1, mtp_horizon=2
+    )
     kept = json.loads(config.to_json_string(use_diff=False))
     assert not {"use_flash_attention", "use_gradient_checkpointing", "z_loss_weight", "mtp_horizon"} & set(kept)
 
@@ -99,7 +120,9 @@ def test_the_same_seed_gives_the_same_weights_whatever_the_global_state() -> Non
     assert not torch.equal(first["model.embed_tokens.weight"], third["model.embed_tokens.weight"])
 
 
-@pytest.mark.parametrize(("initializer", "plain", "residual"), [("scaled", 0.02, 0.02 / 8**0.5), ("argonne", 128**-0.5, 8**-0.5)])
+@pytest.mark.parametrize(
+    ("initializer", "plain", "residual"), [("scaled", 0.02, 0.02 / 8**0.5), ("argonne", 128**-0.5, 8**-0.5)]
+)
 def test_the_initializers_have_their_widths(initializer: str, plain: float, residual: float) -> None:
     model = build_model(config_from_fields(presets()["nano-3.0"].fields), initializer=initializer, seed=0)
     layer = model.model.layers[1]

@@ -1,4 +1,6 @@
-"""A stand-in for an inference engine's Transformers backend: what vLLM and SGLang ask of the class, and nothing more."""
+"""A stand-in for an inference engine's Transformers backend: what vLLM and SGLang ask of the class,
+and nothing more.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +19,17 @@ Make = Callable[..., ArgonneForCausalLM]
 
 
 class EngineAttention:
-    """One layer's attention of the engine: it owns the keys of all running sequences and knows the layer's window from the config."""
+    """One layer's attention of the engine: it owns the keys of all running sequences and knows the layer's window from
+    the config.
+    """
 
     def __init__(self, config: Any, layer: int) -> None:
         self.window = config.sliding_window if config.layer_types[layer] == "sliding_attention" else None
         self.called_with: dict[str, Any] = {}
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float, lengths: list[int]) -> torch.Tensor:
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float, lengths: list[int]
+    ) -> torch.Tensor:
         """(T, heads, D) of several sequences one after the other."""
         outputs = []
         for queries, keys, values in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):

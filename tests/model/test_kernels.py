@@ -1,4 +1,6 @@
-"""The CUDA kernels' adapters against kernels written from their documentation; the order; what is said when one cannot run."""
+"""The CUDA kernels' adapters against kernels written from their documentation; the order; what is said when one cannot
+run.
+"""
 
 from __future__ import annotations
 
@@ -29,12 +31,16 @@ def plan_of(name: str) -> MaskPlan:
     window, documents = PLANS[name]
     segments = None
     if documents is not None:
-        segments = segments_of(torch.stack([positions_of(row, 40) for row in documents]), None, (2, 40), torch.device("cpu"))
+        segments = segments_of(
+            torch.stack([positions_of(row, 40) for row in documents]), None, (2, 40), torch.device("cpu")
+        )
     assert segments is None or isinstance(segments, Segments)
     return MaskPlan(window, segments)
 
 
-def documented_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, left: int, right: int) -> torch.Tensor:
+def documented_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, left: int, right: int
+) -> torch.Tensor:
     """(T, Hq, D), (T, Hkv, D): query i sees keys i - left .. i + right, -1 = without limit."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     i, j = torch.arange(len(q))[:, None], torch.arange(len(k))[None]
@@ -48,11 +54,19 @@ def documented_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scal
 
 
 def flash_attn_func(
-    q: Any, k: Any, v: Any, dropout_p: float = 0.0, softmax_scale: Any = None, causal: bool = False, window_size: Any = (-1, -1)
+    q: Any,
+    k: Any,
+    v: Any,
+    dropout_p: float = 0.0,
+    softmax_scale: Any = None,
+    causal: bool = False,
+    window_size: Any = (-1, -1),
 ) -> Any:
     assert q.shape[-1] % 8 == 0
     assert causal
-    return torch.stack([documented_attention(*row, softmax_scale, window_size[0], 0) for row in zip(q, k, v, strict=True)])
+    return torch.stack(
+        [documented_attention(*row, softmax_scale, window_size[0], 0) for row in zip(q, k, v, strict=True)]
+    )
 
 
 def flash_attn_varlen_func(
@@ -66,7 +80,17 @@ def flash_attn_varlen_func(
 
 
 def varlen_attn(
-    q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: int, max_k: int, *, scale: Any, window_size: Any, enable_gqa: bool = False
+    q: Any,
+    k: Any,
+    v: Any,
+    cu_q: Any,
+    cu_k: Any,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: Any,
+    window_size: Any,
+    enable_gqa: bool = False,
 ) -> Any:
     assert enable_gqa == (q.shape[1] != k.shape[1])
     assert q.shape[-1] % 8 == 0
@@ -126,7 +150,9 @@ def test_auto_takes_sdpa_on_the_cpu_in_training_and_in_inference(plan: str) -> N
         ("fast", "is not known; expected auto or one of flash, varlen, flex, sdpa, math"),
     ],
 )
-def test_a_forced_kernel_that_cannot_run_is_an_error_with_its_reason(kernel: str, reason: str, make_model: Make) -> None:
+def test_a_forced_kernel_that_cannot_run_is_an_error_with_its_reason(
+    kernel: str, reason: str, make_model: Make
+) -> None:
     model = make_model("3-window").train()
     with pytest.raises(InputError, match=f"train.attention: .*{reason}"):
         check_attention(model, kernel, torch.float32, documents=True)
@@ -137,7 +163,9 @@ def test_a_forced_kernel_that_cannot_run_is_an_error_with_its_reason(kernel: str
     check_attention(model, "sdpa", torch.float32, documents=True)
 
 
-def test_running_out_of_memory_is_no_reason_to_take_another_kernel(make_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_out_of_memory_is_no_reason_to_take_another_kernel(
+    make_model: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*args: Any, **kwargs: Any) -> torch.Tensor:
         raise torch.OutOfMemoryError("no memory")
 
@@ -186,7 +214,9 @@ def test_varlen_names_what_this_torch_lacks(monkeypatch: pytest.MonkeyPatch) -> 
     query, key = OnCuda(), FewerHeads()
     monkeypatch.setattr("argonne.model.fused.varlen_function", lambda: None)
     assert "no varlen attention with windows" in str(why_not_varlen(query, key, MaskPlan(), 0.0))  # type: ignore[arg-type]
-    monkeypatch.setattr("argonne.model.fused.varlen_function", lambda: (varlen_attn, frozenset({"window_size", "scale"})))
+    monkeypatch.setattr(
+        "argonne.model.fused.varlen_function", lambda: (varlen_attn, frozenset({"window_size", "scale"}))
+    )
     assert "no grouped queries" in str(why_not_varlen(query, key, MaskPlan(), 0.0))  # type: ignore[arg-type]
     names = frozenset({"window_size", "scale", "enable_gqa"})
     monkeypatch.setattr("argonne.model.fused.varlen_function", lambda: (varlen_attn, names))

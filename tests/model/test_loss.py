@@ -25,7 +25,9 @@ def example(rows: int, vocabulary: int, seed: int = 0) -> tuple[torch.Tensor, to
     return hidden, weight, targets
 
 
-def plain(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, softcap: float | None, z_loss: float) -> torch.Tensor:
+def plain(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, softcap: float | None, z_loss: float
+) -> torch.Tensor:
     logits = hidden @ weight.T
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
@@ -48,7 +50,11 @@ def test_loss_and_gradients_are_the_plain_ones_however_they_are_chunked(
     expected = plain(hidden, weight, targets, softcap, z_loss)
     found = summed_loss(hidden, weight, targets, LossOptions(softcap, z_loss, chunk))
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-    for a, b in zip(torch.autograd.grad(3 * found, (hidden, weight)), torch.autograd.grad(3 * expected, (hidden, weight)), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(3 * found, (hidden, weight)),
+        torch.autograd.grad(3 * expected, (hidden, weight)),
+        strict=True,
+    ):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
@@ -110,18 +116,24 @@ def test_autocast_computes_in_bf16_and_sums_in_fp32() -> None:
 
 @pytest.mark.parametrize("loss", ["full", "chunked"])
 @pytest.mark.parametrize("generation", ["1", "2", "3-window"])
-def test_shift_labels_are_targets_and_labels_are_inputs(generation: str, loss: str, make_model: Make, ids: torch.Tensor) -> None:
+def test_shift_labels_are_targets_and_labels_are_inputs(
+    generation: str, loss: str, make_model: Make, ids: torch.Tensor
+) -> None:
     model = make_model(generation)
     model.configure_training(loss=loss, loss_chunk=0 if loss == "full" else 7)
     logits = model(input_ids=ids).logits
-    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")  # logits[i] against token i + 1
+    expected = F.cross_entropy(
+        logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"
+    )  # logits[i] against token i + 1
     targets = F.pad(ids[:, 1:], (0, 1), value=-100)
     out = model(input_ids=ids, shift_labels=targets, use_cache=False)
     assert out.logits is None
     torch.testing.assert_close(out.loss, expected, rtol=1e-12, atol=0)
     single = expected.float()  # transformers reduces in fp32
     torch.testing.assert_close(model(input_ids=ids, labels=ids).loss, single / (2 * 39), rtol=1e-6, atol=0)
-    torch.testing.assert_close(model(input_ids=ids, labels=ids, num_items_in_batch=10).loss, single / 10, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        model(input_ids=ids, labels=ids, num_items_in_batch=10).loss, single / 10, rtol=1e-6, atol=0
+    )
     mean = model(input_ids=ids, shift_labels=targets, loss_reduction="mean").loss
     torch.testing.assert_close(mean, expected / (2 * 39), rtol=1e-12, atol=0)
 

@@ -27,6 +27,12 @@ def test_every_preset_is_described_with_what_its_modules_are() -> None:
     rows = {row["name"]: row for row in describe_presets()}
     assert set(rows) == set(presets())
     third = rows["argonne-3.0"]
-    assert (third["layers"], third["hidden"], third["heads"], third["kv_heads"], third["head_dim"]) == (24, 3072, 12, 4, 256)
+    assert (third["layers"], third["hidden"], third["heads"], third["kv_heads"], third["head_dim"]) == (
+        24,
+        3072,
+        12,
+        4,
+        256,
+    )
     assert (third["context"], third["vocabulary"], third["window"]) == (1024, 151_669, 256)
     assert rows["argonne-2.0-plan"]["parameters"] == 16_192_558_080  # its documents say 8B

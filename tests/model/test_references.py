@@ -98,7 +98,9 @@ def third_generation_forward(weights: dict[str, np.ndarray], config: Any, ids: n
 
     def turn(x: np.ndarray) -> np.ndarray:
         low, high = x[:, :half], x[:, half:]
-        return np.concatenate([low * np.cos(angle) - high * np.sin(angle), high * np.cos(angle) + low * np.sin(angle)], 1)
+        return np.concatenate(
+            [low * np.cos(angle) - high * np.sin(angle), high * np.cos(angle) + low * np.sin(angle)], 1
+        )
 
     h = weights["model.embed_tokens.weight"][ids]
     for layer in range(config.num_hidden_layers):

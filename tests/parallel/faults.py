@@ -1,4 +1,6 @@
-"""Faults planted in a worker's objective: fired once, on one rank, at one call; picklable, so that workers carry them."""
+"""Faults planted in a worker's objective: fired once, on one rank, at one call; picklable, so that
+workers carry them.
+"""
 
 from __future__ import annotations
 

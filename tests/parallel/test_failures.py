@@ -1,4 +1,6 @@
-"""One worker dies, hangs, raises, is asked to stop or computes NaN: the others follow in bounded time and nothing is lost."""
+"""One worker dies, hangs, raises, is asked to stop or computes NaN: the others follow in bounded time and nothing is
+lost.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def run(recipe: Recipe, folder: Path, fault: Fault | None = None) -> Outcome:
 
 
 @pytest.mark.parametrize("kind", ["SIGKILL", "exit", "raise", "SIGSTOP"])
-def test_a_worker_that_dies_or_hangs_is_restarted_from_the_last_checkpoint_with_nothing_lost(nano: Nano, tmp_path: Path, kind: str) -> None:
+def test_a_worker_that_dies_or_hangs_is_restarted_from_the_last_checkpoint_with_nothing_lost(
+    nano: Nano, tmp_path: Path, kind: str
+) -> None:
     recipe = nano(**TWO)
     run(recipe, tmp_path / "whole")
     # 256 tokens a step on two ranks of 4 rows: one call a step, so call 7 is step 7, after the save at 4.
@@ -43,11 +47,17 @@ def test_a_worker_that_dies_or_hangs_is_restarted_from_the_last_checkpoint_with_
 
 def test_without_restarts_the_failure_is_told_in_the_workers_own_words(nano: Nano, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="a planted fault"):
-        run(nano(**TWO, **{"parallel.max_restarts": "0"}), tmp_path / "run", Fault("raise", rank=1, call=3, mark=tmp_path / "fired"))
+        run(
+            nano(**TWO, **{"parallel.max_restarts": "0"}),
+            tmp_path / "run",
+            Fault("raise", rank=1, call=3, mark=tmp_path / "fired"),
+        )
 
 
 @pytest.mark.parametrize(("kind", "rank"), [("SIGTERM", 1), ("SIGUSR1", 0), ("parent SIGTERM", 0)])
-def test_a_request_to_one_worker_or_to_the_launcher_stops_all_with_a_checkpoint(nano: Nano, tmp_path: Path, kind: str, rank: int) -> None:
+def test_a_request_to_one_worker_or_to_the_launcher_stops_all_with_a_checkpoint(
+    nano: Nano, tmp_path: Path, kind: str, rank: int
+) -> None:
     recipe = nano(**TWO)
     run(recipe, tmp_path / "whole")
     outcome = run(recipe, tmp_path / "cut", Fault(kind, rank=rank, call=5, mark=tmp_path / "fired", parent=os.getpid()))

@@ -12,7 +12,9 @@ DEGREES = st.integers(1, 4)
 
 
 @given(replicas=DEGREES, pipeline=DEGREES, inner=DEGREES)
-def test_each_place_in_the_data_is_spoken_for_once_and_shared_by_the_ranks_of_one_model(replicas: int, pipeline: int, inner: int) -> None:
+def test_each_place_in_the_data_is_spoken_for_once_and_shared_by_the_ranks_of_one_model(
+    replicas: int, pipeline: int, inner: int
+) -> None:
     size = replicas * pipeline * inner
     meshes = [Mesh(torch.device("cpu"), rank, size, pipeline=pipeline, inner=inner) for rank in range(size)]
     assert {mesh.data_size for mesh in meshes} == {replicas}
@@ -29,7 +31,9 @@ def test_a_data_group_holds_one_rank_of_each_place(replicas: int, pipeline: int,
     groups = _data_groups(mesh)
     assert sorted(rank for group in groups for rank in group) == list(range(size))
     for group in groups:
-        assert [Mesh(torch.device("cpu"), rank, size, pipeline=pipeline, inner=inner).data_rank for rank in group] == list(range(replicas))
+        assert [
+            Mesh(torch.device("cpu"), rank, size, pipeline=pipeline, inner=inner).data_rank for rank in group
+        ] == list(range(replicas))
 
 
 def test_one_process_is_the_whole_mesh() -> None:

@@ -1,6 +1,8 @@
-"""Run as a script: the trainer's own step on a model of given fields, in a process of its own; prints what memory it took as JSON.
+"""Run as a script: the trainer's own step on a model of given fields, in a process of its own; prints what memory it
+took as JSON.
 
-Usage: python measured_step.py '{"model": {...}, "sequence_length": 128, "rows": 4, "micro": 2, "checkpointing": "none", "loss": "full"}'
+Usage: python measured_step.py '{"model": {...}, "sequence_length": 128, "rows": 4, "micro": 2, "checkpointing": "none",
+"loss": "full"}'
 """
 
 from __future__ import annotations
@@ -70,7 +72,11 @@ def random_batch(recipe: Recipe, step: int) -> Batch:
 def run_steps(case: dict[str, Any]) -> None:
     """Optimizer steps as the trainer runs them."""
     recipe = recipe_of(case)
-    fields = {name: value for name, value in dataclasses.asdict(recipe.model).items() if name not in ("preset", "init_from", "initializer")}
+    fields = {
+        name: value
+        for name, value in dataclasses.asdict(recipe.model).items()
+        if name not in ("preset", "init_from", "initializer")
+    }
     model = build_model(config_from_fields(fields), seed=recipe.seed)
     model.train()
     train = recipe.train

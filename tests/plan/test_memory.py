@@ -16,20 +16,39 @@ from argonne.plan.shape import shape_of
 SCRIPT = Path(__file__).with_name("measured_step.py")
 ROOT = Path(__file__).resolve().parent.parent.parent
 SECOND: dict[str, Any] = {"rope_theta": 1e4, "max_position_embeddings": 1024}
-THIRD: dict[str, Any] = {**SECOND, "q_norm": True, "k_norm": True, "v_norm": True, "sandwich_norm": True, "final_logit_softcapping": 15.0}
+THIRD: dict[str, Any] = {
+    **SECOND,
+    "q_norm": True,
+    "k_norm": True,
+    "v_norm": True,
+    "sandwich_norm": True,
+    "final_logit_softcapping": 15.0,
+}
 FIRST: dict[str, Any] = {
-    "position_embedding": "learned", "norm_type": "layer", "hidden_act": "gelu", "mlp_gated": False, "tie_word_embeddings": False,
-    "max_position_embeddings": 256, "attention_dropout": 0.1, "hidden_dropout": 0.1,
-}  # fmt: skip
+    "position_embedding": "learned",
+    "norm_type": "layer",
+    "hidden_act": "gelu",
+    "mlp_gated": False,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 256,
+    "attention_dropout": 0.1,
+    "hidden_dropout": 0.1,
+}
 
 
 def sized(
     base: dict[str, Any], vocabulary: int, hidden: int, layers: int, heads: tuple[int, int], head_dim: int, mlp: int
 ) -> dict[str, Any]:
     return {
-        **base, "vocab_size": vocabulary, "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads[0],
-        "num_key_value_heads": heads[1], "head_dim": head_dim, "intermediate_size": mlp,
-    }  # fmt: skip
+        **base,
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads[0],
+        "num_key_value_heads": heads[1],
+        "head_dim": head_dim,
+        "intermediate_size": mlp,
+    }
 
 
 def windowed(model: dict[str, Any], window: int) -> dict[str, Any]:
@@ -37,8 +56,17 @@ def windowed(model: dict[str, Any], window: int) -> dict[str, Any]:
     return {**model, "layer_types": kinds, "sliding_window": window}
 
 
-def case(model: dict[str, Any], length: int, rows: int, micro: int, loss: str = "full", checkpointing: str = "none") -> dict[str, Any]:
-    return {"model": model, "sequence_length": length, "rows": rows, "micro": micro, "loss": loss, "checkpointing": checkpointing}
+def case(
+    model: dict[str, Any], length: int, rows: int, micro: int, loss: str = "full", checkpointing: str = "none"
+) -> dict[str, Any]:
+    return {
+        "model": model,
+        "sequence_length": length,
+        "rows": rows,
+        "micro": micro,
+        "loss": loss,
+        "checkpointing": checkpointing,
+    }
 
 
 # Planned total, and what varies.
@@ -50,8 +78,12 @@ SHAPES = {
         sized(SECOND, 8192, 512, 16, (8, 4), 64, 1536), 256, 16, 8, "chunked", "every_nth"
     ),
     "2.0 GB, deep": case(sized(SECOND, 4096, 384, 24, (6, 2), 64, 1024), 256, 8, 8),
-    "3.3 GB, 3.0's layers and window, long rows": case(windowed(sized(THIRD, 4096, 384, 6, (6, 2), 64, 1024), 256), 1024, 10, 10),
-    "2.1 GB, vocabulary 151,669 in chunks, two micro-batches": case(sized(SECOND, 151_669, 512, 4, (8, 4), 64, 1536), 512, 4, 2, "chunked"),
+    "3.3 GB, 3.0's layers and window, long rows": case(
+        windowed(sized(THIRD, 4096, 384, 6, (6, 2), 64, 1024), 256), 1024, 10, 10
+    ),
+    "2.1 GB, vocabulary 151,669 in chunks, two micro-batches": case(
+        sized(SECOND, 151_669, 512, 4, (8, 4), 64, 1536), 512, 4, 2, "chunked"
+    ),
     "7.0 GB, large, two micro-batches": case(sized(SECOND, 16_384, 2048, 8, (16, 8), 128, 5632), 128, 2, 1),
 }
 SMALL = case(sized(THIRD, 4096, 512, 3, (8, 2), 64, 1536), 256, 4, 2, "chunked")

@@ -53,12 +53,28 @@ def small_models(draw: st.DrawFn) -> dict[str, Any]:
     keys = draw(st.integers(1, 3))
     layers = draw(st.integers(1, 3))
     fields = {
-        "vocab_size": draw(st.integers(5, 40)), "hidden_size": 2 * draw(st.integers(2, 8)), "num_hidden_layers": layers,
-        "num_attention_heads": keys * draw(st.integers(1, 3)), "num_key_value_heads": keys, "head_dim": 2 * draw(st.integers(1, 4)),
-        "intermediate_size": draw(st.integers(3, 20)), "max_position_embeddings": 16, "rope_theta": 1e4,
-        "position_embedding": draw(st.sampled_from(["rope", "learned"])), "norm_type": draw(st.sampled_from(["rms", "layer"])),
-    }  # fmt: skip
-    switches = ("mlp_gated", "attention_bias", "mlp_bias", "tie_word_embeddings", "q_norm", "k_norm", "v_norm", "sandwich_norm")
+        "vocab_size": draw(st.integers(5, 40)),
+        "hidden_size": 2 * draw(st.integers(2, 8)),
+        "num_hidden_layers": layers,
+        "num_attention_heads": keys * draw(st.integers(1, 3)),
+        "num_key_value_heads": keys,
+        "head_dim": 2 * draw(st.integers(1, 4)),
+        "intermediate_size": draw(st.integers(3, 20)),
+        "max_position_embeddings": 16,
+        "rope_theta": 1e4,
+        "position_embedding": draw(st.sampled_from(["rope", "learned"])),
+        "norm_type": draw(st.sampled_from(["rms", "layer"])),
+    }
+    switches = (
+        "mlp_gated",
+        "attention_bias",
+        "mlp_bias",
+        "tie_word_embeddings",
+        "q_norm",
+        "k_norm",
+        "v_norm",
+        "sandwich_norm",
+    )
     return {**fields, **{name: draw(st.booleans()) for name in switches}}
 
 
@@ -91,11 +107,20 @@ def test_mean_keys_is_the_mean_of_what_each_query_sees(length: int, window: int 
 
 
 def test_flops_count_head_and_window_and_not_the_look_up() -> None:
-    fields = {"vocab_size": 100, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 4, "intermediate_size": 16}
+    fields = {
+        "vocab_size": 100,
+        "hidden_size": 8,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "head_dim": 4,
+        "intermediate_size": 16,
+    }
     full = flops_per_token(fields, 9)
     products = 2 * (4 * 8 * 8 + 3 * 8 * 16) + 100 * 8
     assert full == 6 * products + 12 * 8 * 2 * 5
-    windowed = flops_per_token({**fields, "layer_types": ("full_attention", "sliding_attention"), "sliding_window": 1}, 9)
+    windowed = flops_per_token(
+        {**fields, "layer_types": ("full_attention", "sliding_attention"), "sliding_window": 1}, 9
+    )
     assert full - windowed == 12 * 8 * (5 - 1)
 
 
@@ -110,7 +135,9 @@ def test_torchs_own_counter_agrees_on_every_product_with_a_weight() -> None:
     with FlopCounterMode(display=False) as counter:
         model(input_ids=torch.zeros((1, 64), dtype=torch.int64)).logits.sum().backward()
     counted = sum(count for name, count in counter.get_flop_counts()["Global"].items() if "attention" not in str(name))
-    attention = 2 * 12 * 128 * mean_keys(64, None)  # torch counts attention's products in full, the plan the half that a causal mask leaves
+    attention = (
+        2 * 12 * 128 * mean_keys(64, None)
+    )  # torch counts attention's products in full, the plan the half that a causal mask leaves
     assert counted == 64 * (flops_per_token(fields, 64) - attention)
 
 
@@ -122,7 +149,9 @@ def test_torchs_own_counter_agrees_on_every_product_with_a_weight() -> None:
 def test_steps_within_is_the_largest_number_of_steps_that_the_tokens_pay_for(
     start: int, changes: list[tuple[int, int]], tokens: int
 ) -> None:
-    batch = BatchSection(tokens_per_step=start, steps=tuple(BatchChange(step, per_step) for step, per_step in sorted(changes)))
+    batch = BatchSection(
+        tokens_per_step=start, steps=tuple(BatchChange(step, per_step) for step, per_step in sorted(changes))
+    )
     steps = steps_within(partial(tokens_before, batch), tokens)
     assert tokens_before(batch, steps) <= tokens < tokens_before(batch, steps + 1)
 
@@ -173,14 +202,23 @@ def test_the_micro_batch_is_the_largest_that_fits() -> None:
     shape = shape_of(recipe.model, 1024)
     setup = Setup(1, 1024, "bf16", loss="full", accumulates=True)
     largest = max(
-        rows for rows in range(1, 60) if memory_of(shape, dataclasses.replace(setup, rows=rows)).total <= (plan.memory_limit or 0)
+        rows
+        for rows in range(1, 60)
+        if memory_of(shape, dataclasses.replace(setup, rows=rows)).total <= (plan.memory_limit or 0)
     )
     assert plan.micro_rows <= largest
     assert -(-228 // plan.micro_rows) == -(-228 // largest)  # evened out over the same number of micro-batches
 
 
-@given(st.integers(1, 8), st.sampled_from(["none", "every_nth", "full"]), st.sampled_from(["full", "chunked"]), st.booleans())
-def test_memory_grows_with_rows_and_checkpointing_never_costs_any(rows: int, checkpointing: str, loss: str, accumulates: bool) -> None:
+@given(
+    st.integers(1, 8),
+    st.sampled_from(["none", "every_nth", "full"]),
+    st.sampled_from(["full", "chunked"]),
+    st.booleans(),
+)
+def test_memory_grows_with_rows_and_checkpointing_never_costs_any(
+    rows: int, checkpointing: str, loss: str, accumulates: bool
+) -> None:
     shape = shape_of(presets()["argonne-3.0"].fields)
     setup = Setup(rows, 1024, "bf16", checkpointing, loss=loss, accumulates=accumulates)
     here = memory_of(shape, setup).total
@@ -192,10 +230,17 @@ def test_memory_grows_with_rows_and_checkpointing_never_costs_any(rows: int, che
 @pytest.mark.parametrize(
     ("reported", "peak"),
     [
-        ("NVIDIA H200", 989.4e12), ("NVIDIA H100 80GB HBM3", 989.4e12), ("NVIDIA H100 NVL", 835.5e12), ("NVIDIA A100-SXM4-40GB", 312e12),
-        ("NVIDIA A100 80GB PCIe", 312e12), ("NVIDIA GeForce RTX 4090", 165.2e12), ("Tesla T4", None), ("Some Unknown Card", None), ("cpu", None),
+        ("NVIDIA H200", 989.4e12),
+        ("NVIDIA H100 80GB HBM3", 989.4e12),
+        ("NVIDIA H100 NVL", 835.5e12),
+        ("NVIDIA A100-SXM4-40GB", 312e12),
+        ("NVIDIA A100 80GB PCIe", 312e12),
+        ("NVIDIA GeForce RTX 4090", 165.2e12),
+        ("Tesla T4", None),
+        ("Some Unknown Card", None),
+        ("cpu", None),
     ],
-)  # fmt: skip
+)
 def test_the_peak_of_a_device_as_its_driver_names_it(reported: str, peak: float | None) -> None:
     assert device_peak_flops(reported, "bf16") == peak
 
@@ -263,9 +308,25 @@ def test_plan_against_measured_takes_the_last_record_of_a_step() -> None:
     plan = make_plan(load_recipe("nano-3.0")).to_dict()
     records = [
         {"event": "start", "step": 0, "time": 0.0},
-        {"event": "step", "step": 1, "time": 10.0, "tokens": 4096, "memory_gb": 9.0, "tokens_per_second": 1.0, "mfu": None},
+        {
+            "event": "step",
+            "step": 1,
+            "time": 10.0,
+            "tokens": 4096,
+            "memory_gb": 9.0,
+            "tokens_per_second": 1.0,
+            "mfu": None,
+        },
         {"event": "resume", "step": 0, "time": 100.0},
-        {"event": "step", "step": 1, "time": 1900.0, "tokens": 4096, "memory_gb": 0.5, "tokens_per_second": 6000.0, "mfu": None},
+        {
+            "event": "step",
+            "step": 1,
+            "time": 1900.0,
+            "tokens": 4096,
+            "memory_gb": 0.5,
+            "tokens_per_second": 6000.0,
+            "mfu": None,
+        },
     ]
     found = {row["name"]: row for row in compare_plan(plan, records)}
     assert found["memory_gb"]["measured"] == 0.5
@@ -275,6 +336,11 @@ def test_plan_against_measured_takes_the_last_record_of_a_step() -> None:
 
 
 def test_planning_imports_nothing_heavy() -> None:
-    code = "import sys; from argonne.plan import make_plan; from argonne.recipe import load_recipe; make_plan(load_recipe('nano-3.0')); " \
-        "print([name for name in ('torch', 'numpy', 'transformers') if name in sys.modules])"  # fmt: skip
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    code = (
+        "import sys; from argonne.plan import make_plan; from argonne.recipe import load_recipe; "
+        "make_plan(load_recipe('nano-3.0')); "
+        "print([name for name in ('torch', 'numpy', 'transformers') if name in sys.modules])"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )

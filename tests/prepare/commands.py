@@ -1,7 +1,8 @@
-"""`argonne` commands that a test can kill: a process that has torch and the package loaded forks one for each command line.
+"""`argonne` commands that a test can kill: a process that has torch and the package loaded forks one for each command
+line.
 
-Run as `python -m tests.prepare.commands`. It reads one job a line from stdin (JSON: argv, log, ranks), answers `{"pids": [..]}` when the commands
-run and `{"codes": [..]}` when all have ended (negative: the signal).
+Run as `python -m tests.prepare.commands`. It reads one job a line from stdin (JSON: argv, log, ranks), answers
+`{"pids": [..]}` when the commands run and `{"codes": [..]}` when all have ended (negative: the signal).
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ class Commands:
     def __init__(self) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, "-m", "tests.prepare.commands"]
-        self._process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         self._answer("ready")
         self.pids: list[int] = []
 

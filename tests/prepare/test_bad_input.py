@@ -1,4 +1,6 @@
-"""Bad input through the real command line: exit code 2 and one message that names the file, the row and the next step."""
+"""Bad input through the real command line: exit code 2 and one message that names the file, the row
+and the next step.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,10 @@ def table(column: Any, *, name: str = "text", cut: float = 1.0, flip: bool = Fal
 def arrow(random_access: bool, keep: Callable[[bytes], bytes]) -> Build:
     def build(folder: Path) -> Path:
         path, schema = folder / "in.arrow", pa.schema([("text", pa.string())])
-        with pa.OSFile(str(path), "wb") as sink, (pa.ipc.new_file if random_access else pa.ipc.new_stream)(sink, schema) as writer:
+        with (
+            pa.OSFile(str(path), "wb") as sink,
+            (pa.ipc.new_file if random_access else pa.ipc.new_stream)(sink, schema) as writer,
+        ):
             writer.write_table(pa.table({"text": TEXTS}), max_chunksize=100)
         path.write_bytes(keep(path.read_bytes()))
         return path
@@ -78,34 +83,73 @@ def folder_with(name: str, *inside: str) -> Build:
 
 
 FILES: dict[str, tuple[Build, list[str]]] = {
-    "parquet cut in two": (table(TEXTS, cut=0.5), ["in.parquet: not a readable parquet file", "restore it", "--skip-bad-shards"]),
-    "parquet with damaged pages": (table(TEXTS, flip=True), ["in.parquet: after row 200: cannot be read", "restore it"]),
+    "parquet cut in two": (
+        table(TEXTS, cut=0.5),
+        ["in.parquet: not a readable parquet file", "restore it", "--skip-bad-shards"],
+    ),
+    "parquet with damaged pages": (
+        table(TEXTS, flip=True),
+        ["in.parquet: after row 200: cannot be read", "restore it"],
+    ),
     "parquet of 0 bytes": (file("in.parquet", b""), ["in.parquet: not a readable parquet file", "restore it"]),
     "parquet of 0 rows": (table(pa.array([], pa.string())), ["in.parquet", "holds no row", "check"]),
     "numbers": (table([1, 2]), ["column 'text' holds int64, expected text", "--text-column"]),
     "bytes": (table(pa.array([b"a"], pa.binary())), ["column 'text' holds binary, expected text", "--text-column"]),
     "lists": (table([["a"], ["b"]]), ["column 'text' holds list<", "expected text", "--text-column"]),
     "another column": (table(TEXTS, name="body"), ["no column 'text'; it has body", "--text-column"]),
-    "arrow stream cut": (arrow(False, lambda whole: whole[:-2000]), ["in.arrow: after row 300: cannot be read", "restore it"]),
-    "arrow stream without an end": (arrow(False, lambda whole: whole[:-8]), ["after row 400", "without its end mark", "--skip-bad-shards"]),
+    "arrow stream cut": (
+        arrow(False, lambda whole: whole[:-2000]),
+        ["in.arrow: after row 300: cannot be read", "restore it"],
+    ),
+    "arrow stream without an end": (
+        arrow(False, lambda whole: whole[:-8]),
+        ["after row 400", "without its end mark", "--skip-bad-shards"],
+    ),
     "arrow file cut": (arrow(True, lambda whole: whole[:-2000]), ["in.arrow: not a readable Arrow file", "restore it"]),
-    "arrow stream with a moved offset": (arrow(False, moved_offset), ["in.arrow: after row 0: cannot be read", "restore it"]),
-    "arrow file with a moved offset": (arrow(True, moved_offset), ["in.arrow: after row 0: cannot be read", "restore it"]),
-    "no arrow": (file("in.arrow", b"once upon a time"), ["in.arrow: not a readable Arrow file or stream", "restore it"]),
-    "gz that is none": (file("in.jsonl.gz", LINES), ["in.jsonl.gz: after line 0: cannot be read (Not a gzipped file", "restore it"]),
+    "arrow stream with a moved offset": (
+        arrow(False, moved_offset),
+        ["in.arrow: after row 0: cannot be read", "restore it"],
+    ),
+    "arrow file with a moved offset": (
+        arrow(True, moved_offset),
+        ["in.arrow: after row 0: cannot be read", "restore it"],
+    ),
+    "no arrow": (
+        file("in.arrow", b"once upon a time"),
+        ["in.arrow: not a readable Arrow file or stream", "restore it"],
+    ),
+    "gz that is none": (
+        file("in.jsonl.gz", LINES),
+        ["in.jsonl.gz: after line 0: cannot be read (Not a gzipped file", "restore it"],
+    ),
     "gz of 0 bytes": (file("in.jsonl.gz", b""), ["in.jsonl.gz: 0 bytes", "restore it"]),
-    "gz cut": (file("in.jsonl.gz", gzip.compress(LINES)[:-100]), ["in.jsonl.gz: after line ", "cannot be read", "restore it"]),
+    "gz cut": (
+        file("in.jsonl.gz", gzip.compress(LINES)[:-100]),
+        ["in.jsonl.gz: after line ", "cannot be read", "restore it"],
+    ),
     "zst that is none": (file("in.jsonl.zst", LINES), ["in.jsonl.zst: after line 0: cannot be read", "restore it"]),
     "zst cut": (
         file("in.jsonl.zst", zstandard.compress(LINES)[:-100]),
         ["in.jsonl.zst: after line ", "middle of a zstd frame", "restore it"],
     ),
-    "txt.zst cut": (file("in.txt.zst", zstandard.compress(LINES)[:-100]), ["in.txt.zst: cannot be read", "middle of a zstd frame"]),
+    "txt.zst cut": (
+        file("in.txt.zst", zstandard.compress(LINES)[:-100]),
+        ["in.txt.zst: cannot be read", "middle of a zstd frame"],
+    ),
     "jsonl of 0 bytes": (file("in.jsonl", b""), ["in.jsonl", "holds no row", "check"]),
     "txt of 0 bytes": (file("in.txt", b""), ["in.txt", "empty 1", "check"]),
-    "rows without the field": (file("in.jsonl", b'{"body": "x", "id": 1}\n' * 3), ["missing 3", "a row has body, id", "--text-column"]),
-    "an array over lines": (file("in.jsonl", b'[\n{"text": "a"},\n{"text": "b"}\n]\n'), ["invalid-json", "one JSON object", "jq -c '.[]'"]),
-    "an array in one line": (file("in.jsonl", b'[{"text": "a"}, {"text": "b"}]'), ["invalid-json 1", "one JSON object", "jq -c '.[]'"]),
+    "rows without the field": (
+        file("in.jsonl", b'{"body": "x", "id": 1}\n' * 3),
+        ["missing 3", "a row has body, id", "--text-column"],
+    ),
+    "an array over lines": (
+        file("in.jsonl", b'[\n{"text": "a"},\n{"text": "b"}\n]\n'),
+        ["invalid-json", "one JSON object", "jq -c '.[]'"],
+    ),
+    "an array in one line": (
+        file("in.jsonl", b'[{"text": "a"}, {"text": "b"}]'),
+        ["invalid-json 1", "one JSON object", "jq -c '.[]'"],
+    ),
     "json": (file("in.json", b'[{"text": "a"}]'), ["in.json: unknown kind of file", ".parquet", "jq -c '.[]'"]),
     "latin-1": (file("in.txt", "größe".encode("latin-1")), ["in.txt", "invalid-utf8 1", "iconv"]),
     "utf-16": (file("in.jsonl", '{"text": "a"}\n'.encode("utf-16") * 3), ["in.jsonl", "invalid-utf8", "iconv"]),
@@ -123,7 +167,10 @@ FILES: dict[str, tuple[Build, list[str]]] = {
         lambda folder: "carrier-pigeon://in.jsonl",
         ["carrier-pigeon://in.jsonl'", "cannot be listed", "check the address"],
     ),
-    "server that is down": (lambda folder: "http://127.0.0.1:9/in.jsonl", ["http://127.0.0.1:9/in.jsonl'", "cannot be listed", "check"]),
+    "server that is down": (
+        lambda folder: "http://127.0.0.1:9/in.jsonl",
+        ["http://127.0.0.1:9/in.jsonl'", "cannot be listed", "check"],
+    ),
 }
 
 
@@ -140,7 +187,13 @@ def test_a_bad_file_is_named_with_the_next_step_and_nothing_is_written_as_finish
 @pytest.mark.parametrize(
     "case",
     [
-        *("parquet cut in two", "parquet with damaged pages", "arrow stream cut", "arrow file cut", "arrow file with a moved offset"),
+        *(
+            "parquet cut in two",
+            "parquet with damaged pages",
+            "arrow stream cut",
+            "arrow file cut",
+            "arrow file with a moved offset",
+        ),
         *("arrow stream without an end", "gz cut", "zst cut", "gz of 0 bytes"),
     ],
 )
@@ -162,15 +215,27 @@ def test_a_bad_file_among_good_ones_is_passed_over_when_asked_and_listed(
 
 TOKENIZERS: dict[str, tuple[dict[str, str], list[str]]] = {
     "empty folder": ({}, ["found nothing; expected tokenizer.json"]),
-    "only a vocabulary": ({"vocab.json": "{}"}, ["found vocab.json; expected tokenizer.json, or vocab.json with merges.txt"]),
+    "only a vocabulary": (
+        {"vocab.json": "{}"},
+        ["found vocab.json; expected tokenizer.json, or vocab.json with merges.txt"],
+    ),
     "broken vocabulary and merges": (
         {"vocab.json": "{}", "merges.txt": "a b"},
         ["vocab.json and merges.txt cannot be read", "restore them"],
     ),
-    "a list for a config": ({"tokenizer.json": "GOOD", "tokenizer_config.json": "[1]"}, ["tokenizer_config.json: found a list", "restore"]),
-    "half a file": ({"tokenizer.json": '{"version": "1'}, ["tokenizer.json: not a tokenizer the tokenizers library can read"]),
+    "a list for a config": (
+        {"tokenizer.json": "GOOD", "tokenizer_config.json": "[1]"},
+        ["tokenizer_config.json: found a list", "restore"],
+    ),
+    "half a file": (
+        {"tokenizer.json": '{"version": "1'},
+        ["tokenizer.json: not a tokenizer the tokenizers library can read"],
+    ),
     "no tokenizer": ({"tokenizer.json": "{}"}, ["tokenizer.json: not a tokenizer the tokenizers library can read"]),
-    "half a config": ({"tokenizer.json": "GOOD", "tokenizer_config.json": "{"}, ["tokenizer_config.json: not a JSON file", "restore it"]),
+    "half a config": (
+        {"tokenizer.json": "GOOD", "tokenizer_config.json": "{"},
+        ["tokenizer_config.json: not a JSON file", "restore it"],
+    ),
     "an EOS that is not there": (
         {"tokenizer.json": "GOOD", "tokenizer_config.json": '{"eos_token": "<none>"}'},
         ["names the eos_token '<none>', which is not in tokenizer.json", "mend"],
@@ -210,7 +275,9 @@ def test_evaluation_text_that_cannot_be_read_is_refused_before_the_work(
 ) -> None:
     build, part = EVALUATION[case]
     (tmp_path / "corpus.jsonl").write_bytes(LINES)
-    options = arguments(tmp_path / "corpus.jsonl", tokenizer_folder, tmp_path / "out", "--decontaminate", str(build(tmp_path)))
+    options = arguments(
+        tmp_path / "corpus.jsonl", tokenizer_folder, tmp_path / "out", "--decontaminate", str(build(tmp_path))
+    )
     assert part in refusal(options, capsys)
     assert not (tmp_path / "out").exists()
 
@@ -240,7 +307,9 @@ def test_half_a_record_of_earlier_work_is_named(
     assert main(arguments(tmp_path / "in_*", tokenizer_folder, tmp_path / "out", "--part", "1/2")) == 0
     record = tmp_path / "out" / name
     record.write_bytes(record.read_bytes()[:20])
-    assert f"{record}: not a JSON file" in refusal(arguments(tmp_path / "in_*", tokenizer_folder, tmp_path / "out"), capsys)
+    assert f"{record}: not a JSON file" in refusal(
+        arguments(tmp_path / "in_*", tokenizer_folder, tmp_path / "out"), capsys
+    )
 
 
 def test_an_output_folder_that_is_something_else_is_refused(
@@ -328,7 +397,9 @@ def test_a_full_disk_keeps_what_is_finished_and_the_same_command_goes_on(
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
-def test_a_hold_out_that_came_out_empty_is_said(tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_hold_out_that_came_out_empty_is_said(
+    tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "in.jsonl").write_bytes(b"".join(LINES.splitlines(keepends=True)[:5]))
     assert main(arguments(tmp_path / "in.jsonl", tokenizer_folder, tmp_path / "out", "--hold-out", "0.01")) == 0
     said = capsys.readouterr().err

@@ -75,14 +75,18 @@ def jsonl_with_keys_twice(path: Path, rows: Sequence[Row]) -> None:
 def jsonl_gz(path: Path, rows: Sequence[Row]) -> None:
     """Several members, cut inside lines."""
     whole = b"".join(line(row) + b"\n" for row in rows)
-    path.write_bytes(b"".join(gzip.compress(whole[start : start + 100]) for start in range(0, len(whole), 100)) or gzip.compress(b""))
+    path.write_bytes(
+        b"".join(gzip.compress(whole[start : start + 100]) for start in range(0, len(whole), 100)) or gzip.compress(b"")
+    )
 
 
 def jsonl_zst(path: Path, rows: Sequence[Row]) -> None:
     """Several frames, cut inside lines, a skippable one and an empty one between them."""
     whole = b"".join(line(row) + b"\n" for row in rows)
     between = struct.pack("<II", 0x184D2A50, 5) + b"hello" + zstandard.compress(b"")
-    path.write_bytes(between + between.join(zstandard.compress(whole[start : start + 100]) for start in range(0, len(whole), 100)))
+    path.write_bytes(
+        between + between.join(zstandard.compress(whole[start : start + 100]) for start in range(0, len(whole), 100))
+    )
 
 
 def txt(path: Path, rows: Sequence[Row]) -> None:
@@ -95,7 +99,9 @@ def column(rows: Sequence[Row], kind: pa.DataType) -> Any:
     if pa.types.is_dictionary(kind):
         entries = [*dict.fromkeys(values)]
         indices = pa.array([None if value is None else entries.index(value) for value in values], kind.index_type)
-        return pa.DictionaryArray.from_arrays(indices, column([b"" if entry is None else entry for entry in entries], kind.value_type))
+        return pa.DictionaryArray.from_arrays(
+            indices, column([b"" if entry is None else entry for entry in entries], kind.value_type)
+        )
     binary = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}[kind]
     return pa.Array.from_buffers(kind, len(values), pa.array(values, binary).buffers())
 
@@ -105,9 +111,12 @@ def parquet_of(kind: pa.DataType) -> Writer:
 
     def write(path: Path, rows: Sequence[Row]) -> None:
         nested = pa.array(
-            [{"text": "inner", "list": [1, 2]}] * len(rows), pa.struct([("text", pa.string()), ("list", pa.list_(pa.int8()))])
+            [{"text": "inner", "list": [1, 2]}] * len(rows),
+            pa.struct([("text", pa.string()), ("list", pa.list_(pa.int8()))]),
         )
-        table = pa.table({"meta": nested, "tags": pa.array([["a"]] * len(rows), pa.list_(pa.string())), "text": column(rows, kind)})
+        table = pa.table(
+            {"meta": nested, "tags": pa.array([["a"]] * len(rows), pa.list_(pa.string())), "text": column(rows, kind)}
+        )
         parquet.write_table(table, path, row_group_size=7)
 
     return write
@@ -120,7 +129,10 @@ def arrow_of(kind: pa.DataType, random_access: bool) -> Writer:
         schema = pa.schema([("n", pa.int32()), ("text", kind)])
         half = len(rows) // 2
         whole = pa.record_batch([pa.array(range(len(rows)), pa.int32()), column(rows, kind)], schema=schema)
-        with pa.OSFile(str(path), "wb") as sink, (pa.ipc.new_file if random_access else pa.ipc.new_stream)(sink, schema) as writer:
+        with (
+            pa.OSFile(str(path), "wb") as sink,
+            (pa.ipc.new_file if random_access else pa.ipc.new_stream)(sink, schema) as writer,
+        ):
             for batch in (whole.slice(0, half), whole.slice(half, 0), whole.slice(half)):
                 writer.write_batch(batch)
 
@@ -158,10 +170,31 @@ def holds(kind: str, row: Row) -> bool:
 
 
 PIECES_OF_TEXT = st.sampled_from(
-    ["the ", "wizards mix ", "<|im_end|>", "<think>", "<|endoftext|>", "\0", "e\u0301", "é", "😀", "\n", "\r\n", "  ", "\ufeff", '"\\', "}"]
+    [
+        "the ",
+        "wizards mix ",
+        "<|im_end|>",
+        "<think>",
+        "<|endoftext|>",
+        "\0",
+        "e\u0301",
+        "é",
+        "😀",
+        "\n",
+        "\r\n",
+        "  ",
+        "\ufeff",
+        '"\\',
+        "}",
+    ]
 )
 TEXT = st.lists(PIECES_OF_TEXT | st.text(st.characters(exclude_categories=["Cs"]), max_size=5), max_size=8).map("".join)
-ROW = TEXT | TEXT | TEXT | st.sampled_from([None, "", 7, 1.5, True, ["a"], {"text": "b"}, b"\xff", b"half \xe4", b"\xed\xa0\x80", BROKEN])
+ROW = (
+    TEXT
+    | TEXT
+    | TEXT
+    | st.sampled_from([None, "", 7, 1.5, True, ["a"], {"text": "b"}, b"\xff", b"half \xe4", b"\xed\xa0\x80", BROKEN])
+)
 
 
 def reference(folder: Path, texts: Sequence[str]) -> list[list[int]]:
@@ -184,7 +217,13 @@ def test_every_format_gives_the_same_documents_and_counts_the_same_faults(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(documents, "unit_bytes", lambda _: unit)
         options = PrepareOptions(
-            (str(folder / "f_*"),), folder / "out", tokenizer_folder, hold_out=hold_out, split=SEPARATOR, max_drop_fraction=1, workers=1
+            (str(folder / "f_*"),),
+            folder / "out",
+            tokenizer_folder,
+            hold_out=hold_out,
+            split=SEPARATOR,
+            max_drop_fraction=1,
+            workers=1,
         )
         out = prepare(options, QUIET)
     manifest = open_tokens(out).manifest
@@ -226,17 +265,26 @@ def test_a_long_value_of_any_kind_of_column_comes_whole(kind: pa.DataType, suffi
     rows: list[Row] = ["short", words(250_000), None, b"\xff" * 1_200_000, "größe", words(250_000, 1)]
     path = tmp_path / ("in.parquet" if suffix == "parquet" else "in.arrow")
     (parquet_of(kind) if suffix == "parquet" else arrow_of(kind, suffix == "file"))(path, rows)
-    batches = list(read_unit(find_files([str(path)])[0], Unit(0, 0, 0, 1 if suffix == "parquet" else 3), "text", "file"))
+    batches = list(
+        read_unit(find_files([str(path)])[0], Unit(0, 0, 0, 1 if suffix == "parquet" else 3), "text", "file")
+    )
     if suffix == "stream":
         batches = list(read_unit(find_files([str(path)])[0], Unit(0, 0, 0, -1), "text", "file"))
     found = [text for batch in batches for text in batch.texts]
     assert [type(text) for text in found] == [str, LongText, str, LongText]
-    assert ["".join(text.blocks()) if isinstance(text, LongText) else text for text in found] == [rows[0], rows[1], rows[4], rows[5]]
+    assert ["".join(text.blocks()) if isinstance(text, LongText) else text for text in found] == [
+        rows[0],
+        rows[1],
+        rows[4],
+        rows[5],
+    ]
     assert sum((Counter(batch.drops) for batch in batches), Counter()) == {"missing": 1, "invalid-utf8": 1}
 
 
 def test_a_parquet_column_named_twice_is_refused(tmp_path: Path) -> None:
-    parquet.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), tmp_path / "in.parquet")
+    parquet.write_table(
+        pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), tmp_path / "in.parquet"
+    )
     with pytest.raises(InputError, match="2 columns of the name 'text'"):
         texts_of(str(tmp_path / "in.parquet"))
 
@@ -251,7 +299,10 @@ def test_a_file_that_shrank_since_the_plan_is_an_error_and_no_silent_end(tmp_pat
 
 @pytest.mark.parametrize("split", ["blank-lines", "lines", "--", "\n\n"])
 @settings(max_examples=60)
-@given(st.lists(st.sampled_from(["a", "b ", "\n", "\r\n", "\n\n", " ", "-", "--", "\t"]), max_size=40).map("".join), st.integers(1, 9))
+@given(
+    st.lists(st.sampled_from(["a", "b ", "\n", "\r\n", "\n\n", " ", "-", "--", "\t"]), max_size=40).map("".join),
+    st.integers(1, 9),
+)
 def test_a_split_does_not_depend_on_where_the_reads_end(split: str, text: str, size: int) -> None:
     found = []
     for read, longest in ((1 << 20, 1 << 12), (size, 64)):

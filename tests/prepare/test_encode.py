@@ -23,7 +23,9 @@ def test_a_long_unit_is_written_as_several_shards_cut_between_documents(
     jsonl(tmp_path / "in.jsonl", [{"text": words(20, number)} for number in range(40)])
     whole = prepare(PrepareOptions((str(tmp_path / "in.jsonl"),), tmp_path / "whole", tokenizer_folder), QUIET)
     monkeypatch.setattr(
-        encode.Job, "__init__", lambda self, out, encoder="auto": self.__dict__.update(out=out, encoder=encoder, shard_tokens=200)
+        encode.Job,
+        "__init__",
+        lambda self, out, encoder="auto": self.__dict__.update(out=out, encoder=encoder, shard_tokens=200),
     )
     out = prepare(PrepareOptions((str(tmp_path / "in.jsonl"),), tmp_path / "out", tokenizer_folder, workers=1), QUIET)
     shards = open_tokens(out).train.shards
@@ -34,7 +36,9 @@ def test_a_long_unit_is_written_as_several_shards_cut_between_documents(
 
 def test_bos_begins_each_document_only_where_asked(tmp_path: Path) -> None:
     jsonl(tmp_path / "in.jsonl", [{"text": words(40, number)} for number in range(40)])
-    options = PrepareOptions((str(tmp_path / "in.jsonl"),), tmp_path / "out", None, train_tokenizer=300, bare=True, bos=True)
+    options = PrepareOptions(
+        (str(tmp_path / "in.jsonl"),), tmp_path / "out", None, train_tokenizer=300, bare=True, bos=True
+    )
     out = prepare(options, QUIET)
     tokenizer = load_tokenizer(out / "tokenizer")
     assert all(document[0] == tokenizer.bos_id and document[-1] == tokenizer.eos_id for document in documents_of(out))
@@ -52,7 +56,9 @@ def test_a_document_of_megabytes_is_encoded_in_pieces_with_the_ids_of_the_whole(
         jsonl(tmp_path / "in.jsonl", [{"text": "before"}, {"text": text}, {"text": "after"}])
     else:
         parquet.write_table(pa.table({"text": ["before", text, "after"]}), tmp_path / "in.parquet")
-    out = prepare(PrepareOptions((str(tmp_path / f"in.{suffix}"),), tmp_path / "out", tokenizer_folder, workers=1), QUIET)
+    out = prepare(
+        PrepareOptions((str(tmp_path / f"in.{suffix}"),), tmp_path / "out", tokenizer_folder, workers=1), QUIET
+    )
     tokenizer = load_tokenizer(tokenizer_folder)
     around = [] if suffix == "txt" else ["before", "after"]
     expected = [text] if suffix == "txt" else ["before", text, "after"]

@@ -1,4 +1,6 @@
-"""Every kind of tokenizer through `prepare`: the ids are those of the `tokenizers` library alone, document by document."""
+"""Every kind of tokenizer through `prepare`: the ids are those of the `tokenizers` library alone,
+document by document.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,8 @@ TEXTS = [
     *(words(60, seed) for seed in range(5)),
 ]
 
-# Letters and marks that the Unicode tables of gigatoken and of tokenizers see otherwise, after more documents than are compared beforehand.
+# Letters and marks that the Unicode tables of gigatoken and of tokenizers see otherwise, after more documents than are
+# compared beforehand.
 NEWER = [*(f"plain {number}" for number in range(600)), "\U00032df0\\n", "\u1ac6\u05b9", "\U00032ede<A", "\u0301\u08d3"]
 
 
@@ -50,7 +53,9 @@ def long_document(size: int) -> str:
 
 
 def llama_like(metaspace: str | None = None) -> Callable[[Path], Tokenizer]:
-    """BPE over characters with bytes for the unknown ones: no pre-tokens (Llama 2), or a Metaspace (Llama as some convert it)."""
+    """BPE over characters with bytes for the unknown ones: no pre-tokens (Llama 2), or a Metaspace (Llama as some
+    convert it).
+    """
 
     def build(folder: Path) -> Tokenizer:
         small = Tokenizer(models.BPE(unk_token="<unk>"))
@@ -82,7 +87,10 @@ def byte_level(folder: Path) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=400,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator([words(200, seed) for seed in range(10)], trainer)
     folder.mkdir()
@@ -111,14 +119,19 @@ def long(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 def without_added(tokenizer: Tokenizer) -> Tokenizer:
     """The same without added tokens: what `--added-tokens plain` means."""
-    return Tokenizer.from_str(json.dumps({**json.loads(tokenizer.to_str()), "added_tokens": [], "post_processor": None}))
+    return Tokenizer.from_str(
+        json.dumps({**json.loads(tokenizer.to_str()), "added_tokens": [], "post_processor": None})
+    )
 
 
 def check(reference: Tokenizer, folder: Path, tmp_path: Path, documents: list[str], **more: Any) -> str:
     """Prepare the documents and compare the ids of each with the reference; what was said."""
     jsonl(tmp_path / "in.jsonl", [{"text": text} for text in documents])
     said = io.StringIO()
-    out = prepare(PrepareOptions((str(tmp_path / "in.jsonl"),), tmp_path / "out", folder, workers=1, **more), Progress("prepare", 0, said))
+    out = prepare(
+        PrepareOptions((str(tmp_path / "in.jsonl"),), tmp_path / "out", folder, workers=1, **more),
+        Progress("prepare", 0, said),
+    )
     reference.encode_special_tokens = True
     eos = json.loads((out / "manifest.json").read_text())["tokenizer"]["eos_id"]
     expected = [[*reference.encode(text, add_special_tokens=False).ids, eos] for text in documents]
@@ -138,8 +151,12 @@ def test_ids_are_those_of_tokenizers_whatever_the_kind(name: str, added: str, lo
     assert "encoder: gigatoken, same ids as tokenizers" in said or "encoder: tokenizers (gigatoken " in said
 
 
-@pytest.mark.parametrize(("name", "added"), [pytest.param("qwen2.5", "plain", marks=pytest.mark.campaign), ("qwen3", "library")])
-def test_ids_of_the_qwen_tokenizers_are_those_of_tokenizers(shared: Path, name: str, added: str, long: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "added"), [pytest.param("qwen2.5", "plain", marks=pytest.mark.campaign), ("qwen3", "library")]
+)
+def test_ids_of_the_qwen_tokenizers_are_those_of_tokenizers(
+    shared: Path, name: str, added: str, long: str, tmp_path: Path
+) -> None:
     folder = shared / "tokenizers" / name
     whole = Tokenizer.from_file(str(folder / "tokenizer.json"))
     reference = whole if added == "library" else without_added(whole)
@@ -162,7 +179,9 @@ def test_every_character_in_three_surroundings_gets_the_ids_of_tokenizers_or_is_
         assert np.array_equal(ids, expected)
 
 
-def test_ids_of_gpt_2_from_vocabulary_and_merges_are_those_of_tokenizers(shared: Path, long: str, tmp_path: Path) -> None:
+def test_ids_of_gpt_2_from_vocabulary_and_merges_are_those_of_tokenizers(
+    shared: Path, long: str, tmp_path: Path
+) -> None:
     folder = shared / "tokenizers" / "gpt2"
     reference = Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
     reference.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -171,7 +190,9 @@ def test_ids_of_gpt_2_from_vocabulary_and_merges_are_those_of_tokenizers(shared:
 
 
 @pytest.mark.parametrize("encoder", ["tokenizers", "gigatoken"])
-def test_a_named_encoder_is_used_or_refused_and_gives_the_same_ids(encoder: str, long: str, tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_a_named_encoder_is_used_or_refused_and_gives_the_same_ids(
+    encoder: str, long: str, tokenizer_folder: Path, tmp_path: Path
+) -> None:
     pytest.importorskip("gigatoken")
     reference = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
     said = check(reference, tokenizer_folder, tmp_path, [*TEXTS, long], encoder=encoder)

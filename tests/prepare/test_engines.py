@@ -39,7 +39,9 @@ def corpus(tmp_path: Path) -> str:
 
 @pytest.fixture
 def expected(corpus: str, tokenizer_folder: Path, tmp_path: Path) -> dict[str, str]:
-    return content(prepare(PrepareOptions((corpus,), tmp_path / "expected", tokenizer_folder, workers=1, hold_out=0.1), QUIET))
+    return content(
+        prepare(PrepareOptions((corpus,), tmp_path / "expected", tokenizer_folder, workers=1, hold_out=0.1), QUIET)
+    )
 
 
 def test_an_unknown_engine_and_a_missing_sbatch_are_named(
@@ -75,12 +77,15 @@ from pathlib import Path
 from argonne.prepare.options import PrepareOptions
 from argonne.prepare.prepare import prepare
 if __name__ == "__main__":
-    prepare(PrepareOptions((sys.argv[1],), Path(sys.argv[2]), Path(sys.argv[3]), workers=int(sys.argv[4]), hold_out=0.1))
+    text, out, tokenizer, workers = sys.argv[1:5]
+    prepare(PrepareOptions((text,), Path(out), Path(tokenizer), workers=int(workers), hold_out=0.1))
 """
 
 
 def killed_until_done(tmp_path: Path, corpus: str, tokenizer_folder: Path, workers: int, kills: int, seed: int) -> None:
-    """Start `prepare` again and again, and kill its process group after a random time, until it has been killed `kills` times; then let it finish."""
+    """Start `prepare` again and again, and kill its process group after a random time, until it has been killed `kills`
+    times; then let it finish.
+    """
     script = tmp_path / "run.py"
     script.write_text(COMMAND)
     generator = random.Random(seed)
@@ -125,7 +130,9 @@ def ray_for_workers() -> Iterator[None]:
 
 @pytest.mark.campaign
 @pytest.mark.usefixtures("ray_for_workers")
-def test_two_ray_workers_write_the_same_bytes(corpus: str, tokenizer_folder: Path, tmp_path: Path, expected: dict[str, str]) -> None:
+def test_two_ray_workers_write_the_same_bytes(
+    corpus: str, tokenizer_folder: Path, tmp_path: Path, expected: dict[str, str]
+) -> None:
     options = PrepareOptions((corpus,), tmp_path / "out", tokenizer_folder, engine="ray", workers=2, hold_out=0.1)
     assert content(prepare(options, QUIET)) == expected
 
@@ -133,12 +140,17 @@ def test_two_ray_workers_write_the_same_bytes(corpus: str, tokenizer_folder: Pat
 @pytest.fixture
 def slurm(shared: Path, tmp_path: Path) -> Iterator[None]:
     """A SLURM of one node: the one that runs here, or one started for this test."""
-    if shutil.which("sinfo") and "idle" in subprocess.run(["sinfo", "-h", "-o", "%T"], capture_output=True, text=True, check=False).stdout:
+    if (
+        shutil.which("sinfo")
+        and "idle" in subprocess.run(["sinfo", "-h", "-o", "%T"], capture_output=True, text=True, check=False).stdout
+    ):
         yield
         return
     if os.geteuid() != 0:
         pytest.skip("needs a running SLURM, or root to start one")
-    start = subprocess.run([str(shared / "slurm/start_slurm.sh"), str(tmp_path / "slurm")], capture_output=True, text=True, check=False)
+    start = subprocess.run(
+        [str(shared / "slurm/start_slurm.sh"), str(tmp_path / "slurm")], capture_output=True, text=True, check=False
+    )
     if "ready" not in start.stdout:
         pytest.skip(f"SLURM could not be started: {start.stderr.strip()[-200:]}")
     yield
@@ -154,7 +166,9 @@ def test_a_slurm_array_of_two_with_one_task_killed_writes_the_same_bytes(
         rows = [{"text": words(2000, 100 * number + row)} for row in range(100)]
         (tmp_path / f"part_{number}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     corpus = str(tmp_path / "part_*.jsonl")
-    expected = content(prepare(PrepareOptions((corpus,), tmp_path / "expected", tokenizer_folder, workers=1, hold_out=0.1), QUIET))
+    expected = content(
+        prepare(PrepareOptions((corpus,), tmp_path / "expected", tokenizer_folder, workers=1, hold_out=0.1), QUIET)
+    )
     submit = engines._submit
     submitted: list[str] = []
 
@@ -179,7 +193,9 @@ def test_a_slurm_array_of_two_with_one_task_killed_writes_the_same_bytes(
 def small_disk(tmp_path: Path, megabytes: int) -> Path:
     folder = tmp_path / "disk"
     folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)], capture_output=True, check=False)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)], capture_output=True, check=False
+    )
     if done.returncode:
         pytest.skip("needs the right to mount a tmpfs")
     return folder
@@ -206,7 +222,9 @@ def test_a_full_disk_leaves_nothing_corrupt_and_a_rerun_with_space_finishes(
 
 @pytest.mark.campaign
 @pytest.mark.parametrize("encoder", ["tokenizers", "gigatoken"])
-def test_the_whole_shared_corpus_has_the_ids_of_tokenizers_document_by_document(shared: Path, tmp_path: Path, encoder: str) -> None:
+def test_the_whole_shared_corpus_has_the_ids_of_tokenizers_document_by_document(
+    shared: Path, tmp_path: Path, encoder: str
+) -> None:
     from tokenizers import Tokenizer
 
     if encoder == "gigatoken":

@@ -50,7 +50,10 @@ def test_of_equal_documents_the_first_stays_wherever_the_others_lie(tokenizer_fo
 def test_no_document_is_both_held_out_and_trained_on_after_dedup(tokenizer_folder: Path, tmp_path: Path) -> None:
     texts = [words(20, number % 40) for number in range(200)]
     jsonl(tmp_path / "in.jsonl", [{"text": text} for text in texts])
-    out = prepare(PrepareOptions((str(tmp_path / "in.jsonl"),), tmp_path / "out", tokenizer_folder, dedup=True, hold_out=0.2), QUIET)
+    out = prepare(
+        PrepareOptions((str(tmp_path / "in.jsonl"),), tmp_path / "out", tokenizer_folder, dedup=True, hold_out=0.2),
+        QUIET,
+    )
     train, held = documents_of(out), documents_of(out, held_out=True)
     assert not {tuple(ids) for ids in train} & {tuple(ids) for ids in held}
     assert len(train) + len(held) == 40
@@ -59,7 +62,9 @@ def test_no_document_is_both_held_out_and_trained_on_after_dedup(tokenizer_folde
 def test_text_of_evaluation_files_is_kept_out_and_counted(tokenizer_folder: Path, tmp_path: Path) -> None:
     question = "Which of the seven wizards mixed forty two potions near the lake before the lazy dog woke up?"
     jsonl(tmp_path / "eval.jsonl", [{"q": {"text": question}, "choices": ["a", "b"]}])
-    (tmp_path / "eval.csv").write_text('id,"one two three four five six seven eight nine ten eleven twelve thirteen fourteen"\n')
+    (tmp_path / "eval.csv").write_text(
+        'id,"one two three four five six seven eight nine ten eleven twelve thirteen fourteen"\n'
+    )
     rows = [
         words(50),
         f"{words(9)} {question.upper()} {words(9)}",
@@ -67,12 +72,16 @@ def test_text_of_evaluation_files_is_kept_out_and_counted(tokenizer_folder: Path
         "so: one two three four five six seven eight nine ten eleven twelve thirteen!",
     ]
     jsonl(tmp_path / "in.jsonl", [{"text": text} for text in rows])
-    options = PrepareOptions((str(tmp_path / "in.jsonl"),), tmp_path / "out", tokenizer_folder, decontaminate=(str(tmp_path / "eval.*"),))
+    options = PrepareOptions(
+        (str(tmp_path / "in.jsonl"),), tmp_path / "out", tokenizer_folder, decontaminate=(str(tmp_path / "eval.*"),)
+    )
     manifest = open_tokens(prepare(options, QUIET)).manifest
     assert manifest["drops"] == {"contaminated": 2}
     assert manifest["documents"] == 2
     listed = {Path(file["path"]).name: file["sha256"] for file in manifest["evaluation_files"]}
-    assert listed == {name: hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in ("eval.csv", "eval.jsonl")}
+    assert listed == {
+        name: hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in ("eval.csv", "eval.jsonl")
+    }
 
 
 def test_evaluation_files_that_changed_since_the_work_began_are_refused(tokenizer_folder: Path, tmp_path: Path) -> None:

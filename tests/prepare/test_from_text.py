@@ -37,7 +37,9 @@ def text(tmp_path: Path, tokenizer_folder: Path) -> DataSection:
     for number in range(6):
         rows = [{"text": words(40, 10 * number + row)} for row in range(6)]
         (folder / f"part_{number}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return DataSection(input=("nowhere/*.jsonl", str(folder / "*.jsonl")), tokenizer=str(tokenizer_folder), sequence_length=16)
+    return DataSection(
+        input=("nowhere/*.jsonl", str(folder / "*.jsonl")), tokenizer=str(tokenizer_folder), sequence_length=16
+    )
 
 
 def prepared(text: DataSection, folder: Path) -> Path:
@@ -77,7 +79,9 @@ def test_the_first_steps_are_there_before_the_last_text_is_tokenised(
     for number in (1, 0):
         job.run(number)
     ready = open_training_data(
-        DataSection(sources=(SourceSection(path=str(prepared(text, tmp_path / "tokens"))),), sequence_length=16), BATCH, 1
+        DataSection(sources=(SourceSection(path=str(prepared(text, tmp_path / "tokens"))),), sequence_length=16),
+        BATCH,
+        1,
     )
     with Loader(data, 0, 1, 4, prefetch=0) as loader:
         early = [loader.batch(step).micro_batches[0]["input_ids"].tolist() for step in range(5)]
@@ -109,7 +113,9 @@ def test_a_run_resumes_from_text_as_if_it_had_not_stopped(text: DataSection, tmp
     after = rows_of(again, range(3, 9))
     again.close()
     ready = open_training_data(
-        DataSection(sources=(SourceSection(path=str(prepared(text, tmp_path / "tokens"))),), sequence_length=16), BATCH, 1
+        DataSection(sources=(SourceSection(path=str(prepared(text, tmp_path / "tokens"))),), sequence_length=16),
+        BATCH,
+        1,
     )
     assert after == rows_of(ready, range(3, 9))
 
@@ -119,7 +125,9 @@ def request_of(text: DataSection, run: Path) -> str:
     return json.dumps({**dataclasses.asdict(options), "out": str(options.out), "tokenizer": str(options.tokenizer)})
 
 
-def test_a_tokenising_process_whose_trainer_died_before_it_began_does_nothing(text: DataSection, tmp_path: Path) -> None:
+def test_a_tokenising_process_whose_trainer_died_before_it_began_does_nothing(
+    text: DataSection, tmp_path: Path
+) -> None:
     with subprocess.Popen(["true"]) as trainer:
         trainer.wait()
     command = [sys.executable, "-m", "argonne.prepare.from_text", request_of(text, tmp_path / "run"), str(trainer.pid)]
@@ -127,7 +135,9 @@ def test_a_tokenising_process_whose_trainer_died_before_it_began_does_nothing(te
     assert not (tmp_path / "run").exists()
 
 
-def test_a_finish_between_two_looks_is_no_foreign_folder(text: DataSection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finish_between_two_looks_is_no_foreign_folder(
+    text: DataSection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     opened = open_plan = from_text.planning.open_plan
 
     def finished_by_another_rank(options: PrepareOptions, out: Path) -> dict[str, Any]:
@@ -168,10 +178,16 @@ class Ended:
         return self.code
 
 
-def starts_until_refused(text: DataSection, run: Path, monkeypatch: pytest.MonkeyPatch, code: int, units_between: int) -> int:
-    """How often the tokenising process is started, at most nine times, when each ends with `code` after it has finished `units_between`."""
+def starts_until_refused(
+    text: DataSection, run: Path, monkeypatch: pytest.MonkeyPatch, code: int, units_between: int
+) -> int:
+    """How often the tokenising process is started, at most nine times, when each ends with `code` after it has finished
+    `units_between`.
+    """
     started: list[Ended] = []
-    monkeypatch.setattr(from_text.subprocess, "Popen", lambda *arguments, **named: started.append(Ended(code)) or started[-1])
+    monkeypatch.setattr(
+        from_text.subprocess, "Popen", lambda *arguments, **named: started.append(Ended(code)) or started[-1]
+    )
     work = from_text.TextWork(from_text.options_of(text, run))
     with contextlib.suppress(InputError):
         for _ in range(9):
@@ -200,7 +216,9 @@ def test_deaths_with_finished_units_between_them_are_no_reason_to_give_up(
     assert starts_until_refused(text, tmp_path / "run", monkeypatch, -9, 1) == 9
 
 
-def test_a_rank_without_the_files_is_sent_all_of_a_text_that_is_still_being_tokenised(text: DataSection, tmp_path: Path) -> None:
+def test_a_rank_without_the_files_is_sent_all_of_a_text_that_is_still_being_tokenised(
+    text: DataSection, tmp_path: Path
+) -> None:
     data = open_training_data(dataclasses.replace(text, reader="rank-0"), BATCH, 1, run_folder=tmp_path / "run")
     copy = pickle.loads(pickle.dumps(data))
     data.close()
@@ -233,7 +251,9 @@ def test_a_failure_while_tokenising_reaches_the_trainer(text: DataSection, tmp_p
     data.close()
 
 
-def test_text_that_is_tokenised_may_be_gone_and_a_pattern_that_matches_later_changes_nothing(text: DataSection, tmp_path: Path) -> None:
+def test_text_that_is_tokenised_may_be_gone_and_a_pattern_that_matches_later_changes_nothing(
+    text: DataSection, tmp_path: Path
+) -> None:
     section = dataclasses.replace(text, input=(str(tmp_path / "later/*.jsonl"), text.input[1]))
     data = open_training_data(section, BATCH, 1, run_folder=tmp_path / "run")
     steps = range(data.tokens_per_epoch // 64)
@@ -280,5 +300,7 @@ def test_what_a_recipe_says_of_text_reaches_the_tokeniser(
     text: DataSection, tmp_path: Path, key: str, value: Any, option: tuple[str, Any]
 ) -> None:
     name, expected = option
-    plain, asked = (from_text.options_of(section, tmp_path / "run") for section in (text, dataclasses.replace(text, **{key: value})))
+    plain, asked = (
+        from_text.options_of(section, tmp_path / "run") for section in (text, dataclasses.replace(text, **{key: value}))
+    )
     assert (getattr(asked, name), getattr(plain, name) == expected) == (expected, False)

@@ -44,7 +44,10 @@ def test_parts_that_run_at_once_write_the_bytes_of_one_run(corpus: str, tokenize
     expected = content(prepare(PrepareOptions((corpus,), tmp_path / "expected", tokenizer_folder, workers=1), QUIET))
     command = [sys.executable, "-m", "argonne", "prepare", "--input", corpus, "--tokenizer", str(tokenizer_folder)]
     command += ["--out", str(tmp_path / "out"), "--encoder", "tokenizers", "--part"]
-    parts = [subprocess.Popen([*command, f"{number}/4"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for number in range(1, 5)]
+    parts = [
+        subprocess.Popen([*command, f"{number}/4"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for number in range(1, 5)
+    ]
     assert [part.wait() for part in parts] == [0, 0, 0, 0]
     assert content(tmp_path / "out") == expected
 
@@ -79,7 +82,9 @@ def test_a_part_leaves_the_end_to_one_that_still_works(
     assert (out / layout.MANIFEST).exists()
 
 
-def test_a_finished_set_that_cannot_be_written_to_is_still_found_complete(corpus: str, tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_a_finished_set_that_cannot_be_written_to_is_still_found_complete(
+    corpus: str, tokenizer_folder: Path, tmp_path: Path
+) -> None:
     options = PrepareOptions((corpus,), tmp_path / "out", tokenizer_folder, workers=1)
     before = content(prepare(options, QUIET))
     for name in (layout.TOKENS_LOCK, layout.TOKENS_TURN):

@@ -31,14 +31,26 @@ def corpus(tmp_path: Path) -> tuple[Path, list[str]]:
     folder.mkdir()
     texts = [words(30 + number, number) for number in range(60)]
     jsonl(folder / "part_2.jsonl", [{"text": text, "id": 1} for text in texts[:20]])
-    (folder / "part_3.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps({"text": text}) + "\n" for text in texts[20:25]).encode()))
-    (folder / "part_4.jsonl.zst").write_bytes(
-        zstandard.compress("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts[25:30]).encode())
+    (folder / "part_3.jsonl.gz").write_bytes(
+        gzip.compress("".join(json.dumps({"text": text}) + "\n" for text in texts[20:25]).encode())
     )
-    parquet.write_table(pa.table({"n": list(range(15)), "text": texts[30:45]}), folder / "part_10.parquet", row_group_size=4)
-    with pa.OSFile(str(folder / "part_11.arrow"), "wb") as sink, pa.ipc.new_stream(sink, pa.schema([("text", pa.string())])) as writer:
+    (folder / "part_4.jsonl.zst").write_bytes(
+        zstandard.compress(
+            "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts[25:30]).encode()
+        )
+    )
+    parquet.write_table(
+        pa.table({"n": list(range(15)), "text": texts[30:45]}), folder / "part_10.parquet", row_group_size=4
+    )
+    with (
+        pa.OSFile(str(folder / "part_11.arrow"), "wb") as sink,
+        pa.ipc.new_stream(sink, pa.schema([("text", pa.string())])) as writer,
+    ):
         writer.write_table(pa.table({"text": texts[45:50]}))
-    with pa.OSFile(str(folder / "part_12.arrow"), "wb") as sink, pa.ipc.new_file(sink, pa.schema([("text", pa.large_string())])) as writer:
+    with (
+        pa.OSFile(str(folder / "part_12.arrow"), "wb") as sink,
+        pa.ipc.new_file(sink, pa.schema([("text", pa.large_string())])) as writer,
+    ):
         writer.write_table(pa.table({"text": pa.array(texts[50:59], pa.large_string())}), max_chunksize=2)
     (folder / "part_20.txt").write_text(texts[59])
     return folder, texts
@@ -60,12 +72,17 @@ def test_every_format_gives_its_documents_in_natural_order_with_reference_ids(
     assert inspect_tokens(out)["problems"] == []
 
 
-def test_one_and_two_workers_write_the_same_bytes(corpus: tuple[Path, list[str]], tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_one_and_two_workers_write_the_same_bytes(
+    corpus: tuple[Path, list[str]], tokenizer_folder: Path, tmp_path: Path
+) -> None:
     folder, _ = corpus
     found = [
         content(
             prepare(
-                PrepareOptions((str(folder / "*"),), tmp_path / f"out{workers}", tokenizer_folder, workers=workers, hold_out=0.1), QUIET
+                PrepareOptions(
+                    (str(folder / "*"),), tmp_path / f"out{workers}", tokenizer_folder, workers=workers, hold_out=0.1
+                ),
+                QUIET,
             )
         )
         for workers in (1, 2)
@@ -73,12 +90,16 @@ def test_one_and_two_workers_write_the_same_bytes(corpus: tuple[Path, list[str]]
     assert found[0] == found[1]
 
 
-def test_parts_in_any_order_write_the_same_bytes_as_one_run(corpus: tuple[Path, list[str]], tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_parts_in_any_order_write_the_same_bytes_as_one_run(
+    corpus: tuple[Path, list[str]], tokenizer_folder: Path, tmp_path: Path
+) -> None:
     folder, _ = corpus
     whole = prepare(PrepareOptions((str(folder / "*"),), tmp_path / "whole", tokenizer_folder, workers=1), QUIET)
     for part in (3, 1, 2):
         assert not (tmp_path / "parts" / "manifest.json").exists()
-        prepare(PrepareOptions((str(folder / "*"),), tmp_path / "parts", tokenizer_folder, workers=1, part=(part, 3)), QUIET)
+        prepare(
+            PrepareOptions((str(folder / "*"),), tmp_path / "parts", tokenizer_folder, workers=1, part=(part, 3)), QUIET
+        )
     assert content(tmp_path / "parts") == content(whole)
 
 
@@ -87,7 +108,9 @@ def test_work_that_was_interrupted_goes_on_and_ends_in_the_same_bytes(
 ) -> None:
     folder, _ = corpus
     options = PrepareOptions((str(folder / "*"),), tmp_path / "out", tokenizer_folder, workers=1)
-    whole = content(prepare(PrepareOptions((str(folder / "*"),), tmp_path / "whole", tokenizer_folder, workers=1), QUIET))
+    whole = content(
+        prepare(PrepareOptions((str(folder / "*"),), tmp_path / "whole", tokenizer_folder, workers=1), QUIET)
+    )
     done: list[int] = []
     run = encode.encode_unit
 
@@ -143,26 +166,36 @@ def test_every_row_is_a_document_or_a_counted_drop(tokenizer_folder: Path, tmp_p
         json.dumps({"text": "a nul \0 is text"}).encode(),
     ]
     (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines))
-    out = prepare(PrepareOptions((str(tmp_path / "in.jsonl"),), tmp_path / "out", tokenizer_folder, max_drop_fraction=1.0), QUIET)
+    out = prepare(
+        PrepareOptions((str(tmp_path / "in.jsonl"),), tmp_path / "out", tokenizer_folder, max_drop_fraction=1.0), QUIET
+    )
     manifest = open_tokens(out).manifest
     assert manifest["drops"] == {"empty": 1, "invalid-json": 2, "invalid-utf8": 2, "missing": 2, "not-text": 1}
     assert manifest["rows"] == manifest["documents"] + sum(manifest["drops"].values()) == 10
     assert load_tokenizer(tokenizer_folder).decode(documents_of(out)[1][:-1]) == "a nul \0 is text"
 
 
-def test_too_many_rows_that_are_no_documents_stop_the_work_and_a_higher_limit_finishes_it(tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_too_many_rows_that_are_no_documents_stop_the_work_and_a_higher_limit_finishes_it(
+    tokenizer_folder: Path, tmp_path: Path
+) -> None:
     jsonl(tmp_path / "in.jsonl", [{"text": "good"}, {"text": 1}])
     with pytest.raises(InputError, match=r"1 of 2 rows are no documents \(not-text 1\)"):
         prepare(PrepareOptions((str(tmp_path / "in.jsonl"),), tmp_path / "out", tokenizer_folder), QUIET)
     with pytest.raises(InputError, match="was interrupted here: run it again"):
         open_tokens(tmp_path / "out")
-    out = prepare(PrepareOptions((str(tmp_path / "in.jsonl"),), tmp_path / "out", tokenizer_folder, max_drop_fraction=0.5), QUIET)
+    out = prepare(
+        PrepareOptions((str(tmp_path / "in.jsonl"),), tmp_path / "out", tokenizer_folder, max_drop_fraction=0.5), QUIET
+    )
     assert open_tokens(out).documents == 1
 
 
-def test_held_out_documents_are_the_asked_share_and_none_is_in_both_parts(tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_held_out_documents_are_the_asked_share_and_none_is_in_both_parts(
+    tokenizer_folder: Path, tmp_path: Path
+) -> None:
     jsonl(tmp_path / "in.jsonl", [{"text": f"{number} {words(8, number)}"} for number in range(200)])
-    out = prepare(PrepareOptions((str(tmp_path / "in.jsonl"),), tmp_path / "out", tokenizer_folder, hold_out=0.05), QUIET)
+    out = prepare(
+        PrepareOptions((str(tmp_path / "in.jsonl"),), tmp_path / "out", tokenizer_folder, hold_out=0.05), QUIET
+    )
     train, held = documents_of(out), documents_of(out, held_out=True)
     assert len(held) == 10
     assert len(train) == 190
@@ -185,9 +218,16 @@ def test_held_out_documents_are_the_asked_share_and_none_is_in_both_parts(tokeni
         ({"train_tokenizer": 100, "tokenizer": None}, "expected at least 283"),
     ],
 )
-def test_wrong_input_is_named_with_what_was_expected(tokenizer_folder: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_wrong_input_is_named_with_what_was_expected(
+    tokenizer_folder: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
     parquet.write_table(pa.table({"n": [1], "text": ["some text"]}), tmp_path / "in.parquet")
-    given: dict[str, Any] = {"input": (str(tmp_path / "in.parquet"),), "out": tmp_path / "out", "tokenizer": tokenizer_folder, **changes}
+    given: dict[str, Any] = {
+        "input": (str(tmp_path / "in.parquet"),),
+        "out": tmp_path / "out",
+        "tokenizer": tokenizer_folder,
+        **changes,
+    }
     with pytest.raises(InputError, match=message):
         prepare(PrepareOptions(**given), QUIET)
 
@@ -229,9 +269,13 @@ def test_a_damaged_parquet_is_an_error_or_is_skipped_and_listed(tokenizer_folder
     assert [Path(bad["path"]).name for bad in manifest["bad_files"]] == ["b.parquet"]
 
 
-def test_a_file_that_ends_in_the_middle_is_an_error_or_is_listed_with_what_could_be_read(tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_a_file_that_ends_in_the_middle_is_an_error_or_is_listed_with_what_could_be_read(
+    tokenizer_folder: Path, tmp_path: Path
+) -> None:
     generator = np.random.default_rng(0)
-    rows = "".join(json.dumps({"text": f"{words(30, n)} {generator.integers(10**15)}"}) + "\n" for n in range(3000)).encode()
+    rows = "".join(
+        json.dumps({"text": f"{words(30, n)} {generator.integers(10**15)}"}) + "\n" for n in range(3000)
+    ).encode()
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(rows)[:-20000])
     (tmp_path / "b.jsonl").write_text(json.dumps({"text": "whole"}) + "\n")
     pattern = (str(tmp_path / "*.jsonl*"),)
@@ -243,7 +287,9 @@ def test_a_file_that_ends_in_the_middle_is_an_error_or_is_listed_with_what_could
     assert [Path(bad["path"]).name for bad in manifest["bad_files"]] == ["a.jsonl.gz"]
 
 
-def test_two_writers_of_one_folder_are_not_let_in_together(tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_writers_of_one_folder_are_not_let_in_together(
+    tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     jsonl(tmp_path / "in.jsonl", [{"text": "some text"}])
     options = PrepareOptions((str(tmp_path / "in.jsonl"),), tmp_path / "out", tokenizer_folder)
 
@@ -263,9 +309,14 @@ def test_a_single_train_bin_holds_the_same_tokens_as_the_shards(
     corpus: tuple[Path, list[str]], tokenizer_folder: Path, tmp_path: Path
 ) -> None:
     folder, _ = corpus
-    shards = prepare(PrepareOptions((str(folder / "*"),), tmp_path / "shards", tokenizer_folder, workers=1, hold_out=0.1), QUIET)
+    shards = prepare(
+        PrepareOptions((str(folder / "*"),), tmp_path / "shards", tokenizer_folder, workers=1, hold_out=0.1), QUIET
+    )
     single = prepare(
-        PrepareOptions((str(folder / "*"),), tmp_path / "single", tokenizer_folder, workers=1, hold_out=0.1, format="train.bin"), QUIET
+        PrepareOptions(
+            (str(folder / "*"),), tmp_path / "single", tokenizer_folder, workers=1, hold_out=0.1, format="train.bin"
+        ),
+        QUIET,
     )
     assert sorted(path.name for path in single.iterdir() if path.suffix == ".bin") == ["held_out.bin", "train.bin"]
     assert documents_of(single) == documents_of(shards)
@@ -276,16 +327,24 @@ def test_a_single_train_bin_holds_the_same_tokens_as_the_shards(
 
 
 @pytest.mark.parametrize(
-    ("split", "expected"), [("blank-lines", ["a\nb", "c", "d"]), ("lines", ["a", "b", "c", " ", "d"]), ("c", ["a\nb\n\n", "\n\n \n\nd\n"])]
+    ("split", "expected"),
+    [("blank-lines", ["a\nb", "c", "d"]), ("lines", ["a", "b", "c", " ", "d"]), ("c", ["a\nb\n\n", "\n\n \n\nd\n"])],
 )
 def test_plain_text_is_split_as_asked(tokenizer_folder: Path, tmp_path: Path, split: str, expected: list[str]) -> None:
     (tmp_path / "in.txt").write_text("a\nb\n\nc\n\n \n\nd\n")
-    out = prepare(PrepareOptions((str(tmp_path / "in.txt"),), tmp_path / "out", tokenizer_folder, split=split, max_drop_fraction=1), QUIET)
+    out = prepare(
+        PrepareOptions(
+            (str(tmp_path / "in.txt"),), tmp_path / "out", tokenizer_folder, split=split, max_drop_fraction=1
+        ),
+        QUIET,
+    )
     tokenizer = load_tokenizer(tokenizer_folder)
     assert [tokenizer.decode(ids[:-1]) for ids in documents_of(out)] == expected
 
 
-def test_jsonl_cut_into_many_units_gives_every_line_once(tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jsonl_cut_into_many_units_gives_every_line_once(
+    tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     texts = [words(1 + number % 50, number) for number in range(300)]
     jsonl(tmp_path / "in.jsonl", [{"text": text} for text in texts])
     monkeypatch.setattr("argonne.prepare.documents.unit_bytes", lambda _: 997)

@@ -32,7 +32,9 @@ if __name__ == "__main__":
 
 
 def peak_of_preparing(source: Path, out: Path, tokenizer: Path, workers: int) -> float:
-    """Largest resident memory of any process of `argonne prepare`, in bytes (VmHWM: what getrusage says of itself begins with the parent's)."""
+    """Largest resident memory of any process of `argonne prepare`, in bytes (VmHWM: what getrusage says of itself
+    begins with the parent's).
+    """
     script = out.parent / "run.py"
     script.write_text(COMMAND)
     command = [sys.executable, str(script), str(source), str(out), str(tokenizer), str(workers)]
@@ -57,7 +59,12 @@ def test_a_document_of_forty_megabytes_takes_a_few_times_its_own_size(tokenizer_
     for name, size in (("small", 1_000), ("large", 40_000_000)):
         text = line * max(1, size // len(line.encode()))
         (tmp_path / name).mkdir()
-        parquet.write_table(pa.table({"text": ["before", text]}), tmp_path / name / "in.parquet", compression="none", use_dictionary=False)
+        parquet.write_table(
+            pa.table({"text": ["before", text]}),
+            tmp_path / name / "in.parquet",
+            compression="none",
+            use_dictionary=False,
+        )
         peaks.append(peak_of_preparing(tmp_path / name / "in.parquet", tmp_path / name / "out", tokenizer_folder, 1))
     assert peaks[1] - peaks[0] < 6 * 40_000_000
 

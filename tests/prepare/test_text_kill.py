@@ -1,4 +1,6 @@
-"""Training from text through the command line, with trainer and tokenising process killed: bit for bit prepare and then training."""
+"""Training from text through the command line, with trainer and tokenising process killed: bit for bit prepare and then
+training.
+"""
 
 from __future__ import annotations
 
@@ -61,8 +63,16 @@ class Text:
 
     def pretrain(self, name: str, **keys: str) -> list[str]:
         """The command line of a run on the text, or on the sources among the keys."""
-        text = {} if "data.sources" in keys else {"data.input": json.dumps([self.pattern]), "data.tokenizer": str(self.tokenizer)}
-        flags = [word for key, value in {**NANO, "data.sources": "[]", **text, **keys}.items() for word in (f"--{key}", value)]
+        text = (
+            {}
+            if "data.sources" in keys
+            else {"data.input": json.dumps([self.pattern]), "data.tokenizer": str(self.tokenizer)}
+        )
+        flags = [
+            word
+            for key, value in {**NANO, "data.sources": "[]", **text, **keys}.items()
+            for word in (f"--{key}", value)
+        ]
         return ["pretrain", "nano-3.0", "--run", str(self.folder / name), *flags]
 
     def finish(self, name: str, *, ranks: int = 1, **keys: str) -> Path:
@@ -100,7 +110,9 @@ class Session(Watcher):
 
     def __init__(self, text: Text, name: str, *, ranks: int = 1, **keys: str) -> None:
         self.run, self.text = text.folder / name, text
-        super().__init__(self.run, text.commands.start(text.pretrain(name, **keys), text.folder / f"{name}.log", ranks=ranks))
+        super().__init__(
+            self.run, text.commands.start(text.pretrain(name, **keys), text.folder / f"{name}.log", ranks=ranks)
+        )
 
     def wait_for_tokeniser(self) -> bool:
         return self._wait(lambda: bool(tokenisers(self.run)))
@@ -108,7 +120,9 @@ class Session(Watcher):
     def units(self) -> int:
         """Finished units; all of them once the manifest has replaced their records."""
         return (
-            UNITS if (self.run / "data" / layout.MANIFEST).exists() else len(list((self.run / "data" / layout.UNITS).glob("[0-9]*.json")))
+            UNITS
+            if (self.run / "data" / layout.MANIFEST).exists()
+            else len(list((self.run / "data" / layout.UNITS).glob("[0-9]*.json")))
         )
 
     def wait_for_units(self, count: int) -> bool:
@@ -132,7 +146,9 @@ class Session(Watcher):
 
 
 def assert_same(run: Path, whole: Path, expected_tokens: Path, steps: int = STEPS) -> None:
-    """Step, tokens, loss, gradient norm and rate of each step, every weight and moment, and every byte of the tokens."""
+    """Step, tokens, loss, gradient norm and rate of each step, every weight and moment, and every byte
+    of the tokens.
+    """
     assert [record["step"] for record in curve(run)] == list(range(1, steps + 1))
     assert curve(run) == curve(whole)
     assert stored(run / LAST) == stored(whole / LAST)
@@ -198,23 +214,31 @@ def test_text_is_tokenised_to_the_end_where_the_run_asks_for_all_of_it(text: Tex
 @pytest.mark.parametrize("ranks", [1, 2], ids=["1 rank", "2 ranks"])
 @pytest.mark.parametrize("seed", range(3))
 def test_a_campaign_of_kills_at_random_moments_leaves_no_trace(text: Text, seed: int, ranks: int) -> None:
-    """Trainer, tokenising process or both, whichever the dice say, after a random unit or step and a random moment more."""
+    """Trainer, tokenising process or both, whichever the dice say, after a random unit or step and a random moment
+    more.
+    """
     steps, wanted, draw = 400, 20, random.Random(seed)
     keys = {"train.steps": str(steps)}
     whole = text.trained_on_prepared(ranks=ranks, **keys)
     kills = during_work = number = 0
-    while kills < 6 or during_work < 4:  # a fast machine may finish a run before it was killed so often: then another one
+    while (
+        kills < 6 or during_work < 4
+    ):  # a fast machine may finish a run before it was killed so often: then another one
         name, number, inside = f"run-{number}", number + 1, 0
         while inside < wanted and not (text.folder / name / "COMPLETE").exists():
             session = Session(text, name, ranks=ranks, **keys)
-            saved = max((int(path.name.rpartition("_")[2]) for path in session.run.glob("checkpoint_step_*")), default=0)
+            saved = max(
+                (int(path.name.rpartition("_")[2]) for path in session.run.glob("checkpoint_step_*")), default=0
+            )
             if session.units() < UNITS and draw.random() < 0.85:
                 session.wait_for_tokeniser()
                 session.wait_for_units(session.units() + draw.randint(0, 2))
                 if draw.random() < 0.7:
                     session.signal_tokenisers(signal.SIGSTOP)  # else it would be done before many kills
             else:
-                session.wait_for_step(min(steps - 1, saved + draw.randint(1, max(1, 2 * (steps - saved) // (wanted - inside)))))
+                session.wait_for_step(
+                    min(steps - 1, saved + draw.randint(1, max(1, 2 * (steps - saved) // (wanted - inside))))
+                )
             _wait_a_moment(draw, 0.05)
             during_work += session.units() < UNITS
             _kill_some(session, draw)

@@ -1,4 +1,6 @@
-"""All shared text with the Qwen3 tokenizer: whoever does the work, with whichever encoder and however often it is killed, the bytes are the same."""
+"""All shared text with the Qwen3 tokenizer: whoever does the work, with whichever encoder and however often it is
+killed, the bytes are the same.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +77,9 @@ def test_three_parts_in_any_order_write_the_same_bytes(
 
 
 @pytest.mark.usefixtures("ray_for_workers")
-def test_two_ray_workers_write_the_same_bytes(patterns: tuple[str, ...], qwen3: Path, tmp_path: Path, expected: dict[str, str]) -> None:
+def test_two_ray_workers_write_the_same_bytes(
+    patterns: tuple[str, ...], qwen3: Path, tmp_path: Path, expected: dict[str, str]
+) -> None:
     assert content(prepare(options(patterns, qwen3, tmp_path, engine="ray", workers=2), QUIET)) == expected
 
 
@@ -96,7 +100,10 @@ def test_a_slurm_array_of_two_with_one_killed_in_the_middle_writes_the_same_byte
 
     monkeypatch.setattr(engines, "_submit", submit_and_kill)
     monkeypatch.setenv("PYTHONPATH", str(Path.cwd()))
-    assert content(prepare(options(patterns, qwen3, tmp_path, engine="slurm", workers=2, encoder="tokenizers"), QUIET)) == expected
+    assert (
+        content(prepare(options(patterns, qwen3, tmp_path, engine="slurm", workers=2, encoder="tokenizers"), QUIET))
+        == expected
+    )
     assert len(submitted) == 2
 
 
@@ -105,12 +112,24 @@ def test_killed_at_random_moments_it_ends_in_the_same_bytes(
     patterns: tuple[str, ...], qwen3: Path, tmp_path: Path, expected: dict[str, str], encoder: str
 ) -> None:
     inputs = [argument for pattern in patterns for argument in ("--input", pattern)]
-    command = [sys.executable, "-m", "argonne", "prepare", *inputs, "--tokenizer", str(qwen3), "--out", str(tmp_path / "out")]
+    command = [
+        sys.executable,
+        "-m",
+        "argonne",
+        "prepare",
+        *inputs,
+        "--tokenizer",
+        str(qwen3),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     command += ["--hold-out", "0.02", "--workers", "2", "--encoder", encoder]
     environment = {**os.environ, "PYTHONPATH": str(Path.cwd())}
     generator, killed, finished = random.Random(encoder), 0, False
     while killed < 12 and not finished:
-        process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+        process = subprocess.Popen(
+            command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
+        )
         try:
             finished = process.wait(timeout=generator.uniform(0.5, 3.5)) == 0
         except subprocess.TimeoutExpired:

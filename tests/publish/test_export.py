@@ -27,7 +27,10 @@ NATIVE: dict[str, tuple[dict[str, Any], str]] = {
     "2": (GENERATIONS["2"], "LlamaForCausalLM"),
     "2 untied": ({**GENERATIONS["2"], "tie_word_embeddings": False}, "LlamaForCausalLM"),
     "2 with floor heads": ({**GENERATIONS["2"], "hidden_size": 50}, "MistralForCausalLM"),
-    "2 all local": ({**GENERATIONS["2"], "layer_types": ["sliding_attention"] * 4, "sliding_window": 9}, "MistralForCausalLM"),
+    "2 all local": (
+        {**GENERATIONS["2"], "layer_types": ["sliding_attention"] * 4, "sliding_window": 9},
+        "MistralForCausalLM",
+    ),
     "3": (GENERATIONS["3"], "Gemma4ForCausalLM"),
     "3 untied": ({**GENERATIONS["3"], "tie_word_embeddings": False}, "Gemma4ForCausalLM"),
     "3 last layer full": ({**SIZES, **THIRD, **LAST_FULL}, "Gemma4ForCausalLM"),
@@ -46,10 +49,14 @@ def saved(fields: dict[str, Any], folder: Path, dtype: torch.dtype = torch.float
     folder.mkdir()
     save_model_folder(model_of(fields, dtype), folder, eos_id=[5, 3])
     words = {f"w{index}": index for index in range(97)}
-    tokenizer = Tokenizer(models.WordLevel({"<end>": 96, **{word: index for word, index in words.items() if index < 96}}, unk_token="w0"))
+    tokenizer = Tokenizer(
+        models.WordLevel({"<end>": 96, **{word: index for word, index in words.items() if index < 96}}, unk_token="w0")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({**TOKENIZER, "tokenizer_class": "PreTrainedTokenizerFast"}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({**TOKENIZER, "tokenizer_class": "PreTrainedTokenizerFast"})
+    )
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     generation = json.loads((folder / "generation_config.json").read_text())
     (folder / "generation_config.json").write_text(json.dumps({**generation, "temperature": 0.7, "do_sample": True}))
@@ -127,7 +134,9 @@ def test_a_mixture_of_generations_is_refused_with_its_reason(change: dict[str, A
 
 def test_a_wrong_export_is_caught_before_it_is_put_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The comparison itself, in this process: that it runs in a fresh one is shown above.
-    monkeypatch.setattr("argonne.publish.export.run_fresh", lambda folder, expected, scratch: compare(str(folder), str(expected)))
+    monkeypatch.setattr(
+        "argonne.publish.export.run_fresh", lambda folder, expected, scratch: compare(str(folder), str(expected))
+    )
     model = model_of(GENERATIONS["2"])
     twin = native_twin(model)
     twin.state["model.layers.2.mlp.up_proj.weight"] = twin.state["model.layers.2.mlp.up_proj.weight"] * 1.01
@@ -159,7 +168,10 @@ for PATH in PATHS:
 
 
 def test_the_published_usage_snippet_runs_on_each_generation(tmp_path: Path) -> None:
-    paths = [str(saved({**GENERATIONS[name], "max_position_embeddings": 150}, tmp_path / name)) for name in ("1", "2", "3-window")]
+    paths = [
+        str(saved({**GENERATIONS[name], "max_position_embeddings": 150}, tmp_path / name))
+        for name in ("1", "2", "3-window")
+    ]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
     command = [sys.executable, "-c", SNIPPET.replace("PATHS", repr(paths))]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)

@@ -14,9 +14,15 @@ from argonne.model.save import save_model_folder
 from argonne.presets import presets
 
 pytestmark = pytest.mark.campaign
-SENTENCES = [f"the {a} sees the {b} near the {c} ." for a in ("cat", "dog", "fox") for b in ("hen", "cow", "owl") for c in ("barn", "lake")]
+SENTENCES = [
+    f"the {a} sees the {b} near the {c} ."
+    for a in ("cat", "dog", "fox")
+    for b in ("hen", "cow", "owl")
+    for c in ("barn", "lake")
+]
 TEMPLATE = (
-    "{% for m in messages %}<|{{ m.role }}|> {{ m.content }} <|end|> {% endfor %}{% if add_generation_prompt %}<|assistant|> {% endif %}"
+    "{% for m in messages %}<|{{ m.role }}|> {{ m.content }} <|end|> {% endfor %}{% if add_generation_prompt "
+    "%}<|assistant|> {% endif %}"
 )
 
 
@@ -32,7 +38,12 @@ def nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(folder / "tokenizer.json"))
-    about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>", "pad_token": "<unk>", "chat_template": TEMPLATE}
+    about = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|end|>",
+        "pad_token": "<unk>",
+        "chat_template": TEMPLATE,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(about))
     fields = {**presets()["nano-3.0"].fields, "vocab_size": len(vocabulary), "sliding_window": 8}
     save_model_folder(build_model(config_from_fields(fields), seed=0), folder, eos_id=0)
@@ -85,7 +96,10 @@ def test_dpo_trainer_trains_it(nano: Path, quiet: dict[str, Any]) -> None:
     from trl import DPOConfig, DPOTrainer
 
     model = AutoModelForCausalLM.from_pretrained(nano, trust_remote_code=True)
-    pairs = [{"prompt": "the cat sees", "chosen": " the hen near the barn .", "rejected": " the owl near the lake ."} for _ in range(24)]
+    pairs = [
+        {"prompt": "the cat sees", "chosen": " the hen near the barn .", "rejected": " the owl near the lake ."}
+        for _ in range(24)
+    ]
     trainer = DPOTrainer(
         model=model,
         args=DPOConfig(**quiet, max_length=32),
@@ -103,7 +117,9 @@ def test_lora_adapters_fit_it_and_survive_a_file(nano: Path, tmp_path: Path) -> 
 
     base = AutoModelForCausalLM.from_pretrained(nano, trust_remote_code=True)
     ids = torch.randint(0, base.config.vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))
-    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM"))
+    model = get_peft_model(
+        base, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
+    )
     before = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(5):
@@ -130,9 +146,14 @@ def test_lm_evaluation_harness_scores_it_as_the_model_does(nano: Path) -> None:
 
     harness = HFLM(pretrained=str(nano), device="cpu", dtype="float32", batch_size=3, trust_remote_code=True)
     pairs = [("the cat sees", f" the {word} near the barn .") for word in ("hen", "cow", "owl")]
-    requests = [Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=index) for index, pair in enumerate(pairs)]
+    requests = [
+        Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=index) for index, pair in enumerate(pairs)
+    ]
     found = [score for score, _ in harness.loglikelihood(requests, disable_tqdm=True)]
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(nano, trust_remote_code=True).eval(), AutoTokenizer.from_pretrained(nano)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(nano, trust_remote_code=True).eval(),
+        AutoTokenizer.from_pretrained(nano),
+    )
     for (context, continuation), score in zip(pairs, found, strict=True):
         whole = tokenizer(context + continuation, return_tensors="pt").input_ids
         start = len(tokenizer(context).input_ids)
@@ -150,7 +171,9 @@ def test_transformers_trainer_with_its_own_gradient_checkpointing(nano: Path, qu
     curves = []
     for checkpointing in (False, True):
         model = AutoModelForCausalLM.from_pretrained(nano, trust_remote_code=True)
-        trainer = Trainer(model=model, args=TrainingArguments(**quiet, gradient_checkpointing=checkpointing), train_dataset=rows)
+        trainer = Trainer(
+            model=model, args=TrainingArguments(**quiet, gradient_checkpointing=checkpointing), train_dataset=rows
+        )
         trainer.train()
         curves.append(losses(trainer))
     assert curves[0][-1] < 0.9 * curves[0][0]

@@ -1,4 +1,6 @@
-"""The packaged recipes: each loads, fits its own schedule, is planned, trains at nano width, and says what its release used."""
+"""The packaged recipes: each loads, fits its own schedule, is planned, trains at nano width, and says what its release
+used.
+"""
 
 from __future__ import annotations
 
@@ -18,37 +20,76 @@ from argonne.train.schedule import check_schedule, curve
 
 PUBLISHED: dict[str, dict[str, Any]] = {
     "argonne-1.0-pretrain": {
-        "train.steps": 160_000, "batch.tokens_per_step": 48 * 2048, "data.sequence_length": 2048, "optim.lr": 3e-5,
-        "optim.betas": (0.9, 0.999), "train.precision": "fp16", "data.documents": "first-window", "checkpoint.every_steps": 2000,
+        "train.steps": 160_000,
+        "batch.tokens_per_step": 48 * 2048,
+        "data.sequence_length": 2048,
+        "optim.lr": 3e-5,
+        "optim.betas": (0.9, 0.999),
+        "train.precision": "fp16",
+        "data.documents": "first-window",
+        "checkpoint.every_steps": 2000,
     },
     "argonne-1.5-pretrain": {
-        "train.steps": 80_000, "batch.tokens_per_step": 756 * 2048, "optim.lr": 5e-5, "optim.weight_decay": 0.1,
-        "train.precision": "fp16", "data.documents": "first-window", "checkpoint.every_steps": 300,
+        "train.steps": 80_000,
+        "batch.tokens_per_step": 756 * 2048,
+        "optim.lr": 5e-5,
+        "optim.weight_decay": 0.1,
+        "train.precision": "fp16",
+        "data.documents": "first-window",
+        "checkpoint.every_steps": 300,
     },
     "argonne-2.0-pretrain": {
-        "train.tokens": 21_900_000_000, "batch.tokens_per_step": 16_384, "data.sequence_length": 4096, "optim.lr": 1e-4,
-        "schedule.min_lr": 1e-5, "schedule.kind": "cosine", "schedule.warmup": 2000, "optim.grad_clip": 1.0, "train.precision": "bf16",
-        "data.quality_filter": True, "data.bos": True,
+        "train.tokens": 21_900_000_000,
+        "batch.tokens_per_step": 16_384,
+        "data.sequence_length": 4096,
+        "optim.lr": 1e-4,
+        "schedule.min_lr": 1e-5,
+        "schedule.kind": "cosine",
+        "schedule.warmup": 2000,
+        "optim.grad_clip": 1.0,
+        "train.precision": "bf16",
+        "data.quality_filter": True,
+        "data.bos": True,
     },
     "argonne-2.0-plan": {
-        "train.steps": 160_000, "optim.lr": 3e-4, "schedule.min_lr": 3e-5, "schedule.kind": "cosine", "checkpoint.every_steps": 300,
+        "train.steps": 160_000,
+        "optim.lr": 3e-4,
+        "schedule.min_lr": 3e-5,
+        "schedule.kind": "cosine",
+        "checkpoint.every_steps": 300,
     },
     "argonne-2.5-pretrain": {
-        "train.tokens": 20_839_021_454, "batch.tokens_per_step": 20 * 4 * 3 * 1024, "data.sequence_length": 1024, "optim.lr": 3e-4,
-        "schedule.min_ratio": 0.1, "schedule.warmup": 1000, "optim.betas": (0.9, 0.95), "optim.weight_decay": 0.1, "optim.grad_clip": 1.0,
+        "train.tokens": 20_839_021_454,
+        "batch.tokens_per_step": 20 * 4 * 3 * 1024,
+        "data.sequence_length": 1024,
+        "optim.lr": 3e-4,
+        "schedule.min_ratio": 0.1,
+        "schedule.warmup": 1000,
+        "optim.betas": (0.9, 0.95),
+        "optim.weight_decay": 0.1,
+        "optim.grad_clip": 1.0,
         "checkpoint.every_minutes": 30.0,
     },
     "argonne-2.5-continue": {"train.tokens": 55_211_688_156, "optim.lr": 3e-4},
     "argonne-2.5-midtrain": {
-        "train.tokens": 16_000_000_000, "data.sequence_length": 13_568, "model.rope_theta": 1e6, "batch.tokens_per_step": 108_544,
-        "schedule.kind": "wsd", "data.documents": "within",
+        "train.tokens": 16_000_000_000,
+        "data.sequence_length": 13_568,
+        "model.rope_theta": 1e6,
+        "batch.tokens_per_step": 108_544,
+        "schedule.kind": "wsd",
+        "data.documents": "within",
     },
     "argonne-3.0-pretrain": {
-        "train.tokens": 20_839_021_454, "batch.tokens_per_step": 38 * 2 * 3 * 1024, "schedule.kind": "wsd", "schedule.decay": 0.15,
-        "schedule.min_ratio": 0.1, "schedule.warmup": 1000, "optim.lr": 3e-4,
+        "train.tokens": 20_839_021_454,
+        "batch.tokens_per_step": 38 * 2 * 3 * 1024,
+        "schedule.kind": "wsd",
+        "schedule.decay": 0.15,
+        "schedule.min_ratio": 0.1,
+        "schedule.warmup": 1000,
+        "optim.lr": 3e-4,
     },
     "argonne-3.0-continue": {"train.tokens": 55_211_688_156, "schedule.decay": 0.15},
-}  # fmt: skip
+}
 NANO = {
     "argonne-1": "nano-1.0",
     "argonne-2": "nano-2.5",
@@ -83,7 +124,9 @@ def test_every_recipe_opens_with_a_comment_and_sets_no_key_twice(name: str) -> N
     assert tomllib.loads(text)
 
 
-@pytest.mark.parametrize(("name", "key", "value"), [(name, key, value) for name, keys in PUBLISHED.items() for key, value in keys.items()])
+@pytest.mark.parametrize(
+    ("name", "key", "value"), [(name, key, value) for name, keys in PUBLISHED.items() for key, value in keys.items()]
+)
 def test_a_recipe_says_what_its_release_used(name: str, key: str, value: Any) -> None:
     section, field = key.split(".")
     assert getattr(getattr(load_recipe(name), section), field) == value
@@ -107,7 +150,14 @@ def test_the_figures_in_the_recipes_comments_are_what_the_arithmetic_gives() -> 
 
 
 @pytest.mark.parametrize(
-    "name", ["argonne-2.5-pretrain", "argonne-2.5-continue", "argonne-3.0-pretrain", "argonne-3.0-continue", "argonne-1.5-pretrain"]
+    "name",
+    [
+        "argonne-2.5-pretrain",
+        "argonne-2.5-continue",
+        "argonne-3.0-pretrain",
+        "argonne-3.0-continue",
+        "argonne-1.5-pretrain",
+    ],
 )
 def test_a_published_figure_that_does_not_close_is_told(name: str) -> None:
     release = published.PUBLISHED.get(name)
@@ -119,7 +169,11 @@ def test_a_published_figure_that_does_not_close_is_told(name: str) -> None:
 
 def test_every_released_generation_has_a_recipe() -> None:
     used = {load_recipe(name).model.preset for name in recipe_names()}
-    assert {"argonne-1.0", "argonne-1.5", "argonne-2.0", "argonne-2.0-plan", "argonne-2.5", "argonne-3.0"} <= used <= set(presets())
+    assert (
+        {"argonne-1.0", "argonne-1.5", "argonne-2.0", "argonne-2.0-plan", "argonne-2.5", "argonne-3.0"}
+        <= used
+        <= set(presets())
+    )
 
 
 def at_nano_width(name: str, tokens: Path) -> dict[str, str]:
@@ -127,12 +181,24 @@ def at_nano_width(name: str, tokens: Path) -> dict[str, str]:
     preset = next(value for start, value in NANO.items() if name.startswith(start))
     recipe = load_recipe(name)
     overrides = {
-        "model.preset": f'"{preset}"', "model.init_from": "none", "model.vocab_size": "512", "model.max_position_embeddings": "64",
-        "model.num_hidden_layers": "2", "data.tokenizer": "none",
-        "data.sources": f"[{{ path = {json.dumps(str(tokens))}, max_epochs = 99 }}]", "data.sequence_length": "64",
-        "batch.tokens_per_step": "128", "batch.steps": "[]", "train.steps": "3", "train.precision": "fp32",
-        "train.threads": "1", "checkpoint.every_steps": "2", "checkpoint.sample_tokens": "4", "eval.windows": "0", "log.tensorboard": "false",
-    }  # fmt: skip
+        "model.preset": f'"{preset}"',
+        "model.init_from": "none",
+        "model.vocab_size": "512",
+        "model.max_position_embeddings": "64",
+        "model.num_hidden_layers": "2",
+        "data.tokenizer": "none",
+        "data.sources": f"[{{ path = {json.dumps(str(tokens))}, max_epochs = 99 }}]",
+        "data.sequence_length": "64",
+        "batch.tokens_per_step": "128",
+        "batch.steps": "[]",
+        "train.steps": "3",
+        "train.precision": "fp32",
+        "train.threads": "1",
+        "checkpoint.every_steps": "2",
+        "checkpoint.sample_tokens": "4",
+        "eval.windows": "0",
+        "log.tensorboard": "false",
+    }
     if recipe.schedule.kind == "steps":
         overrides["schedule.steps"] = "[{ step = 2, lr = 5e-5 }]"
     if recipe.schedule.warmup:
@@ -143,7 +209,11 @@ def at_nano_width(name: str, tokens: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name == "argonne-3.0-pretrain" else pytest.mark.campaign) for name in recipe_names()]
+    "name",
+    [
+        pytest.param(name, marks=() if name == "argonne-3.0-pretrain" else pytest.mark.campaign)
+        for name in recipe_names()
+    ],
 )
 def test_a_recipe_trains_a_few_steps_at_nano_width(name: str, tokens: Path, tmp_path: Path) -> None:
     from argonne.stages.pretrain import run
@@ -162,7 +232,9 @@ def test_the_documents_name_every_recipe_and_every_device() -> None:
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_the_dry_run_of_a_recipe_prints_what_would_run(name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_the_dry_run_of_a_recipe_prints_what_would_run(
+    name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     from argonne.cli import main
 
     verb = "continue" if load_recipe(name).model.init_from else "pretrain"
@@ -173,23 +245,33 @@ def test_the_dry_run_of_a_recipe_prints_what_would_run(name: str, capsys: pytest
 
 
 EARLIER_OPTIONS = {
-    "--data-glob": ("data.input", '["text/*.parquet"]'), "--no-streaming": ("data.prefetch", '"all"'),
+    "--data-glob": ("data.input", '["text/*.parquet"]'),
+    "--no-streaming": ("data.prefetch", '"all"'),
     "--tokenizer-path": ("data.tokenizer", '"tok"'),
-    "--learning-rate": ("optim.lr", "2e-4"), "--min-learning-rate": ("schedule.min_lr", "1e-6"), "--warmup-steps": ("schedule.warmup", "50"),
-    "--max-steps": ("train.steps", "300"), "--batch-size": ("batch.micro", "4"), "--block_size": ("data.sequence_length", "2048"),
-    "--bf16": ("train.precision", '"bf16"'), "--cooldown": ("schedule.decay", "40"), "--wall_time": ("stop.wall_time", '"3600"'),
-}  # fmt: skip
+    "--learning-rate": ("optim.lr", "2e-4"),
+    "--min-learning-rate": ("schedule.min_lr", "1e-6"),
+    "--warmup-steps": ("schedule.warmup", "50"),
+    "--max-steps": ("train.steps", "300"),
+    "--batch-size": ("batch.micro", "4"),
+    "--block_size": ("data.sequence_length", "2048"),
+    "--bf16": ("train.precision", '"bf16"'),
+    "--cooldown": ("schedule.decay", "40"),
+    "--wall_time": ("stop.wall_time", '"3600"'),
+}
 
 
 @pytest.mark.parametrize("earlier", EARLIER_OPTIONS)
-def test_every_option_of_the_earlier_scripts_has_a_key_that_is_accepted(earlier: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_option_of_the_earlier_scripts_has_a_key_that_is_accepted(
+    earlier: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     from argonne.cli import main
 
     key, value = EARLIER_OPTIONS[earlier]
     section, field = key.split(".")
-    extra = {"data.input": ["--data.tokenizer", "tok"], "data.prefetch": ["--data.input", '["a.txt"]', "--data.tokenizer", "tok"]}.get(
-        key, []
-    )
+    extra = {
+        "data.input": ["--data.tokenizer", "tok"],
+        "data.prefetch": ["--data.input", '["a.txt"]', "--data.tokenizer", "tok"],
+    }.get(key, [])
     extra += ["--batch.tokens_per_step", "245760"] if key == "data.sequence_length" else []
     assert main(["pretrain", "argonne-3.0-pretrain", f"--{key}", value, *extra, "--dry-run"]) == 0
     assert tomllib.loads(capsys.readouterr().out)[section][field] == tomllib.loads(f"x = {value}")["x"]

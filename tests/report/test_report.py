@@ -52,7 +52,15 @@ def run(tmp_path: Path) -> Path:
     records: list[dict[str, Any]] = [{"event": "start", "step": 0, "time": 1000.0}]
     records += [step_record(step) for step in range(1, 31)]
     records += [
-        {"event": "held_out", "step": step, "time": 1000.0 + step, "loss": 3.0, "bits_per_byte": 1.5, "tokens": 64, "bytes": 180}
+        {
+            "event": "held_out",
+            "step": step,
+            "time": 1000.0 + step,
+            "loss": 3.0,
+            "bits_per_byte": 1.5,
+            "tokens": 64,
+            "bytes": 180,
+        }
         for step in (10, 20, 30)
     ]
     records += [{"event": "sample", "step": 30, "time": 1031.0, "prompt": "Long <ago>", "text": " & then"}]
@@ -83,7 +91,9 @@ class _Checker(HTMLParser):
         if tag in ("script", "link", "img", "iframe"):
             self.loads.append(tag)
         self.loads += [
-            f"{name}={value}" for name, value in attributes if name in ("src", "href", "xlink:href") and not (value or "").startswith("#")
+            f"{name}={value}"
+            for name, value in attributes
+            if name in ("src", "href", "xlink:href") and not (value or "").startswith("#")
         ]
 
     def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
@@ -141,14 +151,25 @@ def test_text_from_the_model_is_escaped(run: Path) -> None:
 def test_the_page_holds_facts_config_manifest_and_samples(run: Path) -> None:
     (run / "COMPLETE").write_text("{}")
     text = " ".join(parsed(write_report([run]).read_text()).text)
-    for expected in ("complete at step 30", "15,360", "1.5000", "7,000", "1052800", "data.fingerprint", "peak learning rate", "Long <ago>"):
+    for expected in (
+        "complete at step 30",
+        "15,360",
+        "1.5000",
+        "7,000",
+        "1052800",
+        "data.fingerprint",
+        "peak learning rate",
+        "Long <ago>",
+    ):
         assert expected in text, expected
 
 
 def test_resumes_stops_skips_and_warnings_are_marked(run: Path) -> None:
     with (run / "metrics.jsonl").open("a") as file:
         for number, event in enumerate(("resume", "stop", "skip", "warning"), start=11):
-            file.write(json.dumps({"event": event, "step": number, "time": 1040.0, "reason": f"because {event}"}) + "\n")
+            file.write(
+                json.dumps({"event": event, "step": number, "time": 1040.0, "reason": f"because {event}"}) + "\n"
+            )
     html = write_report([run]).read_text()
     for number, event in enumerate(("resume", "stop", "skip", "warning"), start=11):
         assert f'id="mark-{event}-{number}-' in html
@@ -174,7 +195,13 @@ def test_runs_of_one_name_in_two_places_are_told_apart(run: Path, tmp_path: Path
 
 def test_the_last_record_of_a_step_is_the_one_that_counts(tmp_path: Path) -> None:
     run = write_run(
-        tmp_path / "run", [step_record(1), step_record(2, loss=9.0), {"event": "resume", "step": 1, "time": 5.0}, step_record(2, loss=1.5)]
+        tmp_path / "run",
+        [
+            step_record(1),
+            step_record(2, loss=9.0),
+            {"event": "resume", "step": 1, "time": 5.0},
+            step_record(2, loss=1.5),
+        ],
     )
     metrics = read_metrics(run)
     assert metrics.series("step", "loss") == ([1, 2], [5.0, 1.5])
@@ -183,7 +210,10 @@ def test_the_last_record_of_a_step_is_the_one_that_counts(tmp_path: Path) -> Non
 
 
 def test_two_warnings_of_one_step_are_both_kept(tmp_path: Path) -> None:
-    warnings = [{"event": "warning", "step": 1, "time": 5.0, "message": message} for message in ("loss spike", "disk full", "loss spike")]
+    warnings = [
+        {"event": "warning", "step": 1, "time": 5.0, "message": message}
+        for message in ("loss spike", "disk full", "loss spike")
+    ]
     metrics = read_metrics(write_run(tmp_path / "run", [step_record(1), *warnings]))
     assert [record["message"] for record in metrics.of("warning")] == ["disk full", "loss spike"]
 
@@ -227,7 +257,9 @@ def test_a_run_without_a_step_yet_is_refused(tmp_path: Path) -> None:
 
 
 def test_loss_that_is_not_finite_leaves_a_gap_and_breaks_nothing(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", [step_record(step, loss=float("nan") if step == 5 else 2.0) for step in range(1, 11)])
+    run = write_run(
+        tmp_path / "run", [step_record(step, loss=float("nan") if step == 5 else 2.0) for step in range(1, 11)]
+    )
     html = write_report([run]).read_text()
     assert vertices(html, "curve-0-step-loss") == 9
 
@@ -239,7 +271,8 @@ def test_smoothing_keeps_a_constant_and_the_number_of_points() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "label"), [(0, "0"), (1500, "1.5k"), (2.5e7, "25M"), (3e-4, "3e-4"), (0.25, "0.25"), (-2000, "-2k"), (1e9, "1B")]
+    ("value", "label"),
+    [(0, "0"), (1500, "1.5k"), (2.5e7, "25M"), (3e-4, "3e-4"), (0.25, "0.25"), (-2000, "-2k"), (1e9, "1B")],
 )
 def test_axis_labels_are_short(value: float, label: str) -> None:
     assert compact(value) == label

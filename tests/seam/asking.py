@@ -1,4 +1,6 @@
-"""A stage that does not exist: its data asks the current weights. What the model finds hard now weighs more in the loss."""
+"""A stage that does not exist: its data asks the current weights. What the model finds hard now weighs more in the
+loss.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A stage that does not exist: a sequence classifier with a float target of its own, divided by sequences, with an accuracy beside the loss."""
+"""A stage that does not exist: a sequence classifier with a float target of its own, divided by sequences, with an
+accuracy beside the loss.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,12 @@ class Labelled(TrainingData):
         arrays = super().read(step, first, count, rows)
         target = (arrays["input_ids"].values[:, -1] >= 256).astype(np.float32)
         real = (arrays["source"].values >= 0).astype(np.int64)
-        return {"input_ids": arrays["input_ids"], "source": arrays["source"], "target": Array(target, 0.0), "sequences": Array(real, 0)}
+        return {
+            "input_ids": arrays["input_ids"],
+            "source": arrays["source"],
+            "target": Array(target, 0.0),
+            "sequences": Array(real, 0),
+        }
 
     def held_out(self, windows: int, rows: int) -> Iterator[Mapping[str, Tensor]]:
         for batch in super().held_out(windows, rows):

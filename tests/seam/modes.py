@@ -61,7 +61,9 @@ class Last(nn.Module):
 
 
 def pipeline(model: Any, mesh: Mesh, objective: Objective, casts: Casts) -> Parallelised:
-    """Two stages under GPipe. The tied embedding lies on both: its gradients are summed, and the norm counts it once."""
+    """Two stages under GPipe. The tied embedding lies on both: its gradients are summed, and the norm
+    counts it once.
+    """
     layers, cut, first = model.model.layers, len(model.model.layers) // 2, mesh.rank == 0
     for index in range(len(layers)):
         if (index < cut) != first:
@@ -75,7 +77,8 @@ def pipeline(model: Any, mesh: Mesh, objective: Objective, casts: Casts) -> Para
         micros, found = [placed(micro, mesh.device) for micro in micro_batches], dict[int, Loss]()
 
         def loss_of_micro(hidden: Tensor, number: Tensor) -> Tensor:
-            # torch also calls it on an empty buffer, to learn the shapes: the real micro-batch comes later and takes the place.
+            # torch also calls it on an empty buffer, to learn the shapes: the real micro-batch comes later and takes
+            # the place.
             found[int(number)] = objective(model.head, hidden, micros[int(number)])
             return found[int(number)].total / max(1, count)
 

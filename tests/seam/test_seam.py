@@ -1,4 +1,6 @@
-"""The seam: stages and modes that the package does not know go through the real command, two ranks, resume and report, unchanged."""
+"""The seam: stages and modes that the package does not know go through the real command, two ranks, resume and report,
+unchanged.
+"""
 
 from __future__ import annotations
 
@@ -105,7 +107,9 @@ def test_a_stage_through_a_pipeline_of_two_processes_gives_the_curve_of_one(
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_sharded_parameters_move_and_equal_one_process(nano: Nano, tmp_path: Path, command: Callable[..., int], optimizer: str) -> None:
+def test_sharded_parameters_move_and_equal_one_process(
+    nano: Nano, tmp_path: Path, command: Callable[..., int], optimizer: str
+) -> None:
     recipe = nano(**{"optim.name": optimizer})
     assert command(recipe, "one", pretrain.PRETRAIN) == 0
     two = dataclasses.replace(recipe, parallel=nano(**TWO).parallel)

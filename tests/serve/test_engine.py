@@ -19,7 +19,11 @@ from argonne.serve.sampling import Sampler
 from argonne.serve.text_stream import TextStream
 from argonne.tokens.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 
-TEXTS = ["Long long time ago there was a model. ", "Ein Mädchen sah 你好 und 🙂🙃 in der Straße. ", "naïve café — “quoted” … 100 €\n"] * 30
+TEXTS = [
+    "Long long time ago there was a model. ",
+    "Ein Mädchen sah 你好 und 🙂🙃 in der Straße. ",
+    "naïve café — “quoted” … 100 €\n",
+] * 30
 
 
 def sampled(model: Any, tokenizer: TextTokenizer, count: int, seed: int, temperature: float = 0.8) -> str:
@@ -77,7 +81,9 @@ def test_a_batch_of_prompts_of_different_lengths_gives_what_each_gives_alone(mod
     for options in (GREEDY, SamplingOptions(max_new_tokens=12, temperature=1.0, top_k=20, seed=3)):
         together = complete_ids(model, prompts, options, eos_ids=[])
         for row, prompt in enumerate(prompts):
-            alone = SamplingOptions(options.max_new_tokens, options.temperature, options.top_k, options.top_p, options.seed + row)
+            alone = SamplingOptions(
+                options.max_new_tokens, options.temperature, options.top_k, options.top_p, options.seed + row
+            )
             assert complete_ids(model, [prompt], alone, eos_ids=[])[0] == together[row]
 
 
@@ -169,7 +175,15 @@ def test_a_model_with_broken_weights_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}, {"temperature": float("nan")}]
+    "wrong",
+    [
+        {"max_new_tokens": 0},
+        {"temperature": -1.0},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"temperature": float("nan")},
+    ],
 )
 def test_options_out_of_range_are_named(wrong: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=f"{next(iter(wrong))}: found .*, expected"):
@@ -224,7 +238,9 @@ def test_streamed_pieces_join_to_the_text_and_hold_whole_characters(tokenizer: T
 
 
 @settings(max_examples=150, deadline=None)
-@given(ids=st.lists(st.integers(min_value=0, max_value=299), max_size=40), context=st.integers(min_value=0, max_value=6))
+@given(
+    ids=st.lists(st.integers(min_value=0, max_value=299), max_size=40), context=st.integers(min_value=0, max_value=6)
+)
 def test_any_ids_stream_to_what_they_decode_to(tokenizer: TextTokenizer, ids: list[int], context: int) -> None:
     prompt, rest = tokenizer.encode("Straße 你")[:context], ids
     stream = TextStream(tokenizer, prompt)

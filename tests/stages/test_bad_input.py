@@ -1,4 +1,6 @@
-"""Wrong input, as a user meets it: one clear line that names the thing, exit code 2, no traceback, nothing half-written."""
+"""Wrong input, as a user meets it: one clear line that names the thing, exit code 2, no traceback, nothing
+half-written.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,6 @@ from argonne.files import seal_directory
 
 RECIPE = """
 base = "nano-3.0"
-model = {{ vocab_size = 512, hidden_size = 32, num_hidden_layers = 2, head_dim = 16, num_attention_heads = 2, num_key_value_heads = 1 }}
 data = {{ sources = [{{ path = {tokens}, max_epochs = 9 }}], sequence_length = 32 }}
 batch = {{ tokens_per_step = 128 }}
 train = {{ steps = 4, threads = 1 }}
@@ -23,6 +24,13 @@ schedule = {{ warmup = 1 }}
 checkpoint = {{ every_steps = 2, sample_tokens = 2 }}
 eval = {{ windows = 2 }}
 log = {{ tensorboard = false }}
+[model]
+vocab_size = 512
+hidden_size = 32
+num_hidden_layers = 2
+head_dim = 16
+num_attention_heads = 2
+num_key_value_heads = 1
 """
 Refused = Callable[..., str]
 
@@ -65,7 +73,9 @@ def other_tokens(recipe: Path) -> Path:
     text = recipe.parent / "other.txt"
     text.write_text("It was the best of times, it was the worst of times. " * 200)
     folder = recipe.parent / "other"
-    assert main(["prepare", "--input", str(text), "--train-tokenizer", "290", "--out", str(folder), "--workers", "1"]) == 0
+    assert (
+        main(["prepare", "--input", str(text), "--train-tokenizer", "290", "--out", str(folder), "--workers", "1"]) == 0
+    )
     return folder
 
 
@@ -78,7 +88,10 @@ RECIPE_FAULTS = {
     "a choice that is none": (["--schedule.kind", "linear"], ["schedule.kind", "'linear'", "cosine"]),
     "WSD without decay": (["--schedule.decay", "none"], ["schedule.decay", "0 on purpose"]),
     "a warmup longer than the run": (["--schedule.warmup", "20"], ["schedule.warmup", "20", "4"]),
-    "key heads that do not divide": (["--model.num_attention_heads", "3", "--model.num_key_value_heads", "2"], ["3", "multiple", "= 2"]),
+    "key heads that do not divide": (
+        ["--model.num_attention_heads", "3", "--model.num_key_value_heads", "2"],
+        ["3", "multiple", "= 2"],
+    ),
     "an odd rotary head": (["--model.head_dim", "15"], ["model.head_dim", "15", "even"]),
     "an unknown preset": (["--model.preset", "argonne-3.1"], ["argonne-3.1", "argonne-3.0"]),
     "a model smaller than the vocabulary": (["--model.vocab_size", "300"], ["model.vocab_size", "300", "512"]),
@@ -86,13 +99,19 @@ RECIPE_FAULTS = {
         ["--data.sequence_length", "1000000", "--batch.tokens_per_step", "1000000"],
         ["data.sequence_length", "1,000,001"],
     ),
-    "a batch that is no multiple of the row": (["--batch.tokens_per_step", "100"], ["batch.tokens_per_step", "100", "32"]),
+    "a batch that is no multiple of the row": (
+        ["--batch.tokens_per_step", "100"],
+        ["batch.tokens_per_step", "100", "32"],
+    ),
     "a run longer than the data": (["--train.steps", "100000"], ["max_epochs"]),
     "a source that is not there": (["--data.sources", '[{ path = "nowhere" }]'], ["nowhere", "no such file"]),
     "a source that is no table": (["--data.sources", "nowhere"], ["data.sources", "expected a table such as"]),
     "weights that are not there": (["--init-from", "nowhere"], ["nowhere", "no such file"]),
     "a wall time that is none": (["--wall-time", "soon"], ["stop.wall_time", "'soon'", "90m"]),
-    "a number below its range": (["--model.num_hidden_layers", "0"], ["model.num_hidden_layers", "found 0", "at least 1"]),
+    "a number below its range": (
+        ["--model.num_hidden_layers", "0"],
+        ["model.num_hidden_layers", "found 0", "at least 1"],
+    ),
     "a share that is none": (["--optim.betas", "[0.9, 1.5]"], ["optim.betas", "found 1.5", "below 1"]),
     "a parallelism that is not built": (["--parallel.tensor", "2"], ["parallel.tensor", "found 2"]),
     "a duration that is none": (["--stop.grace", "soon"], ["stop.grace", "'soon'"]),
@@ -110,7 +129,9 @@ def test_a_recipe_fault_is_named_and_leaves_no_run_folder(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_heads_that_do_not_divide_the_width_are_refused_without_a_head_dim(tokens: Path, tmp_path: Path, refused: Refused) -> None:
+def test_heads_that_do_not_divide_the_width_are_refused_without_a_head_dim(
+    tokens: Path, tmp_path: Path, refused: Refused
+) -> None:
     bare = tmp_path / "bare.toml"
     sizes = "model = { hidden_size = 32, num_hidden_layers = 1, num_attention_heads = 3 }"
     bare.write_text(f"{sizes}\ntrain = {{ steps = 1 }}\nschedule = {{ kind = 'constant' }}\n")
@@ -150,9 +171,18 @@ def test_continue_without_weights_is_refused(recipe: Path, refused: Refused) -> 
 
 PREPARE_FAULTS = {
     "an empty glob": (["--input", "{folder}/*.parquet"], ["matches no file"]),
-    "a missing column": (["--input", "{folder}/text.jsonl", "--text-column", "body"], ["'body'", "missing 3", "--text-column"]),
-    "a missing parquet column": (["--input", "{folder}/text.pq/one.parquet", "--text-column", "body"], ["'body'", "it has text"]),
-    "a truncated parquet file": (["--input", "{folder}/text.pq/cut.parquet"], ["cut.parquet", "not a readable parquet file"]),
+    "a missing column": (
+        ["--input", "{folder}/text.jsonl", "--text-column", "body"],
+        ["'body'", "missing 3", "--text-column"],
+    ),
+    "a missing parquet column": (
+        ["--input", "{folder}/text.pq/one.parquet", "--text-column", "body"],
+        ["'body'", "it has text"],
+    ),
+    "a truncated parquet file": (
+        ["--input", "{folder}/text.pq/cut.parquet"],
+        ["cut.parquet", "not a readable parquet file"],
+    ),
     "an unknown kind of file": (["--input", "{folder}/text.docx"], ["text.docx", ".parquet"]),
     "a tokenizer that is not there": (
         ["--input", "{folder}/text.jsonl", "--tokenizer", "nowhere"],
@@ -163,7 +193,9 @@ PREPARE_FAULTS = {
 
 
 @pytest.mark.parametrize("case", PREPARE_FAULTS)
-def test_a_prepare_fault_is_named_and_leaves_no_folder(case: str, tmp_path: Path, tokens: Path, refused: Refused) -> None:
+def test_a_prepare_fault_is_named_and_leaves_no_folder(
+    case: str, tmp_path: Path, tokens: Path, refused: Refused
+) -> None:
     import pyarrow
     import pyarrow.parquet
 
@@ -175,7 +207,9 @@ def test_a_prepare_fault_is_named_and_leaves_no_folder(case: str, tmp_path: Path
     arguments, expected = PREPARE_FAULTS[case]
     if "tokenizer" not in case:
         arguments = [*arguments, "--tokenizer", str(tokens / "tokenizer")]
-    message = refused("prepare", *(item.format(folder=tmp_path) for item in arguments), "--out", tmp_path / "out", "--workers", 1)
+    message = refused(
+        "prepare", *(item.format(folder=tmp_path) for item in arguments), "--out", tmp_path / "out", "--workers", 1
+    )
     assert [part for part in expected if part not in message] == []
     assert not (tmp_path / "out").exists()
 
@@ -225,7 +259,9 @@ def test_a_damaged_checkpoint_is_refused_by_resume_generate_and_inspect(
     assert not (tmp_path / "run").exists()
 
 
-def test_what_is_no_checkpoint_at_all_is_refused_by_resume_generate_and_inspect(recipe: Path, tmp_path: Path, refused: Refused) -> None:
+def test_what_is_no_checkpoint_at_all_is_refused_by_resume_generate_and_inspect(
+    recipe: Path, tmp_path: Path, refused: Refused
+) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "pickle.pt").write_bytes(pickle.dumps({"model": 1}))
     (tmp_path / "notes.txt").write_text("no model")
@@ -243,7 +279,11 @@ def test_what_is_no_checkpoint_at_all_is_refused_by_resume_generate_and_inspect(
 
 def test_a_model_of_another_architecture_is_refused_by_name(tmp_path: Path, refused: Refused) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
-    for message in (refused("generate", tmp_path, "--prompt", "One"), refused("inspect", tmp_path), refused("eval", tmp_path)):
+    for message in (
+        refused("generate", tmp_path, "--prompt", "One"),
+        refused("inspect", tmp_path),
+        refused("eval", tmp_path),
+    ):
         assert "'llama'" in message
         assert "LlamaForCausalLM" in message
 
@@ -268,7 +308,9 @@ def test_an_exported_model_that_is_not_whole_is_refused(trained: Path, tmp_path:
         assert folder.name in refused("inspect", folder)
 
 
-def test_a_checkpoint_of_another_model_is_refused_tensor_by_tensor(trained: Path, recipe: Path, tmp_path: Path, refused: Refused) -> None:
+def test_a_checkpoint_of_another_model_is_refused_tensor_by_tensor(
+    trained: Path, recipe: Path, tmp_path: Path, refused: Refused
+) -> None:
     message = refused(
         "pretrain",
         recipe,
@@ -291,7 +333,9 @@ def test_data_of_another_tokenizer_is_refused_for_trained_weights(
 ) -> None:
     sources = f"[{{ path = {json.dumps(str(other_tokens))}, max_epochs = 9 }}]"
     weights = trained / "checkpoint_step_2"
-    message = refused("continue", recipe, "--run", tmp_path / "run", how, weights, "--data.sources", sources, notes=True)
+    message = refused(
+        "continue", recipe, "--run", tmp_path / "run", how, weights, "--data.sources", sources, notes=True
+    )
     assert "is not the one the weights were trained with" in message
     assert not (tmp_path / "run").exists()
 
@@ -306,5 +350,7 @@ def test_a_resumed_run_refuses_data_of_another_tokenizer_even_where_the_sources_
     assert "is not the one the weights were trained with" in refused(*again, "--allow", "data.sources", notes=True)
 
 
-def test_evaluation_on_tokens_of_another_tokenizer_is_refused(trained: Path, other_tokens: Path, refused: Refused) -> None:
+def test_evaluation_on_tokens_of_another_tokenizer_is_refused(
+    trained: Path, other_tokens: Path, refused: Refused
+) -> None:
     assert "another tokenizer" in refused("eval", trained, "--data", other_tokens)

@@ -1,4 +1,6 @@
-"""`continue`: weights of one run, a schedule and step count of its own, and data read on from where the parent stood."""
+"""`continue`: weights of one run, a schedule and step count of its own, and data read on from where
+the parent stood.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ def carried(recipe: Recipe, step: int, into: Recipe) -> dict[str, Any]:
 def test_the_first_rows_are_those_the_parent_would_have_read_next(nano: Nano, order: str) -> None:
     recipe = nano(**{"data.order": order})
     state = carried(recipe, 6, recipe)
-    assert [rows(recipe, step, state).tolist() for step in range(3)] == [rows(recipe, step).tolist() for step in range(6, 9)]
+    assert [rows(recipe, step, state).tolist() for step in range(3)] == [
+        rows(recipe, step).tolist() for step in range(6, 9)
+    ]
     continued = open_training_data(recipe.data, recipe.batch, recipe.seed, state=state)
     assert (continued.samples_before(0), continued.tokens_before(2)) == (0, 2 * 256)
 
@@ -52,7 +56,9 @@ def test_another_order_begins_with_the_next_epoch(nano: Nano) -> None:
 
 def test_a_continued_run_stopped_and_resumed_equals_one_that_was_not(nano: Nano, tmp_path: Path) -> None:
     run(nano(), tmp_path / "parent", stop_after_step=5)
-    recipe = nano(**{"model.init_from": json.dumps(str(tmp_path / "parent")), "train.steps": "8", "data.order": "shuffled"})
+    recipe = nano(
+        **{"model.init_from": json.dumps(str(tmp_path / "parent")), "train.steps": "8", "data.order": "shuffled"}
+    )
     run(recipe, tmp_path / "whole")
     run(recipe, tmp_path / "cut", stop_after_step=3)
     run(recipe, tmp_path / "cut")
@@ -67,7 +73,9 @@ def test_other_data_of_the_same_tokenizer_is_read_from_its_beginning(nano: Nano,
     more = prepare(PrepareOptions(input=(str(text),), out=tmp_path / "more", tokenizer=tokens / "tokenizer", workers=1))
     run(nano(**{"train.steps": "4"}), tmp_path / "parent")
     source = f"[{{ path = {json.dumps(str(more))} }}]"
-    recipe = nano(**{"model.init_from": json.dumps(str(tmp_path / "parent")), "train.steps": "4", "data.sources": source})
+    recipe = nano(
+        **{"model.init_from": json.dumps(str(tmp_path / "parent")), "train.steps": "4", "data.sources": source}
+    )
     assert run(recipe, tmp_path / "child").outcome.complete
     assert len(read_metrics(tmp_path / "child").of("step")) == 4
     assert read_state(tmp_path / "child" / LAST)["samples"] == 4 * 8

@@ -1,4 +1,6 @@
-"""The demo with few modules and few steps: what it makes, what it says, that it goes on after an interruption. And its corpus."""
+"""The demo with few modules and few steps: what it makes, what it says, that it goes on after an interruption. And its
+corpus.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,13 @@ from argonne.stages.corpus import MODULES, write_corpus
 from argonne.stages.demo import run_demo
 
 FEW = ("json", "csv", "argparse", "textwrap", "string", "shutil", "logging", "pathlib", "statistics", "typing")
-SHORT = {"train.steps": "8", "schedule.warmup": "2", "batch.tokens_per_step": "512", "eval.every_steps": "4", "log.every_steps": "1"}
+SHORT = {
+    "train.steps": "8",
+    "schedule.warmup": "2",
+    "batch.tokens_per_step": "512",
+    "eval.every_steps": "4",
+    "log.every_steps": "1",
+}
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +57,16 @@ def test_it_stops_and_resumes_once_on_the_way(finished: tuple[Path, str]) -> Non
 
 
 def test_it_sets_the_models_bits_per_byte_beside_the_baselines(finished: tuple[Path, str]) -> None:
-    figures = {name: float(value) for name, value in re.findall(r"^ {6}(\S.*?) {2,}(\d+\.\d{3})", finished[1], re.MULTILINE)}
+    figures = {
+        name: float(value) for name, value in re.findall(r"^ {6}(\S.*?) {2,}(\d+\.\d{3})", finished[1], re.MULTILINE)
+    }
     assert list(figures)[-1] == "this model"
     assert {"xz -9", "bigram model, same tokens", "xz -9 behind the training text"} < set(figures)
-    assert figures["bigram model, same tokens"] < figures["token frequencies (unigram)"] < figures["all 2,048 tokens as likely"]
+    assert (
+        figures["bigram model, same tokens"]
+        < figures["token frequencies (unigram)"]
+        < figures["all 2,048 tokens as likely"]
+    )
 
 
 def test_it_names_the_verb_of_each_stage_and_says_what_to_try_next(finished: tuple[Path, str]) -> None:
@@ -99,10 +113,13 @@ def make_library(folder: Path) -> Path:
     (folder / "pydoc_data").mkdir(parents=True)
     (folder / "pydoc_data" / "topics.py").write_text(f"topics = {{'if': 'The if statement. {long}'}}\n")
     (folder / "trap.py").write_text(
-        f'"""{long}"""\nraise SystemExit("this module was run")\ndef walk(top, *, follow=False):\n    """Walks. {long}"""\n'
+        f'"""{long}"""\nraise SystemExit("this module was run")\n'
+        f'def walk(top, *, follow=False):\n    """Walks. {long}"""\n'
     )
     (folder / "kit").mkdir()
-    (folder / "kit" / "__init__.py").write_text(f'class Box(dict):\n    """A box. {long}"""\n    def open(self):\n        """Short."""\n')
+    (folder / "kit" / "__init__.py").write_text(
+        f'class Box(dict):\n    """A box. {long}"""\n    def open(self):\n        """Short."""\n'
+    )
     (folder / "kit" / "tests").mkdir()
     (folder / "kit" / "tests" / "check.py").write_text(f'"""Not for readers. {long}"""\n')
     return folder
@@ -110,7 +127,9 @@ def make_library(folder: Path) -> Path:
 
 def test_the_corpus_is_read_without_running_a_line_of_it(tmp_path: Path) -> None:
     before = set(sys.modules)
-    corpus = write_corpus(tmp_path / "corpus.jsonl", modules=("trap", "kit", "gone"), library=make_library(tmp_path / "lib"))
+    corpus = write_corpus(
+        tmp_path / "corpus.jsonl", modules=("trap", "kit", "gone"), library=make_library(tmp_path / "lib")
+    )
     rows = {row["source"]: row["text"] for row in map(json.loads, corpus.path.read_text().splitlines())}
     assert list(rows) == ["topic if", "trap", "trap.walk", "kit.Box"]
     assert rows["trap.walk"].startswith("trap.walk(top, *, follow=False)\n\nWalks.")
@@ -122,7 +141,8 @@ def test_the_corpus_is_read_without_running_a_line_of_it(tmp_path: Path) -> None
 
 
 def test_short_and_repeated_entries_are_counted(tmp_path: Path) -> None:
-    kept = 'def g():\n    """Long enough to be kept, because it says more than the other one does. And more. And more."""\n'
+    said = "Long enough to be kept, because it says more than the other one does. And more. And more."
+    kept = f'def g():\n    """{said}"""\n'
     (tmp_path / "lib").mkdir()
     (tmp_path / "lib" / "a.py").write_text('def f():\n    """Short."""\n' + kept * 2)
     corpus = write_corpus(tmp_path / "corpus.jsonl", modules=("a",), library=tmp_path / "lib")

@@ -1,4 +1,6 @@
-"""Every key lives: another value changes exactly what the key declares. A key without a flip here fails; so does one that does nothing."""
+"""Every key lives: another value changes exactly what the key declares. A key without a flip here fails; so does one
+that does nothing.
+"""
 
 from __future__ import annotations
 
@@ -26,16 +28,22 @@ from tests.train.helpers import stored
 Nano = Callable[..., Recipe]
 Keys = dict[str, str]
 STEPS = {
-    "train.steps": "4", "checkpoint.every_steps": "2", "eval.every_steps": "2", "eval.windows": "2", "checkpoint.sample_tokens": "3",
+    "train.steps": "4",
+    "checkpoint.every_steps": "2",
+    "eval.every_steps": "2",
+    "eval.windows": "2",
+    "checkpoint.sample_tokens": "3",
     "schedule.warmup": "2",
-}  # fmt: skip
+}
 TWO = {"parallel.nproc": "2", "parallel.timeout": "60s"}
 BARE: Keys = {}
 
 
 @dataclass(frozen=True)
 class Flip:
-    """`to`: the other value, said instead of `without`. `under`: what both runs say. `live`: where a run holds what nothing else shows."""
+    """`to`: the other value, said instead of `without`. `under`: what both runs say. `live`: where a run holds what
+    nothing else shows.
+    """
 
     to: str
     under: Keys = field(default_factory=dict)
@@ -104,14 +112,18 @@ FLIPS = {
     "schedule.decay": Flip("0.9", {"schedule.warmup": "0"}),
     "schedule.min_ratio": Flip("0.9"),
     "schedule.min_lr": Flip("1e-5"),
-    "schedule.steps": Flip("[{ step = 2, lr = 1e-5 }]", {"schedule.kind": '"steps"', "schedule.steps": "[{ step = 3, lr = 1e-4 }]"}),
+    "schedule.steps": Flip(
+        "[{ step = 2, lr = 1e-5 }]", {"schedule.kind": '"steps"', "schedule.steps": "[{ step = 3, lr = 1e-4 }]"}
+    ),
     "train.steps": Flip("5"),
     "train.tokens": Flip("768", without=("train.steps",)),
     "train.epochs": Flip("0.004", without=("train.steps",)),
     "train.precision": Flip('"bf16"'),
     "train.activation_checkpointing": Flip('"full"', live=lambda trainer: options(trainer).activation_checkpointing),
     "train.checkpointing_stride": Flip(
-        "1", {"train.activation_checkpointing": '"every_nth"'}, live=lambda trainer: options(trainer).checkpointing_stride
+        "1",
+        {"train.activation_checkpointing": '"every_nth"'},
+        live=lambda trainer: options(trainer).checkpointing_stride,
     ),
     "train.attention": Flip('"math"'),
     "train.loss": Flip('"chunked"', live=lambda trainer: options(trainer).loss),
@@ -138,7 +150,8 @@ FLIPS = {
     "stop.wall_time": Flip('"0s"'),
     "stop.deadline": Flip('"2020-01-01T00:00:00+00:00"'),
 }
-# What acts beside a run of this kind, each with its own tests: a device or a library that is not here, text instead of tokens, several processes.
+# What acts beside a run of this kind, each with its own tests: a device or a library that is not here, text instead of
+# tokens, several processes.
 ELSEWHERE = {
     "model.init_from": "tests/stages/test_continue.py",
     "data.sources": "tests/data/test_phases.py",
@@ -198,9 +211,16 @@ def look(recipe: Recipe, folder: Path, patch: pytest.MonkeyPatch) -> Seen:
     metrics = read_metrics(folder)
     data = state["data"]
     records = sorted(
-        (record["event"], record["step"], record.get("tokens") if record["event"] == "held_out" else 0) for record in metrics.records
+        (record["event"], record["step"], record.get("tokens") if record["event"] == "held_out" else 0)
+        for record in metrics.records
     )
-    names = sorted({str(path.relative_to(folder)).split("events.out")[0] for path in folder.rglob("*") if "stacks" not in path.name})
+    names = sorted(
+        {
+            str(path.relative_to(folder)).split("events.out")[0]
+            for path in folder.rglob("*")
+            if "stacks" not in path.name
+        }
+    )
     return Seen(
         end=outcome,
         weights=stored(folder / LAST),
@@ -220,7 +240,9 @@ def verify(path: str, before: Seen, after: Seen) -> None:
         if FLIPS[path].live is not None:
             assert before.live.get(path) != after.live.get(path)
         for name, raw in before.weights.items():
-            left, right = (torch.frombuffer(bytearray(part), dtype=torch.float32) for part in (raw, after.weights[name]))
+            left, right = (
+                torch.frombuffer(bytearray(part), dtype=torch.float32) for part in (raw, after.weights[name])
+            )
             torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-4)
     elif changes == "end":
         assert (before.end, before.live.get(path)) != (after.end, after.live.get(path))
@@ -262,13 +284,23 @@ def test_a_degree_that_is_not_built_is_refused(nano: Nano, path: str) -> None:
 
 
 PLANTED = (
-    "seed", "optim.eps", "optim.weight_decay", "schedule.min_ratio", "data.order", "train.z_loss",
-    "checkpoint.keep_last", "checkpoint.sample_tokens", "eval.windows", "train.loss",
-)  # fmt: skip
+    "seed",
+    "optim.eps",
+    "optim.weight_decay",
+    "schedule.min_ratio",
+    "data.order",
+    "train.z_loss",
+    "checkpoint.keep_last",
+    "checkpoint.sample_tokens",
+    "eval.windows",
+    "train.loss",
+)
 
 
 @pytest.mark.parametrize("path", PLANTED)
-def test_a_planted_dead_key_is_found(nano: Nano, tmp_path: Path, seen: dict[str, Seen], monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+def test_a_planted_dead_key_is_found(
+    nano: Nano, tmp_path: Path, seen: dict[str, Seen], monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
     flip = FLIPS[path]
     reference = nano(**STEPS, **flip.under)
     value = functools.reduce(getattr, path.split("."), reference)

@@ -1,4 +1,6 @@
-"""Damaged token sets through the real command line: training and inspect refuse them with exit code 2 and name the file."""
+"""Damaged token sets through the real command line: training and inspect refuse them with exit code 2 and name the
+file.
+"""
 
 from __future__ import annotations
 
@@ -42,29 +44,79 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "shard cut": (edited(SHARD, lambda whole: whole[:-10]), [SHARD, "the header counts", "write it again"]),
     "shard of 100 bytes": (edited(SHARD, lambda whole: whole[:100]), [SHARD, "less than a header"]),
     "shard gone": (lambda folder: (folder / SHARD).unlink(), [SHARD, "cannot be read", "restore it"]),
-    "flipped bit": (edited(SHARD, lambda whole: replaced(1500, bytes([whole[1500] ^ 1]))(whole)), [SHARD, "other bytes", "restore it"]),
-    "header count": (edited(SHARD, replaced(8, struct.pack("<I", 7))), [SHARD, "the header counts 7 tokens", "write it again"]),
-    "magic": (edited(SHARD, replaced(0, struct.pack("<I", 7))), [SHARD, "magic number 7, expected 20240801 or 20240520"]),
+    "flipped bit": (
+        edited(SHARD, lambda whole: replaced(1500, bytes([whole[1500] ^ 1]))(whole)),
+        [SHARD, "other bytes", "restore it"],
+    ),
+    "header count": (
+        edited(SHARD, replaced(8, struct.pack("<I", 7))),
+        [SHARD, "the header counts 7 tokens", "write it again"],
+    ),
+    "magic": (
+        edited(SHARD, replaced(0, struct.pack("<I", 7))),
+        [SHARD, "magic number 7, expected 20240801 or 20240520"],
+    ),
     "index cut": (edited(INDEX, lambda whole: whole[:-3]), [INDEX, "expected 2,880 for 360 documents", "restore it"]),
     "held-out shard gone": (
         lambda folder: (folder / "held_out-00000.bin").unlink(),
         ["held_out-00000.bin", "cannot be read", "restore it"],
     ),
-    "half a manifest": (edited("manifest.json", lambda whole: whole[:200]), ["manifest.json: not a JSON file", "restore it"]),
+    "half a manifest": (
+        edited("manifest.json", lambda whole: whole[:200]),
+        ["manifest.json: not a JSON file", "restore it"],
+    ),
     "no manifest": (lambda folder: (folder / "manifest.json").unlink(), ["manifest.json"]),
     "no tokenizer": (lambda folder: shutil.rmtree(folder / "tokenizer"), ["tokenizer: no such folder"]),
 }
 SMALL = [
-    *("--model.vocab_size", "512", "--model.hidden_size", "32", "--model.num_hidden_layers", "1", "--model.intermediate_size", "64"),
-    *("--model.num_attention_heads", "2", "--model.num_key_value_heads", "1", "--model.head_dim", "16", "--train.steps", "5"),
-    *("--data.sequence_length", "32", "--batch.tokens_per_step", "128", "--schedule.warmup", "0", "--train.threads", "1"),
+    *(
+        "--model.vocab_size",
+        "512",
+        "--model.hidden_size",
+        "32",
+        "--model.num_hidden_layers",
+        "1",
+        "--model.intermediate_size",
+        "64",
+    ),
+    *(
+        "--model.num_attention_heads",
+        "2",
+        "--model.num_key_value_heads",
+        "1",
+        "--model.head_dim",
+        "16",
+        "--train.steps",
+        "5",
+    ),
+    *(
+        "--data.sequence_length",
+        "32",
+        "--batch.tokens_per_step",
+        "128",
+        "--schedule.warmup",
+        "0",
+        "--train.threads",
+        "1",
+    ),
     *("--log.tensorboard", "false", "--checkpoint.sample_tokens", "2", "--eval.windows", "2"),
 ]
 
 
 def pretrain(path: Path | str, run: Path, *more: str) -> list[str]:
     source = f"[{{ path = {json.dumps(str(path))}, max_epochs = 9 }}]"
-    return ["pretrain", "nano-3.0", "--run", str(run), *SMALL, "--data.sources", source, "--data.verify", "before", *more]
+    return [
+        "pretrain",
+        "nano-3.0",
+        "--run",
+        str(run),
+        *SMALL,
+        "--data.sources",
+        source,
+        "--data.verify",
+        "before",
+        *more,
+    ]
 
 
 @pytest.mark.parametrize("case", DAMAGE)
@@ -86,11 +138,15 @@ def test_an_id_past_the_vocabulary_stops_training_with_the_name_of_the_file(
     ids = np.arange(2000, dtype="<u4") % 300
     ids[100] = 70_000
     (tmp_path / "train.bin").write_bytes(token_files.header("uint32", 2000) + ids.tobytes())
-    message = refusal(pretrain(tmp_path / "train.bin", tmp_path / "run", "--data.tokenizer", str(tokenizer_folder)), capsys)
+    message = refusal(
+        pretrain(tmp_path / "train.bin", tmp_path / "run", "--data.tokenizer", str(tokenizer_folder)), capsys
+    )
     assert "train.bin: holds id 70,000, the tokenizer" in message
     assert "has 386 entries; set data.tokenizer to the one that made these tokens" in message
     shutil.copytree(tokenizer_folder, tmp_path / "tokenizer")
-    assert "token 100 has id 70,000, the vocabulary has 386" in refusal(["inspect", str(tmp_path / "train.bin")], capsys)
+    assert "token 100 has id 70,000, the vocabulary has 386" in refusal(
+        ["inspect", str(tmp_path / "train.bin")], capsys
+    )
 
 
 @pytest.mark.parametrize(
@@ -104,7 +160,12 @@ def test_an_id_past_the_vocabulary_stops_training_with_the_name_of_the_file(
     ],
 )
 def test_what_is_no_finished_token_set_is_refused_by_name(
-    name: str, parts: list[str], prepared: Path, tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str,
+    parts: list[str],
+    prepared: Path,
+    tokenizer_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "tokens.bin").write_bytes(b"abcd")
     (tmp_path / "faulty.jsonl").write_text('{"text": "good"}\n{"text": 1}\n')

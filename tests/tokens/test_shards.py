@@ -71,12 +71,17 @@ def test_files_of_others_are_read_as_they_are(tmp_path: Path) -> None:
     assert open_tokens(tmp_path / "trove.ds").train.document_ends.tolist() == [5, 40]
 
 
-def test_inspect_names_files_of_others_by_the_same_words_as_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_names_files_of_others_by_the_same_words_as_a_recipe(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     ids = np.arange(1, 41)
     (tmp_path / "nano.bin").write_bytes(ids.astype("<u2").tobytes())
     for number in (2, 10):
         (tmp_path / f"llmc_{number}.bin").write_bytes(header("uint16", 40) + ids.astype("<u2").tobytes())
-    for name, kind, tokens in ((f"raw-uint16:{tmp_path / 'nano.bin'}", "raw uint16", 40), (str(tmp_path / "llmc_*.bin"), "train.bin", 80)):
+    for name, kind, tokens in (
+        (f"raw-uint16:{tmp_path / 'nano.bin'}", "raw uint16", 40),
+        (str(tmp_path / "llmc_*.bin"), "train.bin", 80),
+    ):
         assert main(["inspect", name, "--json"]) == 0
         facts = json.loads(capsys.readouterr().out)
         assert (facts["format"], facts["tokens"], facts["problems"]) == (kind, tokens, [])
@@ -104,7 +109,9 @@ def test_megatron_files_bring_their_documents(tmp_path: Path) -> None:
 def test_the_familys_list_of_long_documents_is_read(tmp_path: Path) -> None:
     np.arange(20, dtype="<u4").tofile(tmp_path / "a.bin")
     np.save(tmp_path / "a.npy", np.array([12, 8], dtype=np.uint32))
-    (tmp_path / "docs.json").write_text(json.dumps({"files": [{"bin_path": "a.bin", "lengths_path": "a.npy", "docs_kept": 2}]}))
+    (tmp_path / "docs.json").write_text(
+        json.dumps({"files": [{"bin_path": "a.bin", "lengths_path": "a.npy", "docs_kept": 2}]})
+    )
     assert read_all(tmp_path / "docs.json") == list(range(20))
     assert open_tokens(tmp_path / "docs.json").train.document_ends.tolist() == [12, 20]
 
@@ -158,7 +165,9 @@ def test_every_damage_is_named_when_a_set_is_opened(write_tokens: Writer) -> Non
 
 
 def test_a_set_of_another_tokenizer_is_refused(write_tokens: Writer, tokenizer_folder: Path) -> None:
-    data = DataSection(sources=(SourceSection(path=str(write_tokens("a", [100]))),), sequence_length=8, tokenizer=str(tokenizer_folder))
+    data = DataSection(
+        sources=(SourceSection(path=str(write_tokens("a", [100]))),), sequence_length=8, tokenizer=str(tokenizer_folder)
+    )
     with pytest.raises(InputError, match="was made with another tokenizer"):
         open_training_data(data, BatchSection(tokens_per_step=8), 1)
 
@@ -204,7 +213,9 @@ def find_flips(folder: Path, places: int) -> int:
     return found
 
 
-def test_a_flipped_byte_stops_a_run_at_its_next_step(write_tokens: Writer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_flipped_byte_stops_a_run_at_its_next_step(
+    write_tokens: Writer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = write_tokens("a", [400])
     section = DataSection(sources=(SourceSection(path=str(folder)),), sequence_length=8)
     shard = folder / "tokens-00000.bin"
@@ -241,13 +252,17 @@ def test_a_file_that_was_found_right_is_not_read_again_until_it_changes(
     assert read[4:] == [shards[1].path]
 
 
-def test_ten_gigabytes_of_shards_open_without_being_read(tmp_path: Path, numbers_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ten_gigabytes_of_shards_open_without_being_read(
+    tmp_path: Path, numbers_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "train.bin"
     tokens = 2_684_354_560
     path.write_bytes(header("uint32", tokens))
     with open(path, "r+b") as file:
         file.truncate(1024 + 4 * tokens)
-    section = DataSection(sources=(SourceSection(path=str(path)),), sequence_length=1024, order="shuffled", tokenizer=str(numbers_folder))
+    section = DataSection(
+        sources=(SourceSection(path=str(path)),), sequence_length=1024, order="shuffled", tokenizer=str(numbers_folder)
+    )
     before = resident_bytes()
     data = open_training_data(section, BatchSection(tokens_per_step=8 * 1024), 1)
     with Loader(data, 0, 1, 8) as loader:
@@ -257,4 +272,8 @@ def test_ten_gigabytes_of_shards_open_without_being_read(tmp_path: Path, numbers
 
 
 def resident_bytes() -> int:
-    return next(int(line.split()[1]) << 10 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+    return next(
+        int(line.split()[1]) << 10
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmRSS")
+    )

@@ -1,4 +1,6 @@
-"""Texts in normal form go past the normalizer: the ids are those of the whole tokenizer, and no text that it would change goes past it."""
+"""Texts in normal form go past the normalizer: the ids are those of the whole tokenizer, and no text that it would
+change goes past it.
+"""
 
 from __future__ import annotations
 
@@ -35,9 +37,9 @@ PIECES = [
     " ",
     "x\n",
 ]
-TEXTS = st.lists(st.one_of(st.sampled_from(PIECES), st.sampled_from(MARKS), st.characters(exclude_categories=["Cs"])), max_size=12).map(
-    "".join
-)
+TEXTS = st.lists(
+    st.one_of(st.sampled_from(PIECES), st.sampled_from(MARKS), st.characters(exclude_categories=["Cs"])), max_size=12
+).map("".join)
 
 
 def with_nfc(folder: Path) -> str:
@@ -58,7 +60,9 @@ def whole(tokenizer_folder: Path) -> Tokenizer:
 
 @settings(max_examples=300, deadline=None)
 @given(texts=st.lists(TEXTS, max_size=6))
-def test_a_batch_gets_the_ids_of_the_whole_tokenizer(parsed: ParsedTokenizer, whole: Tokenizer, texts: list[str]) -> None:
+def test_a_batch_gets_the_ids_of_the_whole_tokenizer(
+    parsed: ParsedTokenizer, whole: Tokenizer, texts: list[str]
+) -> None:
     expected = [whole.encode(text, add_special_tokens=False).ids for text in texts]
     assert [found.tolist() for found in parsed.encode_batch(texts)] == expected
     assert [parsed.encode(text) for text in texts] == expected
@@ -72,7 +76,10 @@ def changed(texts: Iterable[str]) -> list[str]:
 
 def test_no_pair_of_marks_that_is_normal_is_changed_by_the_normalizer() -> None:
     marks = MARKS[::5]
-    assert changed(f"{base}{first}{second}" for base in "eq" for first, second in itertools.product(marks, MARKS[2::5])) == []
+    assert (
+        changed(f"{base}{first}{second}" for base in "eq" for first, second in itertools.product(marks, MARKS[2::5]))
+        == []
+    )
 
 
 @pytest.mark.campaign
@@ -80,7 +87,10 @@ def test_no_character_and_no_pair_of_marks_that_is_normal_is_changed_by_the_norm
     characters = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
     surroundings = ("{}<A", "e{}", "e\u0301{}\u0323", "\u0323{}\u0301", "\u1112{}\u11ab")
     assert changed(around.format(character) for around in surroundings for character in characters) == []
-    assert changed(f"{base}{first}{second}" for base in "eq\u00e9" for first, second in itertools.product(MARKS, MARKS)) == []
+    assert (
+        changed(f"{base}{first}{second}" for base in "eq\u00e9" for first, second in itertools.product(MARKS, MARKS))
+        == []
+    )
 
 
 def test_an_added_token_that_is_not_normal_keeps_the_normalizer_for_all(tokenizer_folder: Path) -> None:
@@ -88,10 +98,14 @@ def test_an_added_token_that_is_not_normal_keeps_the_normalizer_for_all(tokenize
     added = {**tree["added_tokens"][0], "id": 10_000, "content": "e\u0301!", "normalized": True, "special": False}
     text = json.dumps({**tree, "added_tokens": [*tree["added_tokens"], added]})
     whole = Tokenizer.from_str(text)
-    assert [found.tolist() for found in parse_tokenizer(text, tokenizer_folder).encode_batch(["\u00e9!"])] == [whole.encode("\u00e9!").ids]
+    assert [found.tolist() for found in parse_tokenizer(text, tokenizer_folder).encode_batch(["\u00e9!"])] == [
+        whole.encode("\u00e9!").ids
+    ]
 
 
-def test_single_texts_are_normalized_while_batches_are_encoded_beside_them(parsed: ParsedTokenizer, whole: Tokenizer) -> None:
+def test_single_texts_are_normalized_while_batches_are_encoded_beside_them(
+    parsed: ParsedTokenizer, whole: Tokenizer
+) -> None:
     text, expected = "cafe\u0301", whole.encode("cafe\u0301", add_special_tokens=False).ids
     with ThreadPoolExecutor(2) as pool:
         batches = [pool.submit(parsed.encode_batch, ["a plain text"] * 50) for _ in range(20)]

@@ -1,4 +1,6 @@
-"""The table of `make size`: limits from the document, what is over them, and the committed tree against those it has reached."""
+"""The table of `make size`: limits from the document, what is over them, and the committed tree against those it has
+reached.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ def measured() -> dict[str, Measure]:
     folder = size.ROOT / "argonne"
     return {
         measure.name: measure
-        for measure in size.measure_structure(structure.read_package(folder), LONGEST) + size.measure_trace(trace_run(folder))
+        for measure in size.measure_structure(structure.read_package(folder), LONGEST)
+        + size.measure_trace(trace_run(folder))
     }
 
 
@@ -47,7 +50,10 @@ def test_the_traced_run_goes_through_the_loop_the_data_and_the_model(measured: d
 
 
 def test_limits_are_read_from_the_table_of_the_document() -> None:
-    text = "# Size\n\n| Measure | Limit |\n| --- | --- |\n| product lines | 16,800 |\n| files a step | 10 |\n\n| other | 3 |\n"
+    text = (
+        "# Size\n\n| Measure | Limit |\n| --- | --- |\n| product lines | 16,800 |\n| files a step | 10 |\n\n| "
+        "other | 3 |\n"
+    )
     assert size.read_limits(text) == {"product lines": 16800, "files a step": 10}
 
 
@@ -122,7 +128,9 @@ def test_a_circle_is_counted_and_its_imports_are_listed(tmp_path: Path) -> None:
     (folder / "one.py").write_text("def late():\n    import house.two\n")
     (folder / "two.py").write_text("from house.one import late, other\n")
     package = structure.read_package(folder)
-    (found,) = (measure for measure in size.measure_structure(package, LONGEST) if measure.name == "circles among modules")
+    (found,) = (
+        measure for measure in size.measure_structure(package, LONGEST) if measure.name == "circles among modules"
+    )
     assert (found.found, found.listed) == (1, ("house.one -> house.two, line 2", "house.two -> house.one, line 1"))
 
 

@@ -56,7 +56,9 @@ def test_an_import_is_found_in_every_form_and_at_any_depth(plant: Plant, source:
 
 def test_a_relative_import_in_a_room_is_read_from_where_it_stands(plant: Plant) -> None:
     package = plant(
-        room____init__="from .inside import name\nfrom ..low import name", room__inside="from ..low import name", low="name = 1"
+        room____init__="from .inside import name\nfrom ..low import name",
+        room__inside="from ..low import name",
+        low="name = 1",
     )
     assert edges(package) == {
         ("house.room", "house.room.inside", "import"),
@@ -67,7 +69,10 @@ def test_a_relative_import_in_a_room_is_read_from_where_it_stands(plant: Plant) 
 
 def test_an_import_for_types_alone_is_told_apart_from_the_branch_that_runs(plant: Plant) -> None:
     source = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import house.low\nelse:\n    import house.other"
-    assert edges(plant(low="", other="", high=source)) == {("house.high", "house.low", "types"), ("house.high", "house.other", "import")}
+    assert edges(plant(low="", other="", high=source)) == {
+        ("house.high", "house.low", "types"),
+        ("house.high", "house.other", "import"),
+    }
 
 
 @pytest.mark.parametrize("text", ["house.low", "house.low.name", "exec python -m house.low --flag"])
@@ -81,12 +86,16 @@ def test_other_text_is_no_import(plant: Plant, text: str) -> None:
 
 
 def test_a_circle_through_a_lazy_import_is_found(plant: Plant) -> None:
-    package = plant(a="import house.b", b="from house import c", c="def late():\n    import house.a", d="import house.a")
+    package = plant(
+        a="import house.b", b="from house import c", c="def late():\n    import house.a", d="import house.a"
+    )
     assert structure.circles(structure.imports(package)) == [["house.a", "house.b", "house.c"]]
 
 
 def test_two_circles_are_two_and_modules_beside_them_are_in_neither(plant: Plant) -> None:
-    package = plant(a="import house.b", b="import house.a", c="import house.d, house.a", d="import house.c", e="import house.c")
+    package = plant(
+        a="import house.b", b="import house.a", c="import house.d, house.a", d="import house.c", e="import house.c"
+    )
     assert structure.circles(structure.imports(package)) == [["house.a", "house.b"], ["house.c", "house.d"]]
 
 
@@ -102,13 +111,19 @@ def test_types_and_strings_close_no_circle() -> None:
 
 
 def test_a_function_is_as_long_as_its_lines_and_methods_and_nested_ones_count(plant: Plant) -> None:
-    source = "class Holder:\n    @property\n    def method(self):\n        def inner():\n            return 1\n\n        return inner\n"
+    source = (
+        "class Holder:\n    @property\n    def method(self):\n        def inner():\n            return 1\n\n       "
+        " return inner\n"
+    )
     found = {(one.name, one.line, one.lines) for one in structure.functions(plant(a=source))}
     assert found == {("Holder.method", 3, 5), ("Holder.method.inner", 4, 2)}
 
 
 def test_a_private_function_that_one_other_names_is_found(plant: Plant) -> None:
-    source = "def _once(): ...\ndef _twice(): ...\ndef _itself(): _itself()\ndef f(): return _once(), _twice()\ndef g(): return _twice()\n"
+    source = (
+        "def _once(): ...\ndef _twice(): ...\ndef _itself(): _itself()\ndef f(): return _once(), _twice()\ndef "
+        "g(): return _twice()\n"
+    )
     assert structure.single_callers(plant(a=source)) == [("house.a._once", "house.a.f")]
 
 
@@ -123,5 +138,8 @@ def test_a_private_method_passed_on_is_called_and_a_special_one_is_not_private(p
 
 def test_a_name_in_another_module_counts_unless_that_module_has_one_of_its_own(plant: Plant) -> None:
     own = "def _fill(): ...\ndef f(): _fill()\n"
-    assert structure.single_callers(plant(a=own, b=own)) == [("house.a._fill", "house.a.f"), ("house.b._fill", "house.b.f")]
+    assert structure.single_callers(plant(a=own, b=own)) == [
+        ("house.a._fill", "house.a.f"),
+        ("house.b._fill", "house.b.f"),
+    ]
     assert structure.single_callers(plant(a=own, b="from house.a import _fill\ndef g(): _fill()\n")) == []

@@ -98,7 +98,9 @@ def test_the_start_ends_at_the_first_forward(tmp_path: Path) -> None:
 def test_functions_of_other_packages_are_left_out(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="no forward pass"):
         record(tmp_path / "argonne", 0)
-    assert {Path(file).parts[0] for step in record(tmp_path / "argonne", 2)["steps"] for file, _, _ in step} == {"argonne"}
+    assert {Path(file).parts[0] for step in record(tmp_path / "argonne", 2)["steps"] for file, _, _ in step} == {
+        "argonne"
+    }
 
 
 READ, LOCATE = Ran("argonne/data/loader.py", "Loader.read", 1), Ran("argonne/data/mixture.py", "Mixture.locate", 1)

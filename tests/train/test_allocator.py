@@ -19,7 +19,8 @@ import torch
 from argonne.train.allocator import return_freed_memory
 
 def held() -> int:
-    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS:")) // 1024
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:")) // 1024
 
 warm = torch.ones(24 << 18)  # freeing a block of 24 MiB teaches glibc to serve smaller ones from the heap
 del warm
@@ -47,7 +48,9 @@ def test_the_recipe_decides_where_it_says_so() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and speaks to glibc")
 def test_freed_blocks_leave_the_process() -> None:
     held = {
-        mode: int(subprocess.run([sys.executable, "-c", HOLES, mode], capture_output=True, text=True, check=True).stdout)
+        mode: int(
+            subprocess.run([sys.executable, "-c", HOLES, mode], capture_output=True, text=True, check=True).stdout
+        )
         for mode in ("on", "off")
     }
     assert held["on"] < 130  # the 100 MiB that are kept

@@ -1,4 +1,6 @@
-"""Work beside training: given up in time, left on request, and by all ranks together where a forward pass is a collective."""
+"""Work beside training: given up in time, left on request, and by all ranks together where a forward pass is a
+collective.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def watch() -> StopWatch:
 
 
 class Others:
-    """A mesh on which another rank raises a flag at the given turn: 0 = it failed, 1 = it was asked to stop, 2 = its time is over."""
+    """A mesh on which another rank raises a flag at the given turn: 0 = it failed, 1 = it was asked to stop, 2 = its
+    time is over.
+    """
 
     def __init__(self, flag: int, turn: int) -> None:
         self.flag, self.turn, self.turns = flag, turn, 0
@@ -88,7 +92,9 @@ def test_work_that_hangs_is_given_up_alone_and_its_thread_ends_when_it_can() -> 
             assert not thread.is_alive()
 
 
-@pytest.mark.parametrize(("flag", "error"), [(0, LeftBehind), (1, LeftBehind), (2, TimeoutError)], ids=["failure", "stop", "time"])
+@pytest.mark.parametrize(
+    ("flag", "error"), [(0, LeftBehind), (1, LeftBehind), (2, TimeoutError)], ids=["failure", "stop", "time"]
+)
 def test_what_another_rank_must_leave_is_left_here_after_the_same_pass(flag: int, error: type[Exception]) -> None:
     done: list[int] = []
     others: Any = Others(flag, turn=3)

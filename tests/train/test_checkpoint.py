@@ -18,7 +18,16 @@ from argonne.errors import InputError
 from argonne.model.load import load_model
 from argonne.recipe import load_recipe
 from argonne.stages.pretrain import run
-from argonne.train.checkpoint import LAST, STATE, clean_leftovers, list_checkpoints, newest_complete, point_last, prune, read_state
+from argonne.train.checkpoint import (
+    LAST,
+    STATE,
+    clean_leftovers,
+    list_checkpoints,
+    newest_complete,
+    point_last,
+    prune,
+    read_state,
+)
 from tests.train.helpers import curve, stored
 
 Nano = Callable[..., Recipe]
@@ -53,7 +62,9 @@ def steps_in(folder: Path) -> list[int]:
     ],
     ids=["two", "one", "every 20th", "best", "best not asked for", "all"],
 )
-def test_pruning_keeps_what_the_rules_name(tmp_path: Path, keep: CheckpointSection, best: int | None, expected: list[int]) -> None:
+def test_pruning_keeps_what_the_rules_name(
+    tmp_path: Path, keep: CheckpointSection, best: int | None, expected: list[int]
+) -> None:
     folder = made(tmp_path, 10, 20, 30, 40, 50, 60)
     said: list[str] = []
     removed = prune(folder, keep, best, said.append)
@@ -62,11 +73,24 @@ def test_pruning_keeps_what_the_rules_name(tmp_path: Path, keep: CheckpointSecti
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.sets(st.integers(1, 30), min_size=1, max_size=8), st.sets(st.integers(1, 30)), st.integers(1, 3), st.integers(0, 7), st.data())
+@given(
+    st.sets(st.integers(1, 30), min_size=1, max_size=8),
+    st.sets(st.integers(1, 30)),
+    st.integers(1, 3),
+    st.integers(0, 7),
+    st.data(),
+)
 def test_pruning_never_removes_the_newest_complete_checkpoint(
-    tmp_path_factory: pytest.TempPathFactory, steps: set[int], hurt: set[int], keep_last: int, keep_every: int, data: st.DataObject
+    tmp_path_factory: pytest.TempPathFactory,
+    steps: set[int],
+    hurt: set[int],
+    keep_last: int,
+    keep_every: int,
+    data: st.DataObject,
 ) -> None:
-    newest = data.draw(st.sampled_from(sorted(steps)))  # a save at any step; beyond it only damaged ones that the run resumed before
+    newest = data.draw(
+        st.sampled_from(sorted(steps))
+    )  # a save at any step; beyond it only damaged ones that the run resumed before
     folder = made(tmp_path_factory.mktemp("run"), *sorted(steps - {newest}), newest)
     for step in (hurt & steps) - {newest} | {step for step in steps if step > newest}:
         (folder / f"checkpoint_step_{step}" / STATE).unlink()
@@ -86,7 +110,9 @@ def test_a_damaged_checkpoint_never_takes_the_place_of_a_good_one(tmp_path: Path
     assert steps_in(tmp_path / "later") == [30, 40]
 
 
-def test_a_deletion_that_is_cut_short_leaves_a_folder_that_says_it_is_incomplete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_deletion_that_is_cut_short_leaves_a_folder_that_says_it_is_incomplete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = made(tmp_path, 10, 20)
 
     def cut(path: Path) -> None:
@@ -100,7 +126,9 @@ def test_a_deletion_that_is_cut_short_leaves_a_folder_that_says_it_is_incomplete
     assert files.verify_directory(folder / "checkpoint_step_20") == []
 
 
-@pytest.mark.parametrize("target", [None, "checkpoint_step_10", "checkpoint_step_99"], ids=["absent", "older", "dangling"])
+@pytest.mark.parametrize(
+    "target", [None, "checkpoint_step_10", "checkpoint_step_99"], ids=["absent", "older", "dangling"]
+)
 def test_the_start_repairs_where_checkpoint_last_points(tmp_path: Path, target: str | None) -> None:
     folder = made(tmp_path, 10, 20)
     (folder / LAST).unlink()
@@ -164,7 +192,9 @@ def test_resume_from_a_damaged_checkpoint_is_refused_with_the_file_named(nano: N
 def test_a_checkpoint_of_another_model_is_refused_with_the_shapes(nano: Nano, tmp_path: Path) -> None:
     run(nano(), tmp_path / "first", stop_after_step=4)
     other = nano(**{"model.hidden_size": "48"})
-    with pytest.raises(InputError, match=r"not a checkpoint of this model.*32.*48|not a checkpoint of this model.*48.*32"):
+    with pytest.raises(
+        InputError, match=r"not a checkpoint of this model.*32.*48|not a checkpoint of this model.*48.*32"
+    ):
         run(other, tmp_path / "second", resume_from=tmp_path / "first" / "checkpoint_step_4")
 
 

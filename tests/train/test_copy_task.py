@@ -1,6 +1,8 @@
-"""The copy task: 32 random tokens, repeated. Labels that are shifted twice or not at all train to a low loss and cannot do it.
+"""The copy task: 32 random tokens, repeated. Labels that are shifted twice or not at all train to a low loss and cannot
+do it.
 
-The judge knows nothing of labels: it generates greedily, and computes its own cross-entropy of logits[i] against token i + 1.
+The judge knows nothing of labels: it generates greedily, and computes its own cross-entropy of logits[i] against token
+i + 1.
 """
 
 from __future__ import annotations
@@ -44,7 +46,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("copy")
     (folder / "tokenizer").mkdir()
     model = {"type": "WordLevel", "vocab": {str(number): number for number in range(VOCABULARY)}, "unk_token": "0"}
-    (folder / "tokenizer" / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
+    (folder / "tokenizer" / "tokenizer.json").write_text(
+        json.dumps({"version": "1.0", "added_tokens": [], "model": model})
+    )
     tokens = pairs(STEPS * ROWS + 1, seed=1).astype("<u2")
     head = np.zeros(256, dtype="<u4")
     head[:3] = 20240520, 1, tokens.size
@@ -92,7 +96,9 @@ def judge(folder: Path) -> Verdict:
     places = np.arange(HALF - 1, 2 * HALF - 1)
     cross_entropy = -np.mean([log_probs[row, i, unseen[row, i + 1]] for row in range(len(unseen)) for i in places])
     prompts = unseen[:, :HALF].tolist()
-    written = [done.ids for done in complete_ids(model, prompts, SamplingOptions(max_new_tokens=HALF, temperature=0.0), [])]
+    written = [
+        done.ids for done in complete_ids(model, prompts, SamplingOptions(max_new_tokens=HALF, temperature=0.0), [])
+    ]
     copied = np.mean([np.mean(np.array(row) == unseen[number, HALF:]) for number, row in enumerate(written)])
     last = read_metrics(folder).last("step")
     assert last is not None

@@ -43,7 +43,9 @@ QUIET = {"checkpoint.sample_prompt": "", "eval.windows": "0"}
 
 @pytest.fixture
 def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """`at_step(plant, *steps)`: before the given steps (counted from 1 in this session) call `plant(head)`; it returns a factor of the loss."""
+    """`at_step(plant, *steps)`: before the given steps (counted from 1 in this session) call `plant(head)`; it returns
+    a factor of the loss.
+    """
 
     def install(plant: Callable[[Head], float], *steps: int) -> None:
         calls = itertools.count()
@@ -68,7 +70,10 @@ def test_a_nan_gradient_is_skipped_counted_and_leaves_weights_and_moments_untouc
     nano: Nano, tmp_path: Path, at_step: Callable[..., None], optimizer: str
 ) -> None:
     at_step(nan, 5)
-    result = run(nano(**{"optim.name": optimizer, "checkpoint.every_steps": "1", "checkpoint.keep_last": "12", **QUIET}), tmp_path / "run")
+    result = run(
+        nano(**{"optim.name": optimizer, "checkpoint.every_steps": "1", "checkpoint.keep_last": "12", **QUIET}),
+        tmp_path / "run",
+    )
     assert result.outcome.complete
     before, after, later = (stored(tmp_path / "run" / f"checkpoint_step_{step}") for step in (4, 5, 6))
     assert before == after
@@ -114,7 +119,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 3 MB of its own."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder], capture_output=True).returncode != 0:
+    if (
+        os.geteuid() != 0
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder], capture_output=True).returncode
+        != 0
+    ):
         pytest.skip("mounting a tmpfs needs root")
     yield folder
     subprocess.run(["umount", "-l", folder], check=True)
@@ -224,7 +233,9 @@ def test_half_a_line_left_by_a_kill_is_named_and_costs_nothing_else(nano: Nano, 
     assert curve(tmp_path / "run") == curve(tmp_path / "whole")
 
 
-def test_an_exception_in_sampling_is_recorded_and_changes_nothing(nano: Nano, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exception_in_sampling_is_recorded_and_changes_nothing(
+    nano: Nano, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run(nano(), tmp_path / "whole")
 
     def fail(*arguments: Any, **options: Any) -> str:
@@ -238,7 +249,9 @@ def test_an_exception_in_sampling_is_recorded_and_changes_nothing(nano: Nano, tm
     assert stored(tmp_path / "run" / LAST) == stored(tmp_path / "whole" / LAST)
 
 
-def test_a_hang_in_sampling_is_given_up_and_changes_nothing(nano: Nano, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hang_in_sampling_is_given_up_and_changes_nothing(
+    nano: Nano, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run(nano(), tmp_path / "whole")
     release = threading.Event()
     monkeypatch.setattr(hooks, "stream_text", lambda *arguments, **options: release.wait() and "")
@@ -251,7 +264,9 @@ def test_a_hang_in_sampling_is_given_up_and_changes_nothing(nano: Nano, tmp_path
     assert stored(tmp_path / "run" / LAST) == stored(tmp_path / "whole" / LAST)
 
 
-def test_a_sample_that_cannot_be_written_down_stops_nothing(nano: Nano, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sample_that_cannot_be_written_down_stops_nothing(
+    nano: Nano, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*arguments: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -308,8 +323,12 @@ def test_of_many_processes_that_find_a_dead_lock_one_gets_the_run(tmp_path: Path
     for attempt in range(5):
         folder = tmp_path / str(attempt)
         folder.mkdir()
-        (folder / LOCK).write_text(json.dumps({"host": os.uname().nodename, "pid": 2**22 + 1, "started": "1", "time": 0}))
-        found = subprocess.run([sys.executable, "-c", RACE, folder], capture_output=True, text=True, input="", check=True)
+        (folder / LOCK).write_text(
+            json.dumps({"host": os.uname().nodename, "pid": 2**22 + 1, "started": "1", "time": 0})
+        )
+        found = subprocess.run(
+            [sys.executable, "-c", RACE, folder], capture_output=True, text=True, input="", check=True
+        )
         assert found.stdout == "1\n", found.stderr
 
 
@@ -324,7 +343,14 @@ def test_the_best_checkpoint_is_one_that_exists_though_evaluations_fall_between_
         return {"loss": next(losses), **found}
 
     monkeypatch.setattr(hooks, "held_out_loss", held_out)
-    recipe = nano(**{"checkpoint.every_steps": "2", "checkpoint.keep_last": "1", "checkpoint.keep_best": "true", "eval.every_steps": "3"})
+    recipe = nano(
+        **{
+            "checkpoint.every_steps": "2",
+            "checkpoint.keep_last": "1",
+            "checkpoint.keep_best": "true",
+            "eval.every_steps": "3",
+        }
+    )
     run(recipe, tmp_path / "run")
     assert [saved.step for saved in checkpoint.list_checkpoints(tmp_path / "run")] == [6, 12]
     progress = checkpoint.read_state(tmp_path / "run" / LAST)["progress"]

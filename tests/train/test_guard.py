@@ -15,7 +15,15 @@ from argonne.train.guard import NonFinitePolicy, StopWatch, parse_duration, pars
 
 @pytest.mark.parametrize(
     ("text", "seconds"),
-    [("90", 90), ("15m", 900), ("1.5h", 5400), ("2d", 172800), ("12:30:00", 45000), ("1-12:00:00", 129600), ("00:45", 2700)],
+    [
+        ("90", 90),
+        ("15m", 900),
+        ("1.5h", 5400),
+        ("2d", 172800),
+        ("12:30:00", 45000),
+        ("1-12:00:00", 129600),
+        ("00:45", 2700),
+    ],
 )
 def test_durations_are_read_as_schedulers_write_them(text: str, seconds: float) -> None:
     assert parse_duration(text, "stop.wall_time") == seconds

@@ -45,7 +45,9 @@ def test_decay_all_decays_everything_and_no_parameter_is_lost() -> None:
     tiny = model()
     groups = parameter_groups(tiny, OptimSection(decay_all=True))
     assert {group["weight_decay"] for group in groups} == {0.1}
-    assert sorted(name for group in groups for name in group["names"]) == sorted(name for name, _ in tiny.named_parameters())
+    assert sorted(name for group in groups for name in group["names"]) == sorted(
+        name for name, _ in tiny.named_parameters()
+    )
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
@@ -82,7 +84,9 @@ def test_a_rate_is_applied_to_every_group_as_a_share_of_its_own_peak() -> None:
 def test_muon_equals_the_one_of_torch() -> None:
     ours, reference = model(), model()
     optimizer = build_optimizer(ours, OptimSection(name="muon", muon_lr=0.02, weight_decay=0.1, muon_dtype="bfloat16"))
-    matrices = [parameter for name, parameter in reference.named_parameters() if parameter.ndim == 2 and ".layers." in name]
+    matrices = [
+        parameter for name, parameter in reference.named_parameters() if parameter.ndim == 2 and ".layers." in name
+    ]
     other = torch.optim.Muon(matrices, lr=0.02, weight_decay=0.1, momentum=0.95)
     for seed in range(5):
         give_gradients(ours, seed)

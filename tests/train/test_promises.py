@@ -1,4 +1,6 @@
-"""Promises of the loop that no fault of a machine tests: rates, ends of runs, speeds, formats, and a step that waits for nobody."""
+"""Promises of the loop that no fault of a machine tests: rates, ends of runs, speeds, formats, and a step that waits
+for nobody.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def test_the_first_rate_is_the_curves_at_every_kind_of_start(nano: Nano, tmp_pat
 def test_a_rate_that_is_not_the_curves_ends_the_run_before_its_first_step(
     nano: Nano, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer, "set_learning_rate", lambda *arguments: None)  # as an optimizer that keeps a restored rate
+    monkeypatch.setattr(
+        trainer, "set_learning_rate", lambda *arguments: None
+    )  # as an optimizer that keeps a restored rate
     with pytest.raises(RuntimeError, match="the schedule says"):
         run(nano(**QUIET), tmp_path / "run")
     assert not (tmp_path / "run" / LAST).exists()
@@ -75,12 +79,18 @@ def test_a_complete_run_started_again_does_nothing(nano: Nano, tmp_path: Path) -
     assert state() == before
 
 
-def test_speed_counts_this_sessions_tokens_over_this_sessions_seconds(nano: Nano, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_speed_counts_this_sessions_tokens_over_this_sessions_seconds(
+    nano: Nano, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run(nano(**QUIET), tmp_path / "run", stop_after_step=8)
     begin = iter([100.0])
     monkeypatch.setattr(telemetry, "time", SimpleNamespace(monotonic=lambda: next(begin, 110.0), time=lambda: 0.0))
     run(nano(**QUIET), tmp_path / "run")
-    last = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines() if '"event": "step"' in line][-1]
+    last = [
+        json.loads(line)
+        for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+        if '"event": "step"' in line
+    ][-1]
     assert (last["step"], last["tokens"]) == (12, 12 * 256)
     assert last["tokens_per_second"] == 4 * 256 / 10
 
@@ -108,7 +118,9 @@ class Waits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_step_waits_for_nothing_from_the_device(nano: Nano, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str) -> None:
+def test_a_step_waits_for_nothing_from_the_device(
+    nano: Nano, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
+) -> None:
     waits, plain = Waits(), Trainer._train_step
 
     def step(self: Trainer, batch: Any, count: int) -> Any:
@@ -116,7 +128,9 @@ def test_a_step_waits_for_nothing_from_the_device(nano: Nano, tmp_path: Path, mo
             return plain(self, batch, count)
 
     monkeypatch.setattr(Trainer, "_train_step", step)
-    monkeypatch.setattr("argonne.model.loss._rows_that_count", lambda targets: None)  # what it is on any device but the CPU
+    monkeypatch.setattr(
+        "argonne.model.loss._rows_that_count", lambda targets: None
+    )  # what it is on any device but the CPU
     run(nano(**QUIET, **{"optim.name": optimizer, "train.steps": "4"}), tmp_path / "run")
     assert waits.found == []
     with waits:
@@ -126,7 +140,9 @@ def test_a_step_waits_for_nothing_from_the_device(nano: Nano, tmp_path: Path, mo
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_step_on_a_gpu_waits_for_nothing(nano: Nano, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str) -> None:
+def test_a_step_on_a_gpu_waits_for_nothing(
+    nano: Nano, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
+) -> None:
     plain, calls = Trainer._train_step, []
 
     def step(self: Trainer, batch: Any, count: int) -> Any:

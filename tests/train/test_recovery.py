@@ -30,11 +30,15 @@ Nano = Callable[..., Recipe]
 
 
 def gradients(preset: str, sizes: list[int], nano: Nano) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss sum and gradients in float64 of 8 rows cut into `sizes`; rows 2 and 3 train nothing, the others unevenly much."""
+    """Loss sum and gradients in float64 of 8 rows cut into `sizes`; rows 2 and 3 train nothing, the others unevenly
+    much.
+    """
     from argonne.model.build import build_model, config_from_fields
     from argonne.stages.start import architecture_fields
 
-    config = config_from_fields(architecture_fields(nano(preset).model) | {"hidden_dropout": 0.0, "attention_dropout": 0.0})
+    config = config_from_fields(
+        architecture_fields(nano(preset).model) | {"hidden_dropout": 0.0, "attention_dropout": 0.0}
+    )
     model = build_model(config, seed=1, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 512, (8, 33), generator=generator)
@@ -48,7 +52,9 @@ def gradients(preset: str, sizes: list[int], nano: Nano) -> tuple[float, dict[st
     pieces = {name: tensor.split(sizes) for name, tensor in rows.items()}
     micro_batches = [{name: pieces[name][index] for name in rows} for index in range(len(sizes))]
     sums = parallelised.forward_backward(micro_batches, int((labels != -100).sum()))
-    return float(sums.total), {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return float(sums.total), {
+        name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
 
 
 @pytest.mark.parametrize("preset", ["nano-1.0", "nano-2.5", "nano-3.0"])
@@ -97,7 +103,9 @@ def test_out_of_memory_in_a_backward_pass_halves_the_micro_batch_and_repeats_the
     assert curve(tmp_path / "hurt")[:2] == curve(tmp_path / "whole")[:2]
 
 
-def test_out_of_memory_in_the_optimizer_repeats_the_step(nano: Nano, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_in_the_optimizer_repeats_the_step(
+    nano: Nano, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = nano()
     run(recipe, tmp_path / "whole")
     original, calls = torch.optim.AdamW.step, []
@@ -177,11 +185,15 @@ def test_a_save_in_the_background_writes_what_a_save_in_place_writes(nano: Nano,
     run(nano(**keep, **{"checkpoint.asynchronous": "true"}), tmp_path / "beside", stop_after_step=9)
     run(nano(**keep, **{"checkpoint.asynchronous": "true"}), tmp_path / "beside")
     for step in (8, 12):
-        assert stored(tmp_path / "beside" / f"checkpoint_step_{step}") == stored(tmp_path / "place" / f"checkpoint_step_{step}")
+        assert stored(tmp_path / "beside" / f"checkpoint_step_{step}") == stored(
+            tmp_path / "place" / f"checkpoint_step_{step}"
+        )
     assert {record["step"] for record in read_metrics(tmp_path / "beside").of("checkpoint")} == {4, 8, 9, 12}
 
 
-def test_evaluation_and_sampling_run_eagerly_beside_compiled_training(nano: Nano, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluation_and_sampling_run_eagerly_beside_compiled_training(
+    nano: Nano, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shapes: set[tuple[int, ...]] = set()
 
     def compile_and_watch(self: nn.Module, *args: Any, **more: Any) -> None:

@@ -31,7 +31,9 @@ Nano = Callable[..., Recipe]
     ],
     ids=["adamw", "muon", "bf16", "shuffled documents", "dropout", "changes of batch and length"],
 )
-def test_stopped_at_three_random_steps_and_resumed_equals_uninterrupted(nano: Nano, tmp_path: Path, overrides: dict[str, str]) -> None:
+def test_stopped_at_three_random_steps_and_resumed_equals_uninterrupted(
+    nano: Nano, tmp_path: Path, overrides: dict[str, str]
+) -> None:
     recipe = nano(**overrides)
     run(recipe, tmp_path / "whole")
     stops = sorted(random.Random(str(overrides)).sample(range(1, 12), 3))
@@ -54,11 +56,16 @@ def test_other_seeds_give_other_weights_and_the_same_seed_the_same(nano: Nano, t
 def test_evaluation_and_sampling_leave_order_and_randomness_untouched(nano: Nano, tmp_path: Path) -> None:
     dropout = {"model.hidden_dropout": "0.1"}
     run(nano(**dropout), tmp_path / "busy")
-    run(nano(**dropout, **{"eval.windows": "0", "checkpoint.sample_prompt": "", "checkpoint.every_steps": "0"}), tmp_path / "quiet")
+    run(
+        nano(**dropout, **{"eval.windows": "0", "checkpoint.sample_prompt": "", "checkpoint.every_steps": "0"}),
+        tmp_path / "quiet",
+    )
     assert curve(tmp_path / "busy") == curve(tmp_path / "quiet")
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over_by_name(nano: Nano, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_newest_checkpoint_is_passed_over_by_name(
+    nano: Nano, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     recipe = nano()
     run(recipe, tmp_path / "whole")
     run(recipe, tmp_path / "cut", stop_after_step=8)

@@ -26,7 +26,10 @@ def test_a_second_owner_is_refused_with_host_pid_and_the_way_out(tmp_path: Path)
 
 
 def test_the_lock_of_a_dead_process_is_taken_over(tmp_path: Path) -> None:
-    code = f"import os, pathlib; from argonne.train.run import RunFolder; RunFolder(pathlib.Path({str(tmp_path)!r})).acquire(); os._exit(9)"
+    code = (
+        "import os, pathlib; from argonne.train.run import RunFolder; "
+        f"RunFolder(pathlib.Path({str(tmp_path)!r})).acquire(); os._exit(9)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
     assert (tmp_path / LOCK).exists()
     RunFolder(tmp_path).acquire()

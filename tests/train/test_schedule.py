@@ -26,7 +26,9 @@ def fitting_schedules(draw: st.DrawFn) -> tuple[int, ScheduleSection]:
     warmup = draw(st.integers(0, total // 2))
     kind = draw(st.sampled_from(["cosine", "wsd", "constant"]))
     decay = float(draw(st.integers(0, total - warmup))) if kind == "wsd" else None
-    return total, ScheduleSection(kind=kind, warmup=warmup, decay=decay, min_ratio=draw(st.sampled_from([None, 0.0, 0.1, 1.0])))
+    return total, ScheduleSection(
+        kind=kind, warmup=warmup, decay=decay, min_ratio=draw(st.sampled_from([None, 0.0, 0.1, 1.0]))
+    )
 
 
 @given(fitting_schedules())

@@ -62,7 +62,9 @@ def test_a_profile_writes_a_trace_and_changes_nothing(nano: Nano, tmp_path: Path
 
 
 def test_tensorboard_has_a_point_for_each_record(nano: Nano, tmp_path: Path) -> None:
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="tensorboard is not installed")
+    accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="tensorboard is not installed"
+    )
     run(nano(**{"log.tensorboard": "true"}), tmp_path / "run")
     events = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
@@ -70,7 +72,9 @@ def test_tensorboard_has_a_point_for_each_record(nano: Nano, tmp_path: Path) -> 
     assert [(point.step, point.value) for point in events.Scalars("step/loss")] == expected
 
 
-def test_a_run_without_tensorboard_says_so_and_trains(nano: Nano, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_without_tensorboard_says_so_and_trains(
+    nano: Nano, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard.writer", None)
     assert run(nano(**{"log.tensorboard": "true"}), tmp_path / "run").outcome.complete
     assert "tensorboard" in read_metrics(tmp_path / "run").of("warning")[0]["message"]
@@ -83,9 +87,19 @@ def test_a_source_of_a_mixture_has_its_own_tokens_passes_and_loss(nano: Nano, tm
     text = tmp_path / "other.txt"
     text.write_text("".join(f"the same few words again and again, number {number}.\n" for number in range(1000)))
     other = prepare(
-        PrepareOptions(input=(str(text),), out=tmp_path / "other", tokenizer=tokens / "tokenizer", workers=1, split="lines", hold_out=0.2)
+        PrepareOptions(
+            input=(str(text),),
+            out=tmp_path / "other",
+            tokenizer=tokens / "tokenizer",
+            workers=1,
+            split="lines",
+            hold_out=0.2,
+        )
     )
-    sources = f"[{{ path = {json.dumps(str(tokens))}, weight = 3.0 }}, {{ path = {json.dumps(str(other))}, weight = 1.0, max_epochs = 9 }}]"
+    sources = (
+        f"[{{ path = {json.dumps(str(tokens))}, weight = 3.0 }}, "
+        f"{{ path = {json.dumps(str(other))}, weight = 1.0, max_epochs = 9 }}]"
+    )
     run(nano(**{"data.sources": sources, "eval.windows": "64"}), tmp_path / "run")
     last = read_metrics(tmp_path / "run").of("step")[-1]["sources"]
     assert {name: row["tokens"] for name, row in last.items()} == {"set": 12 * 192, "other": 12 * 64}
