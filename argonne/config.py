@@ -5,42 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
-# What a number may be: how it is told, and whether it holds. Any number must be finite.
-BOUNDS: Mapping[str, Callable[[float], bool]] = {
-    "at least 1": lambda value: value >= 1,
-    "at least 0": lambda value: value >= 0,
-    "more than 0": lambda value: value > 0,
-    "from 0 to below 1": lambda value: 0 <= value < 1,
-    "from 0 to 1": lambda value: 0 <= value <= 1,
-}
-
-
-def key(
-    default: Any,
-    meaning: str,
-    choices: tuple[Any, ...] = (),
-    *,
-    bounds: str = "",
-    needs: str = "",
-    changes: str = "weights",
-    free: bool = False,
-    metavar: str | None = None,
-    parse: Callable[[str], Any] | None = None,
-) -> Any:
-    """All that is known of a recipe key, or of a flag, in one line. `default` MISSING = required; choices: all it can
-    be, where that is closed.
-
-    bounds: a name of BOUNDS, for each number in it. needs: the mode in which it acts, as `acts` reads it; given outside
-    of it, it is refused. changes: what another value may change ("weights", "order" of the data, "files", "speed",
-    "text" of samples, "end" of the session), most first. free: it may differ on resume. metavar, parse: how a flag's
-    value is called in the help, and read from its text.
-    """
-    facts = {"meaning": meaning, "choices": choices, "bounds": bounds, "needs": needs, "changes": changes, "free": free}
-    return field(default=default, metadata={**facts, "metavar": metavar, "parse": parse})
+from argonne.declare import key
 
 
 @dataclass(frozen=True)
@@ -61,12 +28,8 @@ class ModelSection:
     hidden_size: int | None = key(None, "width of the residual stream", bounds="at least 1")
     num_hidden_layers: int | None = key(None, "decoder layers", bounds="at least 1")
     num_attention_heads: int | None = key(None, "query heads", bounds="at least 1")
-    num_key_value_heads: int | None = key(
-        None, "key and value heads; query heads must be a multiple", bounds="at least 1"
-    )
-    head_dim: int | None = key(
-        None, "width of a head; hidden_size need not equal heads x head_dim", bounds="at least 1"
-    )
+    num_key_value_heads: int | None = key(None, "key and value heads; query heads are a multiple", bounds="at least 1")
+    head_dim: int | None = key(None, "width of a head; hidden_size need not be heads x head_dim", bounds="at least 1")
     intermediate_size: int | None = key(
         None, "width of the MLP; unset in a preset-less model: 8/3 hidden, rounded up to 256", bounds="at least 1"
     )
@@ -114,9 +77,7 @@ class SourceSection:
         "", "token set: a folder written by `argonne prepare`, or a token file of a known format", changes="order"
     )
     weight: float = key(1.0, "share of the tokens, relative to the other sources", bounds="at least 0", changes="order")
-    max_epochs: float = key(
-        1.0, "passes over the source before the run is refused", bounds="more than 0", changes="end"
-    )
+    max_epochs: float = key(1.0, "passes over the source before a run is refused", bounds="more than 0", changes="end")
 
 
 @dataclass(frozen=True)
@@ -132,9 +93,7 @@ class DataSection:
     tokenizer: str | None = key(
         None, "folder of the tokenizer (with `input`; otherwise the token set's own)", changes="order"
     )
-    text_column: str = key(
-        "text", "column or field that holds the text (with `input`)", needs="data.input", changes="order"
-    )
+    text_column: str = key("text", "column or field that holds the text", needs="data.input", changes="order")
     sequence_length: int = key(1024, "tokens of a training row", bounds="at least 1", changes="order")
     order: str = key("sequential", "order of the windows", ("sequential", "shuffled"), changes="order")
     document_mask: bool = key(False, "attention and targets do not cross documents")
@@ -157,7 +116,7 @@ class DataSection:
     )
     prefetch: str = key(
         "steps",
-        "with `input`: start when the first steps' tokens are there, or wait for all",
+        "start at the first steps' tokens, or wait for all",
         ("steps", "all"),
         changes="speed",
         needs="data.input",
@@ -165,7 +124,7 @@ class DataSection:
     )
     hold_out: float = key(
         0.0,
-        "with `input`: share of the documents held out (a token set brings its own)",
+        "share of the documents held out (a token set brings its own)",
         bounds="from 0 to below 1",
         needs="data.input",
         changes="order",
@@ -173,12 +132,8 @@ class DataSection:
     max_drop_fraction: float = key(
         0.1, "abort when more rows than this were dropped", bounds="from 0 to 1", needs="data.input", changes="end"
     )
-    quality_filter: bool = key(
-        False, "with `input`: drop text that is mostly digits or symbols", needs="data.input", changes="order"
-    )
-    bos: bool = key(
-        False, "with `input`: begin each document with the tokenizer's BOS", needs="data.input", changes="order"
-    )
+    quality_filter: bool = key(False, "drop text that is mostly digits or symbols", needs="data.input", changes="order")
+    bos: bool = key(False, "begin each document with the tokenizer's BOS", needs="data.input", changes="order")
 
 
 @dataclass(frozen=True)
@@ -186,9 +141,7 @@ class BatchChange:
     """The batch from one step on."""
 
     step: int = key(0, "first step with these values", bounds="at least 1", changes="order")
-    tokens_per_step: int | None = key(
-        None, "tokens of the global batch from there", bounds="at least 1", changes="order"
-    )
+    tokens_per_step: int | None = key(None, "tokens of a global batch from there", bounds="at least 1", changes="order")
     sequence_length: int | None = key(None, "tokens of a row from there", bounds="at least 1", changes="order")
 
 
@@ -263,9 +216,7 @@ class ScheduleSection:
 class TrainSection:
     steps: int | None = key(None, "length of the run in optimizer steps", bounds="at least 1", changes="weights")
     tokens: int | None = key(None, "length of the run in tokens, instead of steps", bounds="at least 1")
-    epochs: float | None = key(
-        None, "length of the run in passes over the data, instead of steps", bounds="more than 0"
-    )
+    epochs: float | None = key(None, "length of the run in passes over the data", bounds="more than 0")
     precision: str = key("auto", "auto: bf16 on CUDA, fp32 on the CPU", ("auto", "bf16", "fp16", "fp32", "bf16_full"))
     device: str = key("auto", "where to train", ("auto", "cpu", "cuda", "mps"))
     compile: str = key("auto", "compile each block; auto: on CUDA", ("auto", "on", "off"), changes="speed", free=True)
@@ -303,7 +254,7 @@ class TrainSection:
     )
     return_memory: str = key(
         "auto",
-        "CPU: give freed memory back at once, slower; auto: in runs planned above 1 GB",
+        "CPU: give freed memory back at once; auto: in runs above 1 GB",
         ("auto", "on", "off"),
         changes="speed",
         free=True,
@@ -321,14 +272,14 @@ class CheckpointSection:
     keep_last: int = key(2, "newest checkpoints kept", bounds="at least 1", changes="files", free=True)
     keep_every: int = key(
         0,
-        "checkpoints whose step is a multiple are kept for good; 0 = none",
+        "checkpoints at multiples of this are kept for good; 0 = none",
         bounds="at least 0",
         changes="files",
         free=True,
     )
     keep_best: bool = key(
         False,
-        "the checkpoint with the lowest held-out loss is kept too",
+        "keep the checkpoint of the lowest held-out loss too",
         changes="files",
         needs="held-out data and eval.every_steps != 0",
         free=True,
@@ -379,12 +330,7 @@ class LogSection:
     every_steps: int = key(10, "steps between log lines", bounds="at least 1", changes="files", free=True)
     tensorboard: bool = key(True, "write TensorBoard files where tensorboard is installed", changes="files", free=True)
     wandb: str | None = key(None, "Weights & Biases project; unset = off", changes="files", free=True)
-    telemetry_limit: str = key(
-        "5m",
-        "a sample or a held-out evaluation that takes longer is given up; training goes on",
-        changes="files",
-        free=True,
-    )
+    telemetry_limit: str = key("5m", "a sample or evaluation that takes longer is given up", changes="files", free=True)
 
 
 @dataclass(frozen=True)
@@ -402,13 +348,13 @@ class ParallelSection:
     )
     timeout: str = key(
         "20m",
-        "a worker that makes no step for this long is taken for hung: stacks are written and all stop",
+        "a worker without a step for this long is hung: all stop",
         changes="end",
         needs="parallel.nproc != 1",
         free=True,
     )
     async_tensor: bool = key(
-        False, "overlap tensor-parallel collectives with compute (CUDA)", changes="speed", free=True
+        False, "overlap tensor-parallel collectives and compute (CUDA)", changes="speed", free=True
     )
 
 
@@ -421,7 +367,7 @@ class StopSection:
         None, "stop and save before this moment: ISO 8601, or Unix seconds", changes="end", free=True
     )
     grace: str = key(
-        "15m", "time a stopping run has for its save", changes="end", needs="parallel.nproc != 1", free=True
+        "15m", "time of a stopping run for its save", changes="end", needs="parallel.nproc != 1", free=True
     )
 
 

@@ -19,6 +19,7 @@ from argonne.errors import InputError
 from argonne.keys import all_keys, check, unmet, value_of, with_value, without_idle_keys
 
 Tree = dict[str, Any]
+OLD_RECORD = "# Resolved and complete: what ran."  # how runs began their config.toml before keys were refused
 RECIPES = Path(__file__).with_name("recipes")
 ALTERNATIVES = (
     ("data.sources", "data.input"),
@@ -40,7 +41,7 @@ def load_recipe(name_or_path: str, overrides: Mapping[str, Any] | None = None) -
     contradict one another, or a given key that would do nothing.
     """
     tree = read_tree(name_or_path)
-    given = set() if is_packaged(name_or_path) else set(leaves(_own_tree(name_or_path)))
+    given = set() if is_packaged(name_or_path) or _is_old_record(name_or_path) else set(leaves(_own_tree(name_or_path)))
     for path, value in (overrides or {}).items():
         _set(tree, path, parse_value(path, value) if isinstance(value, str) else value)
         given = given - {path} if value in ("none", "unset") else given | {path}
@@ -60,6 +61,12 @@ def _chosen(recipe: Recipe) -> Recipe:
 
 def is_packaged(name_or_path: str) -> bool:
     return name_or_path in recipe_names()
+
+
+def _is_old_record(name_or_path: str) -> bool:
+    """Was this file written by a run that still wrote the keys that did nothing too?"""
+    with _find(name_or_path).open(errors="replace") as stream:
+        return stream.readline().startswith(OLD_RECORD)
 
 
 def leaves(tree: Tree, where: str = "") -> Iterator[str]:
@@ -261,7 +268,7 @@ def to_toml(recipe: Recipe, idle: Collection[str] = ()) -> str:
 
     idle: keys of which only the data tells that they do nothing. What is written is a recipe that is accepted.
     """
-    lines: list[str] = ["# Resolved and complete: what ran. `argonne pretrain config.toml` runs it again."]
+    lines: list[str] = ["# What ran, resolved. `argonne pretrain config.toml` runs it again."]
     section = ""
     for path, item in all_keys().items():
         *parents, name = path.split(".")

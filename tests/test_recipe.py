@@ -91,6 +91,29 @@ def test_a_base_is_merged_below_and_a_circle_is_refused(path: Path, tmp_path: Pa
         ("schedule.min_lr", "1e-5", None),
         ("data.input", '["*.txt"]', "data.sources and data.input are both set"),
         ("batch.micro", "big", 'expected "auto" or a number'),
+        ("schedule.decay", "-1", "schedule.decay: found -1.0, expected at least 0"),
+        ("schedule.warmup", "-1", "schedule.warmup: found -1, expected at least 0"),
+        ("schedule.min_ratio", "1.5", "schedule.min_ratio: found 1.5, expected from 0 to 1"),
+        ("schedule.kind", "linear", "schedule.kind: found 'linear', expected one of"),
+        ("schedule.steps", "[{ step = 1, lr = 1e-4 }]", "acts only with schedule.kind = steps"),
+        ("optim.lr", "inf", "optim.lr: found inf, expected more than 0"),
+        ("optim.lr", "nan", "optim.lr: found nan"),
+        ("optim.eps", "inf", "optim.eps: found inf"),
+        ("checkpoint.every_minutes", "-inf", "checkpoint.every_minutes: found -inf"),
+        ("batch.steps", "[{ step = 4, tokens_per_step = 4096 }, { step = 4, tokens_per_step = 2048 }]", "each once"),
+        ("batch.steps", "[{ step = -4, tokens_per_step = 4096 }]", "batch.steps[0].step: found -4"),
+        ("batch.steps", "[{ step = 4 }]", "changes nothing"),
+        ("optim.muon_lr", "0.1", "acts only with optim.name = muon"),
+        ("train.checkpointing_stride", "3", None),
+        ("data.bos", "true", "data.bos: found True, but it acts only with data.input"),
+        ("data.hold_out", "0.1", "acts only with data.input"),
+        ("data.quality_filter", "true", "acts only with data.input"),
+        ("data.text_column", "content", "acts only with data.input"),
+        ("data.prefetch", "all", "acts only with data.input"),
+        ("data.max_drop_fraction", "0.5", "acts only with data.input"),
+        ("eval.tasks", '["nonsense"]', "none yet"),
+        ("checkpoint.keep_best", "true", "acts only with eval.every_steps != 0"),
+        ("model.rope_theta", "1e5", None),
     ],
 )
 def test_bad_values_are_refused_with_the_key_and_what_would_do(
@@ -102,6 +125,46 @@ def test_bad_values_are_refused_with_the_key_and_what_would_do(
     with pytest.raises(InputError) as caught:
         recipe.load_recipe(str(path), {key: value})
     assert message in str(caught.value)
+
+
+def test_a_rate_of_zero_in_a_table_is_refused(path: Path) -> None:
+    steps = {"schedule.kind": "steps", "schedule.decay": "none", "schedule.steps": "[{ step = 5, lr = 0.0 }]"}
+    with pytest.raises(InputError, match=r"schedule\.steps\[0\]\.lr: found 0\.0, expected more than 0"):
+        recipe.load_recipe(str(path), steps)
+
+
+def test_a_key_that_the_mode_switches_off_is_refused_where_it_was_given(path: Path) -> None:
+    for idle in (
+        {"train.activation_checkpointing": "none", "train.checkpointing_stride": "3"},
+        {"schedule.kind": "constant"},
+    ):
+        with pytest.raises(InputError, match="but it acts only with"):  # decay stands in the person's own file
+            recipe.load_recipe(str(path), idle)
+
+
+def test_what_a_packaged_recipe_or_a_base_says_for_another_mode_is_laid_aside(path: Path, tmp_path: Path) -> None:
+    found = recipe.load_recipe("nano-3.0", {"schedule.kind": "constant"})
+    assert (found.schedule.decay, found.schedule.min_ratio) == (None, None)
+    (tmp_path / "top.toml").write_text('base = "mine.toml"\n[schedule]\nkind = "cosine"\n')
+    assert recipe.load_recipe(str(tmp_path / "top.toml")).schedule.decay is None
+
+
+def test_a_given_way_to_say_one_thing_takes_the_place_of_a_packaged_one() -> None:
+    found = recipe.load_recipe(
+        "nano-3.0",
+        {"train.tokens": "8192", "schedule.min_lr": "1e-5", "data.input": '["a.txt"]', "data.tokenizer": "t"},
+    )
+    assert (found.train.steps, found.schedule.min_ratio, found.data.sources) == (None, None, ())
+
+
+@pytest.mark.parametrize("name", recipe.recipe_names())
+def test_a_packaged_recipe_is_accepted_as_a_persons_own_file_and_what_is_saved_says_the_same(
+    name: str, tmp_path: Path
+) -> None:
+    own = recipe.load_recipe(str(recipe.RECIPES / f"{name}.toml"))
+    assert own == recipe.load_recipe(name)
+    (tmp_path / "config.toml").write_text(recipe.to_toml(own))
+    assert recipe.load_recipe(str(tmp_path / "config.toml")) == own
 
 
 def test_wsd_without_decay_is_refused_and_an_explicit_zero_is_taken(path: Path) -> None:

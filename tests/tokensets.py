@@ -10,6 +10,7 @@ import numpy as np
 
 from argonne.tokens import shards as tokens
 from argonne.tokens.tokenizer import load_tokenizer
+from argonne.tokens.writer import ShardWriter
 
 HELD_OUT_FROM = 3500
 WORDS = (
@@ -75,6 +76,6 @@ def write_token_set(
 
 
 def _shard(folder: Path, name: str, start: int, lengths: list[int]) -> dict[str, Any]:
-    writer = tokens.ShardWriter(folder, name, "uint32")
+    writer = ShardWriter(folder, name, "uint32")
     writer.add(np.arange(start, start + sum(lengths)), np.array(lengths, dtype=np.int64), 0)
     return writer.close()

@@ -302,9 +302,7 @@ class ArgonneForCausalLM(ArgonnePreTrainedModel, GenerationMixin):
         FSDP2) sees one forward pass, whatever the loss.
         """
         if labels is not None and shift_labels is not None:
-            raise ValueError(
-                "labels and shift_labels were both given: labels are shifted inside, shift_labels are not; give one"
-            )
+            raise ValueError("labels and shift_labels were both given: only labels are shifted inside; give one")
         if loss_reduction not in ("sum", "mean"):
             raise ValueError(f"loss_reduction is {loss_reduction!r}; expected sum or mean")
         base = self.model(
@@ -325,12 +323,8 @@ class ArgonneForCausalLM(ArgonnePreTrainedModel, GenerationMixin):
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             output.logits = self.logits(base.last_hidden_state[:, kept])
             if labels is not None:
-                output.loss = self.loss_function(
-                    logits=output.logits,
-                    labels=labels,
-                    vocab_size=self.config.vocab_size,
-                    num_items_in_batch=num_items_in_batch,
-                )
+                more = {"vocab_size": self.config.vocab_size, "num_items_in_batch": num_items_in_batch}
+                output.loss = self.loss_function(logits=output.logits, labels=labels, **more)
             return output if return_dict is None or return_dict else output.to_tuple()
         if return_token_log_probs:
             output.token_log_probs, log_z = self.head.token_log_probs(base.last_hidden_state, shift_labels)

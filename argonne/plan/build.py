@@ -89,24 +89,20 @@ def make_plan(
 ) -> Plan:
     """The plan of `recipe` on `gpus` devices called `gpu`, at `price` a device and hour.
 
-    gpu: a name of `devices.device_names()`; None: the CPU for models under 50M parameters, one H200 otherwise. name:
-    the recipe's packaged name, so that published figures which do not close are told. Raises InputError for an unknown
-    device, a layout that does not divide, or a model whose sizes are not known.
+    gpu: a name of `device_names()`; None: the CPU under 50M parameters, one H200 otherwise. name: the packaged recipe,
+    so that published figures which do not close are told. Raises InputError for an unknown device or model size.
     """
     if gpus < 1:
         raise InputError(f"--gpus: found {gpus}, expected at least 1")
     shape = shape_of(recipe.model, recipe.data.sequence_length)
-    device = (
-        gpu if isinstance(gpu, Device) else devices.device(gpu or ("cpu" if shape.parameters() < SMALL else "h200"))
-    )
-    limit = usable_memory(device, gpus)
+    gpu = gpu or ("cpu" if shape.parameters() < SMALL else "h200")
+    device = gpu if isinstance(gpu, Device) else devices.device(gpu)
     choice = best_choice(recipe, shape, device, gpus)
     steps = total_steps(recipe, partial(tokens_before, recipe.batch), lambda: tokens_per_epoch(recipe.data))
     tokens = None if steps is None else tokens_before(recipe.batch, steps)
     flops = shape.flops_per_token(recipe.data.sequence_length)
     mfu, rate = expected_rate(choice, device, gpus, flops) if choice.fits else (None, None)
     hours = tokens / rate / 3600 if tokens is not None and rate else None
-    uses = source_uses(recipe.data, tokens, SOURCE_TOKENS.get(name or ""))
     rows = recipe.batch.tokens_per_step // recipe.data.sequence_length
     return Plan(
         recipe=name,
@@ -130,7 +126,7 @@ def make_plan(
         memory=choice.memory.parts,
         memory_peak=choice.memory.moment,
         memory_total=choice.memory.total,
-        memory_limit=limit,
+        memory_limit=usable_memory(device, gpus),
         fits=choice.fits,
         advice=None if choice.fits else what_would_fit(recipe, shape, device, gpus),
         steps=steps,
@@ -138,10 +134,10 @@ def make_plan(
         expected_mfu=mfu,
         tokens_per_second=rate,
         hours=hours,
-        device_hours=None if hours is None else hours * gpus,
+        device_hours=hours and hours * gpus,
         cost=None if hours is None or price is None else hours * gpus * price,
-        sources=[asdict(use) for use in uses],
-        warnings=_warnings(recipe, name, uses, tokens, choice, device),
+        sources=[asdict(use) for use in source_uses(recipe.data, tokens, SOURCE_TOKENS.get(name or ""))],
+        warnings=_warnings(recipe, name, tokens, choice, device),
     )
 
 
@@ -190,14 +186,12 @@ def _replicated(recipe: Recipe, world_size: int) -> Recipe:
     return replace(recipe, parallel=replace(asked, replicate=world_size))
 
 
-def _warnings(
-    recipe: Recipe, name: str | None, uses: list[SourceUse], tokens: int | None, choice: Choice, device: Device
-) -> list[str]:
+def _warnings(recipe: Recipe, name: str | None, tokens: int | None, choice: Choice, device: Device) -> list[str]:
     """What the reader must know beside the figures: contradictions, unknowns, assumptions that bite."""
     found = []
     if name in PUBLISHED and (contradiction := PUBLISHED[name].contradiction()):
         found.append(contradiction)
-    for use in uses:
+    for use in source_uses(recipe.data, tokens, SOURCE_TOKENS.get(name or "")):
         if use.tokens is None:
             found.append(f"source {use.path} is not on this disk: passes over it are not known")
         elif use.here and use.passes is not None and use.passes > use.max_epochs:

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from argonne.layout import index_of
-from argonne.tokens.shards import ShardWriter, entries_of, read_header, totals_of
+from argonne.tokens.shards import entries_of, read_header, totals_of
+from argonne.tokens.writer import ShardWriter
 
 PARTS = "parts"
 # One document: 128-bit hash of its text, bytes of its text.

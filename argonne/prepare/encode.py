@@ -20,6 +20,7 @@ from argonne.prepare.documents import InputFile, Unit, read_unit
 from argonne.prepare.texts import LongText, RowBatch
 from argonne.tokens import shards as tokens
 from argonne.tokens.tokenizer import TextTokenizer, load_tokenizer
+from argonne.tokens.writer import ShardWriter
 
 
 @dataclass(frozen=True)
@@ -75,15 +76,13 @@ class _Output:
         self.folder, self.name, self.dtype, self.limit = folder, name, dtype, limit
         self.keep_documents = keep_documents
         self._documents: list[np.ndarray] = []
-        self.writer: tokens.ShardWriter | None = None
+        self.writer: ShardWriter | None = None
         self.entries: list[dict[str, Any]] = []
 
-    def _open(self) -> tokens.ShardWriter:
+    def _open(self) -> ShardWriter:
         if self.writer is None:
             number = len(self.entries)
-            self.writer = tokens.ShardWriter(
-                self.folder, self.name if number == 0 else f"{self.name}-{number}", self.dtype
-            )
+            self.writer = ShardWriter(self.folder, self.name if number == 0 else f"{self.name}-{number}", self.dtype)
         return self.writer
 
     def add(self, documents: Encoded) -> None:

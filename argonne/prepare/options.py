@@ -7,7 +7,7 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from argonne.config import key
+from argonne.declare import key
 from argonne.errors import InputError
 
 FILTERS = ("quality",)

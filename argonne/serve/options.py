@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from argonne.config import key
+from argonne.declare import key
 from argonne.errors import InputError
 
 

@@ -24,6 +24,7 @@ import zstandard
 from argonne.cli import main
 from argonne.tokens import shards as token_files
 from argonne.tokens.formats import open_tokens
+from argonne.tokens.writer import ShardWriter
 from tests.prepare.helpers import LINES, TEXTS, arguments, content, refusal
 
 Build = Callable[[Path], Path | str]
@@ -381,15 +382,15 @@ def test_a_full_disk_keeps_what_is_finished_and_the_same_command_goes_on(
     for number in range(3):
         (tmp_path / f"in_{number}.jsonl").write_bytes(LINES)
     command = arguments(tmp_path / "in_*", tokenizer_folder, tmp_path / "out")
-    extend = token_files.ShardWriter.extend
+    extend = ShardWriter.extend
 
-    def full(self: token_files.ShardWriter, ids: np.ndarray) -> None:
+    def full(self: ShardWriter, ids: np.ndarray) -> None:
         if self.path.name == "tokens-00001.bin":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         extend(self, ids)
 
     with monkeypatch.context() as patch:
-        patch.setattr(token_files.ShardWriter, "extend", full)
+        patch.setattr(ShardWriter, "extend", full)
         assert "no space left on the disk; the units that are finished are kept" in refusal(command, capsys)
     assert sorted(path.name for path in (tmp_path / "out").glob("*tokens-*.bin*")) == ["tokens-00000.bin"]
     assert main(command) == 0

@@ -105,7 +105,8 @@ RECIPE_FAULTS = {
     ),
     "a run longer than the data": (["--train.steps", "100000"], ["max_epochs"]),
     "a source that is not there": (["--data.sources", '[{ path = "nowhere" }]'], ["nowhere", "no such file"]),
-    "a source that is no table": (["--data.sources", "nowhere"], ["data.sources", "expected a table such as"]),
+    "a source by its path alone": (["--data.sources", "nowhere"], ["nowhere", "no such file"]),
+    "a source that is no table": (["--data.sources", "[3]"], ["data.sources", "expected a table such as"]),
     "weights that are not there": (["--init-from", "nowhere"], ["nowhere", "no such file"]),
     "a wall time that is none": (["--wall-time", "soon"], ["stop.wall_time", "'soon'", "90m"]),
     "a number below its range": (

@@ -73,9 +73,8 @@ def test_other_data_of_the_same_tokenizer_is_read_from_its_beginning(nano: Nano,
     more = prepare(PrepareOptions(input=(str(text),), out=tmp_path / "more", tokenizer=tokens / "tokenizer", workers=1))
     run(nano(**{"train.steps": "4"}), tmp_path / "parent")
     source = f"[{{ path = {json.dumps(str(more))} }}]"
-    recipe = nano(
-        **{"model.init_from": json.dumps(str(tmp_path / "parent")), "train.steps": "4", "data.sources": source}
-    )
+    changes = {"train.steps": "4", "data.sources": source, "eval.every_steps": "0"}
+    recipe = nano(**{"model.init_from": json.dumps(str(tmp_path / "parent")), **changes})
     assert run(recipe, tmp_path / "child").outcome.complete
     assert len(read_metrics(tmp_path / "child").of("step")) == 4
     assert read_state(tmp_path / "child" / LAST)["samples"] == 4 * 8

@@ -18,7 +18,8 @@ from argonne.data.loader import Loader
 from argonne.errors import InputError
 from argonne.tokens.formats import open_tokens
 from argonne.tokens.inspection import Verification, inspect_tokens
-from argonne.tokens.shards import ShardWriter, header, read_header
+from argonne.tokens.shards import header, read_header
+from argonne.tokens.writer import ShardWriter
 
 Writer = Callable[..., Path]
 
