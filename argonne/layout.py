@@ -13,6 +13,7 @@ from enum import Enum
 from functools import partial
 from pathlib import Path
 
+from argonne.errors import InputError
 from argonne.files import HASH_LIST, is_hash_list
 
 # A run: runs/NAME
@@ -170,6 +171,23 @@ def step_in_name(path: Path) -> int | None:
     """The step in a checkpoint's name; None for another name."""
     match = _CHECKPOINT.fullmatch(path.name)
     return int(match[1]) if match else None
+
+
+def metrics_of(path: Path) -> Path:
+    """The records of a run folder, or the file itself. Raises InputError where there is none."""
+    file = path / METRICS if path.is_dir() else path
+    if not file.is_file():
+        raise InputError(f"{path}: no {METRICS} there; give a run folder that a training verb wrote")
+    return file
+
+
+def check_model_name(name: Path | str) -> None:
+    """Raise InputError for a MODEL that is neither on this machine nor a Hub id."""
+    text = str(name)
+    if not Path(text).expanduser().exists() and (text.count("/") != 1 or text.startswith((".", "/", "~"))):
+        raise InputError(
+            f"{text}: no such file or folder; give a run, a checkpoint, a model folder or a Hub id such as ORG/NAME"
+        )
 
 
 def tokenizer_of(folder: Path) -> Path | None:

@@ -11,9 +11,7 @@ import importlib
 import itertools
 import json
 import sys
-import tempfile
 import time
-import traceback
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -66,6 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def saved_traceback() -> str:
     """Where the traceback of the exception at hand was written, as the end of a message."""
+    import tempfile  # both only here, since `argonne --help` is to answer at once
+    import traceback
+
     try:
         handle, name = tempfile.mkstemp(prefix="argonne-", suffix="-traceback.txt")
         with open(handle, "w", encoding="utf-8") as file:

@@ -9,15 +9,14 @@ from pathlib import Path
 
 from argonne.cli.command import Verbs, parse_overrides, recipe_argument
 from argonne.errors import InputError
-from argonne.keys import all_keys
-from argonne.recipe import load_recipe, recipe_names, to_toml
 
 # Flags that are recipe keys under a shorter name.
 SHORT = {"init_from": "model.init_from", "wall_time": "stop.wall_time", "deadline": "stop.deadline"}
 
 
 def add_verbs(verb: Verbs, arguments: Sequence[str]) -> None:
-    epilog = keys_help() if {"-h", "--help"} & set(arguments) else None
+    asked = arguments[:1] in (["pretrain"], ["continue"]) and {"-h", "--help"} & set(arguments)
+    epilog = keys_help() if asked else None
     for name, text in (
         ("pretrain", "train from fresh weights, or from given ones"),
         ("continue", "pretrain further from given weights, with a schedule of its own"),
@@ -57,6 +56,9 @@ def add_verbs(verb: Verbs, arguments: Sequence[str]) -> None:
 
 def keys_help() -> str:
     """Every recipe key with its meaning, and the packaged recipes."""
+    from argonne.keys import all_keys
+    from argonne.recipe import recipe_names
+
     lines = ["recipe keys, each also --section.key VALUE:"]
     for path, item in all_keys().items():
         choices = ", ".join(item.metadata.get("choices") or ())
@@ -65,6 +67,8 @@ def keys_help() -> str:
 
 
 def train_model(options: argparse.Namespace) -> None:
+    from argonne.recipe import load_recipe, to_toml
+
     given = {
         path: json.dumps(str(getattr(options, flag)))
         for flag, path in SHORT.items()
@@ -81,6 +85,10 @@ def train_model(options: argparse.Namespace) -> None:
     if options.dry_run:
         print(to_toml(recipe), end="")
         return
+    from argonne.tokens.formats import open_tokens
+
+    for source in recipe.data.sources:
+        open_tokens(source.path)  # a wrong one is told before torch is loaded and a run folder made
     from argonne.stages.pretrain import run
     from argonne.stages.session import finish_or_stop
 

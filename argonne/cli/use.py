@@ -42,6 +42,7 @@ def add_verbs(verb: Verbs, arguments: Sequence[str]) -> None:
 
 
 def generate_text(options: argparse.Namespace) -> None:
+    layout.check_model_name(options.model)  # before torch is loaded
     from argonne.serve.engine import generate_text
 
     pieces = generate_text(options.model, options.prompt, chosen(SamplingOptions, options), device=options.device)
@@ -53,6 +54,7 @@ def generate_text(options: argparse.Namespace) -> None:
 
 
 def evaluate_model(options: argparse.Namespace) -> None:
+    layout.check_model_name(options.model)  # before torch is loaded
     from argonne.evaluate.run import evaluate, render
 
     with progress_bar("requests") as progress:

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from argonne import layout
 from argonne.cli.command import Verbs, json_flag, print_json
 from argonne.errors import InputError
 
@@ -35,6 +36,8 @@ def list_all(options: argparse.Namespace) -> None:
 
 
 def write_page(options: argparse.Namespace) -> None:
+    for run in options.runs:
+        layout.metrics_of(run)  # before matplotlib is loaded
     from argonne.report.report import write_report
 
     print(write_report(options.runs, options.out))

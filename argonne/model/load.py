@@ -122,10 +122,7 @@ def _checkpoint(path: Path) -> FoundModel:
 
 
 def _from_hub(name: str) -> FoundModel:
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise InputError(
-            f"{name}: no such file or folder; give a run, a checkpoint, a model folder or a Hub id such as ORG/NAME"
-        )
+    layout.check_model_name(name)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 

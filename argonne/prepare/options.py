@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from argparse import ArgumentTypeError
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -12,6 +13,7 @@ from argonne.errors import InputError
 
 FILTERS = ("quality",)
 TEXT = "text: parquet, arrow, jsonl(.gz|.zst), txt"
+SPLITS = ("file", "blank-lines", "lines")
 COLUMN = "column or field that holds the text"
 SPLIT = "txt: file (one document), blank-lines, lines, or a separator"
 
@@ -90,7 +92,18 @@ def check_options(options: PrepareOptions) -> None:
             raise InputError(f"--{field.name.replace('_', '-')}: found {found!r}, expected {expected}")
     if options.workers < 0:
         raise InputError(f"--workers: found {options.workers}, expected 0 (one a core) or more")
-    if not options.split:
-        raise InputError("--split: empty, expected file, lines, blank-lines or a separator")
+    check_split(options.split)
     if options.part is not None and not 1 <= options.part[0] <= options.part[1]:
         raise InputError(f"--part: found {options.part[0]}/{options.part[1]}, expected K/N with K from 1 to N")
+
+
+def check_split(split: str) -> None:
+    """Raise InputError for no separator, and for one that looks like a misspelt way to split."""
+    if not split:
+        raise InputError("--split: empty, expected file, lines, blank-lines or a separator")
+    alike = difflib.get_close_matches(split.strip().lower().replace("_", "-"), SPLITS, n=1, cutoff=0.7)
+    if alike and split not in SPLITS:
+        raise InputError(
+            f"--split: found {split!r}, did you mean {alike[0]!r}? Expected {', '.join(SPLITS)}, or a separator that "
+            "looks like none of them"
+        )

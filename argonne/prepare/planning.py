@@ -17,7 +17,7 @@ from argonne import files, layout
 from argonne.errors import InputError
 from argonne.prepare import documents, filters, messages
 from argonne.prepare.documents import InputFile, Unit
-from argonne.prepare.options import PrepareOptions, TokenizerOptions
+from argonne.prepare.options import PrepareOptions, TokenizerOptions, check_split
 from argonne.tokens.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 
 PLAN_VERSION = 1
@@ -195,6 +195,7 @@ def sample_texts(
 
 def train_tokenizer_on_files(flags: TokenizerOptions) -> Path:
     """`argonne tokenizer train`: byte-level BPE on the files that the globs match."""
+    check_split(flags.split)
     options = PrepareOptions(
         flags.input, flags.out, train_tokenizer=flags.vocab_size, text_column=flags.text_column, split=flags.split
     )

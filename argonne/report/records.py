@@ -59,9 +59,7 @@ def read_metrics(path: Path) -> Metrics:
     """Read a run folder's `metrics.jsonl` (or the file itself). Raises InputError where there is none, or a line is not
     such a record.
     """
-    file = path / layout.METRICS if path.is_dir() else path
-    if not file.is_file():
-        raise InputError(f"{path}: no {layout.METRICS} there; give a run folder that a training verb wrote")
+    file = layout.metrics_of(path)
     problems: list[str] = []
     kept: dict[tuple[str, int, str], Record] = {}
     lines = 0

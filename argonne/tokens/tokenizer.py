@@ -23,7 +23,7 @@ import numpy as np
 
 from argonne import files
 from argonne.errors import InputError
-from argonne.layout import MERGES, TOKENIZER_CONFIG, TOKENIZER_FILE, TOKENIZER_FILES, VOCABULARY
+from argonne.layout import MERGES, TOKENIZER_CONFIG, TOKENIZER_FILE, TOKENIZER_FILES, VOCABULARY, tokenizer_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -155,6 +155,7 @@ def load_tokenizer(folder: Path | str, added_tokens: str = "library") -> TextTok
     folder = Path(folder)
     if folder.is_file() and folder.name == TOKENIZER_FILE:
         folder = folder.parent
+    folder = tokenizer_of(folder) or folder  # of a token set or a model too
     if not folder.is_dir():
         raise InputError(f"tokenizer {folder}: no such folder; give a local folder that holds {TOKENIZER_FILE}")
     config = files.read_json(folder / TOKENIZER_CONFIG) if (folder / TOKENIZER_CONFIG).is_file() else {}

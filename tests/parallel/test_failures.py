@@ -5,12 +5,14 @@ lost.
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from argonne.config import Recipe
+from argonne.parallel.launch import run_workers
 from argonne.report.records import read_metrics
 from argonne.stages.session import run_session
 from argonne.stages.setup import Session
@@ -74,3 +76,15 @@ def test_nan_on_one_rank_skips_the_step_on_both_and_is_counted(nano: Nano, tmp_p
     assert run(nano(**TWO), tmp_path / "run", Fault("nan", rank=1, call=3, mark=tmp_path / "fired")).complete
     assert [record["step"] for record in read_metrics(tmp_path / "run").of("skip")] == [3]
     assert curve(tmp_path / "run")[-1]["loss"] < curve(tmp_path / "run")[0]["loss"]
+
+
+def _deaf_to_requests(parent: int) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.kill(parent, signal.SIGTERM)
+    while True:
+        signal.pause()
+
+
+def test_a_worker_that_outlasts_stop_grace_is_killed() -> None:
+    with pytest.raises(RuntimeError, match=r"exit code -9"):
+        run_workers(_deaf_to_requests, (os.getpid(),), count=1, max_restarts=0, grace_seconds=0.5, name="deaf")
