@@ -68,6 +68,35 @@ def test_no_modules_import_one_another_in_a_circle_lazy_imports_included() -> No
     assert structure.circles(IMPORTS) == []
 
 
+def reacts_to_words(tree: ast.AST) -> list[int]:
+    """Lines that decide by the text of an exception: a comparison, or a search, in `str(error)`."""
+    found = []
+    for handler in (node for node in ast.walk(tree) if isinstance(node, ast.ExceptHandler) and node.name):
+        for node in ast.walk(handler):
+            decided = [node.test] if isinstance(node, ast.If | ast.IfExp | ast.While) else []
+            for test in decided:
+                words = [
+                    call
+                    for call in ast.walk(test)
+                    if isinstance(call, ast.Call)
+                    and isinstance(call.func, ast.Name)
+                    and call.func.id in ("str", "repr")
+                    and any(isinstance(name, ast.Name) and name.id == handler.name for name in ast.walk(call))
+                ]
+                found += [node.lineno for _ in words]
+    return found
+
+
+def test_nothing_reacts_to_the_words_of_a_message() -> None:
+    assert {name: lines for name, module in PACKAGE.items() if (lines := reacts_to_words(module.tree))} == {}
+
+
+def test_a_reaction_to_words_is_found() -> None:
+    planted = "try:\n    work()\nexcept OSError as error:\n    if 'full' in str(error):\n        again()\n"
+    assert reacts_to_words(ast.parse(planted)) == [4]
+    assert reacts_to_words(ast.parse(planted.replace("if 'full' in str(error)", "if error.errno == 28"))) == []
+
+
 def test_what_is_imported_by_name_is_named_literally() -> None:
     found = {
         module.name

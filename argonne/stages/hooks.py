@@ -16,7 +16,7 @@ from torch import nn
 
 from argonne.config import Recipe
 from argonne.files import atomic_directory, write_json, write_text
-from argonne.layout import CONFIG
+from argonne.layout import CONFIG, FINAL_MODEL, MODEL_CONFIG
 from argonne.model.build import config_from_fields
 from argonne.model.load import load_model
 from argonne.model.save import save_model_folder
@@ -109,14 +109,14 @@ def export_final(model: Parallelised, run: Path, tokenizer: TextTokenizer) -> No
     it is read from disk.
     """
     whole = model.plain if model.forward == "alone" else load_model(run / LAST).model
-    with atomic_directory(run / "final_model", replace=True) as temporary:
+    with atomic_directory(run / FINAL_MODEL, replace=True) as temporary:
         tokenizer.save(temporary)
         save_model_folder(whole, temporary, eos_id=tokenizer.eos_id, bos_id=tokenizer.bos_id, pad_id=tokenizer.pad_id)
 
 
 def checkpoint_files(folder: Path, recipe: Recipe, tokenizer: TextTokenizer) -> None:
     """config.json, recipe.toml and the tokenizer: a checkpoint alone is enough to generate, to resume and to import."""
-    write_json(folder / "config.json", config_from_fields(architecture_fields(recipe.model)).to_dict())
+    write_json(folder / MODEL_CONFIG, config_from_fields(architecture_fields(recipe.model)).to_dict())
     write_text(folder / "recipe.toml", to_toml(recipe))
     tokenizer.save(folder / "tokenizer")
 

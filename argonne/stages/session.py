@@ -13,6 +13,7 @@ import torch
 
 from argonne.errors import InputError, Stopped
 from argonne.keys import is_free
+from argonne.layout import FINAL_MODEL
 from argonne.model.kernels import KernelUnavailable
 from argonne.parallel.launch import let_the_cause_speak_first, run_workers
 from argonne.parallel.mesh import Mesh, open_mesh, worker_count
@@ -116,7 +117,7 @@ def _train(session: Session, run: RunFolder, mesh: Mesh, watch: StopWatch) -> Ou
 
     if (done := run.marker(COMPLETE)) is not None:
         _check_finished(session, int(done["step"]))
-        say(f"{run.path}: complete at step {done['step']}; nothing to do (final model in {run.path / 'final_model'})")
+        say(f"{run.path}: complete at step {done['step']}; nothing to do (final model in {run.path / FINAL_MODEL})")
         return Outcome(int(done["step"]), "complete")
     if session.recipe.train.threads:
         torch.set_num_threads(session.recipe.train.threads)
