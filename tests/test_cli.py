@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -264,3 +265,23 @@ def test_a_repeated_input_adds_to_the_first(tmp_path: Path, monkeypatch: pytest.
 def test_the_package_runs_as_a_module_so_that_torchrun_can_start_it() -> None:
     done = subprocess.run([sys.executable, "-m", "argonne", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("argonne ")
+
+
+COMPLETE = """
+source <(PY -m argonne completion bash)
+complete_line() {
+    COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMPREPLY=()
+    "$(complete -p argonne | sed 's/.*-F \\([^ ]*\\).*/\\1/')" argonne "${!#}"
+    echo "${COMPREPLY[@]}"
+}
+complete_line argonne pretr
+complete_line argonne prepare --hold
+complete_line argonne pretrain nano-3.0-d
+"""
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash on this machine")
+def test_bash_completes_verbs_flags_and_recipes() -> None:
+    script = COMPLETE.replace("PY", sys.executable)
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["pretrain", "--hold-out", "nano-3.0-demo"]
