@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from argonne.cli import begin, data, main
+from argonne.stages import pretrain
+from argonne.train.trainer import Outcome
 
 PUBLISHED = {
     "argonne-1.0": 275_827_680,
@@ -237,6 +239,25 @@ def test_sigterm_leaves_a_checkpoint_a_marker_and_exit_code_3(tokens: Path, tmp_
     assert "Traceback" not in said
     assert not (run / "COMPLETE").exists()
     assert not (run / "final_model").exists()
+
+
+def test_a_finished_run_and_a_worker_of_torchrun_need_no_token_set_at_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens may be gone after the end; with data.reader = "rank-0" other nodes never have them."""
+    reached: list[Path] = []
+
+    def run(recipe: object, folder: Path, **options: object) -> pretrain.RunResult:
+        reached.append(folder)
+        return pretrain.RunResult(folder, Outcome(1, "complete"))
+
+    monkeypatch.setattr(pretrain, "run", run)
+    command = ["pretrain", "nano-3.0", "--data.sources", str(tmp_path / "gone"), "--run"]
+    assert main([*command, str(tmp_path / "new")]) == 2
+    assert main([*command, str(tmp_path)]) == 0
+    monkeypatch.setenv("RANK", "1")
+    assert main([*command, str(tmp_path / "new")]) == 0
+    assert reached == [tmp_path, tmp_path / "new"]
 
 
 def test_a_repeated_input_adds_to_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -85,14 +86,16 @@ def train_model(options: argparse.Namespace) -> None:
     if options.dry_run:
         print(to_toml(recipe), end="")
         return
-    from argonne.tokens.formats import open_tokens
+    folder = options.run or Path("runs") / Path(options.recipe).stem
+    # A new run's token sets, before torch is loaded. A finished run needs none; of torchrun's nodes rank 0's alone may.
+    if not folder.exists() and "RANK" not in os.environ:
+        from argonne.tokens.formats import open_tokens
 
-    for source in recipe.data.sources:
-        open_tokens(source.path)  # a wrong one is told before torch is loaded and a run folder made
+        for source in recipe.data.sources:
+            open_tokens(source.path)
     from argonne.stages.pretrain import run
     from argonne.stages.session import finish_or_stop
 
-    folder = options.run or Path("runs") / Path(options.recipe).stem
     names = ("resume_from", "allow", "started", "profile", "data_from_start")
     result = run(recipe, folder, **{name: getattr(options, name) for name in names})
     finish_or_stop(result.outcome, folder)

@@ -159,9 +159,7 @@ def _train(session: Session, run: RunFolder, mesh: Mesh, watch: StopWatch) -> Ou
             total_steps=opened.total_steps,
         )
         return trainer.fit(session.stop_after_step, profile=session.profile)
-    except (
-        KernelUnavailable
-    ) as error:  # the model imports no error of ours: a forced kernel that cannot run is wrong input
+    except KernelUnavailable as error:  # the model imports no error of ours, and this is wrong input
         raise InputError(f"train.attention: {error}") from None
     finally:
         if metrics is not None:
