@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 
+def first_line(error: BaseException) -> str:
+    """What an exception says, as one line of a message of ours."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
 class InputError(Exception):
     """Something the user gave is wrong. The message names the thing, the value found, the value expected and the next
     step. Exit code 2.

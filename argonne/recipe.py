@@ -19,7 +19,8 @@ from argonne.errors import InputError
 from argonne.keys import all_keys, check, unmet, value_of, with_value, without_idle_keys
 
 Tree = dict[str, Any]
-OLD_RECORD = "# Resolved and complete: what ran."  # how runs began their config.toml before keys were refused
+# How runs began their config.toml while they still wrote the keys that did nothing too.
+OLD_RECORD = "# Resolved and complete: what ran."
 RECIPES = Path(__file__).with_name("recipes")
 ALTERNATIVES = (
     ("data.sources", "data.input"),
@@ -41,7 +42,8 @@ def load_recipe(name_or_path: str, overrides: Mapping[str, Any] | None = None) -
     contradict one another, or a given key that would do nothing.
     """
     tree = read_tree(name_or_path)
-    given = set() if is_packaged(name_or_path) or _is_old_record(name_or_path) else set(leaves(_own_tree(name_or_path)))
+    text = "" if is_packaged(name_or_path) else Path(name_or_path).read_text()
+    given = set() if text.startswith(OLD_RECORD) else set(leaves(tomllib.loads(text)))
     for path, value in (overrides or {}).items():
         _set(tree, path, parse_value(path, value) if isinstance(value, str) else value)
         given = given - {path} if value in ("none", "unset") else given | {path}
@@ -63,12 +65,6 @@ def is_packaged(name_or_path: str) -> bool:
     return name_or_path in recipe_names()
 
 
-def _is_old_record(name_or_path: str) -> bool:
-    """Was this file written by a run that still wrote the keys that did nothing too?"""
-    with _find(name_or_path).open(errors="replace") as stream:
-        return stream.readline().startswith(OLD_RECORD)
-
-
 def leaves(tree: Tree, where: str = "") -> Iterator[str]:
     """The keys of a tree as `section.key`."""
     for name, value in tree.items():
@@ -84,20 +80,15 @@ def read_tree(name_or_path: str, seen: tuple[str, ...] = ()) -> Tree:
     path = _find(name_or_path)
     if str(path) in seen:
         raise InputError(f"{path}: base recipes form a circle: {' -> '.join([*seen, str(path)])}")
-    tree = _own_tree(name_or_path)
+    try:
+        tree = tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid TOML: {error}") from None
     base = tree.pop("base", None)
     if base is None:
         return tree
     beside = path.parent / str(base)
     return _merge(read_tree(str(beside) if beside.is_file() else str(base), (*seen, str(path))), tree)
-
-
-def _own_tree(name_or_path: str) -> Tree:
-    path = _find(name_or_path)
-    try:
-        return tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid TOML: {error}") from None
 
 
 def _find(name_or_path: str) -> Path:

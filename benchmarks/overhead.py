@@ -40,13 +40,13 @@ def bare(_point: str) -> dict[str, float]:
     import torch
 
     from argonne.model.build import build_model, config_from_fields
-    from argonne.parallel.mesh import Mesh
-    from argonne.stages.setup import choose, configure_model
+    from argonne.plan import choose_setup, running_device
+    from argonne.stages.setup import configure_model
     from argonne.stages.start import architecture_fields
 
     recipe, ids = _recipe(), _ids()
     model: Any = build_model(config_from_fields(architecture_fields(recipe.model)), seed=0).train()
-    configure_model(model, recipe, choose(recipe, Mesh(torch.device("cpu"))))
+    configure_model(model, recipe, choose_setup(recipe, running_device("cpu")))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     inputs, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 

@@ -131,7 +131,8 @@ def timed_steps(
     from argonne.parallel.compile import compile_blocks
     from argonne.parallel.mesh import Mesh
     from argonne.parallel.parallelise import replicate
-    from argonne.stages.setup import choose, configure_model
+    from argonne.plan import choose_setup
+    from argonne.stages.setup import configure_model, planned_device
     from argonne.stages.start import architecture_fields
     from argonne.train.guard import StopWatch
     from argonne.train.objectives import next_token
@@ -142,7 +143,7 @@ def timed_steps(
 
     mesh = Mesh(device=torch.device(device))
     model: Any = build_model(config_from_fields(architecture_fields(recipe.model)), seed=0, device=device).train()
-    configure_model(model, recipe, choose(recipe, mesh))
+    configure_model(model, recipe, choose_setup(recipe, planned_device(mesh)))
     precision = Precision(recipe.train.precision, mesh.device)
     parallelised = replicate(model, mesh, next_token, precision)
     optimizer = build_optimizer(model, recipe.optim, mesh)

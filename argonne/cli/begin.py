@@ -6,14 +6,14 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from argonne.cli.command import Verbs, json_flag, parse_overrides, print_json, recipe_argument
+from argonne.cli.command import Verbs, json_flag, parse_overrides, recipe_argument, show
 
 
 def add_verbs(verb: Verbs, arguments: Sequence[str]) -> None:
-    demo = verb("demo", "every stage at laptop size in minutes, ending with a report and a model to try", show_demo)
+    demo = verb("demo", show_demo)
     demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for everything it makes")
-    json_flag(verb("models", "list the model presets with their exact parameter counts", list_models))
-    plan = verb("plan", "what a run will take, before it starts: memory, hours, cost", plan_run)
+    json_flag(verb("models", list_models))
+    plan = verb("plan", plan_run)
     recipe_argument(plan)
     plan.add_argument("--gpu", metavar="NAME", help="device, as h200 (default: cpu for small models, h200 otherwise)")
     plan.add_argument("--gpus", type=int, default=1, metavar="N", help="devices")
@@ -31,21 +31,14 @@ def list_models(options: argparse.Namespace) -> None:
     from argonne.model.build import describe_presets
 
     rows = describe_presets()
-    if options.json:
-        print_json(rows)
-        return
     columns = ("name", "parameters", "layers", "hidden", "heads", "kv_heads", "head_dim", "context", "vocabulary")
     table = [
         columns,
         *([f"{row[name]:,}" if isinstance(row[name], int) else str(row[name]) for name in columns] for row in rows),
     ]
     widths = [max(len(line[index]) for line in table) for index in range(len(columns))]
-    for name, *cells in table:
-        print(
-            "  ".join(
-                [name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))]
-            )
-        )
+    lines = ["  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]) for name, *cells in table]
+    show(rows, "\n".join(lines), as_json=options.json)
 
 
 def plan_run(options: argparse.Namespace) -> None:
@@ -55,7 +48,4 @@ def plan_run(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe, parse_overrides(options.rest))
     name = options.recipe if options.recipe in recipe_names() else None
     plan = make_plan(recipe, gpu=options.gpu, gpus=options.gpus, price=options.price, name=name)
-    if options.json:
-        print_json(plan.to_dict())
-    else:
-        print("\n".join(plan_lines(plan)))
+    show(plan.to_dict(), "\n".join(plan_lines(plan)), as_json=options.json)

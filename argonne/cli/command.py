@@ -19,18 +19,38 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from argonne import __version__
-from argonne.errors import InputError, Stopped
+from argonne.errors import InputError, Stopped, first_line
 
-# The way from text to a model that others use: page of the verbs, what they are for, the verbs.
+# The way from text to a model that others use: page of the verbs, what they are for, each verb and what it does.
 PAGES = (
-    ("begin", "begin here", ("demo", "models", "plan")),
-    ("data", "from text to tokens", ("tokenizer", "prepare")),
-    ("train", "from tokens to a model", ("pretrain", "continue")),
-    ("watch", "look at what there is", ("runs", "report", "inspect")),
-    ("use", "use and measure a model", ("generate", "eval")),
-    ("move", "hand it on", ("import", "export")),
-)
-ALL_VERBS = tuple(verb for _, _, verbs in PAGES for verb in verbs)
+    ("begin", "begin here", {
+        "demo": "every stage at laptop size in minutes, ending with a report and a model to try",
+        "models": "list the model presets with their exact parameter counts",
+        "plan": "what a run will take, before it starts: memory, hours, cost",
+    }),
+    ("data", "from text to tokens", {
+        "tokenizer": "train a byte-level BPE tokenizer on text",
+        "prepare": "turn text into token shards with a manifest",
+    }),
+    ("train", "from tokens to a model", {
+        "pretrain": "train from fresh weights, or from given ones",
+        "continue": "pretrain further from given weights, with a schedule of its own",
+    }),
+    ("watch", "look at what there is", {
+        "runs": "what is running, stopped, failed and complete",
+        "report": "one self-contained HTML page with plots, of one run or several compared",
+        "inspect": "say what an artifact is, verify its hashes, show its lineage",
+    }),
+    ("use", "use and measure a model", {
+        "generate": "continue a prompt",
+        "eval": "measure a model, with counts and standard errors",
+    }),
+    ("move", "hand it on", {
+        "import": "turn an earlier checkpoint of the family into a complete model folder",
+        "export": "write a model for other people's tools, proven by its logits before it is put in place",
+    }),
+)  # fmt: skip
+ALL_VERBS = {verb: text for _, _, verbs in PAGES for verb, text in verbs.items()}
 RECIPE_VERBS = ("pretrain", "continue", "plan")
 Verbs = Callable[..., "Parser"]
 
@@ -134,8 +154,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser(arguments: Sequence[str], *, whole: bool = False) -> argparse.ArgumentParser:
-    """The parser of the verb that `arguments` begin with; of every verb where `whole`, or where they
-    begin with none.
+    """The parser of the verb that `arguments` begin with; of every verb where `whole`; else one that names them all, so
+    that `argonne --help` answers at once.
     """
     asked = arguments[0] if arguments and arguments[0] in ALL_VERBS and not whole else None
     parser = Parser(
@@ -151,24 +171,18 @@ def build_parser(arguments: Sequence[str], *, whole: bool = False) -> argparse.A
     parsers: Any = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     parser.given = arguments
 
-    def verb(
-        name: str,
-        text: str,
-        function: Callable[[argparse.Namespace], int | None],
-        *,
-        within: Any = parsers,
-        **more: Any,
-    ) -> Parser:
-        described = text[0].upper() + text[1:] + "."
-        made: Parser = within.add_parser(
-            name, help=text, description=described, allow_abbrev=False, formatter_class=Formatter, **more
-        )
+    def verb(name: str, function: Callable[[argparse.Namespace], int | None], **more: Any) -> Parser:
+        text = ALL_VERBS[name]
+        more |= {"allow_abbrev": False, "formatter_class": Formatter}
+        made: Parser = parsers.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", **more)
         made.set_defaults(function=function, parser=made)
         made.given = arguments
         return made
 
     for page, _, verbs in PAGES:
-        if asked is None or asked in verbs:
+        for name in () if asked or whole else verbs:
+            parsers.add_parser(name, help=verbs[name])
+        if whole or asked in verbs:
             importlib.import_module(f"argonne.cli.{page}").add_verbs(verb, arguments)
     return parser
 
@@ -222,16 +236,11 @@ def out_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
 
 
-def print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
-
-
-def tell(facts: dict[str, Any], *, as_json: bool) -> None:
-    """Facts to stdout: as JSON, or a line each."""
+def show(found: Any, text: str | None = None, *, as_json: bool) -> None:
+    """A result to stdout: one JSON document, or its text for people (facts without one: a line each)."""
     if as_json:
-        print_json(facts)
-    else:
-        print("\n".join(f"{name}: {value}" for name, value in facts.items()))
+        text = json.dumps(found, indent=2, ensure_ascii=False)
+    print("\n".join(f"{name}: {value}" for name, value in found.items()) if text is None else text)
 
 
 @contextmanager
@@ -246,10 +255,6 @@ def progress_bar(unit: str) -> Iterator[Callable[[int, int], None]]:
             bar.update(done - bar.n)
 
         yield show
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0]
 
 
 def parse_overrides(rest: Sequence[str]) -> dict[str, Any]:

@@ -6,11 +6,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from argonne.cli.command import Verbs, json_flag, model_argument, out_flag, tell
+from argonne.cli.command import Verbs, json_flag, model_argument, out_flag, show
 
 
 def add_verbs(verb: Verbs, arguments: Sequence[str]) -> None:
-    imports = verb("import", "turn an earlier checkpoint of the family into a complete model folder", import_earlier)
+    imports = verb("import", import_earlier)
     imports.add_argument(
         "path", type=Path, metavar="PATH", help="model folder or .pt training checkpoint in an earlier format"
     )
@@ -22,9 +22,7 @@ def add_verbs(verb: Verbs, arguments: Sequence[str]) -> None:
         help="full: as the released weights were trained (default)",
     )
     json_flag(imports)
-    export = verb(
-        "export", "write a model for other people's tools, proven by its logits before it is put in place", export_model
-    )
+    export = verb("export", export_model)
     model_argument(export)
     export.add_argument(
         "--as", dest="kind", required=True, choices=("hf", "native", "pt"), help="custom class, a stock class, or .pt"
@@ -36,15 +34,15 @@ def add_verbs(verb: Verbs, arguments: Sequence[str]) -> None:
 def import_earlier(options: argparse.Namespace) -> None:
     from argonne.legacy.convert import import_checkpoint
 
-    tell(import_checkpoint(options.path, options.out, attention=options.attention), as_json=options.json)
+    show(import_checkpoint(options.path, options.out, attention=options.attention), as_json=options.json)
 
 
 def export_model(options: argparse.Namespace) -> None:
     if options.kind == "pt":
         from argonne.legacy.export_pt import export_pt
 
-        tell(export_pt(Path(options.model), options.out), as_json=options.json)
+        show(export_pt(Path(options.model), options.out), as_json=options.json)
         return
     from argonne.publish.export import export_model
 
-    tell(export_model(Path(options.model), options.out, kind=options.kind), as_json=options.json)
+    show(export_model(Path(options.model), options.out, kind=options.kind), as_json=options.json)

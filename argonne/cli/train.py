@@ -18,11 +18,8 @@ SHORT = {"init_from": "model.init_from", "wall_time": "stop.wall_time", "deadlin
 def add_verbs(verb: Verbs, arguments: Sequence[str]) -> None:
     asked = arguments[:1] in (["pretrain"], ["continue"]) and {"-h", "--help"} & set(arguments)
     epilog = keys_help() if asked else None
-    for name, text in (
-        ("pretrain", "train from fresh weights, or from given ones"),
-        ("continue", "pretrain further from given weights, with a schedule of its own"),
-    ):
-        parser = verb(name, text, train_model, epilog=epilog)
+    for name in ("pretrain", "continue"):
+        parser = verb(name, train_model, epilog=epilog)
         recipe_argument(parser)
         parser.add_argument(
             "--run", type=Path, metavar="DIR", help="run folder (default: runs/NAME); an existing run is resumed"

@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from argonne import layout
-from argonne.cli.command import Verbs, add_keys, chosen, json_flag, model_argument, print_json, progress_bar
+from argonne.cli.command import Verbs, add_keys, chosen, json_flag, model_argument, progress_bar, show
 from argonne.errors import InputError
 from argonne.serve.options import SamplingOptions
 
 
 def add_verbs(verb: Verbs, arguments: Sequence[str]) -> None:
-    generate = verb("generate", "continue a prompt", generate_text)
+    generate = verb("generate", generate_text)
     model_argument(generate)
     generate.add_argument("--prompt", required=True, metavar="TEXT")
     add_keys(generate, SamplingOptions)
     generate.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    evaluate = verb("eval", "measure a model, with counts and standard errors", evaluate_model)
+    evaluate = verb("eval", evaluate_model)
     model_argument(evaluate)
     evaluate.add_argument("--tasks", default="bpb", help="comma-separated: bpb")
     evaluate.add_argument(
@@ -62,17 +62,11 @@ def evaluate_model(options: argparse.Namespace) -> None:
             options.model, options.tasks.split(","), options.data, options.shots, limit=options.limit, progress=progress
         )
     others = _baselines(found, options.limit) if options.baselines else None
-    if options.json:
-        print_json({**found, "baselines": others} if others else found)
-        return
-    print(render(found))
+    text = render(found)
     if others:
-        names = ("uniform", "unigram", "bigram", "xz")
-        print(
-            "    beside it: "
-            + ", ".join(f"{name} {others[name]:.4f}" for name in names)
-            + " bits per byte on the same text"
-        )
+        beside = ", ".join(f"{name} {others[name]:.4f}" for name in ("uniform", "unigram", "bigram", "xz"))
+        text += f"\n    beside it: {beside} bits per byte on the same text"
+    show({**found, "baselines": others} if others else found, text, as_json=options.json)
 
 
 def _baselines(found: dict[str, Any], limit: int | None) -> dict[str, Any]:

@@ -7,20 +7,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from argonne import layout
-from argonne.cli.command import Verbs, json_flag, print_json
+from argonne.cli.command import Verbs, json_flag, show
 from argonne.errors import InputError
 
 
 def add_verbs(verb: Verbs, arguments: Sequence[str]) -> None:
-    runs = verb("runs", "what is running, stopped, failed and complete", list_all)
+    runs = verb("runs", list_all)
     runs.add_argument(
         "folder", nargs="?", type=Path, default=Path("runs"), metavar="DIR", help="folder of the runs (default: runs)"
     )
     json_flag(runs)
-    report = verb("report", "one self-contained HTML page with plots, of one run or several compared", write_page)
+    report = verb("report", write_page)
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     report.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the first run")
-    inspect = verb("inspect", "say what an artifact is, verify its hashes, show its lineage", inspect_artifact)
+    inspect = verb("inspect", inspect_artifact)
     inspect.add_argument("path", type=Path, metavar="PATH", help="token set, run, checkpoint or exported model")
     json_flag(inspect)
 
@@ -29,10 +29,7 @@ def list_all(options: argparse.Namespace) -> None:
     from argonne.report.runs import list_runs, runs_table
 
     rows = list_runs(options.folder)
-    if options.json:
-        print_json(rows)
-    else:
-        print(runs_table(rows))
+    show(rows, runs_table(rows), as_json=options.json)
 
 
 def write_page(options: argparse.Namespace) -> None:
@@ -47,9 +44,6 @@ def inspect_artifact(options: argparse.Namespace) -> None:
     from argonne.report.inspect import inspect_path, render
 
     facts = inspect_path(options.path)
-    if options.json:
-        print_json(facts)
-    else:
-        print(render(facts))
+    show(facts, render(facts), as_json=options.json)
     if facts["problems"]:
         raise InputError(f"{options.path}: damaged: {facts['problems'][0]} ({len(facts['problems'])} problems)")

@@ -239,8 +239,8 @@ class TrainingData:
             row = int((inputs[:count] >= self.vocab_size).any(axis=1).argmax())
             raise InputError(
                 f"{self.sources[sources[row]].tokens.path}: holds id {int(inputs[row].max()):,}, the tokenizer "
-                f"{self.tokenizer_folder} has "
-                f"{self.vocab_size:,} entries; set data.tokenizer to the one that made these tokens"
+                f"{self.tokenizer_folder} has {self.vocab_size:,} entries; set data.tokenizer to the one that made "
+                "these tokens"
             )
         inputs[count:], labels[count:] = 0, IGNORED
         tokens = np.zeros(rows, np.int64)

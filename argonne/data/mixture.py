@@ -197,8 +197,8 @@ class Mixture:
             passes = self.windows[source.fingerprint].passes(phase.key, source.start, count)
             if passes > limit + 1e-9:
                 return (
-                    f"data.sources: {source.name} would be read {passes:.3f} times, its max_epochs is {limit:g}; "
-                    f"give it less weight, train fewer steps, or raise max_epochs"
+                    f"data.sources: {source.name} would be read {passes:.3f} times, its max_epochs is {limit:g}; give "
+                    "it less weight, train fewer steps, or raise max_epochs"
                 )
         return None
 

@@ -179,9 +179,8 @@ def _check_history(
         if known not in (None, source.tokens.fingerprint) and "data.sources" not in allow:
             raise InputError(
                 f"data.sources: {source.name} holds other tokens than the checkpoint trained on (fingerprint "
-                f"{source.tokens.fingerprint[:12]}, "
-                f"then {known[:12] if known else None}); restore them, give the new ones another name, or pass --allow "
-                "data.sources"
+                f"{source.tokens.fingerprint[:12]}, then {known[:12] if known else None}); restore them, give the new "
+                "ones another name, or pass --allow data.sources"
             )
     for change in batch.steps:
         if change.step < now:
@@ -190,7 +189,6 @@ def _check_history(
             if (phase.rows, phase.sequence_length) != expected and "batch.steps" not in allow:
                 raise InputError(
                     f"batch.steps: says {expected[0]} rows of {expected[1]} at step {change.step}, but the run trained "
-                    f"{phase.rows} rows of "
-                    f"{phase.sequence_length} there; history cannot change: give the change a step from {now} on, or "
-                    "pass --allow batch.steps"
+                    f"{phase.rows} rows of {phase.sequence_length} there; history cannot change: give the change a "
+                    f"step from {now} on, or pass --allow batch.steps"
                 )

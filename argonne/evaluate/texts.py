@@ -46,9 +46,8 @@ def open_texts(data: str | Path, tokenizer: TextTokenizer, limit: int | None = N
     limit = TOKENS_BY_DEFAULT if limit is None else limit
     if limit < 1:
         raise InputError(f"limit: found {limit}, expected at least 1 token")
-    if (
-        Path(data).is_dir() and layout.kind_of(data) is not Kind.NOTHING
-    ):  # a run or a model folder holds texts too: not these
+    # A run or a model folder holds texts too: not these.
+    if Path(data).is_dir() and layout.kind_of(data) is not Kind.NOTHING:
         return _held_out(open_tokens(data), tokenizer, limit)
     return _from_files(str(data), tokenizer, limit)
 

@@ -119,8 +119,7 @@ def modern_config(earlier: Earlier, attention: str) -> ArgonneConfig:
     if on and attention == "full":
         earlier.messages.append(
             f"the config names a window of {window}; imported as full attention on every layer, as released weights "
-            "were trained "
-            "(--attention as-config keeps the window)"
+            "were trained (--attention as-config keeps the window)"
         )
     if on and attention == "as-config":
         earlier.messages.append(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from argonne import layout
-from argonne.errors import InputError
+from argonne.errors import InputError, first_line
 from argonne.model.load import family_config
 from argonne.presets import presets
 
@@ -150,16 +150,14 @@ def unpickle(path: Path) -> Any:
         with torch.serialization.safe_globals(numbers):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
-        reason = next(
-            (line for line in str(error).splitlines() if "Unsupported" in line), str(error).splitlines()[0]
-        ).strip()
+        told = [line.strip() for line in str(error).splitlines() if "Unsupported" in line]
+        reason = told[0] if told else first_line(error)
         raise InputError(
             f"{path}: holds more than tensors and was not loaded, because loading it would run its code ({reason})"
         ) from None
     except (RuntimeError, OSError, EOFError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"{path}: cannot be read as a PyTorch file ({reason}); it is truncated or damaged, copy it again"
+            f"{path}: cannot be read as a PyTorch file ({first_line(error)}); it is truncated or damaged, copy it again"
         ) from None
 
 

@@ -135,8 +135,7 @@ def earlier_config(checkpoint: Path, config: ArgonneConfig) -> dict[str, Any]:
     if config.head_dim != config.hidden_size // config.num_attention_heads:
         raise InputError(
             f"{checkpoint}: head_dim is {config.head_dim}; the earlier class takes hidden_size // num_attention_heads "
-            "= "
-            f"{config.hidden_size // config.num_attention_heads}"
+            f"= {config.hidden_size // config.num_attention_heads}"
         )
     return {
         "model_type": "argonne2",
@@ -161,8 +160,7 @@ def _window(checkpoint: Path, config: ArgonneConfig) -> dict[str, Any]:
         return off | {"sliding_window": window}
     raise InputError(
         f"{checkpoint}: layer_types {', '.join(kinds)} with a window of {config.sliding_window}; the earlier class "
-        "knows windows of 2 keys "
-        "or more on odd layers or on all"
+        "knows windows of 2 keys or more on odd layers or on all"
     )
 
 

@@ -71,8 +71,8 @@ def carried_position(file: TrainingFile, recipe: Recipe, *, from_start: bool) ->
     except _Unknown as reason:
         raise InputError(
             f"{file.path}: its data_position ({shown}) cannot be carried over: {reason}; give the data that it was "
-            "trained on, as one train.bin "
-            "read in order with the same sequence length, or begin this data at its start with --data-from-start"
+            "trained on, as one train.bin read in order with the same sequence length, or begin this data at its start "
+            "with --data-from-start"
         ) from None
     if len(parts) != 1 or parts[0].source is earlier:
         _check_length_key(file, recipe)
@@ -95,8 +95,8 @@ def _check_length_key(file: TrainingFile, recipe: Recipe) -> None:
     if recipe.train.steps is None and recipe.train.tokens is None:
         raise InputError(
             f"train.epochs: the run goes on from step {file.step:,} and {file.tokens:,} tokens of other data, so "
-            "passes do not say where it ends; "
-            "give train.steps or train.tokens, counted from the beginning of the earlier run"
+            "passes do not say where it ends; give train.steps or train.tokens, counted from the beginning of the "
+            "earlier run"
         )
 
 
@@ -147,24 +147,15 @@ def _parts(
     where that does not add up.
     """
     source, content = data.sources[0], file.content
-    base_steps, base_tokens = (
-        _whole(content, "dataset_base_global_step"),
-        _whole(content, "dataset_base_tokens_processed"),
-    )
+    base_steps = _whole(content, "dataset_base_global_step")
+    base_tokens = _whole(content, "dataset_base_tokens_processed")
     steps, tokens = file.step - base_steps, file.tokens - base_tokens
     whole = [_Part(file.step, file.tokens, earlier)]
-    if (
-        base_tokens < 0
-        or base_steps < 0
-        or steps < 1
-        or tokens < steps
-        or tokens % length
-        or (base_steps == 0) != (base_tokens == 0)
-    ):
+    is_base = min(base_steps, base_tokens) >= 0 and (base_steps == 0) == (base_tokens == 0)
+    if not is_base or steps < 1 or tokens < steps or tokens % length:
         return whole
-    if (
-        position.epoch and tokens // length % steps
-    ):  # the even spread below changes its rows on the way, and must not do so in a later pass
+    # The even spread of `_state` changes its rows on the way, and must not do so in a later pass.
+    if position.epoch and tokens // length % steps:
         return whole
     windows = data.mixture.windows[source.tokens.fingerprint]
     if windows.advance(RowKey(length, "sequential", "packed", recipe.seed), Position(), tokens // length) != position:

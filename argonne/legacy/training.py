@@ -113,8 +113,7 @@ def read_training_file(path: Path, given: Mapping[str, Any]) -> TrainingFile:
     if missing:
         raise InputError(
             f"{path}: {missing[0]} is missing, so training cannot go on from it; for its weights alone: `argonne "
-            f"import {path} --out DIR`, "
-            "then --init-from DIR"
+            f"import {path} --out DIR`, then --init-from DIR"
         )
     step, tokens = content["global_step"], content["tokens_processed"]
     for name, value in (("global_step", step), ("tokens_processed", tokens)):
@@ -147,8 +146,7 @@ def _config_of(
     if earlier.messages and "layer_types" not in given:
         messages.append(
             "the config names a window; taken as full attention on every layer, as released weights were trained "
-            "(model.layer_types and "
-            "model.sliding_window say otherwise)"
+            "(model.layer_types and model.sliding_window say otherwise)"
         )
     return config
 
@@ -182,8 +180,7 @@ def parameter_names(file: TrainingFile, *, tied: bool) -> list[str]:
     if not any(class_order(set(found), kind) == found for kind in CLASSES):
         raise InputError(
             f"{file.path}: its tensors lie in the order of no earlier class, so its numbered optimizer state cannot be "
-            "matched with them; for "
-            f"its weights alone: `argonne import {file.path} --out DIR`, then --init-from DIR"
+            f"matched with them; for its weights alone: `argonne import {file.path} --out DIR`, then --init-from DIR"
         )
     return found
 

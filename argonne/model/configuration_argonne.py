@@ -113,8 +113,7 @@ class ArgonneConfig(PreTrainedConfig):
             if advertised and interleaved:
                 warnings.warn(
                     f"this config names a window of {advertised} but no layer_types: read as full attention on every "
-                    "layer, as released "
-                    "weights were trained (`argonne import --attention as-config` keeps the window)",
+                    "layer, as released weights were trained (`argonne import --attention as-config` keeps the window)",
                     stacklevel=2,
                 )
             self.layer_types = [FULL] * self.num_hidden_layers

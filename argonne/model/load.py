@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from argonne import layout
-from argonne.errors import InputError
+from argonne.errors import InputError, first_line
 from argonne.layout import Kind
 
 if TYPE_CHECKING:
@@ -132,9 +132,9 @@ def _from_hub(name: str) -> FoundModel:
         family_config(folder)
         folder = Path(snapshot_download(name, allow_patterns=["*.json", layout.WEIGHTS, "*.jinja", "*.txt"]))
     except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"{name}: no such folder here, and the Hub did not give it ({reason}); download it and give the folder"
+            f"{name}: no such folder here, and the Hub did not give it ({first_line(error)}); download it and give the "
+            "folder"
         ) from None
     return FoundModel(folder, family_config(folder), layout.tokenizer_of(folder))
 
@@ -156,8 +156,8 @@ def family_config(folder: Path) -> dict[str, Any]:
     if kind not in FAMILY:
         raise InputError(
             f"{folder}: a model of another family: model_type is {kind!r} "
-            f"({', '.join(config.get('architectures') or ['no class named'])}); "
-            f"expected one of Argonne's ({' or '.join(FAMILY)})"
+            f"({', '.join(config.get('architectures') or ['no class named'])}); expected one of Argonne's "
+            f"({' or '.join(FAMILY)})"
         )
     return config
 
@@ -231,14 +231,11 @@ def _from_folder(folder: Path, dtype: torch.dtype | None) -> Any:
             f"{folder}: tensors under earlier names; run `argonne import {folder} --out DIR` and use that folder"
         )
     try:
-        how = {
-            "local_files_only": True,
-            "use_safetensors": True,
-            "ignore_mismatched_sizes": True,
-        }  # mismatches are named with both shapes
+        # Mismatches are named with both shapes.
+        how = {"local_files_only": True, "use_safetensors": True, "ignore_mismatched_sizes": True}
         return _from_pretrained(folder, folder, dtype=dtype or "auto", **how)
     except (SafetensorError, RuntimeError, OSError) as error:
-        raise InputError(f"{folder}: the weights cannot be read: {str(error).strip().splitlines()[0]}") from None
+        raise InputError(f"{folder}: the weights cannot be read: {first_line(error)}") from None
 
 
 def read_checkpoint_weights(checkpoint: Path) -> dict[str, torch.Tensor]:

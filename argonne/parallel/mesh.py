@@ -147,8 +147,7 @@ def open_mesh(parallel: ParallelSection, device_name: str, *, timeout_seconds: f
     if world_size % (pipeline * inner * parallel.shard):
         raise InputError(
             f"parallel: {world_size} workers were started, expected a multiple of pipeline x tensor x context x shard "
-            "= "
-            f"{pipeline * inner * parallel.shard}"
+            f"= {pipeline * inner * parallel.shard}"
         )
     replicas = world_size // (pipeline * inner * parallel.shard)
     if parallel.replicate not in (0, replicas):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from argonne.plan.build import Plan, StepChoice, choose_step, make_plan, plan_of_run
-from argonne.plan.devices import Device, device, device_names, device_peak_flops
+from argonne.plan.build import Plan, choose_setup, make_plan, plan_of_run
+from argonne.plan.devices import Device, device, device_names, device_peak_flops, running_device
+from argonne.plan.memory import Setup
 from argonne.plan.shape import ModelShape, flops_per_token, shape_of
 from argonne.plan.text import compare_plan, plan_lines
 
@@ -11,8 +12,8 @@ __all__ = [
     "Device",
     "ModelShape",
     "Plan",
-    "StepChoice",
-    "choose_step",
+    "Setup",
+    "choose_setup",
     "compare_plan",
     "device",
     "device_names",
@@ -21,5 +22,6 @@ __all__ = [
     "make_plan",
     "plan_lines",
     "plan_of_run",
+    "running_device",
     "shape_of",
 ]

@@ -17,21 +17,14 @@ from argonne.config import BatchSection, DataSection, Recipe
 from argonne.errors import InputError
 from argonne.keys import batches
 from argonne.plan import devices
-from argonne.plan.devices import (
-    Choice,
-    Device,
-    best_choice,
-    expected_rate,
-    running_device,
-    usable_memory,
-    what_would_fit,
-)
+from argonne.plan.devices import Choice, Device, best_choice, expected_rate, usable_memory, what_would_fit
+from argonne.plan.memory import Setup
 from argonne.plan.published import PUBLISHED, SOURCE_TOKENS
 from argonne.plan.shape import shape_of
 
 CONVENTION = (
-    "6 FLOPs a weight of a matrix product and token (head counted, embedding look-up not) + 12 x query width x "
-    "keys seen a layer"
+    "6 FLOPs a weight of a matrix product and token (head counted, embedding look-up not) + 12 x query width x keys "
+    "seen a layer"
 )
 SMALL = 50_000_000  # parameters under which a plan without --gpu is one for the CPU
 
@@ -141,41 +134,21 @@ def make_plan(
     )
 
 
-@dataclass(frozen=True)
-class StepChoice:
-    """What `auto` in a recipe comes to on a device."""
-
-    micro_rows: int
-    activation_checkpointing: str
-    checkpointing_stride: int
-    loss: str
-
-
-def choose_step(
-    recipe: Recipe, *, device_name: str, device_memory: float | None = None, world_size: int = 1
-) -> StepChoice:
+def choose_setup(recipe: Recipe, device: Device, world_size: int = 1) -> Setup:
     """Micro-batch, activation checkpointing and loss for a run that is about to start, the recipe's own where it names
     them.
-
-    device_name: what the driver says, or "cpu". device_memory: bytes of one device in all; needed for a card that is
-    not in the table.
     """
     shape = shape_of(recipe.model, recipe.data.sequence_length)
-    choice = best_choice(_replicated(recipe, world_size), shape, running_device(device_name, device_memory), world_size)
-    setup = choice.setup
-    return StepChoice(setup.rows, setup.activation_checkpointing, setup.checkpointing_stride, setup.loss)
+    return best_choice(_replicated(recipe, world_size), shape, device, world_size).setup
 
 
-def plan_of_run(
-    recipe: Recipe, step: StepChoice, *, device_name: str, device_memory: float | None = None, world_size: int = 1
-) -> dict[str, Any]:
+def plan_of_run(recipe: Recipe, setup: Setup, device: Device, world_size: int = 1) -> dict[str, Any]:
     """The plan of a run as it really starts, to be stored with it: `inspect` sets it beside what was measured
     (`compare_plan`).
     """
-    chosen = asdict(step)
-    batch = replace(recipe.batch, micro=chosen.pop("micro_rows"))
-    settled = _replicated(replace(recipe, batch=batch, train=replace(recipe.train, **chosen)), world_size)
-    return make_plan(settled, gpu=running_device(device_name, device_memory), gpus=world_size).to_dict()
+    chosen = {name: getattr(setup, name) for name in ("activation_checkpointing", "checkpointing_stride", "loss")}
+    settled = replace(recipe, batch=replace(recipe.batch, micro=setup.rows), train=replace(recipe.train, **chosen))
+    return make_plan(_replicated(settled, world_size), gpu=device, gpus=world_size).to_dict()
 
 
 def _replicated(recipe: Recipe, world_size: int) -> Recipe:

@@ -57,9 +57,8 @@ def _gpu(
 _DEVICES = (
     _gpu("b200", 178, 2250, 1125, "b200"),  # HGX B200 data sheet, per GPU: 4,500 bf16 sparse
     _gpu("gh200", 94.5, 989.4, 494.7, "gh200"),  # GH200 data sheet, 96 GB part: 1,979 bf16 sparse
-    _gpu(
-        "h200", 139.8, 989.4, 494.7, "h200"
-    ),  # H200 SXM data sheet: 1,979 bf16 sparse; 143,771 MiB less what the driver keeps
+    # H200 SXM data sheet: 1,979 bf16 sparse; 143,771 MiB less what the driver keeps
+    _gpu("h200", 139.8, 989.4, 494.7, "h200"),
     _gpu("h100-nvl", 93.1, 835.5, 417.5, "h100", "nvl"),  # H100 NVL data sheet: 1,671 bf16 sparse
     _gpu("h100-pcie", 79.2, 756.5, 378, "h100", "pcie"),  # H100 PCIe data sheet: 1,513 bf16 sparse
     _gpu("h100", 79.2, 989.4, 494.7, "h100"),  # H100 SXM data sheet: 1,979 bf16 sparse
@@ -219,8 +218,8 @@ def layouts(recipe: Recipe, gpus: int) -> Iterator[Layout]:
     if gpus % fixed or (asked.replicate and gpus != fixed):
         raise InputError(
             f"[parallel]: replicate {asked.replicate or 'auto'}, shard {asked.shard}, tensor {asked.tensor}, context "
-            f"{asked.context}, pipeline "
-            f"{asked.pipeline} do not make {gpus} devices; give --gpus a multiple of {fixed}, or other degrees"
+            f"{asked.context}, pipeline {asked.pipeline} do not make {gpus} devices; give --gpus a multiple of "
+            f"{fixed}, or other degrees"
         )
     yield Layout(asked.replicate or gpus // fixed, asked.shard, asked.tensor, asked.context, asked.pipeline)
     if fixed == 1 and asked.replicate == 0 and gpus > 1:
@@ -266,7 +265,7 @@ def _choices(recipe: Recipe, shape: ModelShape, known: Device, layout: Layout, l
             yield Choice(setup, layout, memory, speed, memory.total <= limit)
 
 
-def running_device(name: str, memory: float | None) -> Device:
+def running_device(name: str, memory: float | None = None) -> Device:
     """The device a run is on: as its driver names it ("cpu" for a CPU), with `memory` bytes in all where they are
     known.
     """

@@ -109,9 +109,8 @@ def moments(shape: ModelShape, setup: Setup) -> dict[str, dict[str, float]]:
         (stream if setup.recomputes(layer) else activations_of_layer(shape, setup, layer)) / setup.pipeline
         for layer in layers
     ]
-    tail = stream * (
-        2 if shape.norm_type == "rms" else 1
-    )  # the last norm keeps its input, and an RMS norm its normalised value
+    # The last norm keeps its input, and an RMS norm its normalised value.
+    tail = stream * (2 if shape.norm_type == "rms" else 1)
     head = 4.0 * shape.vocab_size * shape.hidden_size / setup.tensor
     # The head's gradient: part of the embedding's where they are tied, and then waiting for it; else one of the
     # gradients.
@@ -163,9 +162,8 @@ class State:
         Muon keeps one moment of the layers' matrices, and its update holds the direction and the orthogonal matrix of
         all of them.
         """
-        ends = (
-            2 if setup.pipeline > 1 and shape.tie_word_embeddings else 1
-        )  # both ends of a pipeline hold a tied weight
+        # Both ends of a pipeline hold a tied weight.
+        ends = 2 if setup.pipeline > 1 and shape.tie_word_embeddings else 1
         layers = shape.num_hidden_layers * shape.layer_parameters()
         local = (shape.parameters() - layers) * ends + layers / setup.pipeline
         split = setup.shard * setup.tensor
@@ -182,9 +180,8 @@ class State:
         if setup.optimizer == "muon":
             matrices = shape.num_hidden_layers * (shape.attention_weights + shape.mlp_weights) / setup.pipeline / split
             short, long = sorted((shape.hidden_size, shape.intermediate_size))
-            turning = setup.muon_width * (
-                2.0 * short * long + 3.0 * short * short
-            )  # one matrix in its Newton-Schulz iteration
+            # One matrix in its Newton-Schulz iteration.
+            turning = setup.muon_width * (2.0 * short * long + 3.0 * short * short)
         return State(
             weights=size * local / split + gathered,
             gradients=size * local / split,
@@ -201,9 +198,8 @@ def activations_of_layer(shape: ModelShape, setup: Setup, layer: int) -> float:
     hidden, queries, keys = shape.hidden_size, shape.query_width / setup.tensor, shape.key_width / setup.tensor
     wide, narrow, middle = setup.wide, setup.narrow, shape.intermediate_size / setup.tensor
     inner = wide * hidden if shape.norm_type == "rms" else 0  # an RMS norm keeps its normalised value beside its input
-    a_token = 2.0 * (
-        wide * hidden + inner + narrow * hidden
-    )  # twice: residual stream, norm, the norm's output that the products read
+    # Twice: residual stream, norm, the norm's output that the products read.
+    a_token = 2.0 * (wide * hidden + inner + narrow * hidden)
     if shape.sandwich_norm:
         a_token += 2 * (wide + narrow) * hidden
     a_token += (wide + narrow) * (queries * shape.q_norm + keys * (shape.k_norm + shape.v_norm))
@@ -223,13 +219,11 @@ def attention_kept(shape: ModelShape, setup: Setup, window: int | None) -> float
         size / setup.tensor for size in (shape.num_attention_heads, shape.query_width, shape.key_width)
     )
     projections = narrow * (2 * queries + 2 * keys)
-    if (
-        setup.cpu and shape.attention_dropout
-    ):  # the CPU's fused kernel has no dropout: weights, mask and dropped weights are whole
+    # The CPU's fused kernel has no dropout: weights, mask and dropped weights are whole.
+    if setup.cpu and shape.attention_dropout:
         return projections + narrow * 3 * heads * length
-    block = max(
-        32, window or 0
-    )  # argonne/model/kernels.py, _windowed: blocks of queries, each with its own and the block's keys before it
+    # Of `_windowed` in argonne/model/kernels.py: blocks of queries, each with its own and the block's keys before it.
+    block = max(32, window or 0)
     if window is None or block >= length:
         return projections + 4 * heads
     others = (-(-length // block) - 1) * block / length
@@ -245,9 +239,8 @@ def backward_work(shape: ModelShape, setup: Setup, layer: int) -> float:
     middle = shape.intermediate_size / setup.tensor
     gradients = setup.tokens * setup.narrow * (2 * middle if shape.mlp_gated else middle)
     stream = setup.tokens * shape.hidden_size * setup.wide
-    again = (
-        activations_of_layer(shape, setup, layer) - stream if setup.recomputes(layer) else 0.0
-    )  # its input is kept anyway
+    # Its input is kept anyway.
+    again = activations_of_layer(shape, setup, layer) - stream if setup.recomputes(layer) else 0.0
     # The gradient of the MLP's last product is made where the temporaries are most.
     weight = setup.wide * shape.hidden_size * middle / setup.shard
     return again + gradients + weight + 2 * stream

@@ -28,8 +28,7 @@ class Published:
             return None
         return (
             f"{self.release} as published does not close: {self.steps:,} steps x {self.tokens_per_step:,} tokens "
-            f"({self.batch}) = "
-            f"{product / 1e9:.2f}B tokens, published are {self.tokens / 1e9:.2f}B"
+            f"({self.batch}) = {product / 1e9:.2f}B tokens, published are {self.tokens / 1e9:.2f}B"
         )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from argonne.plan.build import Plan
@@ -89,7 +91,7 @@ def compare_plan(plan: dict[str, Any], metrics: list[dict[str, Any]]) -> list[di
         ("mfu", plan["expected_mfu"], last.get("mfu")),
         ("steps", plan["steps"], last.get("step")),
         ("tokens", plan["tokens"], last.get("tokens")),
-        ("hours", plan["hours"], _hours(metrics)),
+        ("hours", plan["hours"], hours_at_work(metrics)),
     ]
     return [
         {
@@ -102,12 +104,9 @@ def compare_plan(plan: dict[str, Any], metrics: list[dict[str, Any]]) -> list[di
     ]
 
 
-def _hours(metrics: list[dict[str, Any]]) -> float | None:
+def hours_at_work(metrics: Sequence[dict[str, Any]]) -> float | None:
     """Hours that sessions ran: from each start or resume to the last record before the next."""
-    total, begun, seen = 0.0, None, None
-    for record in (record for record in metrics if "time" in record):
-        if record.get("event") in ("start", "resume"):
-            total += seen - begun if begun is not None and seen is not None else 0.0
-            begun = record["time"]
-        seen = record["time"]
-    return None if begun is None or seen is None else (total + seen - begun) / 3600
+    timed = [record for record in metrics if isinstance(record.get("time"), int | float)]
+    begins = ("start", "resume")
+    spans = [late["time"] - early["time"] for early, late in pairwise(timed) if late.get("event") not in begins]
+    return sum(spans) / 3600 if timed else None

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from argonne.errors import InputError
-from argonne.prepare.texts import LONG_CHARACTERS, READ_BYTES, REMEDY, first_line, read_faults
+from argonne.errors import InputError, first_line
+from argonne.prepare.texts import LONG_CHARACTERS, READ_BYTES, REMEDY, read_faults
 
 BATCH_ROWS = 2048
 ARROW_BYTES = 8 << 20

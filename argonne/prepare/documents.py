@@ -14,9 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from argonne.errors import InputError, NothingMatches
+from argonne.errors import InputError, NothingMatches, first_line
 from argonne.prepare import columnar, textual
-from argonne.prepare.texts import REMEDY, LongText, Refused, RowBatch, checked, first_line
+from argonne.prepare.texts import REMEDY, LongText, Refused, RowBatch, checked
 from argonne.tokens.formats import KINDS, format_of, natural_key
 
 JSON_HINT = (

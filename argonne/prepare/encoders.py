@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from argonne.errors import InputError
+from argonne.errors import InputError, first_line
 from argonne.tokens.tokenizer import TextTokenizer, forget_parsed, give_memory_back
 
 PIECE_BYTES = 1 << 20
@@ -143,7 +143,7 @@ def _fast_fault(tokenizer: TextTokenizer, texts: Sequence[str]) -> str | None:
     except ImportError:
         return "gigatoken is not installed: pip install 'argonne[fast]' makes this several times faster"
     except Exception as error:  # a tokenizer of a kind that gigatoken does not know; its errors share no class
-        return f"gigatoken cannot read this tokenizer: {str(error).splitlines()[0]}"
+        return f"gigatoken cannot read this tokenizer: {first_line(error)}"
     reference = ReferenceEncoder(tokenizer)
     probes = [*HARD_PROBES, *(added["content"] for added in tokenizer.head.get("added_tokens", [])), *texts]
     expected, found = reference.encode(probes), fast.encode(probes)

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from argonne.errors import InputError
+from argonne.errors import InputError, first_line
 from argonne.prepare import columnar
 from argonne.prepare.documents import find_files
-from argonne.prepare.texts import LongText, Text, first_line, read_faults
+from argonne.prepare.texts import LongText, Text, read_faults
 from argonne.prepare.textual import open_file
 
 QUALITY_FROM_CHARACTERS = 50

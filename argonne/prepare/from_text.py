@@ -61,10 +61,8 @@ def _begun_with(patterns: Sequence[str], folder: Path) -> str | None:
     """The pattern that the run began with, where it is still asked for: text that is tokenised may be gone, another
     pattern may match by now.
     """
-    for name in (
-        layout.UNITS_PLAN,
-        layout.MANIFEST,
-    ):  # the plan goes once the manifest is there, perhaps between two looks
+    # The plan goes once the manifest is there, perhaps between two looks.
+    for name in (layout.UNITS_PLAN, layout.MANIFEST):
         if not (folder / name).exists():
             continue
         try:

@@ -94,6 +94,6 @@ def not_written(error: OSError, out: Path) -> str:
         )
     reason = error.strerror or str(error)
     return (
-        f"{error.filename or out}: {reason}; check the path and that you may read and write there, then run the "
-        "same command again"
+        f"{error.filename or out}: {reason}; check the path and that you may read and write there, then run the same "
+        "command again"
     )

@@ -129,8 +129,8 @@ def _described(options: PrepareOptions, tokenizer: TextTokenizer) -> dict[str, A
     """
     if tokenizer.eos_id is None:
         raise InputError(
-            f"tokenizer {tokenizer.folder}: names no end-of-text token, and each document ends with one; set "
-            "eos_token in tokenizer_config.json"
+            f"tokenizer {tokenizer.folder}: names no end-of-text token, and each document ends with one; set eos_token "
+            "in tokenizer_config.json"
         )
     if options.bos and tokenizer.bos_id is None:
         raise InputError(

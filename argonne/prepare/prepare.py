@@ -180,9 +180,9 @@ def _check_drops(options: PrepareOptions, records: list[dict[str, Any]], out: Pa
         advice = f": {found}" if (found := messages.advice(manifest["drops"])) else ""
         raise InputError(
             f"{out}: {bad_rows:,} of {manifest['rows']:,} rows are no documents "
-            f"({messages.describe_drops(manifest['drops'])}), more than "
-            f"--max-drop-fraction {options.max_drop_fraction}; mend the input{advice}, or raise the limit and "
-            "run again: the work so far is kept"
+            f"({messages.describe_drops(manifest['drops'])}), more than --max-drop-fraction "
+            f"{options.max_drop_fraction}; mend the input{advice}, or raise the limit and run again: the work so far "
+            "is kept"
         )
     if manifest["documents"] + manifest["held_out_documents"] == 0:
         raise InputError(

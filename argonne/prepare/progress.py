@@ -16,9 +16,8 @@ class Progress:
 
     def __init__(self, label: str, total_bytes: int, stream: TextIO | Literal["stderr"] | None = "stderr") -> None:
         self.label, self.total = label, total_bytes
-        self.stream = stream = (
-            sys.stderr if stream == "stderr" else stream
-        )  # looked up now, not when this module was imported
+        # Looked up now, not when this module was imported.
+        self.stream = stream = sys.stderr if stream == "stderr" else stream
         self.done = self.fresh = self.documents = self.tokens = self.text_bytes = 0
         self._began = self._printed = time.monotonic()
         self._bar = None

@@ -25,10 +25,6 @@ def read_faults(path: str) -> tuple[type[Exception], ...]:
     return (Exception,) if "://" in path else (OSError, EOFError, ValueError, zlib.error, zstandard.ZstdError)
 
 
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
 class LongText:
     """A document over a megabyte, as UTF-8 bytes that were checked but not decoded: it may be a map of a file larger
     than memory.

@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterator
 from typing import IO, Any
 
-from argonne.errors import InputError
-from argonne.prepare.texts import READ_BYTES, REMEDY, Refused, first_line, read_faults
+from argonne.errors import InputError, first_line
+from argonne.prepare.texts import READ_BYTES, REMEDY, Refused, read_faults
 
 LONG_SEPARATOR = 1 << 12
 ZSTD_BYTES = 1 << 13

@@ -52,8 +52,7 @@ def native_twin(model: ArgonneForCausalLM) -> Native:
         reasons.append(f"{name}: {reason}")
     raise InputError(
         f"no native class computes exactly this model ({'; '.join(reasons)}); export it with --as hf, which every "
-        "engine with a "
-        "Transformers backend can run (vLLM: --model-impl transformers)"
+        "engine with a Transformers backend can run (vLLM: --model-impl transformers)"
     )
 
 

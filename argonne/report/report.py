@@ -14,6 +14,7 @@ from typing import Any
 
 from argonne import files, layout
 from argonne.errors import InputError
+from argonne.plan.text import hours_at_work
 from argonne.recipe import differences
 from argonne.report import report_page as page
 from argonne.report.records import Metrics, read_metrics, smoothed
@@ -107,25 +108,13 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
         facts.append(("MFU, median", f"{statistics.median(use):.1%}"))
     memory = metrics.series("step", "memory_gb")[1]
     facts.append(("peak memory, GB", f"{max(memory):.2f}" if memory else "n/a"))
-    # From each record to the next of the same session: the time between a stop and the next resume does not count.
-    rows = sorted(
-        (row for row in metrics.records if isinstance(row.get("time"), int | float)), key=lambda row: row["time"]
-    )
-    worked = sum(
-        late["time"] - early["time"] for early, late in pairwise(rows) if late["event"] not in ("start", "resume")
-    )
-    facts.append(("time at work", _duration(worked)))
-    waited = [
-        _duration(_summed(metrics.series("step", name)[1])) for name in ("wait_data_seconds", "wait_save_seconds")
-    ]
-    facts.append(("waiting: data, saves", ", ".join(waited)))
+    facts.append(("time at work", _duration(3600 * (hours_at_work(metrics.records) or 0.0))))
+    waits = [metrics.series("step", name)[1] for name in ("wait_data_seconds", "wait_save_seconds")]
+    # Each counts from zero again in every session.
+    summed = [sum(late - early if late >= early else late for early, late in pairwise([0.0, *wait])) for wait in waits]
+    facts.append(("waiting: data, saves", ", ".join(map(_duration, summed))))
     facts.append(("resumed, skipped", f"{len(metrics.of('resume'))}, {len(metrics.of('skip'))}"))
     return facts
-
-
-def _summed(counter: list[float]) -> float:
-    """The total of a counter that starts again at zero in each session."""
-    return sum(late - early if late >= early else late for early, late in pairwise([0.0, *counter]))
 
 
 def _duration(seconds: float) -> str:
@@ -276,11 +265,8 @@ def _clock(row: dict[str, Any]) -> str:
 
 
 def _event_text(row: dict[str, Any]) -> str:
-    return ", ".join(
-        f"{key} {_short(value)}"
-        for key, value in row.items()
-        if key not in ("event", "step", "time") and value is not None
-    )
+    told = {key: value for key, value in row.items() if key not in ("event", "step", "time") and value is not None}
+    return ", ".join(f"{key} {_short(value)}" for key, value in told.items())
 
 
 def _short(value: Any) -> str:

@@ -69,11 +69,8 @@ class _Demo:
             found.path.replace(path)
         self.say(
             f"      {found.documents:,} documents, {found.bytes / 1e6:.2f} MB of text, from {found.modules} modules "
-            "(parsed, not imported)"
-        )
-        self.say(
-            f"      left out: {found.too_short} very short, {found.repeated} repeated, {len(found.missing)} modules "
-            "this Python lacks"
+            f"(parsed, not imported)\n      left out: {found.too_short} very short, {found.repeated} repeated, "
+            f"{len(found.missing)} modules this Python lacks"
         )
 
     def prepare(self) -> None:

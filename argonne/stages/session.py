@@ -69,11 +69,9 @@ def train_session(session: Session) -> Outcome:
     watch = StopWatch(session.recipe.stop, started=session.started)
     run = RunFolder(session.folder)
     timeout = parse_duration(session.recipe.parallel.timeout, "parallel.timeout")
-    for text, where in (
-        (session.recipe.stop.grace, "stop.grace"),
-        (session.recipe.log.telemetry_limit, "log.telemetry_limit"),
-    ):
-        parse_duration(text, where)  # used later, and wrong now
+    # Used later, and wrong now.
+    parse_duration(session.recipe.stop.grace, "stop.grace")
+    parse_duration(session.recipe.log.telemetry_limit, "log.telemetry_limit")
     with (
         open_mesh(session.recipe.parallel, session.recipe.train.device, timeout_seconds=timeout) as mesh,
         watch.listening(),
@@ -177,8 +175,7 @@ def _check_finished(session: Session, step: int) -> None:
     if changed:
         raise InputError(
             f"{session.folder}: complete at step {step}, with another recipe ({'; '.join(changed)}); a finished run is "
-            "not trained "
-            f"further: give another --run, and --resume-from {last} to go on from its end"
+            f"not trained further: give another --run, and --resume-from {last} to go on from its end"
         )
 
 

@@ -24,7 +24,7 @@ from argonne.parallel.compile import compile_blocks
 from argonne.parallel.mesh import Mesh
 from argonne.parallel.objective import MicroBatch, Objective
 from argonne.parallel.parallelise import REPLICATED, Mode, Parallelised
-from argonne.plan import StepChoice, choose_step, plan_of_run
+from argonne.plan import Device, Setup, choose_setup, plan_of_run, running_device
 from argonne.plan.build import total_steps as planned_steps
 from argonne.recipe import differences, to_tree
 from argonne.stages.stage import Stage, StageData
@@ -125,7 +125,8 @@ def build(session: Session, opened: Opened, run: RunFolder, mesh: Mesh, say: Cal
     model = stage.weights(recipe, start).to(mesh.device).train()  # type: ignore[arg-type] # nn.Module.to takes a device
     dtype = compute_dtype(recipe.train.precision, mesh.device)
     kernels = check_attention(model, recipe.train.attention, dtype, documents=recipe.data.document_mask)
-    choice = choose(recipe, mesh)
+    device = planned_device(mesh)
+    choice = choose_setup(recipe, device, mesh.world_size)
     configure_model(model, recipe, choice)
     objective = stage.objective(recipe, data)
     progress = Progress(**start.progress)
@@ -144,8 +145,7 @@ def build(session: Session, opened: Opened, run: RunFolder, mesh: Mesh, say: Cal
             parallelised, objective, precision, recipe, data, loader, progress.step, mesh, choice, run.path
         )
     )
-    chosen = dataclasses.replace(choice, micro_rows=loader.micro_rows)
-    plan = plan_of_run(recipe, chosen, **_device_facts(mesh), world_size=mesh.world_size)
+    plan = plan_of_run(recipe, dataclasses.replace(choice, rows=loader.micro_rows), device, mesh.world_size)
     if mesh.is_main:  # `inspect` sets it beside what was measured
         write_json(run.path / COMPUTE_PLAN, plan)
     if returned := returns_memory(recipe.train, mesh.device.type, plan["memory_total"]):
@@ -212,18 +212,12 @@ def returns_memory(train: TrainSection, device_type: str, planned_bytes: float) 
     return train.return_memory == "on" or planned_bytes >= LARGE_RUN
 
 
-def choose(recipe: Recipe, mesh: Mesh) -> StepChoice:
-    """What `auto` comes to here: micro-batch, activation checkpointing and loss, by the memory of one of the run's
-    devices.
-    """
-    return choose_step(recipe, **_device_facts(mesh), world_size=mesh.world_size)
-
-
-def _device_facts(mesh: Mesh) -> dict[str, Any]:
-    if mesh.device.type == "cuda":
-        facts = torch.cuda.get_device_properties(mesh.device)
-        return {"device_name": facts.name, "device_memory": float(facts.total_memory)}
-    return {"device_name": "cpu"}
+def planned_device(mesh: Mesh) -> Device:
+    """The device of this process as the plan knows it."""
+    if mesh.device.type != "cuda":
+        return running_device("cpu")
+    facts = torch.cuda.get_device_properties(mesh.device)
+    return running_device(facts.name, facts.total_memory)
 
 
 def choose_micro_rows(
@@ -235,7 +229,7 @@ def choose_micro_rows(
     loader: Batches,
     step: int,
     mesh: Mesh,
-    choice: StepChoice,
+    choice: Setup,
     run: Path,
 ) -> int:
     """Rows of one forward pass on one device: the recipe's number; on a GPU found by trying, upward from the plan's;
@@ -248,7 +242,7 @@ def choose_micro_rows(
     if isinstance(recipe.batch.micro, int):
         return min(recipe.batch.micro, share)
     if mesh.device.type != "cuda" or model.forward != "alone":
-        return max(1, min(share, choice.micro_rows, 4096 // length))
+        return max(1, min(share, choice.rows, 4096 // length))
     if recorded is not None:
         return share
 
@@ -256,10 +250,10 @@ def choose_micro_rows(
         loader.set_micro_rows(rows)
         return loader.batch(step).micro_batches[0]
 
-    return probe_micro_rows(model.plain, objective, precision, mesh, micro_of, guess=choice.micro_rows, most=share)
+    return probe_micro_rows(model.plain, objective, precision, mesh, micro_of, guess=choice.rows, most=share)
 
 
-def configure_model(model: Any, recipe: Recipe, choice: StepChoice) -> None:
+def configure_model(model: Any, recipe: Recipe, choice: Setup) -> None:
     """Training-only switches of the model: the recipe's, and for `auto` what was chosen by memory."""
     model.configure_training(
         attention=recipe.train.attention,

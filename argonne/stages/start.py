@@ -171,9 +171,8 @@ def check_tokenizer(start: Start, found: str, data_tokenizer: Path, allow: froze
     if trained is not None and trained != found and "data.tokenizer" not in allow:
         raise InputError(
             f"data: its tokenizer {data_tokenizer} (fingerprint {found[:12]}) is not the one the weights were trained "
-            f"with ({trained[:12]}); "
-            "prepare the text with the model's own tokenizer, or pass --allow data.tokenizer where the ids mean the "
-            "same"
+            f"with ({trained[:12]}); prepare the text with the model's own tokenizer, or pass --allow data.tokenizer "
+            "where the ids mean the same"
         )
 
 
@@ -190,8 +189,8 @@ def fit_model_section(recipe: Recipe, vocabulary: int, start: Start) -> ModelSec
         raise InputError("model: no preset, no init_from and no sizes; give model.preset (`argonne models` lists them)")
     if model.vocab_size is not None and model.vocab_size < vocabulary:
         raise InputError(
-            f"model.vocab_size: found {model.vocab_size:,}, but the data's tokenizer has {vocabulary:,} entries; "
-            f"give data of this model's tokenizer, or model.vocab_size = {vocabulary} for a fresh model"
+            f"model.vocab_size: found {model.vocab_size:,}, but the data's tokenizer has {vocabulary:,} entries; give "
+            f"data of this model's tokenizer, or model.vocab_size = {vocabulary} for a fresh model"
         )
     longest = max([recipe.data.sequence_length, *(change.sequence_length or 0 for change in recipe.batch.steps)])
     return dataclasses.replace(model, max_position_embeddings=max(longest, model.max_position_embeddings or 0))

@@ -28,9 +28,8 @@ def inspect_tokens(path: Path | str, verify: bool = True) -> dict[str, Any]:
     problems = []
     if (path / layout.MANIFEST).exists() or (path / files.HASH_LIST).exists():
         problems += _unsealed(path, verify, layout.MANIFEST)
-        if (
-            path / layout.TOKENIZER / files.HASH_LIST
-        ).exists():  # of a tokenizer that was trained here; the set's own list does not name it
+        # Of a tokenizer that was trained here: the set's own list does not name it.
+        if (path / layout.TOKENIZER / files.HASH_LIST).exists():
             problems += _unsealed(path / layout.TOKENIZER, verify)
     try:
         opened = open_tokens(path)

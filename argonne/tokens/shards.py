@@ -65,8 +65,8 @@ def read_header(path: Path) -> tuple[str, int]:
     found = (size - HEADER_BYTES) // np.dtype(dtype).itemsize
     if found != tokens or (size - HEADER_BYTES) % np.dtype(dtype).itemsize:
         raise InputError(
-            f"{path}: the header counts {tokens:,} tokens, the size of {size:,} bytes holds {found:,}; truncated "
-            "or overwritten, write it again"
+            f"{path}: the header counts {tokens:,} tokens, the size of {size:,} bytes holds {found:,}; truncated or "
+            "overwritten, write it again"
         )
     return dtype, tokens
 

@@ -148,8 +148,8 @@ def _shortage(run: Path, tensors: dict[str, torch.Tensor]) -> str:
     if free > needed:
         return ""
     return (
-        f"; a checkpoint takes {needed / 1e6:,.2f} MB and {free / 1e6:,.2f} MB are free: "
-        f"{(needed - free) / 1e6:,.2f} MB are missing"
+        f"; a checkpoint takes {needed / 1e6:,.2f} MB and {free / 1e6:,.2f} MB are free: {(needed - free) / 1e6:,.2f} "
+        "MB are missing"
     )
 
 

@@ -28,10 +28,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def back_off(
     optimizer: torch.optim.Optimizer, mesh: Mesh, loader: Batches, run: Path, step: int, reason: str, *, updated: bool
 ) -> str:

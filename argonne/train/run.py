@@ -92,9 +92,8 @@ class RunFolder:
     def release(self) -> None:
         if self._locked:
             self._locked = False
-            with suppress(
-                OSError
-            ):  # the process ends: its lock is dead, and taken over, even where it cannot be removed
+            # The process ends: its lock is dead, and taken over, even where it cannot be removed.
+            with suppress(OSError):
                 (self.path / LOCK).unlink(missing_ok=True)
             with suppress(OSError):  # a session that was refused before it wrote anything leaves no empty folder behind
                 self.path.rmdir()
@@ -208,6 +207,6 @@ def _locked_message(path: Path) -> str:
     since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(owner["time"]))
     hint = f" It has not been heard of for {silent / 60:.0f} minutes." if silent > _SILENT_SECONDS else ""
     return (
-        f"{path.parent}: the run is in use by process {owner['pid']} on {owner['host']}, started {since}.{hint} "
-        f"Wait for it, or if it is surely dead remove {path}"
+        f"{path.parent}: the run is in use by process {owner['pid']} on {owner['host']}, started {since}.{hint} Wait "
+        f"for it, or if it is surely dead remove {path}"
     )

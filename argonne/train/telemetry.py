@@ -123,9 +123,8 @@ class Telemetry:
             reading = self._pending.popleft()
             loss, _, skipped = reading.values()
             found.append((reading.step, skipped > 0))
-            about = (
-                loss * self.mesh.data_size / max(1, reading.count)
-            )  # of this rank's rows: the others' are not waited for
+            # Of this rank's rows: the others' are not waited for.
+            about = loss * self.mesh.data_size / max(1, reading.count)
             if usual := self._spikes.observe(about):
                 step = reading.step
                 before, after = self.data.tokens_by_source(step - 1), self.data.tokens_by_source(step)
@@ -355,8 +354,6 @@ def step_line(record: dict[str, Any], total_steps: int, seconds_left: float) -> 
     mfu = "n/a" if record["mfu"] is None else f"{100 * record['mfu']:.1f}%"
     return (
         f"step {record['step']:>{len(str(total_steps))}}/{total_steps}  loss {record['loss']:.4f}  lr "
-        f"{record['lr']:.3g}  "
-        f"grad {record['grad_norm']:.3f}  {human(record['tokens_per_second'])} tok/s  mfu {mfu}  "
-        f"{record['memory_gb']:.2f} GB  "
-        f"tokens {human(record['tokens'])}  left {human_time(seconds_left)}"
+        f"{record['lr']:.3g}  grad {record['grad_norm']:.3f}  {human(record['tokens_per_second'])} tok/s  mfu {mfu}  "
+        f"{record['memory_gb']:.2f} GB  tokens {human(record['tokens'])}  left {human_time(seconds_left)}"
     )

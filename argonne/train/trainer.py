@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from argonne.config import Recipe
+from argonne.errors import first_line
 from argonne.files import fingerprint
 from argonne.parallel.compile import eager_blocks, is_compiler_error, undo_compile
 from argonne.parallel.mesh import Mesh
@@ -24,7 +25,7 @@ from argonne.train.data import Batch, Batches, Data
 from argonne.train.guard import Diverged, HangWatch, NonFinitePolicy, StopWatch, parse_duration
 from argonne.train.optim import Precision
 from argonne.train.profiling import start_profiler
-from argonne.train.recovery import back_off, first_line, is_out_of_memory
+from argonne.train.recovery import back_off, is_out_of_memory
 from argonne.train.run import COMPLETE, STOPPED, RunFolder
 from argonne.train.saving import Saver
 from argonne.train.schedule import applied_rate, learning_rate, set_learning_rate
@@ -283,8 +284,8 @@ class Trainer:
             newest = checkpoint.newest_complete(self.run.path, self.line.say)
             raise Diverged(
                 f"{self.policy.in_a_row} steps in a row had a non-finite gradient (optim.max_skipped = "
-                f"{self.policy.limit}); "
-                f"the last good checkpoint is {newest.path if newest else 'none'}: resume it with a lower rate"
+                f"{self.policy.limit}); the last good checkpoint is {newest.path if newest else 'none'}: resume it "
+                "with a lower rate"
             )
         first_of_session = self.telemetry.first_step
         if step == first_of_session + 1:

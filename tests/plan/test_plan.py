@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from argonne.config import BatchChange, BatchSection, ModelSection
 from argonne.errors import InputError
 from argonne.plan import (
-    choose_step,
+    choose_setup,
     compare_plan,
     device,
     device_peak_flops,
@@ -24,6 +24,7 @@ from argonne.plan import (
     make_plan,
     plan_lines,
     plan_of_run,
+    running_device,
     shape_of,
 )
 from argonne.plan.build import steps_within, tokens_before
@@ -252,18 +253,19 @@ def test_half_precision_without_bf16_and_fp32_as_tf32() -> None:
 
 def test_a_run_on_an_unknown_card_is_planned_from_its_memory() -> None:
     recipe = load_recipe("argonne-2.5-pretrain")
-    step = choose_step(recipe, device_name="Some Unknown Card", device_memory=80e9, world_size=2)
-    plan = plan_of_run(recipe, step, device_name="Some Unknown Card", device_memory=80e9, world_size=2)
+    device = running_device("Some Unknown Card", 80e9)
+    setup = choose_setup(recipe, device, world_size=2)
+    plan = plan_of_run(recipe, setup, device, world_size=2)
     assert plan["fits"]
-    assert plan["micro_rows"] == step.micro_rows
+    assert plan["micro_rows"] == setup.rows
     assert plan["layout"]["replicate"] == 2
     assert plan["tokens_per_second"] is None
 
 
 def test_what_the_recipe_names_is_not_chosen_again() -> None:
     asked = {"train.activation_checkpointing": '"full"', "train.loss": '"full"', "batch.micro": "3"}
-    step = choose_step(load_recipe("argonne-2.5-pretrain", asked), device_name="NVIDIA H200")
-    assert (step.micro_rows, step.activation_checkpointing, step.loss) == (3, "full", "full")
+    setup = choose_setup(load_recipe("argonne-2.5-pretrain", asked), running_device("NVIDIA H200"))
+    assert (setup.rows, setup.activation_checkpointing, setup.loss) == (3, "full", "full")
 
 
 def test_a_card_without_bf16_is_told_before_launch() -> None:
