@@ -61,12 +61,12 @@ def raw(_point: str) -> dict[str, float]:
 def ours(encoder: str, size: tuple[float, int]) -> dict[str, float]:
     from argonne.prepare.options import PrepareOptions
     from argonne.prepare.prepare import prepare
-    from argonne.prepare.progress import Progress
+    from argonne.prepare.progress import ProgressBar
 
     def work(path: Path, folder: Path) -> None:
         prepare(
             PrepareOptions((str(path),), folder / "tokens", tokenizer_folder(), encoder=encoder),
-            Progress("prepare", 0, None),
+            ProgressBar("prepare", 0, None),
         )
 
     return measure(work, size)

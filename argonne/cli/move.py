@@ -10,7 +10,7 @@ from argonne.cli.command import Verbs, json_flag, model_argument, out_flag, show
 
 
 def add_verbs(verb: Verbs, arguments: Sequence[str]) -> None:
-    imports = verb("import", import_earlier)
+    imports = verb("import", import_legacy)
     imports.add_argument(
         "path", type=Path, metavar="PATH", help="model folder or .pt training checkpoint in an earlier format"
     )
@@ -31,7 +31,7 @@ def add_verbs(verb: Verbs, arguments: Sequence[str]) -> None:
     json_flag(export)
 
 
-def import_earlier(options: argparse.Namespace) -> None:
+def import_legacy(options: argparse.Namespace) -> None:
     from argonne.legacy.convert import import_checkpoint
 
     show(import_checkpoint(options.path, options.out, attention=options.attention), as_json=options.json)

@@ -84,12 +84,17 @@ def train_model(options: argparse.Namespace) -> None:
         print(to_toml(recipe), end="")
         return
     folder = options.run or Path("runs") / Path(options.recipe).stem
-    # A new run's token sets, before torch is loaded. A finished run needs none; of torchrun's nodes rank 0's alone may.
+    # A new run's data, before torch is loaded. A finished run needs none; of torchrun's nodes rank 0's alone may.
     if not folder.exists() and "RANK" not in os.environ:
         from argonne.tokens.formats import open_tokens
 
         for source in recipe.data.sources:
             open_tokens(source.path)
+        if recipe.data.input:
+            from argonne.prepare.from_text import options_of
+            from argonne.tokens.tokenizer import load_tokenizer
+
+            load_tokenizer(options_of(recipe.data, folder).tokenizer or "")
     from argonne.stages.pretrain import run
     from argonne.stages.session import finish_or_stop
 

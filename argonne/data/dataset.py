@@ -40,8 +40,10 @@ class TrainingData:
     unit = "tokens"
     reads_model = False
 
-    def __init__(self, data: DataSection, sources: Sequence[Source], plan: Mixture, tokenizer: TextTokenizer) -> None:
-        self.data, self.sources, self.mixture = data, list(sources), plan
+    def __init__(
+        self, data: DataSection, sources: Sequence[Source], mixture: Mixture, tokenizer: TextTokenizer
+    ) -> None:
+        self.data, self.sources, self.mixture = data, list(sources), mixture
         self.tokenizer = tokenizer
         self.tokenizer_folder, self.vocab_size, self.eos_id = tokenizer.folder, tokenizer.vocab_size, tokenizer.eos_id
         self.run_folder: Path | None = None
@@ -328,7 +330,7 @@ def open_training_data(
     }
     laid = phases.lay_out(data, batch, seed, sources, windows, state, allow)
     limits = {source.tokens.fingerprint: source.max_epochs for source in sources if math.isfinite(source.max_epochs)}
-    plan = Mixture(laid, windows, limits, phases.carried_positions(state))
-    opened = TrainingData(data, sources, plan, tokenizer)
+    mixture = Mixture(laid, windows, limits, phases.carried_positions(state))
+    opened = TrainingData(data, sources, mixture, tokenizer)
     opened.run_folder, opened.work = run_folder, work
     return opened

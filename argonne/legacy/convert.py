@@ -15,7 +15,7 @@ from torch import Tensor
 from argonne import layout
 from argonne.errors import InputError
 from argonne.files import atomic_directory
-from argonne.legacy.earlier import Earlier, read_earlier
+from argonne.legacy.reader import LegacyCheckpoint, read_legacy
 from argonne.model.configuration_argonne import FULL, SLIDING, Argonne1Config, ArgonneConfig
 from argonne.model.modeling_argonne import ArgonneForCausalLM
 from argonne.model.save import copy_tokenizer, save_model_folder, stop_ids
@@ -82,17 +82,17 @@ def modern_name(name: str, config: ArgonneConfig) -> str | None:
     return f"{OUTER[module]}.{kind}" if module in OUTER and kind in ("weight", "bias") else None
 
 
-def modern_config(earlier: Earlier, attention: str) -> ArgonneConfig:
+def modern_config(legacy: LegacyCheckpoint, attention: str) -> ArgonneConfig:
     """The config under today's names. attention "full": no window, as the released weights were trained; "as-config":
     as it says.
 
     A window of w saw the keys i-w .. i in the earlier code; `sliding_window` counts the query's own key, hence w + 1.
     """
-    raw = dict(earlier.config)
+    raw = dict(legacy.config)
     for name, off in EXPERIMENTAL.items():
         if raw.pop(name, off[0]) not in off:
             raise InputError(
-                f"{earlier.folder / layout.MODEL_CONFIG}: {name} is {earlier.config[name]!r}: an experiment of 4.5 "
+                f"{legacy.folder / layout.MODEL_CONFIG}: {name} is {legacy.config[name]!r}: an experiment of 4.5 "
                 "that is not supported"
             )
     raw.pop("sliding_window_size", None)
@@ -115,50 +115,50 @@ def modern_config(earlier: Earlier, attention: str) -> ArgonneConfig:
                 config.sliding_window = int(window or 0) + 1
             config.check_architecture()
     except (ValueError, TypeError, UserWarning) as error:
-        raise InputError(f"{earlier.folder / layout.MODEL_CONFIG}: {error}") from None
+        raise InputError(f"{legacy.folder / layout.MODEL_CONFIG}: {error}") from None
     if on and attention == "full":
-        earlier.messages.append(
+        legacy.messages.append(
             f"the config names a window of {window}; imported as full attention on every layer, as released weights "
             "were trained (--attention as-config keeps the window)"
         )
     if on and attention == "as-config":
-        earlier.messages.append(
+        legacy.messages.append(
             f"window of {window} earlier keys and the own one: sliding_window = {config.sliding_window}"
         )
     return config
 
 
-def modern_state(earlier: Earlier, config: ArgonneConfig, vocabulary: int | None = None) -> dict[str, Tensor]:
+def modern_state(legacy: LegacyCheckpoint, config: ArgonneConfig, vocabulary: int | None = None) -> dict[str, Tensor]:
     """The tensors under today's names, padded vocabulary rows trimmed to `vocabulary` (default: the config's).
 
     Raises InputError naming the first unknown, missing or mis-shaped parameter.
     """
     if vocabulary is not None and vocabulary < config.vocab_size:
-        earlier.messages.append(
+        legacy.messages.append(
             f"vocab_size {config.vocab_size} of the config becomes the {vocabulary} entries of the tokenizer"
         )
         config.vocab_size = vocabulary
     with torch.device("meta"):
         expected = {name: parameter.shape for name, parameter in ArgonneForCausalLM(config).state_dict().items()}
     state: dict[str, Tensor] = {}
-    for name, tensor in earlier.tensors.items():
+    for name, tensor in legacy.tensors.items():
         if name.endswith(".attn.mask"):
             continue
         new = modern_name(name, config)
         if new is None or new not in expected:
             raise InputError(
-                f"{earlier.folder}: parameter {name} is unknown in this architecture; config.json and weights belong "
+                f"{legacy.folder}: parameter {name} is unknown in this architecture; config.json and weights belong "
                 "to different models"
             )
         tensor = tensor[0] if new == "model.embed_positions.weight" and tensor.dim() == 3 else tensor
         rows = expected[new][0]
         is_table = rows == config.vocab_size and tensor.dim() == 2 and tensor.shape[1:] == expected[new][1:]
         if is_table and rows < tensor.shape[0] <= -(-rows // 512) * 512:
-            earlier.messages.append(f"{name}: {tensor.shape[0]} rows trimmed to the vocabulary of {rows}")
+            legacy.messages.append(f"{name}: {tensor.shape[0]} rows trimmed to the vocabulary of {rows}")
             tensor = tensor[:rows].clone()
         if tensor.shape != expected[new]:
             raise InputError(
-                f"{earlier.folder}: parameter {name} has shape {tuple(tensor.shape)}, expected {tuple(expected[new])}"
+                f"{legacy.folder}: parameter {name} has shape {tuple(tensor.shape)}, expected {tuple(expected[new])}"
             )
         state[new] = tensor
     table = state.get("model.embed_tokens.weight")
@@ -168,31 +168,31 @@ def modern_state(earlier: Earlier, config: ArgonneConfig, vocabulary: int | None
         and not torch.equal(state.setdefault("lm_head.weight", table), table)
     ):
         raise InputError(  # a tied head may be stored twice or once; stored twice with different values it is not tied
-            f"{earlier.folder}: lm_head.weight differs from embed_tokens.weight though tie_word_embeddings is true; "
+            f"{legacy.folder}: lm_head.weight differs from embed_tokens.weight though tie_word_embeddings is true; "
             "set it to false in config.json if the head was trained by itself"
         )
     if missing := sorted(set(expected) - set(state)):
         raise InputError(
-            f"{earlier.folder}: parameter {missing[0]} is missing from the weights ({len(missing)} of {len(expected)} "
+            f"{legacy.folder}: parameter {missing[0]} is missing from the weights ({len(missing)} of {len(expected)} "
             "are)"
         )
     return state
 
 
-def load_earlier(path: Path, attention: str = "full") -> tuple[ArgonneForCausalLM, Earlier]:
+def load_legacy(path: Path, attention: str = "full") -> tuple[ArgonneForCausalLM, LegacyCheckpoint]:
     """The model of an earlier checkpoint in its stored dtype, and what was read. Raises InputError."""
     if attention not in ("full", "as-config"):
         raise InputError(f"--attention is {attention!r}; expected full or as-config")
-    earlier = read_earlier(path)
-    config = modern_config(earlier, attention)
-    tokenizer, entries = layout.tokenizer_of(earlier.folder), None
+    legacy = read_legacy(path)
+    config = modern_config(legacy, attention)
+    tokenizer, entries = layout.tokenizer_of(legacy.folder), None
     if tokenizer is not None and (tokenizer / layout.TOKENIZER_FILE).is_file():
         from tokenizers import Tokenizer
 
         entries = int(
             Tokenizer.from_file(str(tokenizer / layout.TOKENIZER_FILE)).get_vocab_size(with_added_tokens=True)
         )
-    state = modern_state(earlier, config, entries)
+    state = modern_state(legacy, config, entries)
     floating = {tensor.dtype for tensor in state.values()}
     if len(floating) != 1:
         raise InputError(f"{path}: tensors of several dtypes ({', '.join(sorted(map(str, floating)))}); expected one")
@@ -200,7 +200,7 @@ def load_earlier(path: Path, attention: str = "full") -> tuple[ArgonneForCausalL
         model = ArgonneForCausalLM(config)
     model.load_state_dict(state, assign=True)
     model.tie_weights()
-    return model.eval(), earlier
+    return model.eval(), legacy
 
 
 def import_checkpoint(path: Path, out: Path, *, attention: str = "full") -> dict[str, Any]:
@@ -208,18 +208,18 @@ def import_checkpoint(path: Path, out: Path, *, attention: str = "full") -> dict
 
     Raises InputError for anything that is not such a checkpoint; `out` is complete or absent.
     """
-    model, earlier = load_earlier(path, attention)
-    ids = stop_ids(earlier.folder, earlier.config)
+    model, legacy = load_legacy(path, attention)
+    ids = stop_ids(legacy.folder, legacy.config)
     if ids["eos_id"] is None:
-        earlier.messages.append(
+        legacy.messages.append(
             "no end-of-text id is known: set eos_token_id in generation_config.json, or generation will not stop by "
             "itself"
         )
     with atomic_directory(out) as folder:
         save_model_folder(model, folder, **ids)
-        files = copy_tokenizer(layout.tokenizer_of(earlier.folder), folder)
+        files = copy_tokenizer(layout.tokenizer_of(legacy.folder), folder)
         if not files:
-            earlier.messages.append("no tokenizer beside the weights: add its files to the folder")
+            legacy.messages.append("no tokenizer beside the weights: add its files to the folder")
     return {
         "path": str(out),
         "source": str(path),
@@ -229,5 +229,5 @@ def import_checkpoint(path: Path, out: Path, *, attention: str = "full") -> dict
         "layer_types": list(model.config.layer_types or []),
         "sliding_window": model.config.sliding_window,
         "tokenizer_files": files,
-        "messages": earlier.messages,
+        "messages": legacy.messages,
     }

@@ -61,18 +61,18 @@ def export_pt(model: Path, out: Path) -> dict[str, Any]:
             "writes the weights"
         )
     config = ArgonneConfig.from_dict(read_json(checkpoint / layout.MODEL_CONFIG))
-    earlier = earlier_config(checkpoint, config)
+    legacy = legacy_config(checkpoint, config)
     target = out / f"{layout.checkpoint_name(state['step'])}.pt"
     if target.exists():
         raise InputError(f"{target} exists already; choose another folder or remove it")
-    if (out / layout.MODEL_CONFIG).is_file() and read_json(out / layout.MODEL_CONFIG) != earlier:
+    if (out / layout.MODEL_CONFIG).is_file() and read_json(out / layout.MODEL_CONFIG) != legacy:
         raise InputError(f"{out / layout.MODEL_CONFIG}: is the config of another model; choose another folder")
     content = _content(checkpoint, state, recipe, config)
     out.mkdir(parents=True, exist_ok=True)
     if not (out / layout.TOKENIZER).exists():
         (out / layout.TOKENIZER).mkdir()
         copy_tokenizer(checkpoint / layout.TOKENIZER, out / layout.TOKENIZER)
-    write_json(out / layout.MODEL_CONFIG, earlier)
+    write_json(out / layout.MODEL_CONFIG, legacy)
     _write(target, content)
     position, messages = content["data_position"], []
     if not isinstance(position, int):
@@ -119,7 +119,7 @@ def _checkpoint_of(model: Path) -> Path:
     return path
 
 
-def earlier_config(checkpoint: Path, config: ArgonneConfig) -> dict[str, Any]:
+def legacy_config(checkpoint: Path, config: ArgonneConfig) -> dict[str, Any]:
     """config.json in the words of the earlier class. Raises InputError naming the field that it cannot express."""
     for name, value in FIXED.items():
         if getattr(config, name) != value:
@@ -166,8 +166,8 @@ def _window(checkpoint: Path, config: ArgonneConfig) -> dict[str, Any]:
 
 def _content(checkpoint: Path, state: dict[str, Any], recipe: Recipe, config: ArgonneConfig) -> dict[str, Any]:
     tensors = read_checkpoint_tensors(checkpoint)
-    names = _earlier_names(checkpoint, tensors, config)
-    weights = {earlier: tensors[f"model.{name}"] for earlier, name in names.items()}
+    names = _legacy_names(checkpoint, tensors, config)
+    weights = {legacy: tensors[f"model.{name}"] for legacy, name in names.items()}
     if config.tie_word_embeddings:
         weights["lm_head.weight"] = weights["embed_tokens.weight"]
     # The rate of the next step: the schedule's where the length of the run is known, else the peak.
@@ -193,7 +193,7 @@ def _content(checkpoint: Path, state: dict[str, Any], recipe: Recipe, config: Ar
     }
 
 
-def _earlier_names(checkpoint: Path, tensors: dict[str, Tensor], config: ArgonneConfig) -> dict[str, str]:
+def _legacy_names(checkpoint: Path, tensors: dict[str, Tensor], config: ArgonneConfig) -> dict[str, str]:
     """{earlier name: today's} of every parameter, in the order of the earlier class's `parameters()`."""
     block = [f"blocks.{layer}.{part}" for layer in range(config.num_hidden_layers) for part in CLASSES[0][1]]
     every = [f"{module}.{kind}" for module in (*CLASSES[0][0], *block, *CLASSES[0][2]) for kind in ("weight", "bias")]

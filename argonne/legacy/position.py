@@ -51,12 +51,12 @@ def carried_position(file: TrainingFile, recipe: Recipe, *, from_start: bool) ->
     Raises InputError where the position cannot be carried over and the start was not asked for.
     """
     past = f"before {file.path.name}"
-    earlier = PhaseSource(past, f"earlier:{past}", "1", Position())
+    past_source = PhaseSource(past, f"earlier:{past}", "1", Position())
     length = batch_at(recipe.batch, recipe.data, file.step)[1]
     shown = _shown(file.content.get("data_position"))
     if from_start:
         _check_length_key(file, recipe)
-        parts = [_Part(file.step, file.tokens, earlier)]
+        parts = [_Part(file.step, file.tokens, past_source)]
         state = _state(file, recipe, parts, length, {}, mask=recipe.data.document_mask)
         return Carried(state, f"the data from its start (was at {shown})")
     try:
@@ -65,7 +65,7 @@ def carried_position(file: TrainingFile, recipe: Recipe, *, from_start: bool) ->
         data = open_training_data(recipe.data, recipe.batch, recipe.seed)
         try:
             position = _position(file, recipe, data, length)
-            parts = _parts(file, recipe, data, position, length, earlier)
+            parts = _parts(file, recipe, data, position, length, past_source)
         finally:
             data.close()
     except _Unknown as reason:
@@ -74,7 +74,7 @@ def carried_position(file: TrainingFile, recipe: Recipe, *, from_start: bool) ->
             "trained on, as one train.bin read in order with the same sequence length, or begin this data at its start "
             "with --data-from-start"
         ) from None
-    if len(parts) != 1 or parts[0].source is earlier:
+    if len(parts) != 1 or parts[0].source is past_source:
         _check_length_key(file, recipe)
     source = data.sources[0]
     state = _state(file, recipe, parts, length, {source.tokens.fingerprint: dataclasses.asdict(position)}, mask=False)
@@ -141,7 +141,7 @@ def _whole(content: dict[str, Any], name: str) -> int:
 
 
 def _parts(
-    file: TrainingFile, recipe: Recipe, data: TrainingData, position: Position, length: int, earlier: PhaseSource
+    file: TrainingFile, recipe: Recipe, data: TrainingData, position: Position, length: int, past_source: PhaseSource
 ) -> list[_Part]:
     """The past as phases record it: what this data gave since it began, other data before; all of it as other data
     where that does not add up.
@@ -150,7 +150,7 @@ def _parts(
     base_steps = _whole(content, "dataset_base_global_step")
     base_tokens = _whole(content, "dataset_base_tokens_processed")
     steps, tokens = file.step - base_steps, file.tokens - base_tokens
-    whole = [_Part(file.step, file.tokens, earlier)]
+    whole = [_Part(file.step, file.tokens, past_source)]
     is_base = min(base_steps, base_tokens) >= 0 and (base_steps == 0) == (base_tokens == 0)
     if not is_base or steps < 1 or tokens < steps or tokens % length:
         return whole
@@ -161,7 +161,7 @@ def _parts(
     if windows.advance(RowKey(length, "sequential", "packed", recipe.seed), Position(), tokens // length) != position:
         return whole
     mine = _Part(steps, tokens, PhaseSource(source.name, source.tokens.fingerprint, source.weight, Position()))
-    return [_Part(base_steps, base_tokens, earlier), mine] if base_steps else [mine]
+    return [_Part(base_steps, base_tokens, past_source), mine] if base_steps else [mine]
 
 
 def _state(

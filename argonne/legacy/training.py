@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from argonne import layout
 from argonne.errors import InputError
 from argonne.legacy.convert import modern_config, modern_name, modern_state
-from argonne.legacy.earlier import Earlier, config_folder, config_of_file, unpickle, weights_of_file
+from argonne.legacy.reader import LegacyCheckpoint, config_folder, config_of_file, unpickle, weights_of_file
 from argonne.model.configuration_argonne import ArgonneConfig
 from argonne.train.checkpoint import run_tensors
 
@@ -141,9 +141,9 @@ def _config_of(
     place = config_folder(path)
     if place is None and "hidden_size" in given:
         return None
-    earlier = Earlier(place or path, config_of_file(path, tensors, messages), tensors)
-    config = modern_config(earlier, "as-config" if given.get("sliding_window") else "full")
-    if earlier.messages and "layer_types" not in given:
+    legacy = LegacyCheckpoint(place or path, config_of_file(path, tensors, messages), tensors)
+    config = modern_config(legacy, "as-config" if given.get("sliding_window") else "full")
+    if legacy.messages and "layer_types" not in given:
         messages.append(
             "the config names a window; taken as full attention on every layer, as released weights were trained "
             "(model.layer_types and model.sliding_window say otherwise)"
@@ -190,22 +190,22 @@ def training_tensors(file: TrainingFile, config: ArgonneConfig) -> dict[str, Ten
 
     Raises InputError naming file and tensor for what is unknown, missing or mis-shaped.
     """
-    weights = modern_state(Earlier(file.path, {}, file.tensors, file.messages), config)
+    weights = modern_state(LegacyCheckpoint(file.path, {}, file.tensors, file.messages), config)
     values = {f"model.{name}": tensor for name, tensor in weights.items()}
     names = parameter_names(file, tied=config.tie_word_embeddings)
     state = _optimizer_state(file, len(names))
-    for number, earlier_name in enumerate(names):
-        name = modern_name(earlier_name, config)
+    for number, legacy_name in enumerate(names):
+        name = modern_name(legacy_name, config)
         assert name is not None  # modern_state has refused unknown names
         entry = state.get(number)
         if not isinstance(entry, dict):
-            raise InputError(f"{file.path}: optimizer_state_dict has no state of parameter {number} ({earlier_name})")
-        what = f"of parameter {number} ({earlier_name}) is"
+            raise InputError(f"{file.path}: optimizer_state_dict has no state of parameter {number} ({legacy_name})")
+        what = f"of parameter {number} ({legacy_name}) is"
         step = torch.tensor(float(entry["step"])) if isinstance(entry.get("step"), int | float) else entry.get("step")
         if not isinstance(step, Tensor) or step.numel() != 1:
             raise InputError(f"{file.path}: optimizer_state_dict: the step {what} {step!r}, expected one number")
         values[f"optim.step.{name}"] = step.reshape(())
-        shape = tuple(file.tensors[earlier_name].shape)
+        shape = tuple(file.tensors[legacy_name].shape)
         for moment in MOMENTS:
             tensor = entry.get(moment)
             found = tuple(tensor.shape) if isinstance(tensor, Tensor) else tensor
@@ -240,7 +240,7 @@ def _optimizer_state(file: TrainingFile, count: int) -> dict[Any, Any]:
     return state
 
 
-def restore(file: TrainingFile, model: nn.Module, optimizer: torch.optim.Optimizer, say: Callable[[str], None]) -> None:
+def restore(file: TrainingFile, model: nn.Module, optimizer: torch.optim.Optimizer, log: Callable[[str], None]) -> None:
     """Fill the model and AdamW of a run from the file, all or nothing; say what was trimmed and what of the optimizer's
     settings differs.
 
@@ -269,7 +269,7 @@ def restore(file: TrainingFile, model: nn.Module, optimizer: torch.optim.Optimiz
                 )
             target.copy_(value)
     for message in [*file.messages, *_differences(file, optimizer)]:
-        say(message)
+        log(message)
     file.tensors.clear()
     file.content.clear()
 

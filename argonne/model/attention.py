@@ -1,7 +1,7 @@
 """What each query may see, and the attention function that honours it. Ships with each checkpoint.
 
 A `MaskPlan` says it without a dense tensor: causal, perhaps a window, perhaps segments (documents of a packed row; the
-padded and the real part of a row). Only cached decoding, and masks that fit no plan, carry a dense one.
+padded and the real part of a row). Only cached decoding, and masks that fit no pattern, carry a dense one.
 `argonne_attention` is registered under the name `argonne` in transformers' interface and picks the kernel; the stock
 names (`sdpa`, `eager`, `flash_attention_2`...) stay selectable.
 """
@@ -24,7 +24,7 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import AttentionInterface
 
 from .configuration_argonne import FULL, SLIDING
-from .fused import MaskPlan, Segments
+from .fused import Pattern, Segments
 from .kernels import choose_kernel, run_kernel
 
 IMPLEMENTATION = "argonne"
@@ -73,7 +73,7 @@ def segments_of(
     return Segments.of(torch.cat([whole, inner]).sort().values, length, device)
 
 
-def plan_masks(
+def attention_patterns(
     config: Any,
     hidden: Tensor,
     attention_mask: Any,
@@ -101,12 +101,12 @@ def plan_masks(
             shape = (hidden.shape[0], hidden.shape[1])
             segments = segments_of(position_ids if explicit_positions else None, mask, shape, hidden.device)
             if not isinstance(segments, str):
-                return {kind: MaskPlan(config.sliding_window if kind == SLIDING else None, segments) for kind in kinds}
+                return {kind: Pattern(config.sliding_window if kind == SLIDING else None, segments) for kind in kinds}
         # transformers' own: 4-D tensors, block masks or None, whatever the named implementation wants.
         makers = {FULL: create_causal_mask, SLIDING: create_sliding_window_causal_mask}
         given = {"config": config, "inputs_embeds": hidden, "attention_mask": attention_mask, "past_key_values": cache}
         masks = {kind: makers[kind](**given, position_ids=position_ids.to(hidden.device)) for kind in kinds}
-    return {kind: MaskPlan(dense=mask, own_keys=cache is None) for kind, mask in masks.items()} if ours else masks
+    return {kind: Pattern(dense=mask, own_keys=cache is None) for kind, mask in masks.items()} if ours else masks
 
 
 def argonne_attention(
@@ -114,24 +114,24 @@ def argonne_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: MaskPlan | Tensor | None,
+    attention_mask: Pattern | Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention under a plan. query (B, Hq, Tq, D); key, value (B, Hkv, Tk, D); returns (B, Tq, Hq, D).
+    """Attention under a pattern. query (B, Hq, Tq, D); key, value (B, Hkv, Tk, D); returns (B, Tq, Hq, D).
 
     The kernel is the first of flash, varlen, flex, sdpa, math that can run this, or the one that `configure_training`
     forced; what ran is kept in `module.attention_path`. Raises ValueError when a forced kernel cannot run.
     """
-    plan = attention_mask if isinstance(attention_mask, MaskPlan) else MaskPlan(dense=attention_mask)
-    if plan.dense is None and query.shape[2] != key.shape[2] and query.shape[2] > 1:
+    pattern = attention_mask if isinstance(attention_mask, Pattern) else Pattern(dense=attention_mask)
+    if pattern.dense is None and query.shape[2] != key.shape[2] and query.shape[2] > 1:
         raise ValueError(f"{query.shape[2]} queries over {key.shape[2]} keys need a mask: none was given")
-    if plan.window is not None and plan.window >= query.shape[2]:
-        plan = replace(plan, window=None)  # it hides nothing
+    if pattern.window is not None and pattern.window >= query.shape[2]:
+        pattern = replace(pattern, window=None)  # it hides nothing
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    kernel = choose_kernel(getattr(module, "attention_kernel", "auto"), query, key, value, plan, dropout)
-    output, path = run_kernel(kernel, query, key, value, plan, scale, dropout)
+    kernel = choose_kernel(getattr(module, "attention_kernel", "auto"), query, key, value, pattern, dropout)
+    output, path = run_kernel(kernel, query, key, value, pattern, scale, dropout)
     if getattr(module, "attention_path", None) != path:
         module.attention_path = path  # type: ignore[assignment]
     return output, None

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from argonne.errors import InputError
-from argonne.model.attention import MaskPlan
+from argonne.model.attention import Pattern
 from argonne.model.configuration_argonne import Argonne1Config, ArgonneConfig
 from argonne.model.fused import Segments
 from argonne.model.kernels import choose_kernel
@@ -96,8 +96,8 @@ def check_attention(model: ArgonneForCausalLM, kernel: str, dtype: torch.dtype, 
     )
     segments = Segments.of(torch.tensor([0, 2, 4]), 4, device) if documents else None
     try:
-        plans = [MaskPlan(window, segments) for window in {None, config.sliding_window}]
-        return {choose_kernel(kernel, query, key, value, plan, config.attention_dropout) for plan in plans}
+        plans = [Pattern(window, segments) for window in {None, config.sliding_window}]
+        return {choose_kernel(kernel, query, key, value, pattern, config.attention_dropout) for pattern in plans}
     except ValueError as error:
         raise InputError(f"train.attention: {error}") from None
 

@@ -1,4 +1,4 @@
-"""FlashAttention, torch's varlen and flex attention under a plan. Differences between torch 2.11 and 2.13 stay here.
+"""FlashAttention, torch's varlen and flex attention under a pattern. Differences between torch 2.11 and 2.13 stay here.
 Ships with each checkpoint.
 
 Head sizes that a kernel does not know are padded with zeros: zeros in q and k add nothing to a score, zeros in v only
@@ -43,13 +43,13 @@ class Segments:
 
 
 @dataclass(frozen=True)
-class MaskPlan:
+class Pattern:
     """What a query sees besides "not the future".
 
     window: keys it sees, itself included (None = all). segments: what it may not look out of. dense: (B, 1, Tq, Tk)
     bool, True = visible, replaces all else. own_keys: attend to this call's keys and values, not to what the cache
-    returns (training, and the first call with an empty cache of any class). memo: what a kernel makes of the plan once
-    and reads in every layer.
+    returns (training, and the first call with an empty cache of any class). memo: what a kernel makes of the pattern
+    once and reads in every layer.
     """
 
     window: int | None = None
@@ -93,7 +93,7 @@ def flash_library(capability: tuple[int, int]) -> tuple[str, Callable[..., Any],
     return None
 
 
-def why_not_flash(query: Tensor, key: Tensor, plan: MaskPlan, dropout: float) -> str | None:
+def why_not_flash(query: Tensor, key: Tensor, pattern: Pattern, dropout: float) -> str | None:
     if query.device.type != "cuda":
         return f"FlashAttention needs a CUDA device, this is {query.device.type}"
     library = flash_library(torch.cuda.get_device_capability(query.device))
@@ -101,16 +101,16 @@ def why_not_flash(query: Tensor, key: Tensor, plan: MaskPlan, dropout: float) ->
         return "FlashAttention is not installed (pip install 'argonne[flash]')"
     if dropout and "dropout_p" not in inspect.signature(library[1]).parameters:
         return f"{library[0]} has no dropout"
-    return _why_not_half(query, key, plan)
+    return _why_not_half(query, key, pattern)
 
 
-def _why_not_half(query: Tensor, key: Tensor, plan: MaskPlan) -> str | None:
+def _why_not_half(query: Tensor, key: Tensor, pattern: Pattern) -> str | None:
     """What FlashAttention and varlen share."""
     if query.dtype not in HALF:
         return f"it computes in fp16 or bf16, the queries are {query.dtype}"
     if query.shape[-1] > 256:
         return f"its heads go up to 256, these are {query.shape[-1]}"
-    if plan.dense is not None:
+    if pattern.dense is not None:
         return "it takes no dense mask"
     if query.shape[2] != key.shape[2]:
         return f"{query.shape[2]} queries over {key.shape[2]} cached keys"
@@ -123,7 +123,7 @@ def call_flash(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    plan: MaskPlan,
+    pattern: Pattern,
     scale: float,
     dropout: float,
 ) -> Tensor:
@@ -134,15 +134,15 @@ def call_flash(
     rows, heads, length, size = query.shape
     width = -(-size // 8) * 8
     settings: dict[str, Any] = {"softmax_scale": scale, "causal": True}
-    if plan.window is not None:
-        settings["window_size"] = (plan.window - 1, 0)
+    if pattern.window is not None:
+        settings["window_size"] = (pattern.window - 1, 0)
     if dropout:
         settings["dropout_p"] = dropout
-    if plan.segments is None:
+    if pattern.segments is None:
         found = whole(*(pad_heads(x.transpose(1, 2), width) for x in (query, key, value)), **settings)
     else:
         tensors = [_flatten(x, width) for x in (query, key, value)]
-        cuts, longest = plan.segments.cumulative, plan.segments.longest
+        cuts, longest = pattern.segments.cumulative, pattern.segments.longest
         found = ragged(
             *tensors, cu_seqlens_q=cuts, cu_seqlens_k=cuts, max_seqlen_q=longest, max_seqlen_k=longest, **settings
         )
@@ -164,7 +164,7 @@ def varlen_function() -> tuple[Callable[..., Any], frozenset[str]] | None:
     return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
 
 
-def why_not_varlen(query: Tensor, key: Tensor, plan: MaskPlan, dropout: float) -> str | None:
+def why_not_varlen(query: Tensor, key: Tensor, pattern: Pattern, dropout: float) -> str | None:
     if query.device.type != "cuda":
         return f"varlen attention needs a CUDA device, this is {query.device.type}"
     found = varlen_function()
@@ -176,19 +176,22 @@ def why_not_varlen(query: Tensor, key: Tensor, plan: MaskPlan, dropout: float) -
         return "varlen attention needs compute capability 8.0"
     if dropout:
         return "varlen attention has no dropout"
-    return _why_not_half(query, key, plan)
+    return _why_not_half(query, key, pattern)
 
 
 def call_varlen(
-    function: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, scale: float
+    function: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, scale: float
 ) -> Tensor:
     """torch's own ragged FlashAttention, its varlen_attn; the window (-1, 0) is causal without one."""
     rows, heads, length, size = query.shape
     width = -(-size // 8) * 8
-    segments = plan.segments or Segments(
+    segments = pattern.segments or Segments(
         torch.arange(rows + 1, device=query.device, dtype=torch.int32) * length, None, length
     )
-    settings: dict[str, Any] = {"scale": scale, "window_size": (-1 if plan.window is None else plan.window - 1, 0)}
+    settings: dict[str, Any] = {
+        "scale": scale,
+        "window_size": (-1 if pattern.window is None else pattern.window - 1, 0),
+    }
     if heads != key.shape[1]:
         settings["enable_gqa"] = True
     q, k, v = (_flatten(x, width).contiguous() for x in (query, key, value))
@@ -201,14 +204,14 @@ def call_varlen(
 # -------------------------------------------------------------------------------------------------------------------
 
 
-def why_not_flex(query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, dropout: float) -> str | None:
+def why_not_flex(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, dropout: float) -> str | None:
     if query.device.type not in ("cuda", "cpu"):
         return f"flex attention needs a CUDA device, this is {query.device.type}"
     if query.device.type == "cpu" and torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
         return "flex attention has no gradients on the CPU"
     if dropout:
         return "flex attention has no dropout"
-    if plan.dense is not None:
+    if pattern.dense is not None:
         return "flex attention takes no dense mask here"
     if query.shape[2] != key.shape[2]:
         return f"{query.shape[2]} queries over {key.shape[2]} cached keys"
@@ -220,13 +223,13 @@ def why_not_flex(query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, drop
 
 
 def mask_function(
-    plan: MaskPlan, rows: int, length: int, device: torch.device
+    pattern: Pattern, rows: int, length: int, device: torch.device
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """The plan as flex attention's mask_mod(batch, head, query, key)."""
-    window, number = plan.window, None
-    if plan.segments is not None:
+    """The pattern as flex attention's mask_mod(batch, head, query, key)."""
+    window, number = pattern.window, None
+    if pattern.segments is not None:
         tokens = torch.arange(rows * length, device=device, dtype=torch.int32)
-        number = torch.searchsorted(plan.segments.cumulative, tokens, right=True).view(rows, length)
+        number = torch.searchsorted(pattern.segments.cumulative, tokens, right=True).view(rows, length)
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         seen = key <= query
@@ -247,23 +250,23 @@ def _compiled_flex() -> Callable[..., Any]:
     return compiled
 
 
-def flex_attention(query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, scale: float) -> Tensor:
-    """torch's flex attention; the block mask is made once a plan. Compiled on CUDA: uncompiled it would hold all
+def flex_attention(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, scale: float) -> Tensor:
+    """torch's flex attention; the block mask is made once a pattern. Compiled on CUDA: uncompiled it would hold all
     scores.
     """
     from torch.nn.attention.flex_attention import create_block_mask
     from torch.nn.attention.flex_attention import flex_attention as plain
 
     rows, heads, length, size = query.shape
-    if "flex" not in plan.memo:
-        mask = mask_function(plan, rows, length, query.device)
-        per_row = rows if plan.segments is not None else None
-        plan.memo["flex"] = create_block_mask(mask, per_row, None, length, length, device=query.device)
+    if "flex" not in pattern.memo:
+        mask = mask_function(pattern, rows, length, query.device)
+        per_row = rows if pattern.segments is not None else None
+        pattern.memo["flex"] = create_block_mask(mask, per_row, None, length, length, device=query.device)
     width = max(16, 1 << (size - 1).bit_length())  # its kernels want powers of two
     compiled = query.device.type == "cuda" and not torch.compiler.is_compiling()
     function: Any = _compiled_flex() if compiled else plain
     q, k, v = (pad_heads(x, width) for x in (query, key, value))
-    output = function(q, k, v, block_mask=plan.memo["flex"], scale=scale, enable_gqa=heads != key.shape[1])
+    output = function(q, k, v, block_mask=pattern.memo["flex"], scale=scale, enable_gqa=heads != key.shape[1])
     assert isinstance(output, Tensor)
     return output[..., :size].transpose(1, 2)
 
@@ -273,17 +276,17 @@ def flex_attention(query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, sc
 
 
 def run_fused(
-    kernel: str, query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, scale: float, dropout: float
+    kernel: str, query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, scale: float, dropout: float
 ) -> tuple[Tensor, str]:
     """`kernels.run_kernel` for flash, varlen and flex."""
-    words = (["documents"] if plan.segments is not None else []) + (["window"] if plan.window is not None else [])
+    words = (["documents"] if pattern.segments is not None else []) + (["window"] if pattern.window is not None else [])
     path = f"{kernel}-{'-'.join(words) or 'causal'}"
     if kernel == "flex":
-        return flex_attention(query, key, value, plan, scale), path
+        return flex_attention(query, key, value, pattern, scale), path
     if kernel == "varlen":
         found = varlen_function()
         assert found is not None
-        return call_varlen(found[0], query, key, value, plan, scale), path
+        return call_varlen(found[0], query, key, value, pattern, scale), path
     library = flash_library(torch.cuda.get_device_capability(query.device))
     assert library is not None
-    return call_flash(library[1], library[2], query, key, value, plan, scale, dropout), path
+    return call_flash(library[1], library[2], query, key, value, pattern, scale, dropout), path

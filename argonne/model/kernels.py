@@ -1,4 +1,4 @@
-"""The kernels that run attention under a plan: which can, in which order, and how. Ships with each checkpoint.
+"""The kernels that run attention under a pattern: which can, in which order, and how. Ships with each checkpoint.
 
 The order is flash, varlen, flex, sdpa, math. `auto` takes the first that can run this device, dtype, head size and
 mask; a forced kernel that cannot is a ValueError. Running out of memory is never a reason to take another one: nothing
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .fused import (
     HALF,
-    MaskPlan,
+    Pattern,
     Segments,
     mask_function,
     pad_heads,
@@ -35,7 +35,7 @@ class KernelUnavailable(ValueError):
     """A kernel that was asked for cannot run here."""
 
 
-def choose_kernel(wanted: str, query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, dropout: float) -> str:
+def choose_kernel(wanted: str, query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, dropout: float) -> str:
     """The kernel that will run. Raises ValueError when `wanted` is no kernel, or is forced and cannot run; the message
     says why.
 
@@ -47,50 +47,50 @@ def choose_kernel(wanted: str, query: Tensor, key: Tensor, value: Tensor, plan: 
     if query.shape[2] != key.shape[2] or query.shape[2] == 1:
         return "math" if wanted == "math" else "sdpa"
     if wanted != "auto":
-        reason = why_not(wanted, query, key, value, plan, dropout)
+        reason = why_not(wanted, query, key, value, pattern, dropout)
         if reason:
             raise KernelUnavailable(
                 f"attention kernel {wanted!r} was asked for and cannot run: {reason}; choose another or auto"
             )
         return wanted
     order = ORDER_ON_CPU if query.device.type == "cpu" else ORDER
-    return next(kernel for kernel in order if why_not(kernel, query, key, value, plan, dropout) is None)
+    return next(kernel for kernel in order if why_not(kernel, query, key, value, pattern, dropout) is None)
 
 
-def why_not(kernel: str, query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, dropout: float) -> str | None:
+def why_not(kernel: str, query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, dropout: float) -> str | None:
     """Why this kernel cannot run this call, or None when it can. sdpa and math always can."""
     if kernel == "flash":
-        return why_not_flash(query, key, plan, dropout)
+        return why_not_flash(query, key, pattern, dropout)
     if kernel == "varlen":
-        return why_not_varlen(query, key, plan, dropout)
-    return why_not_flex(query, key, value, plan, dropout) if kernel == "flex" else None
+        return why_not_varlen(query, key, pattern, dropout)
+    return why_not_flex(query, key, value, pattern, dropout) if kernel == "flex" else None
 
 
 def run_kernel(
-    kernel: str, query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, scale: float, dropout: float
+    kernel: str, query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, scale: float, dropout: float
 ) -> tuple[Tensor, str]:
     """Output (B, Tq, Hq, D) and the name of the path that made it."""
     if kernel == "math":
-        return math_attention(query, key, value, plan, scale, dropout), "math"
+        return math_attention(query, key, value, pattern, scale, dropout), "math"
     if kernel == "sdpa":
-        return sdpa_attention(query, key, value, plan, scale, dropout)
-    return run_fused(kernel, query, key, value, plan, scale, dropout)
+        return sdpa_attention(query, key, value, pattern, scale, dropout)
+    return run_fused(kernel, query, key, value, pattern, scale, dropout)
 
 
-def visible(plan: MaskPlan, rows: int, queries: int, keys: int, device: torch.device) -> Tensor | None:
-    """The plan as a dense mask (B or 1, 1, Tq, Tk), True = visible; None where everything is. For `math`, and for
+def visible(pattern: Pattern, rows: int, queries: int, keys: int, device: torch.device) -> Tensor | None:
+    """The pattern as a dense mask (B or 1, 1, Tq, Tk), True = visible; None where everything is. For `math`, and for
     tests.
     """
-    if plan.dense is not None:
-        return plan.dense
-    if queries == 1 and plan.segments is None and plan.window is None:
+    if pattern.dense is not None:
+        return pattern.dense
+    if queries == 1 and pattern.segments is None and pattern.window is None:
         return None
     row = torch.arange(rows, device=device)[:, None, None, None]
     q = torch.arange(queries, device=device)[None, None, :, None] + (keys - queries)
-    return mask_function(plan, rows, queries, device)(row, row, q, torch.arange(keys, device=device))
+    return mask_function(pattern, rows, queries, device)(row, row, q, torch.arange(keys, device=device))
 
 
-def math_attention(query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, scale: float, dropout: float) -> Tensor:
+def math_attention(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, scale: float, dropout: float) -> Tensor:
     """softmax(q k^T * scale) v in the open, at least in fp32: the reference for every other path. O(T^2) memory."""
     dtype = query.dtype
     wide = torch.promote_types(dtype, torch.float32)
@@ -98,7 +98,7 @@ def math_attention(query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, sc
     with torch.autocast(query.device.type, enabled=False):
         q = query.to(wide).unflatten(1, (key.shape[1], groups))
         scores = torch.einsum("bkgqd,bknd->bkgqn", q, key.to(wide)) * scale
-        mask = visible(plan, query.shape[0], query.shape[2], key.shape[2], query.device)
+        mask = visible(pattern, query.shape[0], query.shape[2], key.shape[2], query.device)
         if mask is not None:
             mask = mask[:, :, None]
             lowest = torch.finfo(wide).min
@@ -109,21 +109,21 @@ def math_attention(query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, sc
 
 
 def sdpa_attention(
-    query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan, scale: float, dropout: float
+    query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, scale: float, dropout: float
 ) -> tuple[Tensor, str]:
-    """torch's fused kernels: causal as it is, a window as blocks, segments one by one; a dense mask only where the plan
-    has one.
+    """torch's fused kernels: causal as it is, a window as blocks, segments one by one; a dense mask only where it has
+    one.
     """
     run = _Sdpa(scale, dropout, query.shape[1] != key.shape[1])
-    if query.shape[2] == 1 and plan.segments is None:
-        return _decode(run, query, key, value, plan.dense), "sdpa-decode"
-    if plan.dense is not None:
-        return run(query, key, value, mask=plan.dense).transpose(1, 2), "sdpa-mask"
-    if plan.segments is not None:
-        path = "sdpa-documents" if plan.window is None else "sdpa-documents-window"
-        return _by_segment(run, query, key, value, plan.segments, plan.window), path
-    if plan.window is not None:
-        return _windowed(run, query, key, value, plan.window).transpose(1, 2), "sdpa-window-blocks"
+    if query.shape[2] == 1 and pattern.segments is None:
+        return _decode(run, query, key, value, pattern.dense), "sdpa-decode"
+    if pattern.dense is not None:
+        return run(query, key, value, mask=pattern.dense).transpose(1, 2), "sdpa-mask"
+    if pattern.segments is not None:
+        path = "sdpa-documents" if pattern.window is None else "sdpa-documents-window"
+        return _by_segment(run, query, key, value, pattern.segments, pattern.window), path
+    if pattern.window is not None:
+        return _windowed(run, query, key, value, pattern.window).transpose(1, 2), "sdpa-window-blocks"
     return run(query, key, value, causal=True).transpose(1, 2), "sdpa-causal"
 
 

@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from .attention import IMPLEMENTATION, LayerInputs, plan_masks
+from .attention import IMPLEMENTATION, LayerInputs, attention_patterns
 from .configuration_argonne import Argonne1Config, ArgonneConfig
 from .kernels import ORDER
 from .layers import ArgonneAttention, ArgonneDecoderLayer, ArgonneRotaryEmbedding, make_norm
@@ -121,7 +121,7 @@ class ArgonneBaseModel(ArgonnePreTrainedModel):
         """
         explicit = position_ids is not None
         positions = self._positions(hidden, attention_mask, cache) if position_ids is None else position_ids
-        masks = plan_masks(self.config, hidden, attention_mask, positions, cache, explicit)
+        masks = attention_patterns(self.config, hidden, attention_mask, positions, cache, explicit)
         there = positions.to(hidden.device, non_blocking=True)
         cos, sin = self.rotary_emb(there, hidden.dtype) if self.config.position_embedding == "rope" else (None, None)
         return LayerInputs(cos, sin, masks, cache, extra or {})

@@ -117,7 +117,7 @@ def make_plan(
         checkpointing_stride=choice.setup.checkpointing_stride,
         loss=choice.setup.loss,
         memory=choice.memory.parts,
-        memory_peak=choice.memory.moment,
+        memory_peak=choice.memory.peak,
         memory_total=choice.memory.total,
         memory_limit=usable_memory(device, gpus),
         fits=choice.fits,

@@ -258,7 +258,7 @@ def _choices(recipe: Recipe, shape: ModelShape, known: Device, layout: Layout, l
             setup = _with_micro_rows(recipe, shape, setup, layout, limit)
             memory = memory_of(shape, setup)
             if cpu:  # the libraries share the memory with the tensors, and a run's peak memory counts both
-                memory = Memory({**memory.parts, "libraries": LIBRARIES_CPU}, memory.moment)
+                memory = Memory({**memory.parts, "libraries": LIBRARIES_CPU}, memory.peak)
             tokens = setup.rows * setup.sequence_length
             micro_speed = 1.0 if cpu else min(1.0, tokens / (tokens + HALF_SPEED_TOKENS) / best)
             speed = micro_speed * 3 / (3 + setup.share_recomputed(shape.num_hidden_layers)) * layout.speed

@@ -84,7 +84,7 @@ class Memory:
     """Bytes on one device at the highest moment of a step, by part, and which moment that is."""
 
     parts: dict[str, float]
-    moment: str
+    peak: str
 
     @property
     def total(self) -> float:
@@ -93,15 +93,15 @@ class Memory:
 
 def memory_of(shape: ModelShape, setup: Setup) -> Memory:
     """The highest moment of a training step."""
-    found = moments(shape, setup)
-    moment = max(found, key=lambda name: sum(found[name].values()))
-    return Memory({part: found[moment][part] for part in PARTS if found[moment].get(part)}, moment)
+    found = peaks(shape, setup)
+    peak = max(found, key=lambda name: sum(found[name].values()))
+    return Memory({part: found[peak][part] for part in PARTS if found[peak].get(part)}, peak)
 
 
-def moments(shape: ModelShape, setup: Setup) -> dict[str, dict[str, float]]:
+def peaks(shape: ModelShape, setup: Setup) -> dict[str, dict[str, float]]:
     """Bytes by part at each moment that can be the highest."""
     state = State.of(shape, setup)
-    always = {"weights": state.weights, "moments": state.moments, "process": PROCESS_CPU if setup.cpu else PROCESS_GPU}
+    always = {"weights": state.weights, "moments": state.peaks, "process": PROCESS_CPU if setup.cpu else PROCESS_GPU}
     held = state.gradients if setup.accumulates else 0.0
     layers = range(shape.num_hidden_layers)
     stream = setup.tokens * shape.hidden_size * setup.wide
@@ -150,7 +150,7 @@ class State:
 
     weights: float
     gradients: float
-    moments: float
+    peaks: float
     gradients_of_layer: float
     update_temporaries: float
 
@@ -185,7 +185,7 @@ class State:
         return State(
             weights=size * local / split + gathered,
             gradients=size * local / split,
-            moments=2 * size * local / split - size * matrices,
+            peaks=2 * size * local / split - size * matrices,
             gradients_of_layer=of_layer,
             update_temporaries=matrices * (size + setup.muon_width) + turning,
         )

@@ -23,7 +23,7 @@ from argonne.prepare import assemble, encode, encoders, engines, messages
 from argonne.prepare.documents import InputFile, Unit
 from argonne.prepare.options import PrepareOptions, check_options
 from argonne.prepare.planning import open_plan, sample_texts, turn, unit_weights, what_differs
-from argonne.prepare.progress import Progress
+from argonne.prepare.progress import ProgressBar
 from argonne.tokens import shards as tokens
 from argonne.tokens.tokenizer import load_tokenizer
 
@@ -32,7 +32,7 @@ PROBES = 64
 WORKER_BYTES, FAST_WORKER_BYTES = 16 << 20, 96 << 20
 
 
-def prepare(options: PrepareOptions, progress: Progress | None = None) -> Path:
+def prepare(options: PrepareOptions, progress: ProgressBar | None = None) -> Path:
     """Write the token set `options.out` and return it. Running it again after an interruption finishes the work.
 
     Raises InputError for wrong input, for an output folder that holds something else, and when too many rows were no
@@ -45,7 +45,7 @@ def prepare(options: PrepareOptions, progress: Progress | None = None) -> Path:
     if (out / layout.MANIFEST).exists() and not (out / layout.UNITS_PLAN).exists():
         _check_complete(options, out)  # without a lock: it may lie where nothing can be written
         return out
-    say = (progress or Progress("prepare", 0)).say
+    log = (progress or ProgressBar("prepare", 0)).log
     try:
         plan = open_plan(options, out)
         with ExitStack() as held:
@@ -54,37 +54,37 @@ def prepare(options: PrepareOptions, progress: Progress | None = None) -> Path:
                     _check_complete(options, out)
                     return out
                 held.enter_context(sole_writer(out, shared=options.part is not None))
-            say(messages.input_summary([InputFile(**file) for file in plan["files"]]))
+            log(messages.input_summary([InputFile(**file) for file in plan["files"]]))
             encode_units(options, plan, out, progress)
             if options.part is not None:
                 held.close()
             with turn(out):
-                manifest = finish(options, plan, out) if options.part is None else _finish_last(options, plan, out, say)
+                manifest = finish(options, plan, out) if options.part is None else _finish_last(options, plan, out, log)
     except OSError as error:
         raise InputError(messages.not_written(error, out)) from None
     for line in (messages.account(manifest), messages.held_out_warning(manifest)) if manifest is not None else ():
         if line:
-            say(line)
+            log(line)
     return out
 
 
 def _finish_last(
-    options: PrepareOptions, plan: dict[str, Any], out: Path, say: Callable[[str], None]
+    options: PrepareOptions, plan: dict[str, Any], out: Path, log: Callable[[str], None]
 ) -> dict[str, Any] | None:
     """Of several parts the one that ends last finishes the set."""
     assert options.part is not None
     part = f"part {options.part[0]}/{options.part[1]} is done"
     if (out / layout.MANIFEST).exists():
-        say(f"{part}; another part has finished the set")
+        log(f"{part}; another part has finished the set")
         return None
     if missing := len(plan["units"]) - len(encode.finished(out, len(plan["units"]))):
-        say(f"{part}; {missing} units of other parts are not yet")
+        log(f"{part}; {missing} units of other parts are not yet")
         return None
     with ExitStack() as held:
         try:
             held.enter_context(sole_writer(out, shared=False))
         except InputError:
-            say(f"{part}; a part that still works here will finish the set")
+            log(f"{part}; a part that still works here will finish the set")
             return None
         return finish(options, plan, out)
 
@@ -111,13 +111,13 @@ def sole_writer(out: Path, *, shared: bool) -> Iterator[None]:
         yield
 
 
-def encode_units(options: PrepareOptions, plan: dict[str, Any], out: Path, progress: Progress | None) -> None:
+def encode_units(options: PrepareOptions, plan: dict[str, Any], out: Path, progress: ProgressBar | None) -> None:
     """Encode what is not yet there of this part."""
     weights = unit_weights(plan)
-    progress = progress or Progress("prepare", sum(weights))
+    progress = progress or ProgressBar("prepare", sum(weights))
     records = encode.finished(out, len(plan["units"]))
     for number in [number for number, record in records.items() if not assemble.is_whole(plan["recipe"], record, out)]:
-        progress.say(f"unit {number}: its shard is missing or was cut; it is made again")
+        progress.log(f"unit {number}: its shard is missing or was cut; it is made again")
         encode.record_path(out, number).unlink(missing_ok=True)
         del records[number]
     for number, record in records.items():
@@ -132,7 +132,7 @@ def encode_units(options: PrepareOptions, plan: dict[str, Any], out: Path, progr
             options.engine, job, wanted, options.workers or _sensible_workers(options, job, weights, wanted)
         ):
             for warning in record["warnings"]:
-                progress.say(f"warning: unit {number}: {warning}")
+                progress.log(f"warning: unit {number}: {warning}")
             progress.add(weights[number], record["documents"], record["tokens"], record["text_bytes"])
     finally:
         progress.close()
@@ -146,7 +146,7 @@ def _sensible_workers(options: PrepareOptions, job: encode.Job, weights: list[in
     return max(1, min(os.cpu_count() or 1, sum(weights[number] for number in wanted) // each))
 
 
-def _encoder(options: PrepareOptions, plan: dict[str, Any], out: Path, progress: Progress) -> str:
+def _encoder(options: PrepareOptions, plan: dict[str, Any], out: Path, progress: ProgressBar) -> str:
     """Name of the encoder, after gigatoken was compared with the reference on hard probes and on the first documents of
     the input.
     """
@@ -154,7 +154,7 @@ def _encoder(options: PrepareOptions, plan: dict[str, Any], out: Path, progress:
     first = sample_texts([InputFile(**file) for file in plan["files"]], [Unit(**plan["units"][0])], plan["recipe"])
     probes = [] if options.encoder == "tokenizers" else list(itertools.islice(first, PROBES))
     name, reason = encoders.choose(tokenizer, options.encoder, probes)
-    progress.say(reason)
+    progress.log(reason)
     return name
 
 
@@ -167,7 +167,7 @@ def finish(options: PrepareOptions, plan: dict[str, Any], out: Path) -> dict[str
         ordered = assemble.assemble(plan["recipe"], ordered, out, tokens.dtype_for(plan["tokenizer"]["vocab_size"]))
     manifest = _manifest(plan, ordered)
     for leftover in files.collect_temporaries(out):
-        Progress("prepare", 0).say(f"removed the unfinished {leftover.name}")
+        ProgressBar("prepare", 0).log(f"removed the unfinished {leftover.name}")
     tokens.write_manifest(out, manifest)
     _clean(out)
     return manifest

@@ -11,7 +11,7 @@ from typing import Literal, TextIO
 LINE_SECONDS = 10.0
 
 
-class Progress:
+class ProgressBar:
     """Documents, tokens, MB/s and time left. `stream=None` is silent."""
 
     def __init__(self, label: str, total_bytes: int, stream: TextIO | Literal["stderr"] | None = "stderr") -> None:
@@ -41,7 +41,7 @@ class Progress:
             self._bar.set_postfix_str(self._counts())
         elif self.stream is not None and time.monotonic() - self._printed >= LINE_SECONDS:
             self._printed = time.monotonic()
-            self.say(f"{self.label}: {self._counts()}{self._left()}")
+            self.log(f"{self.label}: {self._counts()}{self._left()}")
 
     def _counts(self) -> str:
         seconds = max(time.monotonic() - self._began, 1e-9)
@@ -58,7 +58,7 @@ class Progress:
             "left"
         )
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         """One line for a person."""
         if self._bar is not None:
             self._bar.write(line, file=self.stream)

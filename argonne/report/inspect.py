@@ -112,7 +112,7 @@ def _run(path: Path) -> Facts:
     metrics = read_metrics(path) if (path / layout.METRICS).is_file() else None
     last = metrics.last("step") if metrics else None
     plan = next(
-        (path / name for name in (layout.COMPUTE_PLAN, layout.EARLIER_COMPUTE_PLAN) if (path / name).is_file()), None
+        (path / name for name in (layout.COMPUTE_PLAN, layout.LEGACY_COMPUTE_PLAN) if (path / name).is_file()), None
     )
     return {
         "kind": "run",

@@ -27,7 +27,7 @@ _MARKS = ("resume", "stop", "skip", "warning")
 
 
 @dataclass(frozen=True)
-class RunRecord:
+class ReportedRun:
     """Everything the page says about one run. `config` and `manifest` are empty where the run has no such file, and
     `problems` says so.
     """
@@ -41,39 +41,35 @@ class RunRecord:
     problems: tuple[str, ...]
 
 
-def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
+def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
     """Write the page for these run folders and return its path: `out`, or report.html in the first run.
 
     Raises InputError where a folder is not a run, or its metrics hold no step yet.
     """
-    if not runs:
+    if not folders:
         raise InputError("report: no run given; name at least one run folder")
-    names = [Path(run).resolve().name for run in runs]  # the whole path where two runs share one
-    records = [
-        _read_run(Path(run), name if names.count(name) == 1 else str(run))
-        for name, run in zip(names, runs, strict=True)
+    names = [Path(folder).resolve().name for folder in folders]  # the whole path where two runs share one
+    runs = [
+        _read_run(Path(folder), name if names.count(name) == 1 else str(folder))
+        for name, folder in zip(names, folders, strict=True)
     ]
-    target = out or Path(runs[0]) / layout.REPORT
-    title = " and ".join(record.name for record in records) if len(records) < 3 else f"{len(records)} runs"
+    target = out or Path(folders[0]) / layout.REPORT
+    title = " and ".join(run.name for run in runs) if len(runs) < 3 else f"{len(runs)} runs"
     body = [page.heading(title, 1)]
-    for record in records:
-        body += [page.paragraph(f"{record.name}: {problem}", "alert") for problem in record.problems]
-    body += (
-        _compared_head(records)
-        if len(records) > 1
-        else [page.paragraph(records[0].state), page.cards(_facts(records[0]))]
-    )
-    last_step = max(record.metrics.records[-1]["step"] for record in records)
+    for run in runs:
+        body += [page.paragraph(f"{run.name}: {problem}", "alert") for problem in run.problems]
+    body += _compared_head(runs) if len(runs) > 1 else [page.paragraph(runs[0].state), page.cards(_facts(runs[0]))]
+    last_step = max(run.metrics.records[-1]["step"] for run in runs)
     body += [page.heading("Curves"), page.paragraph(_KEY_TO_MARKS)]
-    body += ['<div class="panels">', *(page.figure(panel, last_step) for panel in _panels(records)), "</div>"]
-    for record in records:
-        body += _details(record, len(records) > 1)
+    body += ['<div class="panels">', *(page.figure(panel, last_step) for panel in _panels(runs)), "</div>"]
+    for run in runs:
+        body += _details(run, len(runs) > 1)
     target.parent.mkdir(parents=True, exist_ok=True)
     files.write_text(target, page.page(f"{title} - argonne", body))
     return target
 
 
-def _read_run(folder: Path, name: str) -> RunRecord:
+def _read_run(folder: Path, name: str) -> ReportedRun:
     metrics = read_metrics(folder)
     if not metrics.of("step"):
         raise InputError(f"{metrics.path}: no step logged yet ({metrics.lines} lines); wait for the first log line")
@@ -82,9 +78,9 @@ def _read_run(folder: Path, name: str) -> RunRecord:
     config, manifest = folder / layout.CONFIG, folder / layout.MANIFEST
     problems += [f"{file.name} is missing" for file in (config, manifest) if not file.is_file()]
     ending = layout.ending_of(folder)  # the run's markers, never its name
-    state = f"{ending.lower() if ending else 'not complete, last record'} at step {metrics.records[-1]['step']:,}"
+    state = f"{ending.lower() if ending else 'not complete, last run'} at step {metrics.records[-1]['step']:,}"
     found = files.read_json(manifest) if manifest.is_file() else {}
-    return RunRecord(
+    return ReportedRun(
         name, folder, metrics, config.read_text() if config.is_file() else "", found, state, tuple(problems)
     )
 
@@ -92,8 +88,8 @@ def _read_run(folder: Path, name: str) -> RunRecord:
 # ---------------------------------------------------------------------------------------------------------------- facts
 
 
-def _facts(record: RunRecord) -> list[tuple[str, str]]:
-    metrics = record.metrics
+def _facts(run: ReportedRun) -> list[tuple[str, str]]:
+    metrics = run.metrics
     steps, held_out = metrics.of("step"), metrics.of("held_out")
     losses = metrics.series("step", "loss")[1]
     facts = [("steps", f"{steps[-1]['step']:,}"), ("tokens", f"{steps[-1].get('tokens') or 0:,}")]
@@ -128,26 +124,24 @@ def _number(value: Any, form: str) -> str:
     return format(value, form) if isinstance(value, int | float) else "n/a"
 
 
-def _compared_head(records: list[RunRecord]) -> list[str]:
-    facts = [dict(_facts(record)) for record in records]
-    rows = [["state", *(record.state for record in records)]]
+def _compared_head(runs: list[ReportedRun]) -> list[str]:
+    facts = [dict(_facts(run)) for run in runs]
+    rows = [["state", *(run.state for run in runs)]]
     rows += [
         [name, *(each.get(name, "") for each in facts)]
         for name in dict.fromkeys(name for each in facts for name in each)
     ]
-    parts = [
-        page.table(["", *(record.name for record in records)], rows, numbers=range(1, len(records) + 1), swatches=True)
-    ]
-    trees = [tomllib.loads(record.config_text) for record in records]
+    parts = [page.table(["", *(run.name for run in runs)], rows, numbers=range(1, len(runs) + 1), swatches=True)]
+    trees = [tomllib.loads(run.config_text) for run in runs]
     changed: dict[str, list[str]] = {}
     for number, tree in enumerate(trees):
         for key, (first, other) in differences(trees[0], tree).items():
-            changed.setdefault(key, [str(first)] * len(records))[number] = str(other)
+            changed.setdefault(key, [str(first)] * len(runs))[number] = str(other)
     if changed:
         parts.append(page.heading("What differs in the configuration"))
         parts.append(
             page.table(
-                ["key", *(record.name for record in records)],
+                ["key", *(run.name for run in runs)],
                 [[key, *values] for key, values in sorted(changed.items())],
             )
         )
@@ -157,37 +151,31 @@ def _compared_head(records: list[RunRecord]) -> list[str]:
 # --------------------------------------------------------------------------------------------------------------- curves
 
 
-def _panels(records: list[RunRecord]) -> list[Panel]:
+def _panels(runs: list[ReportedRun]) -> list[Panel]:
     marks = [
-        Mark(row["step"], kind, number if len(records) > 1 else None)
-        for number, record in enumerate(records)
+        Mark(row["step"], kind, number if len(runs) > 1 else None)
+        for number, run in enumerate(runs)
         for kind in _MARKS
-        for row in record.metrics.of(kind)
+        for row in run.metrics.of(kind)
     ]
 
     def plain(event: str, name: str) -> list[Curve]:
-        return [
-            curve
-            for number, record in enumerate(records)
-            for curve in _curve(record, number, event, (name,), record.name)
-        ]
+        return [curve for number, run in enumerate(runs) for curve in _curve(run, number, event, (name,), run.name)]
 
     def by_source(event: str, name: str) -> list[Curve]:
-        sources = dict.fromkeys(source for record in records for source in record.metrics.sources())
-        return _told_apart(records, event, {source: ("sources", source, name) for source in sources})
+        sources = dict.fromkeys(source for run in runs for source in run.metrics.sources())
+        return _told_apart(runs, event, {source: ("sources", source, name) for source in sources})
 
     stalls = {"for data": ("wait_data_seconds",), "for saves": ("wait_save_seconds",)}
     panels = [
-        _loss_panel(records, marks),
+        _loss_panel(runs, marks),
         Panel("Held-out bits per byte", "", plain("held_out", "bits_per_byte")),
         Panel("Learning rate", "", plain("step", "lr"), from_zero=True),
         Panel("Gradient norm", "before clipping", plain("step", "grad_norm"), marks, logarithmic=True),
         Panel("Throughput", "tokens/s", plain("step", "tokens_per_second"), marks, from_zero=True),
         Panel("MFU", "share of the device's peak", plain("step", "mfu"), from_zero=True),
         Panel("Memory", "GB", plain("step", "memory_gb"), from_zero=True),
-        Panel(
-            "Waiting", "seconds since the session began", _told_apart(records, "step", stalls), marks, from_zero=True
-        ),
+        Panel("Waiting", "seconds since the session began", _told_apart(runs, "step", stalls), marks, from_zero=True),
         Panel("Tokens per source", "tokens", by_source("step", "tokens"), from_zero=True),
         Panel("Loss per source", "nats per token", by_source("step", "loss")),
         Panel("Held-out loss per source", "nats per token", by_source("held_out", "loss")),
@@ -196,46 +184,46 @@ def _panels(records: list[RunRecord]) -> list[Panel]:
     return [panel for panel in panels if panel.curves]
 
 
-def _curve(record: RunRecord, number: int, event: str, names: tuple[str, ...], label: str, **looks: Any) -> list[Curve]:
+def _curve(run: ReportedRun, number: int, event: str, names: tuple[str, ...], label: str, **looks: Any) -> list[Curve]:
     """The curve of one field of one run, or none where the field never held a number."""
-    steps, values = record.metrics.series(event, *names)
+    steps, values = run.metrics.series(event, *names)
     name, looks = f"curve-{number}-{event}-{'-'.join(names)}", {"colour": number, **looks}
     return [Curve(name, steps, values, label=label, points=event == "held_out", **looks)] if steps else []
 
 
-def _loss_panel(records: list[RunRecord], marks: list[Mark]) -> Panel:
+def _loss_panel(runs: list[ReportedRun], marks: list[Mark]) -> Panel:
     curves: list[Curve] = []
-    alone = len(records) == 1
-    for number, record in enumerate(records):
-        steps, values = record.metrics.series("step", "loss")
-        label = "training, smoothed" if alone else f"{record.name}: training"
+    alone = len(runs) == 1
+    for number, run in enumerate(runs):
+        steps, values = run.metrics.series("step", "loss")
+        label = "training, smoothed" if alone else f"{run.name}: training"
         curves.append(
             Curve(f"curve-{number}-step-loss", steps, values, number, label="training" if alone else "", faint=True)
         )
         curves.append(Curve(f"curve-{number}-smoothed-loss", steps, smoothed(values), number, label))
-        label, looks = ("held-out", {"colour": 1}) if alone else (f"{record.name}: held-out", {"dash": 1})
-        curves += _curve(record, number, "held_out", ("loss",), label, **looks)
+        label, looks = ("held-out", {"colour": 1}) if alone else (f"{run.name}: held-out", {"dash": 1})
+        curves += _curve(run, number, "held_out", ("loss",), label, **looks)
     return Panel("Loss", "nats per token", curves, marks)
 
 
-def _told_apart(records: list[RunRecord], event: str, fields: Mapping[str, tuple[str, ...]]) -> list[Curve]:
+def _told_apart(runs: list[ReportedRun], event: str, fields: Mapping[str, tuple[str, ...]]) -> list[Curve]:
     """A curve a run and field, by label. One run: a colour a field. Several: a colour a run, a dash a field."""
-    alone = len(records) == 1
+    alone = len(runs) == 1
     curves: list[Curve] = []
-    for number, record in enumerate(records):
+    for number, run in enumerate(runs):
         for index, (label, names) in enumerate(fields.items()):
             looks = {"colour": index} if alone else {"dash": index}
-            curves += _curve(record, number, event, names, label if alone else f"{record.name}: {label}", **looks)
+            curves += _curve(run, number, event, names, label if alone else f"{run.name}: {label}", **looks)
     return curves
 
 
 # -------------------------------------------------------------------------------------------------------------- details
 
 
-def _details(record: RunRecord, named: bool) -> list[str]:
-    prefix = f"{record.name}: " if named else ""
+def _details(run: ReportedRun, named: bool) -> list[str]:
+    prefix = f"{run.name}: " if named else ""
     parts: list[str] = []
-    samples = record.metrics.of("sample")
+    samples = run.metrics.of("sample")
     if samples:
         parts.append(page.heading(f"{prefix}Samples over time"))
         for number, row in enumerate(samples):
@@ -243,19 +231,19 @@ def _details(record: RunRecord, named: bool) -> list[str]:
             shown = page.preformatted(text.removeprefix(prompt), lead=prompt)
             parts.append(page.folded(f"step {row['step']:,}", shown, is_open=number in (0, len(samples) - 1)))
     parts.append(page.heading(f"{prefix}Events"))
-    events = [row for row in record.metrics.records if row["event"] not in ("step", "sample")]
+    events = [row for row in run.metrics.records if row["event"] not in ("step", "sample")]
     rows = [[_clock(row), f"{row['step']:,}", row["event"], _event_text(row)] for row in events]
     parts.append(
         page.folded(
             f"{len(rows)} events", page.table(["UTC", "step", "event", ""], rows, numbers=[1]), is_open=len(rows) <= 12
         )
     )
-    if record.manifest:
-        facts = _flat(record.manifest)
+    if run.manifest:
+        facts = _flat(run.manifest)
         parts.append(page.heading(f"{prefix}Manifest"))
         parts.append(page.folded(f"{len(facts)} facts", page.table(["key", "value"], facts), is_open=len(facts) <= 30))
-    if record.config_text:
-        parts += [page.heading(f"{prefix}Configuration"), page.folded(layout.CONFIG, page.code(record.config_text))]
+    if run.config_text:
+        parts += [page.heading(f"{prefix}Configuration"), page.folded(layout.CONFIG, page.code(run.config_text))]
     return parts
 
 

@@ -26,7 +26,7 @@ def run_demo(
     *,
     overrides: Mapping[str, str] | None = None,
     modules: Sequence[str] = MODULES,
-    say: Callable[[str], None] | None = None,
+    log: Callable[[str], None] | None = None,
 ) -> None:
     """Collect a corpus, train a tokenizer, prepare, pretrain with a stop and a resume, measure, generate and write a
     report, all below `out`.
@@ -34,7 +34,7 @@ def run_demo(
     Interrupted, it goes on where it was. `overrides`: recipe keys, as on the command line. Raises InputError where
     `out` is something else.
     """
-    demo = _Demo(Path(out), dict(overrides or {}), modules, say or partial(print, flush=True))
+    demo = _Demo(Path(out), dict(overrides or {}), modules, log or partial(print, flush=True))
     demo.corpus()
     demo.prepare()
     demo.train()
@@ -45,19 +45,19 @@ def run_demo(
 
 class _Demo:
     def __init__(
-        self, out: Path, overrides: dict[str, str], modules: Sequence[str], say: Callable[[str], None]
+        self, out: Path, overrides: dict[str, str], modules: Sequence[str], log: Callable[[str], None]
     ) -> None:
         if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "corpus.jsonl").exists())):
             raise InputError(f"{out}: exists and is no demo folder; choose another with --out")
-        self.out, self.modules, self.say, self.started = out, modules, say, time.monotonic()
+        self.out, self.modules, self.log, self.started = out, modules, log, time.monotonic()
         self.tokens, self.run = out / "tokens", out / "run"
         source = f"[{{ path = {json.dumps(str(self.tokens))}, max_epochs = 20.0 }}]"
         self.overrides = {"data.sources": source, **overrides}
 
     def heading(self, number: int, text: str, command: str = "") -> None:
-        self.say(f"\n[{number}/6] {text}   ({time.monotonic() - self.started:.0f} s so far)")
+        self.log(f"\n[{number}/6] {text}   ({time.monotonic() - self.started:.0f} s so far)")
         if command:
-            self.say(f"      $ {command}")
+            self.log(f"      $ {command}")
 
     def corpus(self) -> None:
         self.heading(1, "A corpus: the documentation that this Python carries")
@@ -67,7 +67,7 @@ class _Demo:
             found.path.unlink()  # the one that is there keeps its date, so that an interrupted demo goes on
         else:
             found.path.replace(path)
-        self.say(
+        self.log(
             f"      {found.documents:,} documents, {found.bytes / 1e6:.2f} MB of text, from {found.modules} modules "
             f"(parsed, not imported)\n      left out: {found.too_short} very short, {found.repeated} repeated, "
             f"{len(found.missing)} modules this Python lacks"
@@ -84,7 +84,7 @@ class _Demo:
         self.heading(2, f"A tokenizer of {VOCABULARY:,} entries, and the text as tokens", command)
         prepare(PrepareOptions(input=(source,), out=self.tokens, train_tokenizer=VOCABULARY, hold_out=HOLD_OUT))
         made = open_tokens(self.tokens)
-        self.say(
+        self.log(
             f"      {made.train.tokens:,} tokens to train on, {made.held_out.tokens:,} held out "
             f"({made.held_out.documents} documents)"
         )
@@ -106,7 +106,7 @@ class _Demo:
         middle = steps // 2
         result = run(recipe, self.run, stop_after_step=middle)
         if not result.outcome.complete:
-            self.say(
+            self.log(
                 f"      Stopped on purpose after step {result.outcome.step}. Everything is in the checkpoint; the same "
                 "command goes on:"
             )
@@ -120,7 +120,7 @@ class _Demo:
         self.heading(4, "How well it predicts text it has never seen, in bits per byte (lower is better)", command)
         found = evaluate(self.run, ["bpb"], self.tokens)["tasks"]["bpb"]
         others = baseline_results(self.tokens, load_tokenizer(self.tokens / layout.TOKENIZER))
-        self.say(f"      on {found['documents']:,} held-out documents, {found['bytes']:,} bytes:")
+        self.log(f"      on {found['documents']:,} held-out documents, {found['bytes']:,} bytes:")
         for name, value in (
             (f"all {VOCABULARY:,} tokens as likely", others["uniform"]),
             ("token frequencies (unigram)", others["unigram"]),
@@ -128,10 +128,10 @@ class _Demo:
             ("xz -9 behind the training text", others["xz_after_training_text"]),
             ("bigram model, same tokens", others["bigram"]),
         ):
-            self.say(f"      {name:34} {value:6.3f}")
+            self.log(f"      {name:34} {value:6.3f}")
         error = found["standard_error"]
         spread = "" if error is None else f"  (standard error {error:.3f})"
-        self.say(f"      {'this model':34} {found['bits_per_byte']:6.3f}{spread}")
+        self.log(f"      {'this model':34} {found['bits_per_byte']:6.3f}{spread}")
 
     def generate(self) -> None:
         from argonne.serve.engine import open_engine
@@ -145,16 +145,16 @@ class _Demo:
         for prompt, text in zip(
             PROMPTS, engine.complete(PROMPTS, SamplingOptions(max_new_tokens=60, seed=1)), strict=True
         ):
-            self.say("\n".join(f"      | {line}" for line in f"{prompt}{text}".splitlines()))
-            self.say("")
+            self.log("\n".join(f"      | {line}" for line in f"{prompt}{text}".splitlines()))
+            self.log("")
 
     def report(self) -> None:
         from argonne.report.report import write_report
 
         self.heading(6, "The report", f"argonne report {shlex.quote(str(self.run))}")
         page = write_report([self.run])
-        self.say(f"      open {page} in a browser: loss, rate, gradient norm, throughput, samples, configuration")
-        self.say(f"\nDone in {time.monotonic() - self.started:.0f} s. What to try next:")
+        self.log(f"      open {page} in a browser: loss, rate, gradient norm, throughput, samples, configuration")
+        self.log(f"\nDone in {time.monotonic() - self.started:.0f} s. What to try next:")
         run, sources = shlex.quote(str(self.run)), shlex.quote(self.overrides["data.sources"])
         for command, meaning in (
             (f"argonne generate {run} --prompt 'class ' --temperature 0.5", "your own prompt"),
@@ -175,4 +175,4 @@ class _Demo:
             ),
             ("argonne models", "the architectures of all generations, with their exact sizes"),
         ):
-            self.say(f"  {command}\n      {meaning}")
+            self.log(f"  {command}\n      {meaning}")

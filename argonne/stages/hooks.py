@@ -153,7 +153,7 @@ def record_start(
     mesh: Mesh,
     micro_rows: int,
     total_steps: int,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> None:
     """Write config and manifest, print what is about to run."""
     parameters = shape_of(recipe.model, recipe.data.sequence_length).parameters()
@@ -173,20 +173,20 @@ def record_start(
         }
     )
     for text in data.description:
-        say(text)
+        log(text)
     step = int(start.progress.get("step", 0))
     rows, length = data.rows(step), data.sequence_length(step)
-    say(
+    log(
         f"model: {parameters:,} parameters, {recipe.model.num_hidden_layers} layers, "
         f"{recipe.model.preset or 'from ' + str(recipe.model.init_from)}"
     )
-    say(
+    log(
         f"batch: {rows * length:,} tokens a step = {rows} rows x {length}, {micro_rows} rows a micro-batch on "
         f"{mesh.world_size} x {mesh.device.type}; {total_steps:,} steps, {data.tokens_before(total_steps):,} tokens"
     )
     rates = "  ".join(f"{step}: {rate:.3g}" for step, rate in curve(total_steps, recipe.optim, recipe.schedule))
-    say(f"learning rate at steps {rates}")
-    say(start.description)
+    log(f"learning rate at steps {rates}")
+    log(start.description)
 
 
 def run_state(

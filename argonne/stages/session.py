@@ -109,27 +109,27 @@ def _determinism(wanted: bool) -> Iterator[None]:
 
 
 def _train(session: Session, run: RunFolder, mesh: Mesh, watch: StopWatch) -> Outcome:
-    def say(text: str) -> None:
+    def log(text: str) -> None:
         if mesh.is_main:
             print(text, file=sys.stderr, flush=True)
 
     if (done := run.marker(COMPLETE)) is not None:
         _check_finished(session, int(done["step"]))
-        say(f"{run.path}: complete at step {done['step']}; nothing to do (final model in {run.path / FINAL_MODEL})")
+        log(f"{run.path}: complete at step {done['step']}; nothing to do (final model in {run.path / FINAL_MODEL})")
         return Outcome(int(done["step"]), "complete")
     if session.recipe.train.threads:
         torch.set_num_threads(session.recipe.train.threads)
     elif mesh.world_size > 1 and mesh.device.type == "cpu":
         local = int(os.environ.get("LOCAL_WORLD_SIZE", mesh.world_size))
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
-    opened = open_run(session, run, mesh, say)
+    opened = open_run(session, run, mesh, log)
     recipe, start, data = opened.recipe, opened.start, opened.data
     metrics: MetricsLog | None = None
     try:
-        built = build(session, opened, run, mesh, say)
+        built = build(session, opened, run, mesh, log)
         recipe, progress = built.recipe, built.progress
         if mesh.is_main:
-            record_start(run, recipe, opened.idle, data, start, mesh, built.loader.micro_rows, opened.total_steps, say)
+            record_start(run, recipe, opened.idle, data, start, mesh, built.loader.micro_rows, opened.total_steps, log)
         mesh.barrier()
         metrics = MetricsLog(run.path, recipe.log, enabled=mesh.is_main, run_name=run.run_id)
         metrics.write(

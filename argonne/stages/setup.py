@@ -80,15 +80,15 @@ class Built:
     loader: Loader
 
 
-def open_run(session: Session, run: RunFolder, mesh: Mesh, say: Callable[[str], None]) -> Opened:
+def open_run(session: Session, run: RunFolder, mesh: Mesh, log: Callable[[str], None]) -> Opened:
     """Find the start, compare configs, open the data; everything that can be wrong with the input is found here or in
     `build`.
     """
     if mesh.is_main:
-        clean_leftovers(run.path, say)
+        clean_leftovers(run.path, log)
     mesh.barrier()
-    start = find_start(run, session.recipe, session.resume_from, say, data_from_start=session.data_from_start)
-    _compare_config(start, session, mesh, say)
+    start = find_start(run, session.recipe, session.resume_from, log, data_from_start=session.data_from_start)
+    _compare_config(start, session, mesh, log)
     train = start.settled(session.recipe).train
     given = dataclasses.replace(session.recipe, train=train)
     alone = _reads_alone(given, mesh)
@@ -117,7 +117,7 @@ def _reads_alone(recipe: Recipe, mesh: Mesh) -> bool:
     return recipe.data.reader == "rank-0" and mesh.world_size > 1
 
 
-def build(session: Session, opened: Opened, run: RunFolder, mesh: Mesh, say: Callable[[str], None]) -> Built:
+def build(session: Session, opened: Opened, run: RunFolder, mesh: Mesh, log: Callable[[str], None]) -> Built:
     """The model on its mesh, the optimizer over what will really be trained, the restored state; then what only changes
     speed and memory.
     """
@@ -136,7 +136,7 @@ def build(session: Session, opened: Opened, run: RunFolder, mesh: Mesh, say: Cal
     if start.checkpoint is not None:
         load_tensors(start.checkpoint, run_tensors(parallelised.plain, optimizer), mesh)
     elif start.family_file is not None:
-        restore(start.family_file, parallelised.plain, optimizer, say)
+        restore(start.family_file, parallelised.plain, optimizer, log)
     data.attach(parallelised, mesh)
     exchange = mesh if _reads_alone(recipe, mesh) else None
     loader = Loader(data, mesh.data_rank, mesh.data_size, 1, pin_memory=mesh.device.type == "cuda", exchange=exchange)
@@ -168,7 +168,7 @@ def build(session: Session, opened: Opened, run: RunFolder, mesh: Mesh, say: Cal
     return Built(settled_recipe, Trained(parallelised, optimizer, precision, compiled), progress, loader)
 
 
-def _compare_config(start: Start, session: Session, mesh: Mesh, say: Callable[[str], None]) -> None:
+def _compare_config(start: Start, session: Session, mesh: Mesh, log: Callable[[str], None]) -> None:
     """List every key that differs from the checkpoint's recipe; in its own run, one that changes what is trained needs
     `--allow`.
     """
@@ -181,7 +181,7 @@ def _compare_config(start: Start, session: Session, mesh: Mesh, say: Callable[[s
     for path, (old, new) in found.items():
         free = is_free(path) or not start.own
         allowed = free or any(path == name or path.startswith(f"{name}.") for name in session.allow)
-        say(f"changed since the checkpoint: {path}: {old!r} -> {new!r}{'' if allowed else '  (refused)'}")
+        log(f"changed since the checkpoint: {path}: {old!r} -> {new!r}{'' if allowed else '  (refused)'}")
         if not allowed:
             refused.append(path)
     if refused:

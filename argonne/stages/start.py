@@ -82,7 +82,7 @@ def find_start(
     run: RunFolder,
     recipe: Recipe,
     resume_from: Path | None,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     *,
     data_from_start: bool = False,
 ) -> Start:
@@ -92,7 +92,7 @@ def find_start(
     `data_from_start`: what a `.pt` of the family says of its place in the data is left aside.
     """
     if list_checkpoints(run.path):
-        newest = newest_complete(run.path, say)
+        newest = newest_complete(run.path, log)
         if newest is None:
             raise InputError(
                 f"{run.path}: none of its checkpoints is complete; restore one, or remove the run to start again"

@@ -201,13 +201,13 @@ def list_checkpoints(run: Path) -> list[Saved]:
     return [Saved(path, step) for step, path in sorted(found)]
 
 
-def newest_complete(run: Path, say: Callable[[str], None]) -> Saved | None:
+def newest_complete(run: Path, log: Callable[[str], None]) -> Saved | None:
     """The newest checkpoint whose hashes hold; a damaged one is passed over and named."""
     for saved in reversed(list_checkpoints(run)):
         problems = verify_directory(saved.path)
         if not problems:
             return saved
-        say(f"passing over {saved.path}: {problems[0]}")
+        log(f"passing over {saved.path}: {problems[0]}")
     return None
 
 
@@ -269,7 +269,7 @@ def load_tensors(checkpoint: Path, tensors: dict[str, torch.Tensor], mesh: Mesh)
         dcp.load(dict(tensors), storage_reader=reader, process_group=mesh.agreement, no_dist=mesh.world_size == 1)
 
 
-def prune(run: Path, keep: CheckpointSection, best_step: int | None, say: Callable[[str], None]) -> list[Path]:
+def prune(run: Path, keep: CheckpointSection, best_step: int | None, log: Callable[[str], None]) -> list[Path]:
     """Delete checkpoints that no rule keeps, oldest first, printing each. Called only after a newer one is complete and
     verified.
 
@@ -291,16 +291,16 @@ def prune(run: Path, keep: CheckpointSection, best_step: int | None, say: Callab
             (item.path / HASH_LIST).unlink(missing_ok=True)
             shutil.rmtree(item.path)
             removed.append(item.path)
-            say(f"removed {item.path.name} (kept: {', '.join(str(step) for step in sorted(kept))})")
+            log(f"removed {item.path.name} (kept: {', '.join(str(step) for step in sorted(kept))})")
     return removed
 
 
-def clean_leftovers(run: Path, say: Callable[[str], None]) -> None:
+def clean_leftovers(run: Path, log: Callable[[str], None]) -> None:
     """Remove temporaries of killed saves and finish what a kill after the last rename left undone. The caller holds the
     run's lock.
     """
     for path in collect_temporaries(run):
-        say(f"removed {path.name}, left by an interrupted write")
+        log(f"removed {path.name}, left by an interrupted write")
     whole = [saved.path for saved in list_checkpoints(run) if not verify_directory(saved.path, hashes=False)]
     if whole and (run / LAST).resolve() != whole[-1].resolve():
         point_last(run, whole[-1])

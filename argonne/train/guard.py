@@ -32,7 +32,7 @@ def parse_duration(text: str, where: str) -> float:
     raise InputError(f"{where}: found {text!r}, expected seconds, or 90m, 12h, 2d, 12:30:00 or 1-12:00:00")
 
 
-def parse_moment(text: str, where: str) -> float:
+def parse_deadline(text: str, where: str) -> float:
     """Unix seconds of an ISO 8601 moment (local time where no zone is given) or of a number of Unix seconds."""
     with suppress(ValueError):
         return float(text)
@@ -56,7 +56,7 @@ class StopWatch:
         self._reason: str | None = None
         begin = time.monotonic() if started is None else started
         self._wall_end = begin + parse_duration(stop.wall_time, "stop.wall_time") if stop.wall_time else None
-        self._deadline = parse_moment(stop.deadline, "stop.deadline") if stop.deadline else None
+        self._deadline = parse_deadline(stop.deadline, "stop.deadline") if stop.deadline else None
 
     def request(self, reason: str) -> None:
         if self._reason is None:

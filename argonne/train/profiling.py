@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 WAIT, WARMUP, ACTIVE = 3, 1, 3
 
 
-def start_profiler(run: Path, say: Callable[[str], None]) -> profile:
+def start_profiler(run: Path, log: Callable[[str], None]) -> profile:
     """A started profiler: call `step()` after each training step. It skips the first steps, then writes
     `profile/trace.json` and a table.
     """
@@ -22,7 +22,7 @@ def start_profiler(run: Path, say: Callable[[str], None]) -> profile:
         found.export_chrome_trace(str(folder / "trace.json"))
         order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         (folder / "operators.txt").write_text(found.key_averages().table(sort_by=order, row_limit=40))
-        say(f"profile of {ACTIVE} steps: {folder / 'trace.json'} (open in Perfetto), {folder / 'operators.txt'}")
+        log(f"profile of {ACTIVE} steps: {folder / 'trace.json'} (open in Perfetto), {folder / 'operators.txt'}")
 
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
     started = profile(

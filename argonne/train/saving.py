@@ -31,12 +31,12 @@ class Saver:
         mesh: Mesh,
         keep: CheckpointSection,
         metrics: MetricsLog,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
         add_files: Callable[[Path], None],
         first_step: int,
     ) -> None:
         self.run, self.model, self.optimizer, self.mesh, self.keep = run, model, optimizer, mesh, keep
-        self.metrics, self.say, self.add_files = metrics, say, add_files
+        self.metrics, self.log, self.add_files = metrics, log, add_files
         self.blocked_seconds = 0.0
         self.last_step, self.last_time = first_step, time.monotonic()
         self._thread: threading.Thread | None = None
@@ -118,15 +118,15 @@ class Saver:
         self.metrics.write(
             "checkpoint", step, path=path.name, seconds=round(seconds, 3), blocked_seconds=round(blocked, 3)
         )
-        self.say(
+        self.log(
             f"saved {path} in {seconds:.1f} s"
             + (f", {blocked:.1f} s of them in the loop's way" if self.keep.asynchronous else "")
         )
         if self.mesh.is_main:
-            checkpoint.prune(self.run, self.keep, self._best_step, self.say)
+            checkpoint.prune(self.run, self.keep, self._best_step, self.log)
 
     def _refuse(self, step: int, error: Exception, final: bool) -> None:
         self.metrics.write("warning", step, message=f"checkpoint not written: {error}")
-        self.say(f"warning: no checkpoint at step {step}: {error}. The earlier ones are untouched.")
+        self.log(f"warning: no checkpoint at step {step}: {error}. The earlier ones are untouched.")
         if final:
             raise error

@@ -72,7 +72,7 @@ class Telemetry:
         data: Data,
         mesh: Mesh,
         metrics: MetricsLog,
-        line: ProgressLine,
+        line: ProgressBar,
         total_steps: int,
         first_step: int,
     ) -> None:
@@ -130,11 +130,11 @@ class Telemetry:
                 before, after = self.data.tokens_by_source(step - 1), self.data.tokens_by_source(step)
                 read = [name for name in self.data.source_names if after[name] > before[name]]
                 message = f"loss spike: {about:.4f} at step {step}, lately {usual:.4f}; read from {', '.join(read)}"
-                self.line.say(f"warning: {message}")
+                self.line.log(f"warning: {message}")
                 self.metrics.write("warning", step, message=message, loss=about, usual=usual, sources=read)
         return found
 
-    def log(self, step: int, save_seconds: float) -> None:
+    def log_step(self, step: int, save_seconds: float) -> None:
         """Write the record of `step`: its own loss, norm and rate (so that a resumed run writes the same), and this
         session's speed.
         """
@@ -171,7 +171,7 @@ class Telemetry:
         self._metrics.clear()
         self.metrics.write("step", step, **record)
         left = seconds / max(1, step - self.first_step) * (self.total_steps - step)
-        self.line.say(step_line({"step": step, **record}, self.total_steps, left))
+        self.line.log(step_line({"step": step, **record}, self.total_steps, left))
 
     def _sources(self, step: int, parts: list[list[list[float]]]) -> dict[str, dict[str, float | None]]:
         """Tokens and passes of each source up to `step`, and its loss since the last record (null for a single source:
@@ -307,7 +307,7 @@ def _wandb(project: str, name: str, folder: Path) -> Any:
     return lambda event, step, values: run.log({**_scalars(event, values), "step": step})
 
 
-class ProgressLine:
+class ProgressBar:
     """A bar with rate and time left on a terminal, plain lines elsewhere; both on stderr."""
 
     def __init__(self, total: int, first: int, *, enabled: bool) -> None:
@@ -321,7 +321,7 @@ class ProgressLine:
         if self._bar is not None:
             self._bar.update()
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         if self._bar is not None:
             self._bar.write(text, file=sys.stderr)
         elif self._enabled:

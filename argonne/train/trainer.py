@@ -29,7 +29,7 @@ from argonne.train.recovery import back_off, is_out_of_memory
 from argonne.train.run import COMPLETE, STOPPED, RunFolder
 from argonne.train.saving import Saver
 from argonne.train.schedule import applied_rate, learning_rate, set_learning_rate
-from argonne.train.telemetry import MetricsLog, ProgressLine, StepResult, Telemetry
+from argonne.train.telemetry import MetricsLog, ProgressBar, StepResult, Telemetry
 
 Result = TypeVar("Result")
 
@@ -136,7 +136,7 @@ class Trainer:
         self.recipe, self.run, self.mesh, self.data, self.loader, self.hooks = recipe, run, mesh, data, loader, hooks
         self.trained, self.parallelised, self.optimizer = trained, trained.parallelised, trained.optimizer
         self.metrics, self.watch, self.progress, self.total_steps = metrics, watch, progress, total_steps
-        self.line = ProgressLine(total_steps, progress.step, enabled=mesh.is_main)
+        self.line = ProgressBar(total_steps, progress.step, enabled=mesh.is_main)
         self.telemetry = Telemetry(recipe, data, mesh, metrics, self.line, total_steps, progress.step)
         self.policy = NonFinitePolicy(recipe.optim.max_skipped)
         plain = self.parallelised.plain
@@ -147,7 +147,7 @@ class Trainer:
             mesh,
             recipe.checkpoint,
             metrics,
-            self.line.say,
+            self.line.log,
             hooks.checkpoint_files,
             progress.step,
         )
@@ -172,7 +172,7 @@ class Trainer:
             set_learning_rate(self.optimizer, expected, self.recipe.optim.lr)
             if (found := applied_rate(self.optimizer)) != expected:
                 raise RuntimeError(f"the rate of the first step is {found}, the schedule says {expected}")
-        profiler = start_profiler(self.run.path, self.line.say) if profile and self.mesh.is_main else None
+        profiler = start_profiler(self.run.path, self.line.log) if profile and self.mesh.is_main else None
         try:
             agreed = self._fetch(self.progress.step)
             while agreed is not None:
@@ -266,7 +266,7 @@ class Trainer:
 
     def _warn(self, step: int, message: str) -> None:
         """To the person and into the record."""
-        self.line.say(f"warning: {message}")
+        self.line.log(f"warning: {message}")
         self.metrics.write("warning", step, message=message)
 
     def _after_step(self) -> None:
@@ -277,11 +277,11 @@ class Trainer:
             if skipped:
                 self.progress.skipped += 1
                 self.metrics.write("skip", where, in_a_row=self.policy.in_a_row)
-                self.line.say(
+                self.line.log(
                     f"warning: step {where} is skipped: its gradient is not finite ({self.policy.in_a_row} in a row)"
                 )
         if self.policy.exceeded():
-            newest = checkpoint.newest_complete(self.run.path, self.line.say)
+            newest = checkpoint.newest_complete(self.run.path, self.line.log)
             raise Diverged(
                 f"{self.policy.in_a_row} steps in a row had a non-finite gradient (optim.max_skipped = "
                 f"{self.policy.limit}); the last good checkpoint is {newest.path if newest else 'none'}: resume it "
@@ -290,9 +290,9 @@ class Trainer:
         first_of_session = self.telemetry.first_step
         if step == first_of_session + 1:
             for text in self.hooks.banner(self.parallelised.plain):
-                self.line.say(text)
+                self.line.log(text)
         if step % recipe.log.every_steps == 0 or step in (first_of_session + 1, self.total_steps):
-            self.telemetry.log(step, self.saver.blocked_seconds)
+            self.telemetry.log_step(step, self.saver.blocked_seconds)
         due = recipe.eval.every_steps > 0 and step % recipe.eval.every_steps == 0
         if due and step < self.total_steps:
             self._held_out()
@@ -309,7 +309,7 @@ class Trainer:
         step = self.progress.step
         self.metrics.write("held_out", step, **found)
         bits = f", {found['bits_per_byte']:.4f} bits per byte" if found.get("bits_per_byte") is not None else ""
-        self.line.say(
+        self.line.log(
             f"step {step}: held-out loss {found['loss']:.4f}{bits} ({found[self.data.unit]:,} {self.data.unit})"
         )
         self._measured = (step, float(found["loss"]))
@@ -372,9 +372,9 @@ class Trainer:
             try:
                 self.run.add_sample(self.progress.step, prompt, text)
             except OSError as error:
-                self.line.say(f"warning: samples.md: {error}; the sample is in metrics.jsonl")
+                self.line.log(f"warning: samples.md: {error}; the sample is in metrics.jsonl")
             self.metrics.write("sample", self.progress.step, prompt=prompt, text=text)
-            self.line.say(f"sample: {prompt}{text}")
+            self.line.log(f"sample: {prompt}{text}")
 
     def _end(self, reason: str) -> Outcome:
         """Leave a complete checkpoint, and say why the session ends: "complete", or what asked it to stop."""

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from argonne.model.attention import MaskPlan, segments_of
+from argonne.model.attention import Pattern, segments_of
 from argonne.model.build import build_model, config_from_fields
 from argonne.model.fused import Segments
 from argonne.model.kernels import ORDER, math_attention, run_kernel, why_not
@@ -22,13 +22,13 @@ PLANS = ["causal", "window", "documents", "documents-window"]
 FUSED = ("flash", "fmha", "cudnn", "efficient_attention", "flex", "triton_tem")
 
 
-def plan_of(name: str, rows: int) -> MaskPlan:
+def plan_of(name: str, rows: int) -> Pattern:
     segments = None
     if "documents" in name:
         row = torch.cat([torch.arange(130), torch.arange(7), torch.arange(LENGTH - 137)])
         segments = segments_of(row.expand(rows, -1), None, (rows, LENGTH), torch.device("cuda"))
     assert segments is None or isinstance(segments, Segments)
-    return MaskPlan(64 if "window" in name else None, segments)
+    return Pattern(64 if "window" in name else None, segments)
 
 
 def tensors(dtype: torch.dtype, heads: int, shared: int, width: int) -> list[torch.Tensor]:
@@ -109,7 +109,7 @@ def peak_gib(kernel: str) -> float:
     q, k, v = (torch.randn(8, 16, 2048, 81, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    run_kernel(kernel, q, k, v, MaskPlan(), 81**-0.5, 0.0)[0].sum().backward()
+    run_kernel(kernel, q, k, v, Pattern(), 81**-0.5, 0.0)[0].sum().backward()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() / 2**30
 

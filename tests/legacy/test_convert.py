@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 import argonne.publish.fresh_load
 from argonne.errors import InputError
-from argonne.legacy.convert import import_checkpoint, load_earlier, modern_name
-from argonne.legacy.earlier import read_earlier
+from argonne.legacy.convert import import_checkpoint, load_legacy, modern_name
+from argonne.legacy.reader import read_legacy
 from argonne.publish.export import expectations, save_native
 from argonne.publish.native import native_twin
 
@@ -55,7 +55,7 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def test_logits_and_the_outputs_of_every_block_are_the_earlier_ones(golden: Path) -> None:
-    model, _ = load_earlier(golden, attention_of(golden))
+    model, _ = load_legacy(golden, attention_of(golden))
     tensors = load_file(golden / "tensors.safetensors")
     with torch.no_grad():
         out = model(input_ids=tensors["input_ids"], output_hidden_states=True)
@@ -67,7 +67,7 @@ def test_logits_and_the_outputs_of_every_block_are_the_earlier_ones(golden: Path
 
 
 def test_loss_and_every_gradient_are_the_earlier_ones(golden: Path) -> None:
-    model, earlier = load_earlier(golden, attention_of(golden))
+    model, earlier = load_legacy(golden, attention_of(golden))
     tensors, expected = load_file(golden / "tensors.safetensors"), load_file(golden / "grads.safetensors")
     targets = tensors["targets_preshifted"]
     loss = model(input_ids=tensors["input_ids"], shift_labels=targets, loss_reduction="mean", use_cache=False).loss
@@ -99,9 +99,9 @@ def test_greedy_text_is_the_earlier_one(golden: Path) -> None:
         return
     prompt = json.loads((golden / "meta.json").read_text())["greedy_prompt_len"]
     expected = tensors["greedy_ids"]
-    model, _ = load_earlier(golden, attention_of(golden))
+    model, _ = load_legacy(golden, attention_of(golden))
     if golden.name == "a30fa2_full":
-        found = earlier_windowed_decode(model, load_earlier(golden, "full")[0], expected[:, :prompt], expected.shape[1])
+        found = earlier_windowed_decode(model, load_legacy(golden, "full")[0], expected[:, :prompt], expected.shape[1])
     else:
         found = model.generate(expected[:, :prompt], max_length=expected.shape[1], do_sample=False, pad_token_id=0)
     different = (found != expected).nonzero()
@@ -128,7 +128,7 @@ def earlier_windowed_decode(windowed: Any, full: Any, ids: torch.Tensor, length:
 def test_cached_decoding_is_the_earlier_one(golden: Path) -> None:
     tensors = load_file(golden / "tensors.safetensors")
     expected = tensors.get("logits_incremental", tensors["logits"])
-    model, _ = load_earlier(golden, attention_of(golden))
+    model, _ = load_legacy(golden, attention_of(golden))
     cache, found = None, []
     with torch.no_grad():
         for step in range(expected.shape[1]):
@@ -141,7 +141,7 @@ def test_cached_decoding_is_the_earlier_one(golden: Path) -> None:
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_masks_are_the_earlier_ones(side: str, shared: Path) -> None:
     golden = shared / "golden" / "a25_base"
-    model, _ = load_earlier(golden)
+    model, _ = load_legacy(golden)
     tensors = load_file(golden / "tensors.safetensors")
     mask = tensors[f"attention_mask_{side}"]
     positions = torch.arange(mask.shape[1])[None].expand_as(
@@ -179,7 +179,7 @@ def test_every_import_loads_in_a_fresh_process_where_argonne_is_not_installed(sh
         golden = shared / "golden" / name
         import_checkpoint(golden, tmp_path / name, attention=attention_of(golden))
         tensors = load_file(golden / "tensors.safetensors")
-        model, _ = load_earlier(golden, attention_of(golden))
+        model, _ = load_legacy(golden, attention_of(golden))
         expected = {**expectations(model), "input_ids": tensors["input_ids"], "logits": tensors["logits"]}
         save_file(expected, tmp_path / f"{name}.safetensors")
         lines.append(
@@ -213,7 +213,7 @@ NATIVE_CLASS = {
 
 
 def test_the_native_twin_of_an_import_has_the_earlier_logits(golden: Path, tmp_path: Path) -> None:
-    model, _ = load_earlier(golden, attention_of(golden))
+    model, _ = load_legacy(golden, attention_of(golden))
     if golden.name == "a30fa2_full":
         with pytest.raises(InputError, match="last layer must be full attention, here it is sliding_attention"):
             native_twin(model)
@@ -286,7 +286,7 @@ def test_pipelined_and_compiled_files_load_in_every_container(
             },
             path,
         )
-    model, _ = load_earlier(path)
+    model, _ = load_legacy(path)
     expected = load_file(shared / "golden" / "a15_sdpa_odd81" / "tensors.safetensors")
     with torch.no_grad():
         assert_close(model(input_ids=expected["input_ids"]).logits, expected["logits"])
@@ -298,7 +298,7 @@ def test_stages_of_several_blocks_are_counted_through(tmp_path: Path) -> None:
     }
     torch.save(tensors, tmp_path / "x.pt")
     (tmp_path / "config.json").write_text('{"model_type": "argonne"}')
-    found = read_earlier(tmp_path / "x.pt").tensors
+    found = read_legacy(tmp_path / "x.pt").tensors
     assert [int(found[f"blocks.{layer}.ln1.weight"][0]) for layer in range(6)] == list(range(6))
 
 
@@ -308,7 +308,7 @@ def test_padded_vocabulary_rows_are_trimmed_with_a_message(editable: Any, shared
     padded = torch.cat([tensors["embed_tokens.weight"], torch.ones(9, 64)])
     tensors["embed_tokens.weight"], tensors["lm_head.weight"] = padded, padded.clone()
     save_file(tensors, folder / "model.safetensors")
-    model, earlier = load_earlier(folder)
+    model, earlier = load_legacy(folder)
     assert sum("140 rows trimmed to the vocabulary of 131" in message for message in earlier.messages) == 2
     expected = load_file(shared / "golden" / "a25_base" / "tensors.safetensors")
     assert_close(model(input_ids=expected["input_ids"]).logits, expected["logits"])
@@ -326,7 +326,7 @@ def test_a_training_checkpoint_without_config_is_recognised_by_its_shapes(tmp_pa
     path = tmp_path / "run" / "inner" / "checkpoint_step_5.pt"
     path.parent.mkdir(parents=True)
     torch.save({"global_step": 5, "model_state_dict": tensors}, path)
-    found, earlier = load_earlier(path)
+    found, earlier = load_legacy(path)
     assert any("nano-2.5" in message for message in earlier.messages)
     assert torch.equal(found.model.layers[3].mlp.up_proj.weight, model.model.layers[3].mlp.up_proj.weight)
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from argonne.model import ArgonneForCausalLM
-from argonne.model.attention import MaskPlan, segments_of
+from argonne.model.attention import Pattern, segments_of
 from argonne.model.kernels import math_attention, run_kernel, sdpa_attention
 
 Make = Callable[..., ArgonneForCausalLM]
@@ -64,7 +64,7 @@ def test_sdpa_and_math_see_exactly_what_the_contract_says(
     q, k, v = tensors(2, length, seed=seed)
     position_ids = None if documents is None else torch.stack([positions_of(row, length) for row in documents])
     segments = segments_of(position_ids, None, (2, length), torch.device("cpu"))
-    plan = MaskPlan(window if window is not None and window < length else None, segments)  # type: ignore[arg-type]
+    plan = Pattern(window if window is not None and window < length else None, segments)  # type: ignore[arg-type]
     expected = brute_force(q, k, v, position_ids, window)
     upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     exact = torch.autograd.grad(expected, (q, k, v), upstream)
@@ -78,7 +78,7 @@ def test_sdpa_and_math_see_exactly_what_the_contract_says(
 @pytest.mark.parametrize("length", [32, 33, 64, 65, 70])
 def test_windows_around_the_size_of_a_block_are_exact(window: int, length: int) -> None:
     q, k, v = tensors(1, length, heads=2, shared=1)
-    plan = MaskPlan(window if window < length else None)
+    plan = Pattern(window if window < length else None)
     found = sdpa_attention(q, k, v, plan, 6**-0.5, 0.0)[0]
     torch.testing.assert_close(found, math_attention(q, k, v, plan, 6**-0.5, 0.0), rtol=1e-12, atol=1e-12)
 

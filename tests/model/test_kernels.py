@@ -12,7 +12,7 @@ import torch
 
 from argonne.errors import InputError
 from argonne.model import ArgonneForCausalLM
-from argonne.model.attention import MaskPlan, segments_of
+from argonne.model.attention import Pattern, segments_of
 from argonne.model.build import check_attention
 from argonne.model.fused import Segments, call_flash, call_varlen, flex_attention, why_not_varlen
 from argonne.model.kernels import ORDER, _Sdpa, choose_kernel, math_attention, run_kernel
@@ -27,7 +27,7 @@ PLANS: dict[str, tuple[int | None, list[list[int]] | None]] = {
 }
 
 
-def plan_of(name: str) -> MaskPlan:
+def plan_of(name: str) -> Pattern:
     window, documents = PLANS[name]
     segments = None
     if documents is not None:
@@ -35,7 +35,7 @@ def plan_of(name: str) -> MaskPlan:
             torch.stack([positions_of(row, 40) for row in documents]), None, (2, 40), torch.device("cpu")
         )
     assert segments is None or isinstance(segments, Segments)
-    return MaskPlan(window, segments)
+    return Pattern(window, segments)
 
 
 def documented_attention(
@@ -180,7 +180,7 @@ def test_one_query_over_cached_keys_repeats_none_of_them() -> None:
     mask = torch.rand(3, 1, 1, 17, generator=torch.Generator().manual_seed(0)) < 0.7
     mask[..., -1] = True
     for dense in (None, mask):
-        plan = MaskPlan(dense=dense)
+        plan = Pattern(dense=dense)
         found, path = run_kernel("sdpa", q, k, v, plan, 0.3, 0.0)
         assert path == "sdpa-decode"
         torch.testing.assert_close(found, math_attention(q, k, v, plan, 0.3, 0.0), rtol=1e-12, atol=1e-12)
@@ -213,15 +213,15 @@ def test_varlen_names_what_this_torch_lacks(monkeypatch: pytest.MonkeyPatch) -> 
 
     query, key = OnCuda(), FewerHeads()
     monkeypatch.setattr("argonne.model.fused.varlen_function", lambda: None)
-    assert "no varlen attention with windows" in str(why_not_varlen(query, key, MaskPlan(), 0.0))  # type: ignore[arg-type]
+    assert "no varlen attention with windows" in str(why_not_varlen(query, key, Pattern(), 0.0))  # type: ignore[arg-type]
     monkeypatch.setattr(
         "argonne.model.fused.varlen_function", lambda: (varlen_attn, frozenset({"window_size", "scale"}))
     )
-    assert "no grouped queries" in str(why_not_varlen(query, key, MaskPlan(), 0.0))  # type: ignore[arg-type]
+    assert "no grouped queries" in str(why_not_varlen(query, key, Pattern(), 0.0))  # type: ignore[arg-type]
     names = frozenset({"window_size", "scale", "enable_gqa"})
     monkeypatch.setattr("argonne.model.fused.varlen_function", lambda: (varlen_attn, names))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert why_not_varlen(query, key, MaskPlan(), 0.0) is None  # type: ignore[arg-type]
-    assert "no dropout" in str(why_not_varlen(query, key, MaskPlan(), 0.1))  # type: ignore[arg-type]
+    assert why_not_varlen(query, key, Pattern(), 0.0) is None  # type: ignore[arg-type]
+    assert "no dropout" in str(why_not_varlen(query, key, Pattern(), 0.1))  # type: ignore[arg-type]
     OnCuda.dtype = torch.float32
-    assert "fp16 or bf16" in str(why_not_varlen(query, key, MaskPlan(), 0.0))  # type: ignore[arg-type]
+    assert "fp16 or bf16" in str(why_not_varlen(query, key, Pattern(), 0.0))  # type: ignore[arg-type]

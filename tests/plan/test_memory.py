@@ -122,7 +122,7 @@ def test_a_process_holds_what_was_planned_for_it(name: str) -> None:
 @pytest.mark.campaign
 def test_muon_is_planned_with_one_moment_and_the_directions_of_its_update() -> None:
     plan, found = planned(MUON), measured(MUON)
-    assert plan.moment == "update"
+    assert plan.peak == "update"
     assert found == pytest.approx(plan.total, rel=0.1), plan.parts
 
 

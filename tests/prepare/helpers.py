@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from argonne.cli import main
-from argonne.prepare.progress import Progress
+from argonne.prepare.progress import ProgressBar
 from argonne.tokens.formats import open_tokens
 from tests.tokensets import words
 
-QUIET = Progress("prepare", 0, None)
+QUIET = ProgressBar("prepare", 0, None)
 TEXTS = [words(12, number) for number in range(400)]
 LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
 

@@ -19,7 +19,7 @@ from argonne.prepare import encoders, texts
 from argonne.prepare.encoders import any_newer
 from argonne.prepare.options import PrepareOptions
 from argonne.prepare.prepare import prepare
-from argonne.prepare.progress import Progress
+from argonne.prepare.progress import ProgressBar
 from argonne.tokens.tokenizer import load_tokenizer
 from tests.prepare.helpers import documents_of, jsonl, long_text
 from tests.tokensets import words
@@ -130,7 +130,7 @@ def check(reference: Tokenizer, folder: Path, tmp_path: Path, documents: list[st
     said = io.StringIO()
     out = prepare(
         PrepareOptions((str(tmp_path / "in.jsonl"),), tmp_path / "out", folder, workers=1, **more),
-        Progress("prepare", 0, said),
+        ProgressBar("prepare", 0, said),
     )
     reference.encode_special_tokens = True
     eos = json.loads((out / "manifest.json").read_text())["tokenizer"]["eos_id"]

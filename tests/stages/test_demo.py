@@ -31,7 +31,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A finished demo's folder and everything it said."""
     out = tmp_path_factory.mktemp("demo") / "a folder"
     said: list[str] = []
-    run_demo(out, overrides=SHORT, modules=FEW, say=said.append)
+    run_demo(out, overrides=SHORT, modules=FEW, log=said.append)
     return out, "\n".join(said)
 
 
@@ -94,7 +94,7 @@ def test_the_commands_it_shows_are_understood_by_the_command_line(finished: tupl
 def test_a_second_demo_in_the_same_folder_finds_everything_done(finished: tuple[Path, str]) -> None:
     out, _ = finished
     before = (out / "run" / "metrics.jsonl").read_bytes()
-    run_demo(out, overrides=SHORT, modules=FEW, say=lambda text: None)
+    run_demo(out, overrides=SHORT, modules=FEW, log=lambda text: None)
     assert (out / "run" / "metrics.jsonl").read_bytes() == before
 
 

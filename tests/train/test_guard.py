@@ -10,7 +10,7 @@ import pytest
 
 from argonne.config import StopSection
 from argonne.errors import InputError
-from argonne.train.guard import NonFinitePolicy, StopWatch, parse_duration, parse_moment
+from argonne.train.guard import NonFinitePolicy, StopWatch, parse_deadline, parse_duration
 
 
 @pytest.mark.parametrize(
@@ -36,10 +36,10 @@ def test_a_duration_that_is_none_is_refused_by_key(text: str) -> None:
 
 
 def test_moments_are_iso_or_unix_seconds() -> None:
-    assert parse_moment("2026-11-21T00:00:00+00:00", "stop.deadline") == 1795219200
-    assert parse_moment("1795219200", "stop.deadline") == 1795219200
+    assert parse_deadline("2026-11-21T00:00:00+00:00", "stop.deadline") == 1795219200
+    assert parse_deadline("1795219200", "stop.deadline") == 1795219200
     with pytest.raises(InputError, match=r"stop\.deadline"):
-        parse_moment("tomorrow", "stop.deadline")
+        parse_deadline("tomorrow", "stop.deadline")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])

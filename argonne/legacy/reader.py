@@ -22,7 +22,7 @@ _STAGE = re.compile(r"pipeline_stages\.(\d+)\.(\d+)\.(.+)")
 
 
 @dataclass
-class Earlier:
+class LegacyCheckpoint:
     """An earlier checkpoint as it lies there: its config file, its tensors under their earlier names, and what was
     remarkable.
     """
@@ -33,7 +33,7 @@ class Earlier:
     messages: list[str] = field(default_factory=list)
 
 
-def read_earlier(path: Path) -> Earlier:
+def read_legacy(path: Path) -> LegacyCheckpoint:
     """Read a folder (config.json with safetensors or pytorch_model.bin) or a `checkpoint_step_<N>.pt`. Raises
     InputError by file and cause.
     """
@@ -44,7 +44,7 @@ def read_earlier(path: Path) -> Earlier:
         if not (path / layout.MODEL_CONFIG).is_file():
             raise InputError(f"{path / layout.MODEL_CONFIG}: no such file; an earlier checkpoint needs its config.json")
         config = family_config(path)
-        return Earlier(path, config, _plain(path, _read_folder(path), messages), messages)
+        return LegacyCheckpoint(path, config, _plain(path, _read_folder(path), messages), messages)
     content = unpickle(path)
     if isinstance(content, dict) and "model_state_dict" in content:
         step, tokens = content.get("global_step"), content.get("tokens_processed")
@@ -52,7 +52,7 @@ def read_earlier(path: Path) -> Earlier:
             f"{path.name}: training checkpoint of step {step}, {tokens} tokens; optimizer and schedule are left behind"
         )
     tensors = weights_of_file(path, content, messages)
-    return Earlier(path.parent, config_of_file(path, tensors, messages), tensors, messages)
+    return LegacyCheckpoint(path.parent, config_of_file(path, tensors, messages), tensors, messages)
 
 
 def weights_of_file(path: Path, content: Any, messages: list[str]) -> dict[str, Tensor]:
