@@ -10,6 +10,7 @@ import difflib
 import importlib
 import itertools
 import json
+import signal
 import sys
 import time
 import typing
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from argonne import __version__
-from argonne.errors import InputError, Stopped, first_line
+from argonne.errors import REQUESTS, InputError, Stopped, first_line, outlive_stderr
 
 # The way from text to a model that others use: page of the verbs, what they are for, each verb and what it does.
 PAGES = (
@@ -57,6 +58,16 @@ Verbs = Callable[..., "Parser"]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb. Exit codes: 0 done, 2 wrong input, 3 stopped on request and resumable, 1 anything else."""
+    if argv is not None:
+        return run_verb(argv)
+    outlive_stderr()
+    code = run_verb(argv)
+    for number in REQUESTS:  # the process ends: a request that comes now is too late to change how
+        signal.signal(number, signal.SIG_IGN)
+    return code
+
+
+def run_verb(argv: Sequence[str] | None) -> int:
     started = time.monotonic()
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:

@@ -66,6 +66,7 @@ def keys_help() -> str:
 
 def train_model(options: argparse.Namespace) -> None:
     from argonne.recipe import load_recipe, to_toml
+    from argonne.train.guard import StopWatch
 
     given = {
         path: json.dumps(str(getattr(options, flag)))
@@ -95,9 +96,11 @@ def train_model(options: argparse.Namespace) -> None:
             from argonne.tokens.tokenizer import load_tokenizer
 
             load_tokenizer(options_of(recipe.data, folder).tokenizer or "")
-    from argonne.stages.pretrain import run
-    from argonne.stages.session import finish_or_stop
+    watch = StopWatch(recipe.stop, started=options.started)
+    with watch.listening():  # already while torch is loaded
+        from argonne.stages.pretrain import run
+        from argonne.stages.session import finish_or_stop
 
-    names = ("resume_from", "allow", "started", "profile", "data_from_start")
-    result = run(recipe, folder, **{name: getattr(options, name) for name in names})
-    finish_or_stop(result.outcome, folder)
+        names = ("resume_from", "allow", "profile", "data_from_start")
+        result = run(recipe, folder, watch=watch, **{name: getattr(options, name) for name in names})
+        finish_or_stop(result.outcome, folder)

@@ -108,6 +108,11 @@ class Loader(AbstractContextManager["Loader"]):
         self._thread: ThreadPoolExecutor | None = None
         self._ahead: dict[int, Future[Arrays]] = {}
 
+    @property
+    def reads_alone(self) -> bool:
+        """Does no rank wait for another while this one reads?"""
+        return self.exchange is None and not self.data.reads_model
+
     def set_micro_rows(self, rows: int) -> None:
         """Cut the rank's rows into micro-batches of `rows` from the next `batch` on. The rows
         themselves stay the same.

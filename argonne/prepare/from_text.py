@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -219,7 +218,8 @@ class TextWork:
                 )
             request = json.dumps(dataclasses.asdict(self.options), default=str)
             command = [sys.executable, "-m", "argonne.prepare.from_text", request, str(os.getpid())]
-            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+            # A session of its own: requests to the trainer's group are the trainer's, which may need more tokens.
+            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
 
     def _works(self) -> bool:
         """Does this rank's own process work? One that ended since the last look by itself (0) left the work to another
@@ -299,6 +299,5 @@ def work_in_background(request: str) -> None:
 
 if __name__ == "__main__":
     engines.end_with(int(sys.argv[2]))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which may need tokens for its last step
     os.nice(5)
     work_in_background(sys.argv[1])

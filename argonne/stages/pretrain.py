@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from argonne.parallel.objective import Objective
 from argonne.stages.session import run_session
 from argonne.stages.setup import Session
 from argonne.stages.stage import Stage, StageData
+from argonne.train.guard import StopWatch
 from argonne.train.objectives import next_token, next_token_by_row
 from argonne.train.trainer import Outcome
 
@@ -46,14 +46,14 @@ def run(
     resume_from: Path | None = None,
     allow: Iterable[str] = (),
     stop_after_step: int | None = None,
-    started: float | None = None,
+    watch: StopWatch | None = None,
     profile: bool = False,
     data_from_start: bool = False,
 ) -> RunResult:
     """Train `recipe` in `run_folder`, resuming by itself where the run exists. Raises InputError for anything wrong
     with recipe, data or run.
 
-    `started`: monotonic seconds when the command began, for the wall time. `profile`: write a trace of a few steps.
+    `watch`: it knows of requests to stop since the command began. `profile`: write a trace of a few steps.
     `data_from_start`: with a `.pt` of the family as `resume_from`, begin the data at its start whatever the file says.
     """
     session = Session(
@@ -63,7 +63,7 @@ def run(
         resume_from=resume_from,
         allow=frozenset(allow),
         stop_after_step=stop_after_step,
-        started=time.monotonic() if started is None else started,
+        watch=watch,
         profile=profile,
         data_from_start=data_from_start,
     )

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import cast
 
 import torch
 
-from argonne.errors import InputError, Stopped
+from argonne.errors import InputError, Stopped, first_line
+from argonne.files import fingerprint
 from argonne.keys import is_free
 from argonne.layout import FINAL_MODEL
 from argonne.model.kernels import KernelUnavailable
 from argonne.parallel.launch import let_the_cause_speak_first, run_workers
 from argonne.parallel.mesh import Mesh, open_mesh, worker_count
+from argonne.recipe import to_tree
 from argonne.stages.hooks import banner, checkpoint_files, export_final, record_start, run_state
 from argonne.stages.setup import Session, build, changes, open_run
 from argonne.stages.start import Start
-from argonne.train.checkpoint import LAST, STATE, read_state
-from argonne.train.guard import StopWatch, parse_duration
-from argonne.train.run import COMPLETE, RunFolder
+from argonne.train.checkpoint import LAST, STATE, list_checkpoints, read_state
+from argonne.train.guard import Diverged, StopWatch, parse_duration
+from argonne.train.run import COMPLETE, STOPPED, RunFolder
 from argonne.train.telemetry import MetricsLog
 from argonne.train.trainer import Hooks, Outcome, Trainer
 
@@ -37,45 +40,76 @@ def run_session(session: Session) -> Outcome:
     parallel = session.recipe.parallel
     session.mode.check(parallel)
     count = worker_count(parallel.nproc, session.recipe.train.device)
-    if count == 1:
-        return train_session(session)
-    found = run_workers(
-        _work,
-        (session,),
-        count=count,
-        max_restarts=parallel.max_restarts,
-        grace_seconds=parse_duration(session.recipe.stop.grace, "stop.grace"),
-        name=session.folder.name or "run",
-        preload=PRELOADED,
-    )
-    if isinstance(found, InputError):
-        raise found
-    return cast(Outcome, found)
-
-
-def _work(session: Session) -> Outcome | InputError:
-    """One worker's part. Wrong input is a result, not a failure: it is the same on every try."""
+    session = dataclasses.replace(session, watch=session.watch or StopWatch(session.recipe.stop))
     try:
-        return train_session(session)
-    except InputError as error:
-        return error
-    except RuntimeError as error:
-        let_the_cause_speak_first(error)
+        if count == 1:
+            return train_session(session)
+        results = run_workers(
+            _work,
+            (session,),
+            count=count,
+            max_restarts=parallel.max_restarts,
+            grace_seconds=parse_duration(session.recipe.stop.grace, "stop.grace"),
+            preload=PRELOADED,
+        )
+        for found in results:  # before an outcome of another rank
+            if isinstance(found, InputError | Stopped):
+                raise found
+        return cast(Outcome, results[0])
+    except Stopped as stopped:
+        _mark_stopped(session, str(stopped))
         raise
 
 
+def _mark_stopped(session: Session, reason: str) -> None:
+    """The marker of a session that could not leave one in its loop: the run stands at its newest checkpoint."""
+    run = RunFolder(session.folder)
+    if not run.exists() or run.marker(STOPPED) or run.marker(COMPLETE):
+        return
+    with suppress(InputError, OSError):  # another process has the run, or nothing can be written there
+        run.acquire()
+        try:
+            saved = list_checkpoints(run.path)
+            found = fingerprint(to_tree(session.recipe))[:16]
+            run.write_marker(STOPPED, step=saved[-1].step if saved else 0, reason=reason, config_hash=found)
+        finally:
+            run.release()
+
+
+def _work(session: Session) -> Outcome | InputError | Stopped:
+    """One worker's part. Wrong input and a request are results, not failures: they are the same on every try."""
+    try:
+        return train_session(session)
+    except (InputError, Stopped) as error:
+        return error
+
+
 def train_session(session: Session) -> Outcome:
-    """This process's part of a session. Raises InputError for wrong input before any work is done."""
-    watch = StopWatch(session.recipe.stop, started=session.started)
+    """This process's part of a session. Raises InputError for wrong input before any work is done, Stopped for a
+    request that came before the first step or that a failure followed.
+    """
+    watch = session.watch or StopWatch(session.recipe.stop)
+    with watch.listening():
+        try:
+            return _join(session, watch)
+        except (InputError, Stopped, Diverged):
+            raise
+        except Exception as error:
+            if isinstance(error, RuntimeError) and os.environ.get("WORLD_SIZE", "1") != "1":
+                let_the_cause_speak_first(error)
+            if (reason := watch.reason()) is None:
+                raise
+            raise Stopped(f"asked to stop ({reason}), then {type(error).__name__}: {first_line(error)}") from error
+
+
+def _join(session: Session, watch: StopWatch) -> Outcome:
+    """Join the workers, own the run, train."""
     run = RunFolder(session.folder)
     timeout = parse_duration(session.recipe.parallel.timeout, "parallel.timeout")
     # Used later, and wrong now.
     parse_duration(session.recipe.stop.grace, "stop.grace")
     parse_duration(session.recipe.log.telemetry_limit, "log.telemetry_limit")
-    with (
-        open_mesh(session.recipe.parallel, session.recipe.train.device, timeout_seconds=timeout) as mesh,
-        watch.listening(),
-    ):
+    with open_mesh(session.recipe.parallel, session.recipe.train.device, timeout_seconds=timeout) as mesh:
         problem: InputError | None = None
         if mesh.is_main:
             try:
@@ -122,11 +156,13 @@ def _train(session: Session, run: RunFolder, mesh: Mesh, watch: StopWatch) -> Ou
     elif mesh.world_size > 1 and mesh.device.type == "cpu":
         local = int(os.environ.get("LOCAL_WORLD_SIZE", mesh.world_size))
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
-    opened = open_run(session, run, mesh, log)
+    with watch.interrupting():
+        opened = open_run(session, run, mesh, log)
     recipe, start, data = opened.recipe, opened.start, opened.data
     metrics: MetricsLog | None = None
     try:
-        built = build(session, opened, run, mesh, log)
+        with watch.interrupting():
+            built = build(session, opened, run, mesh, log)
         recipe, progress = built.recipe, built.progress
         if mesh.is_main:
             record_start(run, recipe, opened.idle, data, start, mesh, built.loader.micro_rows, opened.total_steps, log)

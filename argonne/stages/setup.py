@@ -32,6 +32,7 @@ from argonne.stages.start import Start, check_tokenizer, find_start, fit_model_s
 from argonne.train.allocator import LARGE_RUN, return_freed_memory
 from argonne.train.checkpoint import clean_leftovers, load_tensors, run_tensors
 from argonne.train.data import Batches, Data
+from argonne.train.guard import StopWatch
 from argonne.train.optim import Precision, build_optimizer, compute_dtype
 from argonne.train.probe import probe_micro_rows
 from argonne.train.recovery import MICRO_ROWS_FILE
@@ -42,7 +43,9 @@ from argonne.train.trainer import Progress, Trained
 
 @dataclass(frozen=True)
 class Session:
-    """What a training verb was asked to do. `mode`: how the model is spread over the workers."""
+    """What a training verb was asked to do. `watch`: it listens already. `mode`: how the model is spread over the
+    workers.
+    """
 
     recipe: Recipe
     folder: Path
@@ -50,7 +53,7 @@ class Session:
     resume_from: Path | None = None
     allow: frozenset[str] = frozenset()
     stop_after_step: int | None = None
-    started: float | None = None
+    watch: StopWatch | None = None
     profile: bool = False
     data_from_start: bool = False
     mode: Mode = REPLICATED

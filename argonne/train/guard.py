@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Any, TextIO
 
 from argonne.config import StopSection
-from argonne.errors import InputError
+from argonne.errors import InputError, Stopped, heard
 
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
@@ -54,6 +54,7 @@ class StopWatch:
 
     def __init__(self, stop: StopSection, *, started: float | None = None) -> None:
         self._reason: str | None = None
+        self._raises = False
         begin = time.monotonic() if started is None else started
         self._wall_end = begin + parse_duration(stop.wall_time, "stop.wall_time") if stop.wall_time else None
         self._deadline = parse_deadline(stop.deadline, "stop.deadline") if stop.deadline else None
@@ -72,18 +73,31 @@ class StopWatch:
         return self._reason
 
     @contextmanager
+    def interrupting(self) -> Iterator[None]:
+        """While the block runs a request ends it at once, by Stopped: what it does can be done again."""
+        self._raises = True
+        try:
+            if self._reason is not None:
+                raise Stopped(f"asked to stop ({self._reason}) before the first step")
+            yield
+        finally:
+            self._raises = False
+
+    @contextmanager
     def listening(self) -> Iterator[None]:
-        """Turn SIGTERM, SIGUSR1 and Ctrl-C into requests while the block runs; a second Ctrl-C interrupts at once."""
+        """Turn `REQUESTS` into requests while the block runs; further ones change nothing."""
 
         def handle(number: int, frame: FrameType | None) -> None:
-            if number == signal.SIGINT and self._reason is not None:
-                raise KeyboardInterrupt
             self.request(signal.Signals(number).name)
+            if self._raises:
+                self._raises = False
+                raise Stopped(f"asked to stop ({self._reason}) before the first step")
 
         previous: dict[signal.Signals, Any] = {}
         with suppress(ValueError):  # not the main thread: whoever owns it forwards requests
-            for asked in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            for asked in heard():
                 previous[asked] = signal.signal(asked, handle)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, previous)  # of a worker: what came while it started comes now
         try:
             yield
         finally:

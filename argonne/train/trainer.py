@@ -5,6 +5,7 @@ stops.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from argonne.config import Recipe
-from argonne.errors import first_line
+from argonne.errors import Stopped, first_line
 from argonne.files import fingerprint
 from argonne.parallel.compile import eager_blocks, is_compiler_error, undo_compile
 from argonne.parallel.mesh import Mesh
@@ -86,11 +87,11 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Upcoming:
-    """The batch of a step, and what the ranks agreed on with it: the count that its loss is divided by, stopping,
-    saving.
+    """The batch of a step (None only at a request to stop), and what the ranks agreed on: the count that its loss is
+    divided by, stopping, saving.
     """
 
-    batch: Batch
+    batch: Batch | None
     count: int
     stop: bool
     save: bool
@@ -178,7 +179,7 @@ class Trainer:
             while agreed is not None:
                 self._hang_watch.alive()
                 upcoming = agreed()
-                if upcoming.stop:
+                if upcoming.stop or upcoming.batch is None:
                     return self._end(self.watch.reason() or "another worker was asked to stop")
                 if upcoming.save:
                     self._save()
@@ -203,9 +204,12 @@ class Trainer:
         """
         if step >= self.total_steps:
             return None
-        batch = self.loader.batch(step)
-        self.telemetry.waited_for_data(batch.waited_seconds)
-        mine = batch.count if self.mesh.speaks_for_its_rows else 0
+        batch: Batch | None = None
+        with suppress(Stopped):  # at a request nothing is waited for, such as text that is still being tokenised
+            with self.watch.interrupting() if self.loader.reads_alone else nullcontext():
+                batch = self.loader.batch(step)
+            self.telemetry.waited_for_data(batch.waited_seconds)
+        mine = batch.count if batch is not None and self.mesh.speaks_for_its_rows else 0
         due = self.mesh.is_main and self.saver.due_by_time(step)
         agreed = self.mesh.sum_later([mine, int(self.watch.reason() is not None), int(due)])
 
@@ -378,8 +382,13 @@ class Trainer:
 
     def _end(self, reason: str) -> Outcome:
         """Leave a complete checkpoint, and say why the session ends: "complete", or what asked it to stop."""
-        self._save(final=True)
         step, complete = self.progress.step, reason == "complete"
+        try:
+            self._save(final=True)
+        except (OSError, checkpoint.NonFiniteWeights) as error:
+            if complete:
+                raise
+            raise Stopped(f"asked to stop ({reason}), but the last save failed: {error}") from error
         if self.mesh.is_main:
             if complete:
                 self.hooks.export(self.parallelised)

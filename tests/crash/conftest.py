@@ -54,6 +54,16 @@ class Mother:
         self.pids = list(self._answer()["pids"])
         return self.pids
 
+    def command(self, arguments: list[str], log: Path, **options: Any) -> int:
+        """Fork one victim that runs `argonne ARGUMENTS` in a session of its own; returns its process id. `options`:
+        `stderr` ("full", "without a reader", "closed").
+        """
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"command": arguments, "log": str(log), **options}) + "\n")
+        self._process.stdin.flush()
+        self.pids = list(self._answer()["pids"])
+        return self.pids[0]
+
     def wait(self) -> list[int]:
         """Exit codes of the victims once all have ended; a signal is negative."""
         self.pids = []

@@ -41,6 +41,7 @@ class Watcher:
         self._metrics, self._run, self._pids = run / "metrics.jsonl", run, pids
         self._offset = self._metrics.stat().st_size if self._metrics.exists() else 0
         self._step = 0
+        self._saved = 0
 
     def _ended(self) -> bool:
         return any(_state(pid) in "ZX" for pid in self._pids)
@@ -57,6 +58,8 @@ class Watcher:
         for line in whole.splitlines():
             if b'"event": "step"' in line:
                 self._step = int(json.loads(line)["step"])
+            if b'"event": "checkpoint"' in line:
+                self._saved = int(json.loads(line)["step"])
         return self._step
 
     def _wait(self, seen: Callable[[], bool]) -> bool:
@@ -69,6 +72,10 @@ class Watcher:
     def wait_for_step(self, step: int) -> bool:
         """Return once `step` is logged; False when the session ended before."""
         return self._wait(lambda: self._newest_step() >= step)
+
+    def wait_for_saved(self, step: int) -> bool:
+        """Return once a save of `step` or later is recorded; False when the session ended before."""
+        return self._wait(lambda: bool(self._newest_step() and self._saved >= step))
 
     def wait_for_save(self, after: int) -> bool:
         """Return once a save beyond step `after` has begun; False when the session ended before."""

@@ -93,8 +93,28 @@ def _victim(job: dict[str, Any], rank: int, ranks: int, port: int, work: Callabl
         os._exit(code)
 
 
+def _command(job: dict[str, Any]) -> int:
+    """The real command, in a session and process group of its own; its exit code."""
+    from argonne.cli import main
+
+    os.setsid()
+    if job.get("stderr") == "full":
+        os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
+    elif job.get("stderr") == "without a reader":
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(writer, 2)
+    elif job.get("stderr") == "closed":
+        os.close(2)
+        sys.stderr = None  # as Python starts then
+    sys.argv = ["argonne", *job["command"]]
+    return main()
+
+
 def _train(job: dict[str, Any]) -> int:
     """0 (complete) or 3 (stopped)."""
+    if job.get("command"):
+        return _command(job)
     from argonne.recipe import load_recipe
     from argonne.stages import pretrain
     from tests.crash import faults, plants

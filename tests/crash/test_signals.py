@@ -1,0 +1,61 @@
+"""A run that is asked to stop at random moments, by any request to any of its processes, and resumed each time, is the
+run that was never touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from argonne.config import Recipe
+from argonne.train.checkpoint import LAST
+from tests.crash.conftest import Mother
+from tests.crash.signals import stop_until_complete
+from tests.train.helpers import curve, stored
+
+Nano = Callable[..., Recipe]
+Finish = Callable[..., None]
+GRACE = 30
+
+
+def _campaign(mother: Mother, finish: Finish, nano: Nano, folder: Path, *, signals: int, seed: int, ranks: int) -> None:
+    steps = 6 * signals
+    recipe = nano(
+        **{
+            "parallel.nproc": str(ranks),
+            "train.steps": str(steps),
+            **({"stop.grace": f"{GRACE}s"} if ranks > 1 else {}),
+            "checkpoint.every_steps": "4",
+            "checkpoint.sample_tokens": "24",
+            "eval.every_steps": "3",
+            "eval.windows": "16",
+        }
+    )
+    finish(recipe, folder / "whole", ranks=ranks)
+    done = stop_until_complete(
+        mother, recipe, folder / "stopped", signals=signals, seed=seed, ranks=ranks, file=folder / "stops.toml"
+    )
+    print(f"{ranks} ranks: {dict(done.codes)}, longest {done.longest:.1f} s")
+    assert done.longest < GRACE
+    finish(recipe, folder / "stopped", ranks=ranks)
+    assert [record["step"] for record in curve(folder / "stopped")] == list(range(1, steps + 1))
+    assert curve(folder / "stopped") == curve(folder / "whole")
+    assert stored(folder / "stopped" / LAST) == stored(folder / "whole" / LAST)
+
+
+@pytest.mark.parametrize(("ranks", "signals"), [(1, 13), (2, 7)], ids=["1 rank", "2 ranks"])
+def test_requests_at_random_moments_leave_no_trace(
+    mother: Mother, finish: Finish, nano: Nano, tmp_path: Path, ranks: int, signals: int
+) -> None:
+    _campaign(mother, finish, nano, tmp_path, signals=signals, seed=ranks, ranks=ranks)
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("ranks", "signals"), [(1, 30), (2, 20)], ids=["1 rank", "2 ranks"])
+def test_two_hundred_requests_at_random_moments_leave_no_trace(
+    mother: Mother, finish: Finish, nano: Nano, tmp_path: Path, ranks: int, signals: int, seed: int
+) -> None:
+    _campaign(mother, finish, nano, tmp_path, signals=signals, seed=100 + seed, ranks=ranks)
