@@ -1,8 +1,9 @@
 """One atomic directory for tokens, checkpoints, exports and caches.
 
 A directory written here is complete and verified, or absent: it is filled under a temporary name, every file is fsynced
-and hashed into `sha256.json`, the whole is renamed into place and the parent is fsynced. A process that dies at any
-point leaves only a temporary, which `collect_temporaries` removes.
+and hashed into `sha256.json` (`hashes.json` where a faster hash, XXH3 of 128 bits, was taken in writing), the
+whole is renamed into place and the parent is fsynced. A process that dies at any point leaves only a temporary, which
+`collect_temporaries` removes.
 """
 
 from __future__ import annotations
@@ -12,14 +13,16 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from argonne.errors import InputError
 
 HASH_LIST = "sha256.json"
+QUICK_LIST = "hashes.json"
 TEMPORARY = ".tmp-"
 _ASIDE = re.compile(re.escape(TEMPORARY) + r"(.+)-old-\d+")
 
@@ -27,6 +30,29 @@ _ASIDE = re.compile(re.escape(TEMPORARY) + r"(.+)-old-\d+")
 def sha256_of_file(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def quick_hash() -> Any:
+    """Tells damage, at the speed of memory; against forgery there is sha256."""
+    import xxhash
+
+    return xxhash.xxh3_128()
+
+
+def quick_hash_of_file(path: Path) -> str:
+    digest = quick_hash()
+    with open(path, "rb") as file:
+        while part := file.read(1 << 22):
+            digest.update(part)
+    return str(digest.hexdigest())
+
+
+@dataclass(frozen=True)
+class Seal:
+    """Size and hash of a file as it was written."""
+
+    bytes: int
+    hash: str
 
 
 def fingerprint(value: Any) -> str:
@@ -77,14 +103,27 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path}: not a JSON file ({error}); restore it or write it again") from None
 
 
-def seal_directory(folder: Path) -> None:
-    """Fsync every file, write their sizes and hashes into `sha256.json`, fsync the folders."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != HASH_LIST)
-    entries = {}
+def seal_directory(folder: Path, sealed: Mapping[str, Seal] | None = None) -> None:
+    """Fsync every file, write their sizes and hashes into the folder's list, fsync the folders.
+
+    sealed: files that are hashed and on the disk already; the list is then a `hashes.json`. What that proves: these are
+    the bytes that were handed to the system, and it said that they are on the disk; `verify_directory` reads them back.
+    Raises OSError for one that has another size.
+    """
+    name, key, digest = (
+        (HASH_LIST, "sha256", sha256_of_file) if sealed is None else (QUICK_LIST, "xxh3_128", quick_hash_of_file)
+    )
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != name)
+    entries: dict[str, Any] = {}
     for path in files:
-        fsync_path(path)
-        entries[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
-    write_json(folder / HASH_LIST, {"format_version": 1, "files": entries})
+        relative, size = path.relative_to(folder).as_posix(), path.stat().st_size
+        known = (sealed or {}).get(relative)
+        if known is None:
+            fsync_path(path)
+        elif known.bytes != size:
+            raise OSError(f"{path}: has {size:,} bytes, {known.bytes:,} were written")
+        entries[relative] = {"bytes": size, key: known.hash if known else digest(path)}
+    write_json(folder / name, {"format_version": 1, "files": entries})
     for path in sorted({path.parent for path in files} | {folder}):
         fsync_path(path)
 
@@ -126,13 +165,18 @@ def publish_directory(temporary: Path, target: Path) -> None:
     fsync_path(target.parent)
 
 
-def is_hash_list(tree: Any) -> bool:
+def hash_list_of(folder: Path) -> Path:
+    """Where the hashes of a sealed folder lie, or would."""
+    return folder / QUICK_LIST if (folder / QUICK_LIST).exists() else folder / HASH_LIST
+
+
+def is_hash_list(tree: Any, key: str = "sha256") -> bool:
     """Is every entry one that can be compared? A flipped byte may as well have changed a key."""
     if not isinstance(tree, dict) or set(tree) != {"format_version", "files"} or tree["format_version"] != 1:
         return False
     entries = tree["files"].values() if isinstance(tree["files"], dict) else [None]
     return all(
-        isinstance(entry, dict) and set(entry) == {"bytes", "sha256"} and isinstance(entry["bytes"], int)
+        isinstance(entry, dict) and set(entry) == {"bytes", key} and isinstance(entry["bytes"], int)
         for entry in entries
     )
 
@@ -141,14 +185,16 @@ def verify_directory(folder: Path, *, hashes: bool = True) -> list[str]:
     """Compare a sealed folder with its hash list; return one line for each file that is missing, has another size or
     other bytes.
     """
-    hash_list = folder / HASH_LIST
+    hash_list = hash_list_of(folder)
+    quick = hash_list.name == QUICK_LIST
+    key, digest = ("xxh3_128", quick_hash_of_file) if quick else ("sha256", sha256_of_file)
     if not hash_list.exists():
         return [f"{hash_list} is missing: the directory was never completed"]
     try:
         tree = json.loads(hash_list.read_text())
     except (OSError, ValueError) as error:
         return [f"{hash_list} cannot be read: {error}"]
-    if not is_hash_list(tree):
+    if not is_hash_list(tree, key):
         return [f"{hash_list} is damaged: not a list of files with sizes and hashes"]
     problems = []
     for name, entry in tree["files"].items():
@@ -157,8 +203,8 @@ def verify_directory(folder: Path, *, hashes: bool = True) -> list[str]:
             problems.append(f"{path} is missing")
         elif (size := path.stat().st_size) != entry["bytes"]:
             problems.append(f"{path} has {size:,} bytes, expected {entry['bytes']:,}")
-        elif hashes and sha256_of_file(path) != entry["sha256"]:
-            problems.append(f"{path} has other bytes than were written (sha256 differs)")
+        elif hashes and digest(path) != entry[key]:
+            problems.append(f"{path} has other bytes than were written ({key} differs)")
     return problems
 
 

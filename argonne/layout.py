@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from argonne.errors import InputError
-from argonne.files import HASH_LIST, is_hash_list
+from argonne.files import hash_list_of
 
 # A run: runs/NAME
 CONFIG = "config.toml"  # the resolved recipe
@@ -119,10 +119,10 @@ def _has(folder: Path, *names: str) -> bool:
 def _lost(folder: Path, name: str) -> bool:
     """Was a file that is not there when the folder was sealed? Its hash list says."""
     try:
-        listed = json.loads((folder / HASH_LIST).read_text())
+        listed = json.loads(hash_list_of(folder).read_text())
     except (OSError, ValueError):
         return False
-    return is_hash_list(listed) and name in listed["files"]
+    return isinstance(listed, dict) and name in (listed.get("files") or {})
 
 
 def _has_legacy_weights(folder: Path) -> bool:

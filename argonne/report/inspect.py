@@ -11,7 +11,7 @@ from typing import Any
 
 from argonne import layout
 from argonne.errors import InputError
-from argonne.files import HASH_LIST, read_json, verify_directory
+from argonne.files import hash_list_of, read_json, verify_directory
 from argonne.layout import Kind
 
 Facts = dict[str, Any]
@@ -63,7 +63,7 @@ def _tokenizer(path: Path) -> Facts:
 
 
 def _sealed(path: Path) -> list[str]:
-    return verify_directory(path) if (path / HASH_LIST).exists() else []
+    return verify_directory(path) if hash_list_of(path).exists() else []
 
 
 def _shape(path: Path) -> Facts:
@@ -147,7 +147,7 @@ def _exported(path: Path) -> Facts:
         "parameters": parameters,
         "model": _shape(path),
         "has_tokenizer": layout.tokenizer_of(path) is not None,
-        "verified_by_hashes": (path / HASH_LIST).exists(),
+        "verified_by_hashes": hash_list_of(path).exists(),
         "problems": problems,
     }
 

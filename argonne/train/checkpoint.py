@@ -1,8 +1,8 @@
 """Checkpoints: complete and verified, or absent. Tensors in safetensors under flat names, everything else in
 state.json; never a pickle.
 
-Order of a save: temporary folder, tensors, state, fsync, hashes, re-read, rename, fsync of the parent,
-`checkpoint_last`, and only then prune.
+Order of a save: temporary folder, tensors (hashed as they are written) and their fsync, state, list of hashes, names
+read back, rename, fsync of the parent, `checkpoint_last`, and only then prune. Whole files are read back at a resume.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 from argonne.config import CheckpointSection
 from argonne.errors import InputError
 from argonne.files import (
-    HASH_LIST,
     TEMPORARY,
     collect_temporaries,
     fsync_path,
+    hash_list_of,
     publish_directory,
     read_json,
     seal_directory,
@@ -40,6 +40,7 @@ from argonne.files import (
 from argonne.layout import LAST, METRICS, STATE, STATE_VERSION, WEIGHTS, checkpoint_name, step_in_name
 from argonne.parallel.mesh import Mesh
 from argonne.train.optim import optimizer_tensors
+from argonne.train.tensor_files import HashingWriter
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,9 @@ def check_finite(model: nn.Module, mesh: Mesh) -> None:
     mine = []
     for name, parameter in model.named_parameters():
         held = parameter.detach()
-        if not bool(torch.isfinite(held.to_local() if isinstance(held, DTensor) else held).all()):
+        held = held.to_local() if isinstance(held, DTensor) else held
+        # A sum is finite only where all it adds is, and costs a fraction; one that overflowed is looked at closely.
+        if not bool(held.sum().isfinite()) and not bool(held.isfinite().all()):
             mine.append(name)
     for rank, names in enumerate(mesh.gather(mine)):
         if names:
@@ -103,6 +106,7 @@ def save_checkpoint(
     names = set().union(*mesh.gather(set(tensors)))  # of a pipeline each rank has its own
     target = checkpoint_path(run, step)
     temporary = run / f"{TEMPORARY}{target.name}"
+    writer = HashingWriter(temporary)
 
     def prepare() -> None:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -111,14 +115,13 @@ def save_checkpoint(
     def write() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch announces its own internal deprecations here
-            writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
             dcp.save(dict(tensors), storage_writer=writer, process_group=mesh.agreement, no_dist=mesh.world_size == 1)
 
     def complete() -> None:
         write_json(temporary / STATE, {"format_version": STATE_VERSION, "step": step, **state})
         add_files(temporary)
-        seal_directory(temporary)
-        if problems := verify_directory(temporary) + unreadable_tensors(temporary, names):
+        seal_directory(temporary, {name: seal for part in seals for name, seal in part.items()})
+        if problems := unreadable_tensors(temporary, names):
             raise OSError(f"{target}: what was written does not read back: {'; '.join(problems[:3])}")
         if (metrics := run / METRICS).exists():
             fsync_path(metrics)  # the records of the steps that this checkpoint ends are as safe as it is
@@ -128,6 +131,7 @@ def save_checkpoint(
     try:
         _together(mesh, prepare if mesh.is_main else None)
         _together(mesh, write)
+        seals = mesh.gather(writer.seals)
         _together(mesh, complete if mesh.is_main else None)
     except BaseException as error:
         if mesh.is_main:
@@ -288,7 +292,7 @@ def prune(run: Path, keep: CheckpointSection, best_step: int | None, log: Callab
     for item in saved:
         if item.step not in kept:
             # The hash list goes first: a deletion that is cut short leaves a folder that says it is not complete.
-            (item.path / HASH_LIST).unlink(missing_ok=True)
+            hash_list_of(item.path).unlink(missing_ok=True)
             shutil.rmtree(item.path)
             removed.append(item.path)
             log(f"removed {item.path.name} (kept: {', '.join(str(step) for step in sorted(kept))})")

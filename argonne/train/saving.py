@@ -20,6 +20,14 @@ from argonne.train import checkpoint
 from argonne.train.telemetry import MetricsLog
 
 
+@dataclasses.dataclass(frozen=True)
+class Best:
+    """The checkpoint with the lowest held-out loss."""
+
+    step: int
+    loss: float
+
+
 class Saver:
     """Writes checkpoints of one run; `blocked_seconds` is what the loop has waited for them."""
 
@@ -34,6 +42,7 @@ class Saver:
         log: Callable[[str], None],
         add_files: Callable[[Path], None],
         first_step: int,
+        best: Best | None = None,
     ) -> None:
         self.run, self.model, self.optimizer, self.mesh, self.keep = run, model, optimizer, mesh, keep
         self.metrics, self.log, self.add_files = metrics, log, add_files
@@ -41,22 +50,34 @@ class Saver:
         self.last_step, self.last_time = first_step, time.monotonic()
         self._thread: threading.Thread | None = None
         self._problem: BaseException | None = None
-        self._writing: tuple[int, float, float] = (first_step, 0.0, 0.0)
-        self._best_step: int | None = None
+        self.best = best  # of the checkpoints that are on the disk
+        self._writing: tuple[int, float, float, Best | None] = (first_step, 0.0, 0.0, best)
+        self._copies: dict[str, torch.Tensor] = {}
+        if keep.asynchronous:  # beside the first steps: fresh memory costs more than the copy into it
+            self._preparing = threading.Thread(target=self._make_copies, name="copies", daemon=True)
+            self._preparing.start()
+
+    def _make_copies(self) -> None:
+        for name, tensor in checkpoint.run_tensors(self.model, self.optimizer).items():
+            self._copies[name] = torch.empty_like(tensor, device="cpu").zero_()
 
     def due_by_time(self, step: int) -> bool:
         minutes = self.keep.every_minutes
         return minutes > 0 and time.monotonic() - self.last_time >= 60 * minutes and self.last_step != step
 
-    def save(self, step: int, state: dict[str, Any], best_step: int | None, *, final: bool = False) -> bool:
+    def holds(self, step: int) -> bool:
+        """Is the newest save that of `step`? Waits for one that is being written; its failure is told."""
+        self.wait()
+        return self.last_step == step and checkpoint.checkpoint_path(self.run, step).exists()
+
+    def save(self, step: int, state: dict[str, Any], best: Best | None, *, final: bool = False) -> bool:
         """Save `step`; True when it is written (or, asynchronously, begun). With `final` it is complete on return and a
-        failure is raised.
+        failure is raised: its own, not that of a save before it.
+
+        best: the best checkpoint once this one is on the disk; until then the one before is kept.
         """
         start = time.monotonic()
-        self._best_step = best_step
-        self.wait(final=final)
-        if self.last_step == step and checkpoint.checkpoint_path(self.run, step).exists():
-            return True
+        self.wait()
         self.last_time = time.monotonic()
         try:
             checkpoint.check_finite(self.model, self.mesh)
@@ -65,17 +86,19 @@ class Saver:
             return False
         tensors = checkpoint.run_tensors(self.model, self.optimizer)
         if self.keep.asynchronous and not final:
-            copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+            self._preparing.join()
+            for name, tensor in tensors.items():
+                self._copies[name].copy_(tensor.detach())
             # In a thread, whose ranks agree on a group of their own, so that nothing mixes with the loop's agreements.
             mesh = dataclasses.replace(self.mesh, agreement=self.mesh.saving)
 
             def work() -> None:
                 try:
-                    self._write(step, copies, state, mesh)
+                    self._write(step, self._copies, state, mesh)
                 except BaseException as error:
                     self._problem = error
 
-            self._writing = (step, start, time.monotonic() - start)
+            self._writing = (step, start, time.monotonic() - start, best)
             self._thread = threading.Thread(target=work, name="checkpoint")
             self._thread.start()
             return True
@@ -84,7 +107,7 @@ class Saver:
         except OSError as error:
             self._refuse(step, error, final)
             return False
-        self._done(step, start, time.monotonic() - start)
+        self._done(step, start, time.monotonic() - start, best)
         return True
 
     def _write(self, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any], mesh: Mesh) -> None:
@@ -95,23 +118,24 @@ class Saver:
         if self._thread is not None and not self._thread.is_alive():
             self.wait()
 
-    def wait(self, *, final: bool = False) -> None:
+    def wait(self) -> None:
         """Wait for a save in the background and record how it went."""
         if self._thread is None:
             return
         began = time.monotonic()
         self._thread.join()
         self._thread = None
-        step, start, blocked = self._writing
+        step, start, blocked, best = self._writing
         problem, self._problem = self._problem, None
         if problem is None:
-            self._done(step, start, blocked + time.monotonic() - began)
+            self._done(step, start, blocked + time.monotonic() - began, best)
         elif isinstance(problem, OSError):
-            self._refuse(step, problem, final)
+            self._refuse(step, problem, False)
         else:
             raise problem
 
-    def _done(self, step: int, start: float, blocked: float) -> None:
+    def _done(self, step: int, start: float, blocked: float, best: Best | None) -> None:
+        self.best = best
         self.blocked_seconds += blocked
         self.last_step, self.last_time = step, time.monotonic()
         path, seconds = checkpoint.checkpoint_path(self.run, step), time.monotonic() - start
@@ -123,7 +147,7 @@ class Saver:
             + (f", {blocked:.1f} s of them in the loop's way" if self.keep.asynchronous else "")
         )
         if self.mesh.is_main:
-            checkpoint.prune(self.run, self.keep, self._best_step, self.log)
+            checkpoint.prune(self.run, self.keep, best.step if best else None, self.log)
 
     def _refuse(self, step: int, error: Exception, final: bool) -> None:
         self.metrics.write("warning", step, message=f"checkpoint not written: {error}")

@@ -28,7 +28,7 @@ from argonne.train.optim import Precision
 from argonne.train.profiling import start_profiler
 from argonne.train.recovery import back_off, is_out_of_memory
 from argonne.train.run import COMPLETE, STOPPED, RunFolder
-from argonne.train.saving import Saver
+from argonne.train.saving import Best, Saver
 from argonne.train.schedule import applied_rate, learning_rate, set_learning_rate
 from argonne.train.telemetry import MetricsLog, ProgressBar, StepResult, Telemetry
 
@@ -71,6 +71,11 @@ class Progress:
     best_step: int | None = None
     skipped: int = 0
     scaler: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def best(self) -> Best | None:
+        found = self.best_held_out is not None and self.best_step is not None
+        return Best(self.best_step, self.best_held_out) if found else None  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -151,9 +156,10 @@ class Trainer:
             self.line.log,
             hooks.checkpoint_files,
             progress.step,
+            progress.best,
         )
         self.compiled = trained.compiled
-        self._measured: tuple[int, float] | None = None  # step and loss of the newest held-out evaluation
+        self._measured: Best | None = None  # the newest held-out evaluation
         self._telemetry_limit = parse_duration(recipe.log.telemetry_limit, "log.telemetry_limit")
         timeout = parse_duration(recipe.parallel.timeout, "parallel.timeout")
         self._hang_watch = HangWatch(
@@ -297,10 +303,16 @@ class Trainer:
                 self.line.log(text)
         if step % recipe.log.every_steps == 0 or step in (first_of_session + 1, self.total_steps):
             self.telemetry.log_step(step, self.saver.blocked_seconds)
-        due = recipe.eval.every_steps > 0 and step % recipe.eval.every_steps == 0
-        if due and step < self.total_steps:
+        if step == self.total_steps:
+            return
+        evaluate, save = (
+            every > 0 and step % every == 0 for every in (recipe.eval.every_steps, recipe.checkpoint.every_steps)
+        )
+        if evaluate:
             self._held_out()
-        if recipe.checkpoint.every_steps > 0 and step % recipe.checkpoint.every_steps == 0 and step < self.total_steps:
+            if recipe.checkpoint.keep_best and not save:  # only the main rank may know the loss
+                save = bool(self.mesh.largest(int(self._new_best() is not None)))
+        if save:
             self._save()
 
     def _held_out(self) -> None:
@@ -316,7 +328,7 @@ class Trainer:
         self.line.log(
             f"step {step}: held-out loss {found['loss']:.4f}{bits} ({found[self.data.unit]:,} {self.data.unit})"
         )
-        self._measured = (step, float(found["loss"]))
+        self._measured = Best(step, float(found["loss"]))
 
     def _aside(self, name: str, make: Callable[[], Work[Result]], *, together: bool) -> Result | None:
         """Evaluation or sampling: on the main rank alone, outside collectives, or by all ranks in step. None where it
@@ -355,17 +367,18 @@ class Trainer:
         """A checkpoint at the current step, and a sample of what the model writes there."""
         self._hang_watch.pause()
         step, progress = self.progress.step, self.progress
+        if self.saver.holds(step):
+            return
         progress.scaler = self.trained.precision.state()
-        earlier = progress.best_held_out, progress.best_step
-        # The best is a checkpoint that exists: an evaluation between two saves, or before one that fails, is nobody's.
-        if self._measured and self._measured[0] == step and (earlier[0] is None or self._measured[1] < earlier[0]):
-            progress.best_step, progress.best_held_out = self._measured
-        if self.saver.last_step == step and checkpoint.checkpoint_path(self.run.path, step).exists():
-            self.saver.wait(final=final)
-        elif self.saver.save(step, self.hooks.state(step), self.progress.best_step, final=final):
+        best = self._new_best() or self.saver.best
+        progress.best_step, progress.best_held_out = (best.step, best.loss) if best else (None, None)
+        if self.saver.save(step, self.hooks.state(step), best, final=final):
             self._sample()
-        else:
-            progress.best_held_out, progress.best_step = earlier
+
+    def _new_best(self) -> Best | None:
+        """This step, where it was just measured and is better than every checkpoint that is on the disk."""
+        found, known = self._measured, self.saver.best
+        return found if found and found.step == self.progress.step and (not known or found.loss < known.loss) else None
 
     def _sample(self) -> None:
         prompt, hook, forward = self.recipe.checkpoint.sample_prompt, self.hooks.sample, self.parallelised.forward

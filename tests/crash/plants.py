@@ -47,16 +47,16 @@ def nan_weight_on_rank_1() -> None:
 def full_disk_on_rank_1() -> None:
     """The tensors of step 8 cannot be written by the second rank."""
     if _is(1):
-        from torch.distributed.checkpoint import HuggingFaceStorageWriter
+        from argonne.train.tensor_files import HashingWriter
 
-        plain_write = HuggingFaceStorageWriter.write_data
+        plain_write = HashingWriter.write_data
 
         def write_data(self: Any, *arguments: Any, **named: Any) -> Any:
             if "_8" in str(self.path):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return plain_write(self, *arguments, **named)
 
-        HuggingFaceStorageWriter.write_data = write_data
+        HashingWriter.write_data = write_data
 
 
 def failing_sample() -> None:

@@ -72,7 +72,7 @@ def test_a_part_leaves_the_end_to_one_that_still_works(
     corpus: str, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, said = tmp_path / "out", list[str]()
-    monkeypatch.setattr(preparing.ProgressBar, "say", lambda self, line: said.append(line))
+    monkeypatch.setattr(preparing.ProgressBar, "log", lambda self, line: said.append(line))
     prepare(PrepareOptions((corpus,), out, tokenizer_folder, part=(1, 2)), QUIET)
     with sole_writer(out, shared=True):
         prepare(PrepareOptions((corpus,), out, tokenizer_folder, part=(2, 2)), QUIET)

@@ -162,7 +162,7 @@ def damage_delete(folder: Path) -> None:
 
 
 def damage_hash_list(folder: Path) -> None:
-    (folder / files.HASH_LIST).unlink()
+    files.hash_list_of(folder).unlink()
 
 
 @pytest.mark.parametrize("damage", [damage_flip, damage_truncate, damage_delete, damage_hash_list])

@@ -332,29 +332,69 @@ def test_of_many_processes_that_find_a_dead_lock_one_gets_the_run(tmp_path: Path
         assert found.stdout == "1\n", found.stderr
 
 
-def test_the_best_checkpoint_is_one_that_exists_though_evaluations_fall_between_saves(
-    nano: Nano, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    losses = iter([2.0, 1.0, 0.5, 3.0])  # at steps 3, 6, 9 and 12, of which 6 and 12 are saved
+def _measured(losses: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Held-out losses at steps 3, 6, 9 and 12 of a nano run."""
+    left = iter(losses)
     found = {"bits_per_byte": None, "tokens": 1, "bytes": 0}
 
     def held_out(*arguments: Any) -> Work[dict[str, Any]]:
         yield
-        return {"loss": next(losses), **found}
+        return {"loss": next(left), **found}
 
     monkeypatch.setattr(hooks, "held_out_loss", held_out)
-    recipe = nano(
-        **{
-            "checkpoint.every_steps": "2",
-            "checkpoint.keep_last": "1",
-            "checkpoint.keep_best": "true",
-            "eval.every_steps": "3",
-        }
-    )
-    run(recipe, tmp_path / "run")
+
+
+def _fail_once(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first save of `step` finds no room on the disk."""
+    plain, fails = checkpoint.save_checkpoint, [step]
+
+    def save(run: Path, step: int, *rest: Any, **named: Any) -> None:
+        if step in fails:
+            fails.remove(step)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        plain(run, step, *rest, **named)
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", save)
+
+
+BEST = {
+    "checkpoint.every_steps": "2",
+    "checkpoint.keep_last": "1",
+    "checkpoint.keep_best": "true",
+    "eval.every_steps": "3",
+}
+
+
+@pytest.mark.parametrize("background", ["false", "true"])
+def test_a_new_best_is_saved_when_it_is_found_whatever_the_save_rhythm(
+    nano: Nano, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, background: str
+) -> None:
+    _measured([2.0, 1.0, 0.5, 3.0], monkeypatch)
+    run(nano(**BEST, **{"checkpoint.asynchronous": background}), tmp_path / "run")
+    assert [saved.step for saved in checkpoint.list_checkpoints(tmp_path / "run")] == [9, 12]
+    progress = checkpoint.read_state(tmp_path / "run" / LAST)["progress"]
+    assert (progress["best_step"], progress["best_held_out"]) == (9, 0.5)
+
+
+@pytest.mark.parametrize("background", ["false", "true"])
+def test_the_best_checkpoint_stays_until_its_successor_is_on_the_disk(
+    nano: Nano, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, background: str
+) -> None:
+    _measured([2.0, 1.0, 0.5, 3.0], monkeypatch)
+    _fail_once(9, monkeypatch)
+    run(nano(**BEST, **{"checkpoint.asynchronous": background}), tmp_path / "run")
     assert [saved.step for saved in checkpoint.list_checkpoints(tmp_path / "run")] == [6, 12]
     progress = checkpoint.read_state(tmp_path / "run" / LAST)["progress"]
     assert (progress["best_step"], progress["best_held_out"]) == (6, 1.0)
+
+
+def test_a_background_save_that_failed_does_not_forbid_the_last_one(
+    nano: Nano, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _fail_once(8, monkeypatch)
+    outcome = run(nano(**{"checkpoint.asynchronous": "true"}), tmp_path / "run", stop_after_step=8).outcome
+    assert outcome.step == 8
+    assert [saved.step for saved in checkpoint.list_checkpoints(tmp_path / "run")] == [4, 8]
 
 
 def test_a_run_that_was_copied_elsewhere_resumes_there(nano: Nano, tmp_path: Path) -> None:
