@@ -54,7 +54,17 @@ def outlive_stderr() -> None:
     sys.stderr = LossyStream(stream)
 
 
-class InputError(Exception):
+class Ended(Exception):
+    """A command ends early, for a reason that one line tells."""
+
+    exit_code = 1
+
+
+class Diverged(Ended):
+    """Too many steps in a row had a non-finite gradient. Exit code 1."""
+
+
+class InputError(Ended):
     """Something the user gave is wrong. The message names the thing, the value found, the value expected and the next
     step. Exit code 2.
     """
@@ -70,7 +80,7 @@ class InUse(InputError):
     """Another process is at work on the same folder."""
 
 
-class Stopped(Exception):
+class Stopped(Ended):
     """A run ended on request: the same command goes on from its newest checkpoint. Exit code 3."""
 
     exit_code = 3

@@ -31,7 +31,7 @@ LOCK, STOPPED, COMPLETE = "run.lock", "STOPPED", "COMPLETE"
 FINAL_MODEL = "final_model"
 
 # A checkpoint in it: checkpoint_step_<N>
-LAST = "checkpoint_last"  # a link to the newest
+LAST = "checkpoint_last"  # leads to the newest: see `last_checkpoint`
 STATE, STATE_VERSION = "state.json", 1
 _CHECKPOINT = re.compile(r"checkpoint_step_(\d+)")
 
@@ -202,7 +202,20 @@ def model_of_run(run: Path) -> Path | None:
     """
     if (run / FINAL_MODEL / MODEL_CONFIG).is_file():
         return run / FINAL_MODEL
-    return (run / LAST).resolve() if (run / LAST / STATE).is_file() else None
+    return last_checkpoint(run)
+
+
+def last_checkpoint(run: Path) -> Path | None:
+    """The checkpoint that `checkpoint_last` leads to: by a link, or by the name in a file where there are no links; or
+    the folder that a copy made of the link. None where it leads nowhere.
+    """
+    last = followed(run / LAST)
+    return last.resolve() if (last / STATE).is_file() else None
+
+
+def followed(path: Path) -> Path:
+    """A path itself, or what a `checkpoint_last` that is a file names."""
+    return path.parent / path.read_text().strip() if path.name == LAST and path.is_file() else path
 
 
 def ending_of(run: Path) -> str | None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from argonne import __version__
-from argonne.errors import REQUESTS, InputError, Stopped, first_line, outlive_stderr
+from argonne.errors import REQUESTS, Ended, InputError, first_line, outlive_stderr
 
 # The way from text to a model that others use: page of the verbs, what they are for, each verb and what it does.
 PAGES = (
@@ -79,7 +79,7 @@ def run_verb(argv: Sequence[str] | None) -> int:
             said = options.parser.not_known(rest[0]) if rest[0].startswith("-") else f"unknown argument {rest[0]!r}"
             raise InputError(f"{options.verb}: {said}; see `argonne {options.verb} --help`")
         return int(options.function(options) or 0)
-    except (InputError, Stopped) as error:
+    except Ended as error:
         print(f"argonne: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:

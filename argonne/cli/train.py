@@ -46,6 +46,8 @@ def add_verbs(verb: Verbs, arguments: Sequence[str]) -> None:
             metavar="KEY",
             help="keys that may differ from the run's on resume",
         )
+        parser.add_argument("--rewind", type=int, metavar="N", help="go back to the run's own checkpoint of step N")
+        parser.add_argument("--take-over", action="store_true", help="the machine that has the run is surely dead")
         parser.add_argument("--wall-time", metavar="T", help="stop and save after this long: 90m, 12h, 1-12:00:00")
         parser.add_argument("--deadline", metavar="T", help="stop and save before this moment")
         parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
@@ -101,6 +103,6 @@ def train_model(options: argparse.Namespace) -> None:
         from argonne.stages.pretrain import run
         from argonne.stages.session import finish_or_stop
 
-        names = ("resume_from", "allow", "profile", "data_from_start")
+        names = ("resume_from", "allow", "profile", "data_from_start", "rewind", "take_over")
         result = run(recipe, folder, watch=watch, **{name: getattr(options, name) for name in names})
         finish_or_stop(result.outcome, folder)

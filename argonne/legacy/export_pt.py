@@ -106,7 +106,7 @@ def _checkpoint_of(model: Path) -> Path:
     """The training checkpoint that `model` names. A run's final model has no optimizer state: its last
     checkpoint has.
     """
-    path = model / layout.LAST if layout.kind_of(model) is Kind.RUN else model
+    path = (layout.last_checkpoint(model) if layout.kind_of(model) is Kind.RUN else None) or layout.followed(model)
     if layout.kind_of(path) is not Kind.CHECKPOINT:
         resolve_model(model)  # says what it is not, where it is nothing of ours
         raise InputError(

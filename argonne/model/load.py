@@ -69,7 +69,7 @@ class LoadedModel:
 
 def resolve_model(name: str | Path) -> FoundModel:
     """The folder behind a MODEL argument. Raises InputError saying what was found and what would do."""
-    path = Path(name).expanduser()
+    path = layout.followed(Path(name).expanduser())
     if not path.exists():
         return _from_hub(str(name))
     if not path.is_dir():
@@ -86,8 +86,8 @@ def resolve_model(name: str | Path) -> FoundModel:
     if kind is Kind.CHECKPOINT:
         return _checkpoint(folder.resolve())
     if kind in (Kind.MODEL_FOLDER, Kind.LEGACY_FOLDER):
-        last = path / layout.LAST / layout.STATE  # of a run: its final model does not say where its data stood
-        state = _json(last) if last.is_file() else {}
+        last = layout.last_checkpoint(path)  # of a run: its final model does not say where its data stood
+        state = _json(last / layout.STATE) if last is not None else {}
         where = layout.tokenizer_of(folder)
         return FoundModel(
             folder, family_config(folder), where, False, state.get("run_id"), state.get("step"), state.get("data")

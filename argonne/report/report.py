@@ -21,9 +21,10 @@ from argonne.report.records import Metrics, read_metrics, smoothed
 from argonne.report.report_plots import Curve, Mark, Panel
 
 _KEY_TO_MARKS = (
-    "Horizontal axis: step. Vertical lines: resumed (dashed), stopped (dotted), step skipped (solid), warning (dotted)."
+    "Horizontal axis: step. Vertical lines: resumed (dashed), stopped (dotted), step skipped (solid), warning or key "
+    "changed (dotted)."
 )
-_MARKS = ("resume", "stop", "skip", "warning")
+_MARKS = ("resume", "stop", "skip", "warning", "change")
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,13 @@ _STAND_INS = {
 }
 _BY_VARIABLE = {variable: colour for colour, variable in _STAND_INS.items()}
 _DASHES = ("-", "--", ":", "-.")
-_MARKS = {"resume": ("--muted", "--"), "stop": ("--muted", ":"), "skip": ("--alert", "-"), "warning": ("--alert", ":")}
+_MARKS = {
+    "resume": ("--muted", "--"),
+    "stop": ("--muted", ":"),
+    "skip": ("--alert", "-"),
+    "warning": ("--alert", ":"),
+    "change": ("--muted", ":"),
+}
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,24 +16,21 @@ from torch import nn
 
 from argonne.config import Recipe
 from argonne.files import atomic_directory, write_json, write_text
-from argonne.layout import CONFIG, FINAL_MODEL, MODEL_CONFIG
+from argonne.layout import FINAL_MODEL, MODEL_CONFIG, last_checkpoint
 from argonne.model.build import config_from_fields
 from argonne.model.load import load_model
 from argonne.model.save import save_model_folder
 from argonne.parallel.mesh import Mesh
 from argonne.parallel.parallelise import Parallelised
-from argonne.plan import shape_of
 from argonne.recipe import to_toml, to_tree
 from argonne.serve.engine import stream_text
 from argonne.serve.options import SamplingOptions
 from argonne.stages.start import Start, architecture_fields
 from argonne.tokens.tokenizer import TextTokenizer
 from argonne.train.aside import Work
-from argonne.train.checkpoint import LAST
 from argonne.train.data import Data
 from argonne.train.optim import resolve_precision
 from argonne.train.run import RunFolder
-from argonne.train.schedule import curve
 from argonne.train.trainer import Progress
 
 
@@ -108,7 +105,7 @@ def export_final(model: Parallelised, run: Path, tokenizer: TextTokenizer) -> No
     """Write the complete Hugging Face folder, atomically; an older one is replaced. Where no rank holds the whole model
     it is read from disk.
     """
-    whole = model.plain if model.forward == "alone" else load_model(run / LAST).model
+    whole = model.plain if model.forward == "alone" else load_model(last_checkpoint(run) or run).model
     with atomic_directory(run / FINAL_MODEL, replace=True) as temporary:
         tokenizer.save(temporary)
         save_model_folder(whole, temporary, eos_id=tokenizer.eos_id, bos_id=tokenizer.bos_id, pad_id=tokenizer.pad_id)
@@ -142,51 +139,6 @@ def _ranges(numbers: list[int]) -> str:
         for _, run in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
     ]
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-
-
-def record_start(
-    run: RunFolder,
-    recipe: Recipe,
-    idle: Collection[str],
-    data: Data,
-    start: Start,
-    mesh: Mesh,
-    micro_rows: int,
-    total_steps: int,
-    log: Callable[[str], None],
-) -> None:
-    """Write config and manifest, print what is about to run."""
-    parameters = shape_of(recipe.model, recipe.data.sequence_length).parameters()
-    run.clear_markers()
-    write_text(run.path / CONFIG, to_toml(recipe, idle))
-    run.write_manifest(
-        {
-            "stage": recipe.stage,
-            "parameters": parameters,
-            "total_steps": total_steps,
-            "data_fingerprint": data.fingerprint,
-            "tokenizer_fingerprint": data.tokenizer.fingerprint,
-            "world_size": mesh.world_size,
-            "device": str(mesh.device),
-            "micro_rows": micro_rows,
-            "parent": start.parent,
-        }
-    )
-    for text in data.description:
-        log(text)
-    step = int(start.progress.get("step", 0))
-    rows, length = data.rows(step), data.sequence_length(step)
-    log(
-        f"model: {parameters:,} parameters, {recipe.model.num_hidden_layers} layers, "
-        f"{recipe.model.preset or 'from ' + str(recipe.model.init_from)}"
-    )
-    log(
-        f"batch: {rows * length:,} tokens a step = {rows} rows x {length}, {micro_rows} rows a micro-batch on "
-        f"{mesh.world_size} x {mesh.device.type}; {total_steps:,} steps, {data.tokens_before(total_steps):,} tokens"
-    )
-    rates = "  ".join(f"{step}: {rate:.3g}" for step, rate in curve(total_steps, recipe.optim, recipe.schedule))
-    log(f"learning rate at steps {rates}")
-    log(start.description)
 
 
 def run_state(

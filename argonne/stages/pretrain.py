@@ -49,12 +49,16 @@ def run(
     watch: StopWatch | None = None,
     profile: bool = False,
     data_from_start: bool = False,
+    rewind: int | None = None,
+    take_over: bool = False,
 ) -> RunResult:
     """Train `recipe` in `run_folder`, resuming by itself where the run exists. Raises InputError for anything wrong
     with recipe, data or run.
 
     `watch`: it knows of requests to stop since the command began. `profile`: write a trace of a few steps.
-    `data_from_start`: with a `.pt` of the family as `resume_from`, begin the data at its start whatever the file says.
+    `rewind`: go back to this step's checkpoint of the run. `take_over`: the process of another machine that has the run
+    is dead. `data_from_start`: with a `.pt` of the family as `resume_from`, begin the data at its start whatever the
+    file says.
     """
     session = Session(
         recipe=recipe,
@@ -66,5 +70,7 @@ def run(
         watch=watch,
         profile=profile,
         data_from_start=data_from_start,
+        rewind=rewind,
+        take_over=take_over,
     )
     return RunResult(run_folder, run_session(session))

@@ -12,19 +12,19 @@ from typing import cast
 
 import torch
 
-from argonne.errors import InputError, Stopped, first_line
+from argonne.errors import Ended, InputError, Stopped, first_line
 from argonne.files import fingerprint
 from argonne.keys import is_free
-from argonne.layout import FINAL_MODEL
+from argonne.layout import FINAL_MODEL, last_checkpoint
 from argonne.model.kernels import KernelUnavailable
 from argonne.parallel.launch import let_the_cause_speak_first, run_workers
 from argonne.parallel.mesh import Mesh, open_mesh, worker_count
 from argonne.recipe import to_tree
-from argonne.stages.hooks import banner, checkpoint_files, export_final, record_start, run_state
-from argonne.stages.setup import Session, build, changes, open_run
+from argonne.stages.hooks import banner, checkpoint_files, export_final, run_state
+from argonne.stages.setup import Session, build, changes, open_run, record_start
 from argonne.stages.start import Start
-from argonne.train.checkpoint import LAST, STATE, list_checkpoints, read_state
-from argonne.train.guard import Diverged, StopWatch, parse_duration
+from argonne.train.checkpoint import list_checkpoints, read_state
+from argonne.train.guard import StopWatch, parse_duration
 from argonne.train.run import COMPLETE, STOPPED, RunFolder
 from argonne.train.telemetry import MetricsLog
 from argonne.train.trainer import Hooks, Outcome, Trainer
@@ -53,7 +53,7 @@ def run_session(session: Session) -> Outcome:
             preload=PRELOADED,
         )
         for found in results:  # before an outcome of another rank
-            if isinstance(found, InputError | Stopped):
+            if isinstance(found, Ended):
                 raise found
         return cast(Outcome, results[0])
     except Stopped as stopped:
@@ -76,11 +76,11 @@ def _mark_stopped(session: Session, reason: str) -> None:
             run.release()
 
 
-def _work(session: Session) -> Outcome | InputError | Stopped:
-    """One worker's part. Wrong input and a request are results, not failures: they are the same on every try."""
+def _work(session: Session) -> Outcome | Ended:
+    """One worker's part. Wrong input, a request and divergence are results, not failures: the same on every try."""
     try:
         return train_session(session)
-    except (InputError, Stopped) as error:
+    except Ended as error:
         return error
 
 
@@ -92,7 +92,7 @@ def train_session(session: Session) -> Outcome:
     with watch.listening():
         try:
             return _join(session, watch)
-        except (InputError, Stopped, Diverged):
+        except Ended:
             raise
         except Exception as error:
             if isinstance(error, RuntimeError) and os.environ.get("WORLD_SIZE", "1") != "1":
@@ -113,7 +113,7 @@ def _join(session: Session, watch: StopWatch) -> Outcome:
         problem: InputError | None = None
         if mesh.is_main:
             try:
-                run.acquire()
+                run.acquire(take_over=session.take_over)
             except InputError as error:
                 problem = error
         if (problem := mesh.broadcast(problem)) is not None:
@@ -147,7 +147,7 @@ def _train(session: Session, run: RunFolder, mesh: Mesh, watch: StopWatch) -> Ou
         if mesh.is_main:
             print(text, file=sys.stderr, flush=True)
 
-    if (done := run.marker(COMPLETE)) is not None:
+    if (done := run.marker(COMPLETE)) is not None and session.rewind is None:
         _check_finished(session, int(done["step"]))
         log(f"{run.path}: complete at step {done['step']}; nothing to do (final model in {run.path / FINAL_MODEL})")
         return Outcome(int(done["step"]), "complete")
@@ -165,12 +165,14 @@ def _train(session: Session, run: RunFolder, mesh: Mesh, watch: StopWatch) -> Ou
             built = build(session, opened, run, mesh, log)
         recipe, progress = built.recipe, built.progress
         if mesh.is_main:
-            record_start(run, recipe, opened.idle, data, start, mesh, built.loader.micro_rows, opened.total_steps, log)
+            record_start(run, recipe, opened, mesh, built.loader.micro_rows, log)
         mesh.barrier()
         metrics = MetricsLog(run.path, recipe.log, enabled=mesh.is_main, run_name=run.run_id)
         metrics.write(
             "resume" if start.checkpoint is not None and start.own else "start", progress.step, parent=start.parent
         )
+        for path, (old, new) in opened.changed.items():
+            metrics.write("change", progress.step, key=path, old=old, new=new)
         shown = session.stage.shows(recipe, data, built.loader.micro_rows)
         trainer = Trainer(
             recipe,
@@ -203,8 +205,8 @@ def _train(session: Session, run: RunFolder, mesh: Mesh, watch: StopWatch) -> Ou
 
 def _check_finished(session: Session, step: int) -> None:
     """A finished run does nothing more; asked to train something else, it says so instead of doing nothing."""
-    last = session.folder / LAST
-    if not (last / STATE).is_file():
+    last = last_checkpoint(session.folder)
+    if last is None:
         return
     found = changes(Start("", recipe_tree=read_state(last)["recipe"]), session.recipe)
     changed = [f"{path}: {old!r} -> {new!r}" for path, (old, new) in found.items() if not is_free(path)]

@@ -5,6 +5,7 @@ restore -> compile.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,30 +16,32 @@ import torch
 from argonne.config import Recipe, TrainSection
 from argonne.data.loader import Loader
 from argonne.errors import InputError
-from argonne.files import read_json, write_json
+from argonne.files import read_json, write_json, write_text
 from argonne.keys import all_keys, idle_without_held_out, is_free, unmet, without_idle_keys
-from argonne.layout import COMPUTE_PLAN
+from argonne.layout import COMPUTE_PLAN, CONFIG
 from argonne.legacy.training import restore
 from argonne.model.build import check_attention
 from argonne.parallel.compile import compile_blocks
 from argonne.parallel.mesh import Mesh
 from argonne.parallel.objective import MicroBatch, Objective
 from argonne.parallel.parallelise import REPLICATED, Mode, Parallelised
-from argonne.plan import Device, Setup, choose_setup, plan_of_run, running_device
+from argonne.plan import Device, Setup, choose_setup, plan_of_run, running_device, shape_of
 from argonne.plan.build import total_steps as planned_steps
-from argonne.recipe import differences, to_tree
+from argonne.recipe import differences, to_toml, to_tree
 from argonne.stages.stage import Stage, StageData
 from argonne.stages.start import Start, check_tokenizer, find_start, fit_model_section
 from argonne.train.allocator import LARGE_RUN, return_freed_memory
-from argonne.train.checkpoint import clean_leftovers, load_tensors, run_tensors
+from argonne.train.checkpoint import clean_leftovers, load_tensors, rewind, run_tensors
 from argonne.train.data import Batches, Data
 from argonne.train.guard import StopWatch
 from argonne.train.optim import Precision, build_optimizer, compute_dtype
 from argonne.train.probe import probe_micro_rows
 from argonne.train.recovery import MICRO_ROWS_FILE
 from argonne.train.run import RunFolder
-from argonne.train.schedule import check_schedule
+from argonne.train.schedule import check_schedule, curve
 from argonne.train.trainer import Progress, Trained
+
+HISTORY = "# Changed at step "
 
 
 @dataclass(frozen=True)
@@ -56,18 +59,23 @@ class Session:
     watch: StopWatch | None = None
     profile: bool = False
     data_from_start: bool = False
+    rewind: int | None = None
+    take_over: bool = False
     mode: Mode = REPLICATED
 
 
 @dataclass(frozen=True)
 class Opened:
-    """What is known once the run, its start and its data are open. `idle`: keys that do nothing with this data."""
+    """What is known once the run, its start and its data are open. `idle`: keys that do nothing with this data.
+    `changed`: keys that are other than in the session before, as `section.key -> (old, new)`.
+    """
 
     recipe: Recipe
     start: Start
     data: StageData
     total_steps: int
     idle: list[str]
+    changed: dict[str, tuple[Any, Any]]
 
 
 @dataclass(frozen=True)
@@ -89,9 +97,12 @@ def open_run(session: Session, run: RunFolder, mesh: Mesh, log: Callable[[str], 
     """
     if mesh.is_main:
         clean_leftovers(run.path, log)
+        # Once: workers that start again go on from what was saved since.
+        if session.rewind is not None and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+            rewind(run.path, session.rewind, log)
     mesh.barrier()
     start = find_start(run, session.recipe, session.resume_from, log, data_from_start=session.data_from_start)
-    _compare_config(start, session, mesh, log)
+    changed = _compare_config(start, session, mesh, log)
     train = start.settled(session.recipe).train
     given = dataclasses.replace(session.recipe, train=train)
     alone = _reads_alone(given, mesh)
@@ -109,15 +120,68 @@ def open_run(session: Session, run: RunFolder, mesh: Mesh, log: Callable[[str], 
     check_tokenizer(start, data.tokenizer.fingerprint, data.tokenizer_folder, session.allow)
     recipe = dataclasses.replace(given, model=fit_model_section(given, data.vocab_size, start))
     total_steps = planned_steps(recipe, data.tokens_before, lambda: data.tokens_per_epoch) or 0
+    if start.own and total_steps < start.progress["step"]:
+        raise InputError(
+            f"train: {total_steps:,} steps, but the run has trained {start.progress['step']:,}; train at least as "
+            "many, or go back with --rewind N"
+        )
     data.check_steps(total_steps)
     check_schedule(total_steps, recipe.optim, recipe.schedule)
     held_out = next(data.held_out(1, 1), None) is not None or bool(recipe.data.input and recipe.data.hold_out)
-    return Opened(recipe, start, data, total_steps, [] if held_out else idle_without_held_out(recipe))
+    return Opened(recipe, start, data, total_steps, [] if held_out else idle_without_held_out(recipe), changed)
 
 
 def _reads_alone(recipe: Recipe, mesh: Mesh) -> bool:
     """Does rank 0 open the data for all (`data.reader = "rank-0"`), so that the other nodes need no shards?"""
     return recipe.data.reader == "rank-0" and mesh.world_size > 1
+
+
+def record_start(
+    run: RunFolder,
+    recipe: Recipe,
+    opened: Opened,
+    mesh: Mesh,
+    micro_rows: int,
+    log: Callable[[str], None],
+) -> None:
+    """Write config (with the changes of earlier sessions and of this one as comments) and manifest, print what is about
+    to run.
+    """
+    data, start, total_steps = opened.data, opened.start, opened.total_steps
+    parameters = shape_of(recipe.model, recipe.data.sequence_length).parameters()
+    run.clear_markers()
+    known = (run.path / CONFIG).read_text().splitlines() if (run.path / CONFIG).exists() else []
+    history = [line for line in known if line.startswith(HISTORY)]
+    step = int(start.progress.get("step", 0))
+    history += [f"{HISTORY}{step}, {path}: {old!r} -> {new!r}" for path, (old, new) in opened.changed.items()]
+    write_text(run.path / CONFIG, "\n".join([to_toml(recipe, opened.idle), *history, ""]))
+    run.write_manifest(
+        {
+            "stage": recipe.stage,
+            "parameters": parameters,
+            "total_steps": total_steps,
+            "data_fingerprint": data.fingerprint,
+            "tokenizer_fingerprint": data.tokenizer.fingerprint,
+            "world_size": mesh.world_size,
+            "device": str(mesh.device),
+            "micro_rows": micro_rows,
+            "parent": start.parent,
+        }
+    )
+    for text in data.description:
+        log(text)
+    rows, length = data.rows(step), data.sequence_length(step)
+    log(
+        f"model: {parameters:,} parameters, {recipe.model.num_hidden_layers} layers, "
+        f"{recipe.model.preset or 'from ' + str(recipe.model.init_from)}"
+    )
+    log(
+        f"batch: {rows * length:,} tokens a step = {rows} rows x {length}, {micro_rows} rows a micro-batch on "
+        f"{mesh.world_size} x {mesh.device.type}; {total_steps:,} steps, {data.tokens_before(total_steps):,} tokens"
+    )
+    rates = "  ".join(f"{step}: {rate:.3g}" for step, rate in curve(total_steps, recipe.optim, recipe.schedule))
+    log(f"learning rate at steps {rates}")
+    log(start.description)
 
 
 def build(session: Session, opened: Opened, run: RunFolder, mesh: Mesh, log: Callable[[str], None]) -> Built:
@@ -171,12 +235,14 @@ def build(session: Session, opened: Opened, run: RunFolder, mesh: Mesh, log: Cal
     return Built(settled_recipe, Trained(parallelised, optimizer, precision, compiled), progress, loader)
 
 
-def _compare_config(start: Start, session: Session, mesh: Mesh, log: Callable[[str], None]) -> None:
-    """List every key that differs from the checkpoint's recipe; in its own run, one that changes what is trained needs
+def _compare_config(
+    start: Start, session: Session, mesh: Mesh, log: Callable[[str], None]
+) -> dict[str, tuple[Any, Any]]:
+    """Every key that differs from the checkpoint's recipe, told; in its own run, one that changes what is trained needs
     `--allow`.
     """
     if start.recipe_tree is None:
-        return
+        return {}
     found = changes(start, session.recipe)
     if start.own and (device := start.recipe_tree["train"]["device"]) not in ("auto", mesh.device.type):
         found["train.device"] = (device, mesh.device.type)
@@ -193,6 +259,7 @@ def _compare_config(start: Start, session: Session, mesh: Mesh, log: Callable[[s
             f"{session.folder}: the recipe differs from the run's in {', '.join(refused)}; restore it, or say --allow "
             f"{flags}"
         )
+    return found
 
 
 def changes(start: Start, recipe: Recipe) -> dict[str, tuple[Any, Any]]:

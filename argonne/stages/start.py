@@ -15,7 +15,7 @@ import torch
 from argonne.config import ModelSection, Recipe
 from argonne.errors import InputError
 from argonne.files import verify_directory
-from argonne.layout import LEGACY_SUFFIXES
+from argonne.layout import LEGACY_SUFFIXES, followed
 from argonne.legacy.position import carried_position
 from argonne.legacy.training import TrainingFile, read_training_file
 from argonne.model.build import build_model, config_from_fields
@@ -97,6 +97,8 @@ def find_start(
             raise InputError(
                 f"{run.path}: none of its checkpoints is complete; restore one, or remove the run to start again"
             )
+        if resume_from is not None:
+            _check_same_start(newest.path, followed(resume_from))
         return _whole_state(newest.path, own=True)
     if resume_from is not None and resume_from.suffix in LEGACY_SUFFIXES:
         path = resume_from.resolve()
@@ -117,7 +119,7 @@ def find_start(
             "the data to leave aside"
         )
     if resume_from is not None:
-        return _whole_state(resume_from.resolve(), own=False)
+        return _whole_state(followed(resume_from).resolve(), own=False)
     if recipe.model.init_from is None:
         return Start(f"starting from fresh weights (seed {recipe.seed})")
     found = resolve_model(recipe.model.init_from)
@@ -129,6 +131,19 @@ def find_start(
         data_state=carried_data(found.data_state, recipe) if found.data_state else None,
         tokenizer_fingerprint=load_tokenizer(found.tokenizer_folder).fingerprint if found.tokenizer_folder else None,
     )
+
+
+def _check_same_start(newest: Path, resume_from: Path) -> None:
+    """The command that began this run resumes it; --resume-from of anything else would do nothing here."""
+    parent = read_state(newest).get("parent") or {}
+    step, run_id = parent.get("step"), parent.get("run_id")
+    named = resume_from.resolve().name == parent.get("checkpoint")
+    if not named or (run_id is not None and read_state(resume_from.resolve())["run_id"] != run_id):
+        begun = f"it began with {parent.get('checkpoint') or parent.get('model')}" if parent else "it began by itself"
+        raise InputError(
+            f"--resume-from {resume_from}: {newest.parent} exists, and {begun}{f' at step {step}' if step else ''}; "
+            "give a new --run, leave --resume-from out to go on, or --rewind N to go back within the run"
+        )
 
 
 def _whole_state(path: Path, *, own: bool) -> Start:

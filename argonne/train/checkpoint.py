@@ -36,8 +36,9 @@ from argonne.files import (
     seal_directory,
     verify_directory,
     write_json,
+    write_text,
 )
-from argonne.layout import LAST, METRICS, STATE, STATE_VERSION, WEIGHTS, checkpoint_name, step_in_name
+from argonne.layout import LAST, METRICS, STATE, STATE_VERSION, WEIGHTS, checkpoint_name, last_checkpoint, step_in_name
 from argonne.parallel.mesh import Mesh
 from argonne.train.optim import optimizer_tensors
 from argonne.train.tensor_files import HashingWriter
@@ -192,11 +193,16 @@ def unreadable_tensors(folder: Path, expected: set[str]) -> list[str]:
 
 
 def point_last(run: Path, target: Path) -> None:
+    """Let `checkpoint_last` lead to `target`: a link, or a file with its name on a file system without links."""
     temporary = run / f"{TEMPORARY}{LAST}"
     temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target.name)
-    os.replace(temporary, run / LAST)
-    fsync_path(run)
+    try:
+        temporary.symlink_to(target.name)
+    except OSError:
+        write_text(run / LAST, target.name + "\n")
+    else:
+        os.replace(temporary, run / LAST)
+        fsync_path(run)
 
 
 def list_checkpoints(run: Path) -> list[Saved]:
@@ -205,9 +211,11 @@ def list_checkpoints(run: Path) -> list[Saved]:
     return [Saved(path, step) for step, path in sorted(found)]
 
 
-def newest_complete(run: Path, log: Callable[[str], None]) -> Saved | None:
-    """The newest checkpoint whose hashes hold; a damaged one is passed over and named."""
+def newest_complete(run: Path, log: Callable[[str], None], before: int | None = None) -> Saved | None:
+    """The newest checkpoint whose hashes hold, of a step below `before`; a damaged one is passed over and named."""
     for saved in reversed(list_checkpoints(run)):
+        if before is not None and saved.step >= before:
+            continue
         problems = verify_directory(saved.path)
         if not problems:
             return saved
@@ -280,7 +288,7 @@ def prune(run: Path, keep: CheckpointSection, best_step: int | None, log: Callab
     `keep_last` counts complete checkpoints up to the newest save: a damaged one that the run resumed before never takes
     the place of a good one, wherever its step is. Those beyond the newest save stay until the run gets there.
     """
-    newest = step_in_name((run / LAST).resolve()) if (run / LAST).exists() else None
+    newest = step_in_name(last) if (last := last_checkpoint(run)) else None
     saved = [item for item in list_checkpoints(run) if newest is None or item.step <= newest]
     whole = [item.step for item in saved if not verify_directory(item.path, hashes=False)]
     kept = set(whole[-max(1, keep.keep_last) :])
@@ -291,12 +299,33 @@ def prune(run: Path, keep: CheckpointSection, best_step: int | None, log: Callab
     removed = []
     for item in saved:
         if item.step not in kept:
-            # The hash list goes first: a deletion that is cut short leaves a folder that says it is not complete.
-            hash_list_of(item.path).unlink(missing_ok=True)
-            shutil.rmtree(item.path)
+            _remove(item.path)
             removed.append(item.path)
             log(f"removed {item.path.name} (kept: {', '.join(str(step) for step in sorted(kept))})")
     return removed
+
+
+def rewind(run: Path, step: int, log: Callable[[str], None]) -> None:
+    """Go back to the checkpoint of `step`: later ones are removed, each by name. The caller holds the run's lock.
+
+    Raises InputError, before anything is removed, where that checkpoint is not there or not whole.
+    """
+    target = checkpoint_path(run, step)
+    if not target.exists() or (problems := verify_directory(target)):
+        there = ", ".join(str(saved.step) for saved in list_checkpoints(run)) or "none"
+        found = problems[0] if target.exists() else f"no {target.name}"
+        raise InputError(f"--rewind {step}: {run}: {found}; checkpoints there: {there}")
+    point_last(run, target)
+    for saved in list_checkpoints(run):
+        if saved.step > step:
+            _remove(saved.path)
+            log(f"removed {saved.path.name} (--rewind {step})")
+
+
+def _remove(path: Path) -> None:
+    """The hash list goes first: a deletion that is cut short leaves a folder that says it is not complete."""
+    hash_list_of(path).unlink(missing_ok=True)
+    shutil.rmtree(path)
 
 
 def clean_leftovers(run: Path, log: Callable[[str], None]) -> None:
@@ -305,6 +334,15 @@ def clean_leftovers(run: Path, log: Callable[[str], None]) -> None:
     """
     for path in collect_temporaries(run):
         log(f"removed {path.name}, left by an interrupted write")
+    last = run / LAST
+    if last.is_dir() and not last.is_symlink():  # a copy that followed the link: the same checkpoint once more
+        own = run / checkpoint_name(read_state(last)["step"])
+        if own.exists() and not verify_directory(own):
+            shutil.rmtree(last)
+        else:
+            shutil.rmtree(own, ignore_errors=True)
+            last.rename(own)
+        log(f"{LAST} was a folder, as a copy makes of a link; the checkpoint is {own.name}")
     whole = [saved.path for saved in list_checkpoints(run) if not verify_directory(saved.path, hashes=False)]
-    if whole and (run / LAST).resolve() != whole[-1].resolve():
+    if whole and last_checkpoint(run) != whole[-1].resolve():
         point_last(run, whole[-1])

@@ -142,10 +142,6 @@ class SpikeWatch:
         return usual
 
 
-class Diverged(RuntimeError):
-    """Too many steps in a row had a non-finite gradient."""
-
-
 class HangWatch:
     """Ends a worker that makes no step for `seconds`, after writing every thread's stack to `path`. None: watches
     nothing.

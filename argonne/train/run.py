@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from argonne import __version__
 from argonne.errors import InputError
@@ -28,7 +28,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._locked = False
+        self._lock: IO[str] | None = None
 
     def manifest(self) -> dict[str, Any]:
         return read_json(self.path / MANIFEST)
@@ -54,11 +54,12 @@ class RunFolder:
         for name in (STOPPED, COMPLETE):
             (self.path / name).unlink(missing_ok=True)
 
-    def acquire(self) -> None:
+    def acquire(self, *, take_over: bool = False) -> None:
         """Own the run, or raise InputError naming the process that does. A lock whose process is gone is taken over.
 
         The lock appears whole (a link to a flushed file): a process that dies on the way leaves none, or one that names
-        it.
+        it. The system holds it for the life of this process, whatever process ids mean where others look. take_over:
+        a lock of another machine, which cannot be asked, is of a dead process.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -75,9 +76,12 @@ class RunFolder:
         try:
             write_json(prepared, mine)
             with _one_at_a_time(self.path):
-                if path.exists() and lock_is_stale(path):
+                if path.exists() and (lock_is_stale(path) or (take_over and not _is_held(path))):
                     path.unlink(missing_ok=True)
                 _link(prepared, path)
+                self._lock = open(path, encoding="utf-8")  # noqa: SIM115 - for the life of the session
+                with suppress(OSError):  # a file system without such locks: process ids decide
+                    fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except FileExistsError:
             raise InputError(_locked_message(path)) from None
         except OSError as error:
@@ -87,11 +91,11 @@ class RunFolder:
         finally:
             with suppress(OSError):
                 prepared.unlink(missing_ok=True)
-        self._locked = True
 
     def release(self) -> None:
-        if self._locked:
-            self._locked = False
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
             # The process ends: its lock is dead, and taken over, even where it cannot be removed.
             with suppress(OSError):
                 (self.path / LOCK).unlink(missing_ok=True)
@@ -176,11 +180,25 @@ def _process_start(pid: int) -> str:
         return ""
 
 
+def _is_held(path: Path) -> bool:
+    """Does a living process hold the lock, wherever its process id means something?"""
+    with open(path, encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+    return False
+
+
 def lock_is_stale(path: Path) -> bool:
-    """Whether the lock's owner is gone: on this host by pid and start time, elsewhere only when nobody touched the lock
-    for long.
+    """Is the lock's owner gone for certain? Of this host's that is told by the lock itself, process id and start time;
+    of another host's never.
     """
     try:
+        if _is_held(path):
+            return False
         owner = json.loads(path.read_text())
     except FileNotFoundError:
         return True
@@ -208,5 +226,5 @@ def _locked_message(path: Path) -> str:
     hint = f" It has not been heard of for {silent / 60:.0f} minutes." if silent > _SILENT_SECONDS else ""
     return (
         f"{path.parent}: the run is in use by process {owner['pid']} on {owner['host']}, started {since}.{hint} Wait "
-        f"for it, or if it is surely dead remove {path}"
+        f"for it, or if it is surely dead give --take-over"
     )

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from argonne.config import Recipe
-from argonne.errors import Stopped, first_line
+from argonne.errors import Diverged, Stopped, first_line
 from argonne.files import fingerprint
 from argonne.parallel.compile import eager_blocks, is_compiler_error, undo_compile
 from argonne.parallel.mesh import Mesh
@@ -23,7 +23,7 @@ from argonne.recipe import to_tree
 from argonne.train import checkpoint
 from argonne.train.aside import LeftBehind, Work, drive_alone, drive_together
 from argonne.train.data import Batch, Batches, Data
-from argonne.train.guard import Diverged, HangWatch, NonFinitePolicy, StopWatch, parse_duration
+from argonne.train.guard import HangWatch, NonFinitePolicy, StopWatch, parse_duration
 from argonne.train.optim import Precision
 from argonne.train.profiling import start_profiler
 from argonne.train.recovery import back_off, is_out_of_memory
@@ -291,11 +291,13 @@ class Trainer:
                     f"warning: step {where} is skipped: its gradient is not finite ({self.policy.in_a_row} in a row)"
                 )
         if self.policy.exceeded():
-            newest = checkpoint.newest_complete(self.run.path, self.line.log)
+            first_bad = where - self.policy.in_a_row + 1
+            good = checkpoint.newest_complete(self.run.path, self.line.log, before=first_bad)
+            go_on = f"--rewind {good.step} goes back to it" if good else "start again"
             raise Diverged(
-                f"{self.policy.in_a_row} steps in a row had a non-finite gradient (optim.max_skipped = "
-                f"{self.policy.limit}); the last good checkpoint is {newest.path if newest else 'none'}: resume it "
-                "with a lower rate"
+                f"{self.policy.in_a_row} steps in a row from step {first_bad} on had a non-finite gradient "
+                f"(optim.max_skipped = {self.policy.limit}); the newest checkpoint before them is "
+                f"{good.path if good else 'none'}: {go_on}, with a lower rate or other data"
             )
         first_of_session = self.telemetry.first_step
         if step == first_of_session + 1:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from argonne.config import Recipe
-from argonne.errors import Stopped
+from argonne.errors import Diverged, Stopped
 from argonne.parallel.launch import run_workers
 from argonne.report.records import read_metrics
 from argonne.stages.session import run_session
@@ -71,6 +71,16 @@ def test_a_request_to_one_worker_or_to_the_launcher_stops_all_with_a_checkpoint(
     assert marker["step"] == outcome.step
     assert run(recipe, tmp_path / "cut").complete
     assert stored(tmp_path / "cut" / LAST) == stored(tmp_path / "whole" / LAST)
+
+
+def test_divergence_is_told_once_and_starts_nothing_again(
+    nano: Nano, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recipe = nano(**TWO, **{"optim.max_skipped": "0"})
+    with pytest.raises(Diverged, match="had a non-finite gradient"):
+        run(recipe, tmp_path / "run", Fault("nan", rank=1, call=3, mark=tmp_path / "fired"))
+    assert "start again" not in capfd.readouterr().err
+    assert read_metrics(tmp_path / "run").of("resume") == []
 
 
 def test_nan_on_one_rank_skips_the_step_on_both_and_is_counted(nano: Nano, tmp_path: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 from argonne import files
 from argonne.config import CheckpointSection, Recipe
 from argonne.errors import InputError
+from argonne.layout import last_checkpoint
 from argonne.model.load import load_model
 from argonne.recipe import load_recipe
 from argonne.stages.pretrain import run
@@ -238,3 +241,34 @@ def test_a_stored_checkpoint_of_format_version_1_is_a_model(tmp_path: Path) -> N
     logits = loaded.model(torch.arange(8)[None]).logits
     assert logits.shape == (1, 8, 300)
     assert bool(torch.isfinite(logits).all())
+
+
+def test_a_run_lives_in_a_folder_without_links(nano: Nano, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*arguments: Any, **named: Any) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    recipe = nano(**{"checkpoint.sample_prompt": ""})
+    run(recipe, tmp_path / "whole")
+    monkeypatch.setattr(os, "symlink", refused)
+    monkeypatch.setattr(os, "link", refused)
+    run(recipe, tmp_path / "run", stop_after_step=8)
+    assert (tmp_path / "run" / LAST).read_text() == "checkpoint_step_8\n"
+    assert load_model(tmp_path / "run").folder.name == "checkpoint_step_8"
+    run(recipe, tmp_path / "run")
+    assert stored(last_checkpoint(tmp_path / "run") or tmp_path) == stored(tmp_path / "whole" / LAST)
+    branch = run(recipe, tmp_path / "branch", resume_from=tmp_path / "run" / LAST)
+    assert branch.outcome.complete
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_a_copy_that_followed_the_link_resumes(nano: Nano, tmp_path: Path, missing: bool) -> None:
+    recipe = nano(**{"checkpoint.sample_prompt": ""})
+    run(recipe, tmp_path / "whole")
+    run(recipe, tmp_path / "run", stop_after_step=8)
+    shutil.copytree(tmp_path / "run", tmp_path / "copy", symlinks=False)
+    assert not (tmp_path / "copy" / LAST).is_symlink()
+    if missing:
+        shutil.rmtree(tmp_path / "copy" / "checkpoint_step_8")
+    run(recipe, tmp_path / "copy")
+    assert (tmp_path / "copy" / LAST).resolve().name == "checkpoint_step_12"
+    assert stored(tmp_path / "copy" / LAST) == stored(tmp_path / "whole" / LAST)

@@ -20,7 +20,7 @@ def test_a_second_owner_is_refused_with_host_pid_and_the_way_out(tmp_path: Path)
     with pytest.raises(InputError) as caught:
         RunFolder(tmp_path).acquire()
     assert str(os.getpid()) in str(caught.value)
-    assert "remove" in str(caught.value)
+    assert "give --take-over" in str(caught.value)
     first.release()
     RunFolder(tmp_path).acquire()
 
@@ -62,3 +62,22 @@ def test_a_resumed_run_keeps_its_identity_and_counts_sessions(tmp_path: Path) ->
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert (run.run_id, manifest["sessions"]) == (first, 2)
     assert manifest["versions"]["torch"]
+
+
+def test_a_lock_that_a_living_process_holds_is_never_stale_whatever_its_process_id_means_here(tmp_path: Path) -> None:
+    owner = RunFolder(tmp_path)
+    owner.acquire()
+    lock = json.loads((tmp_path / LOCK).read_text())
+    (tmp_path / LOCK).write_text(json.dumps({**lock, "pid": 2**22 + 1}))  # as another PID namespace sees it
+    for take_over in (False, True):
+        with pytest.raises(InputError, match="in use"):
+            RunFolder(tmp_path).acquire(take_over=take_over)
+    owner.release()
+    RunFolder(tmp_path).acquire()
+
+
+def test_the_lock_of_another_host_is_taken_over_where_that_is_asked_for(tmp_path: Path) -> None:
+    (tmp_path / LOCK).write_text(json.dumps({"host": "elsewhere", "pid": 1, "started": "1", "time": 0}))
+    with pytest.raises(InputError, match="give --take-over"):
+        RunFolder(tmp_path).acquire()
+    RunFolder(tmp_path).acquire(take_over=True)
