@@ -11,11 +11,6 @@ from typing import Any, TextIO
 REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
-def heard() -> list[signal.Signals]:
-    """The requests that this process listens to: one that it was started to ignore (nohup) stays ignored."""
-    return [number for number in REQUESTS if signal.getsignal(number) is not signal.SIG_IGN]
-
-
 def first_line(error: BaseException) -> str:
     """What an exception says, as one line of a message of ours."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -138,8 +138,9 @@ def timed_steps(
     from argonne.train.objectives import next_token
     from argonne.train.optim import Precision, build_optimizer
     from argonne.train.run import RunFolder
+    from argonne.train.saving import Progress
     from argonne.train.telemetry import MetricsLog
-    from argonne.train.trainer import Hooks, Progress, Trained, Trainer
+    from argonne.train.trainer import Hooks, Trained, Trainer
 
     mesh = Mesh(device=torch.device(device))
     model: Any = build_model(config_from_fields(architecture_fields(recipe.model)), seed=0, device=device).train()

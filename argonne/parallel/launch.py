@@ -19,7 +19,7 @@ from typing import Any
 
 from torch.distributed import DistError, TCPStore
 
-from argonne.errors import REQUESTS, Stopped, first_line, heard, outlive_stderr
+from argonne.errors import REQUESTS, Stopped, first_line, outlive_stderr
 
 HOST = "127.0.0.1"
 
@@ -208,7 +208,8 @@ def _forwarding(grace_seconds: float) -> Iterator[_Requests]:
         for worker in requests.workers:
             worker.process.kill()
 
-    previous = {number: signal.signal(number, forward) for number in heard()}
+    heard = [number for number in REQUESTS if signal.getsignal(number) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, forward) for number in heard}
     previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, expire)
     try:
         yield requests

@@ -31,7 +31,7 @@ from argonne.train.aside import Work
 from argonne.train.data import Data
 from argonne.train.optim import resolve_precision
 from argonne.train.run import RunFolder
-from argonne.train.trainer import Progress
+from argonne.train.saving import Progress
 
 
 @dataclass(frozen=True)

@@ -34,12 +34,12 @@ from argonne.train.allocator import LARGE_RUN, return_freed_memory
 from argonne.train.checkpoint import clean_leftovers, load_tensors, rewind, run_tensors
 from argonne.train.data import Batches, Data
 from argonne.train.guard import StopWatch
+from argonne.train.micro_batch import MICRO_ROWS_FILE, probe_micro_rows
 from argonne.train.optim import Precision, build_optimizer, compute_dtype
-from argonne.train.probe import probe_micro_rows
-from argonne.train.recovery import MICRO_ROWS_FILE
 from argonne.train.run import RunFolder
+from argonne.train.saving import Progress
 from argonne.train.schedule import check_schedule, curve
-from argonne.train.trainer import Progress, Trained
+from argonne.train.trainer import Trained
 
 HISTORY = "# Changed at step "
 

@@ -11,9 +11,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Generator
-from contextlib import closing
-from typing import TypeVar
+from contextlib import AbstractContextManager, closing
+from typing import Any, TypeVar
 
+import torch
+from torch import nn
+
+from argonne.parallel.compile import eager_blocks
 from argonne.parallel.mesh import Mesh
 from argonne.train.guard import StopWatch
 
@@ -23,6 +27,35 @@ Work = Generator[None, None, Result]
 
 class LeftBehind(Exception):
     """The work was left at a request to stop, or because another rank failed in it. The message says which."""
+
+
+def beside(
+    make: Callable[[], Work[Result]],
+    model: nn.Module,
+    mesh: Mesh,
+    watch: StopWatch,
+    seconds: float,
+    *,
+    together: bool,
+    autocast: Callable[[], AbstractContextManager[Any]],
+) -> Result:
+    """The result of the work on `model` in eval mode, without gradients and uncompiled; mode and random generators are
+    as before after it, since training draws its own seeds but a user's code may not. Raises as `drive_alone` and
+    `drive_together` do.
+    """
+
+    def work() -> Work[Result]:
+        with torch.no_grad(), autocast():
+            return (yield from make())
+
+    was_training = model.training
+    model.eval()
+    devices = [mesh.device] if mesh.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), eager_blocks(model):
+        try:
+            return drive_together(work, mesh, watch, seconds) if together else drive_alone(work, watch, seconds)
+        finally:
+            model.train(was_training)
 
 
 def drive_alone(make: Callable[[], Work[Result]], watch: StopWatch, seconds: float) -> Result:

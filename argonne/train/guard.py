@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Any, TextIO
 
 from argonne.config import StopSection
-from argonne.errors import InputError, Stopped, heard
+from argonne.errors import REQUESTS, InputError, Stopped
 
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
@@ -95,8 +95,9 @@ class StopWatch:
 
         previous: dict[signal.Signals, Any] = {}
         with suppress(ValueError):  # not the main thread: whoever owns it forwards requests
-            for asked in heard():
-                previous[asked] = signal.signal(asked, handle)
+            for asked in REQUESTS:
+                if signal.getsignal(asked) is not signal.SIG_IGN:  # as nohup starts it: stays ignored
+                    previous[asked] = signal.signal(asked, handle)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, previous)  # of a worker: what came while it started comes now
         try:
             yield

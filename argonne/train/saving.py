@@ -28,6 +28,22 @@ class Best:
     loss: float
 
 
+@dataclasses.dataclass
+class Progress:
+    """Where the run stands; what state.json holds beside data and config."""
+
+    step: int = 0
+    best_held_out: float | None = None
+    best_step: int | None = None
+    skipped: int = 0
+    scaler: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def best(self) -> Best | None:
+        found = self.best_held_out is not None and self.best_step is not None
+        return Best(self.best_step, self.best_held_out) if found else None  # type: ignore[arg-type]
+
+
 class Saver:
     """Writes checkpoints of one run; `blocked_seconds` is what the loop has waited for them."""
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,19 +16,19 @@ from torch import nn
 from argonne.config import Recipe
 from argonne.errors import Diverged, Stopped, first_line
 from argonne.files import fingerprint
-from argonne.parallel.compile import eager_blocks, is_compiler_error, undo_compile
+from argonne.parallel.compile import is_compiler_error, undo_compile
 from argonne.parallel.mesh import Mesh
 from argonne.parallel.parallelise import Parallelised
 from argonne.recipe import to_tree
 from argonne.train import checkpoint
-from argonne.train.aside import LeftBehind, Work, drive_alone, drive_together
+from argonne.train.aside import LeftBehind, Work, beside
 from argonne.train.data import Batch, Batches, Data
 from argonne.train.guard import HangWatch, NonFinitePolicy, StopWatch, parse_duration
+from argonne.train.micro_batch import back_off, is_out_of_memory
 from argonne.train.optim import Precision
 from argonne.train.profiling import start_profiler
-from argonne.train.recovery import back_off, is_out_of_memory
 from argonne.train.run import COMPLETE, STOPPED, RunFolder
-from argonne.train.saving import Best, Saver
+from argonne.train.saving import Best, Progress, Saver
 from argonne.train.schedule import applied_rate, learning_rate, set_learning_rate
 from argonne.train.telemetry import MetricsLog, ProgressBar, StepResult, Telemetry
 
@@ -60,22 +60,6 @@ class Hooks:
     held_out: Callable[[Parallelised], Work[dict[str, Any]]] | None = None
     sample: Callable[[nn.Module], Work[str]] | None = None
     banner: Callable[[nn.Module], list[str]] = lambda model: []
-
-
-@dataclass
-class Progress:
-    """Where the run stands; what state.json holds beside data and config."""
-
-    step: int = 0
-    best_held_out: float | None = None
-    best_step: int | None = None
-    skipped: int = 0
-    scaler: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def best(self) -> Best | None:
-        found = self.best_held_out is not None and self.best_step is not None
-        return Best(self.best_step, self.best_held_out) if found else None  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -339,30 +323,22 @@ class Trainer:
         if not together and not self.mesh.is_main:
             return None
         self._hang_watch.pause()
-        plain, limit = self.parallelised.plain, self._telemetry_limit
-        was_training = plain.training
-        plain.eval()
-
-        def work() -> Work[Result]:
-            with torch.no_grad(), self.trained.precision.autocast():
-                return (yield from make())
-
-        # Training draws its own seeds, but a user's code may not: leave the generators as they were.
-        devices = [self.mesh.device] if self.mesh.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), eager_blocks(plain):
-            try:
-                return (
-                    drive_together(work, self.mesh, self.watch, limit)
-                    if together
-                    else drive_alone(work, self.watch, limit)
-                )
-            except LeftBehind as reason:
-                self._warn(self.progress.step, f"{name} is left out: {reason}")
-            except Exception as error:
-                self._warn(self.progress.step, f"{name} failed: {type(error).__name__}: {error}")
-            finally:
-                plain.train(was_training)
-                self._hang_watch.alive()
+        try:
+            return beside(
+                make,
+                self.parallelised.plain,
+                self.mesh,
+                self.watch,
+                self._telemetry_limit,
+                together=together,
+                autocast=self.trained.precision.autocast,
+            )
+        except LeftBehind as reason:
+            self._warn(self.progress.step, f"{name} is left out: {reason}")
+        except Exception as error:
+            self._warn(self.progress.step, f"{name} failed: {type(error).__name__}: {error}")
+        finally:
+            self._hang_watch.alive()
         return None
 
     def _save(self, *, final: bool = False) -> None:

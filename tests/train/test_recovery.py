@@ -21,9 +21,9 @@ from argonne.stages.pretrain import run
 from argonne.stages.session import run_session
 from argonne.stages.setup import Session
 from argonne.train.checkpoint import LAST
+from argonne.train.micro_batch import MICRO_ROWS_FILE
 from argonne.train.objectives import next_token
 from argonne.train.optim import Precision
-from argonne.train.recovery import MICRO_ROWS_FILE
 from tests.train.helpers import curve, stage_of, stored
 
 Nano = Callable[..., Recipe]

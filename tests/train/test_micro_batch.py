@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from argonne.train.probe import largest_that_fits
+from argonne.train.micro_batch import largest_that_fits
 
 
 @given(limit=st.integers(0, 300), guess=st.integers(1, 300), most=st.integers(1, 300))
