@@ -22,6 +22,7 @@ from torch.distributed import DistError, TCPStore
 from argonne.errors import REQUESTS, Stopped, first_line, outlive_stderr
 
 HOST = "127.0.0.1"
+EXIT_SECONDS = 30.0
 
 
 class WorkerFailed(RuntimeError):
@@ -164,7 +165,7 @@ def _watch(workers: list[_Worker], requests: _Requests) -> tuple[list[Any], str 
             if isinstance(results[worker.rank], Stopped):
                 requests.ask(signal.SIGTERM)
     for worker in workers:
-        worker.process.join()
+        worker.process.join(EXIT_SECONDS)  # what a library still does at its exit is not waited for any longer
     return [results[rank] for rank in sorted(results)], None
 
 

@@ -56,7 +56,7 @@ class Mother:
 
     def command(self, arguments: list[str], log: Path, **options: Any) -> int:
         """Fork one victim that runs `argonne ARGUMENTS` in a session of its own; returns its process id. `options`:
-        `stderr` ("full", "without a reader", "closed").
+        `stderr` ("full", "without a reader", "closed"), `plant`.
         """
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({"command": arguments, "log": str(log), **options}) + "\n")
@@ -68,6 +68,10 @@ class Mother:
         """Exit codes of the victims once all have ended; a signal is negative."""
         self.pids = []
         return list(self._answer()["codes"])
+
+    def send(self, number: signal.Signals) -> None:
+        for pid in self.pids:
+            os.kill(pid, number)
 
     def kill(self) -> list[int]:
         """`kill -9` to all victims that still run."""

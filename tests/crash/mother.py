@@ -96,8 +96,11 @@ def _victim(job: dict[str, Any], rank: int, ranks: int, port: int, work: Callabl
 def _command(job: dict[str, Any]) -> int:
     """The real command, in a session and process group of its own; its exit code."""
     from argonne.cli import main
+    from tests.crash import plants
 
     os.setsid()
+    if job.get("plant"):
+        getattr(plants, job["plant"])()
     if job.get("stderr") == "full":
         os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
     elif job.get("stderr") == "without a reader":

@@ -72,3 +72,26 @@ def hanging_sample() -> None:
     from argonne.stages import hooks
 
     hooks.stream_text = lambda *arguments, **named: threading.Event().wait() and ""
+
+
+def no_links() -> None:
+    """A file system that knows neither kind of link."""
+
+    def refused(*arguments: Any, **named: Any) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    os.symlink = os.link = refused  # type: ignore[assignment]
+
+
+def full_disk_once_at_step_8() -> None:
+    from argonne.train import checkpoint
+
+    plain, fails = checkpoint.save_checkpoint, [8]
+
+    def save(run: Any, step: int, *rest: Any, **named: Any) -> None:
+        if step in fails:
+            fails.remove(step)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        plain(run, step, *rest, **named)
+
+    checkpoint.save_checkpoint = save

@@ -67,7 +67,7 @@ def stop_until_complete(
             assert code == (0 if complete else 3), told
             assert complete or (run / STOPPED).exists() or not (run / MANIFEST).exists(), told
         assert code in EARLY or not (run / LOCK).exists(), told
-        assert _gone(pid), f"{told}\nstill running: {_session(pid)}"
+        assert gone(pid), f"{told}\nstill running: {_session(pid)}"
     return done
 
 
@@ -126,7 +126,7 @@ def _parent(pid: int) -> int:
         return 0
 
 
-def _gone(pid: int) -> bool:
+def gone(pid: int) -> bool:
     """Does nothing of the session run any more? Servers of multiprocessing end a moment after their last client."""
     end = time.monotonic() + GONE_SECONDS
     while _session(pid):

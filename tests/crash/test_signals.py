@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from argonne.config import Recipe
+from argonne.recipe import to_toml
 from argonne.train.checkpoint import LAST
 from tests.crash.conftest import Mother
-from tests.crash.signals import stop_until_complete
+from tests.crash.killing import Watcher
+from tests.crash.signals import gone, stop_until_complete
 from tests.train.helpers import curve, stored
 
 Nano = Callable[..., Recipe]
@@ -59,3 +61,12 @@ def test_two_hundred_requests_at_random_moments_leave_no_trace(
     mother: Mother, finish: Finish, nano: Nano, tmp_path: Path, ranks: int, signals: int, seed: int
 ) -> None:
     _campaign(mother, finish, nano, tmp_path, signals=signals, seed=100 + seed, ranks=ranks)
+
+
+def test_workers_do_not_outlive_a_launcher_that_is_killed(mother: Mother, nano: Nano, tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text(to_toml(nano(**{"parallel.nproc": "2", "train.steps": "4000"})))
+    run = tmp_path / "run"
+    pid = mother.command(["pretrain", str(tmp_path / "recipe.toml"), "--run", str(run)], tmp_path / "log")
+    assert Watcher(run, [pid]).wait_for_step(3), (tmp_path / "log").read_text()
+    mother.kill()
+    assert gone(pid)
