@@ -65,6 +65,11 @@ def is_packaged(name_or_path: str) -> bool:
     return name_or_path in recipe_names()
 
 
+def recipe_name(name_or_path: str) -> str:
+    """What a packaged recipe or a recipe file is called, and its run by default: `nano-3.0`, `my` of `of/my.toml`."""
+    return Path(name_or_path).name.removesuffix(".toml")
+
+
 def leaves(tree: Tree, where: str = "") -> Iterator[str]:
     """The keys of a tree as `section.key`."""
     for name, value in tree.items():
@@ -96,7 +101,8 @@ def _find(name_or_path: str) -> Path:
     if path.suffix == ".toml" or "/" in name_or_path:
         if not path.is_file():
             what = "is a folder, expected a .toml file" if path.is_dir() else "no such file"
-            near = f"did you mean the packaged recipe {path.stem!r}? " if is_packaged(path.stem) else ""
+            name = recipe_name(name_or_path)
+            near = f"did you mean the packaged recipe {name!r}? " if is_packaged(name) else ""
             raise InputError(f"recipe {name_or_path}: {what}; {near}packaged recipes: {', '.join(recipe_names())}")
         return path
     packaged = RECIPES / f"{name_or_path}.toml"
