@@ -234,16 +234,9 @@ def _type_name(hint: Any) -> str:
 def resolve(recipe: Recipe) -> Recipe:
     """Fill the model from its preset and check what keys say together."""
     if recipe.model.preset is not None:
-        fields = presets.preset(recipe.model.preset).fields
+        fields = presets.of_layers(recipe.model.preset, recipe.model.num_hidden_layers)
         given = {name: value for name, value in dataclasses.asdict(recipe.model).items() if value is not None}
-        model = dataclasses.replace(recipe.model, **{**fields, **given})
-        if model.num_hidden_layers != len(model.layer_types or ()) and "layer_types" not in given:
-            pattern = fields["layer_types"]
-            count = model.num_hidden_layers or 0
-            model = dataclasses.replace(
-                model, layer_types=tuple(pattern[layer % len(pattern)] for layer in range(count))
-            )
-        recipe = dataclasses.replace(recipe, model=model)
+        recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **{**fields, **given}))
     recipe = without_idle_keys(recipe)
     check(recipe)
     return recipe

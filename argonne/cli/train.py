@@ -67,6 +67,7 @@ def keys_help() -> str:
 
 
 def train_model(options: argparse.Namespace) -> None:
+    from argonne.plan.fit import as_trained
     from argonne.recipe import load_recipe, recipe_name, to_toml
     from argonne.train.guard import StopWatch
 
@@ -84,7 +85,7 @@ def train_model(options: argparse.Namespace) -> None:
     if options.verb == "continue" and recipe.model.init_from is None and options.resume_from is None:
         raise InputError("continue: no weights to start from; give --init-from MODEL or model.init_from in the recipe")
     if options.dry_run:
-        print(to_toml(recipe), end="")
+        print(to_toml(as_trained(recipe)), end="")
         return
     folder = options.run or Path("runs") / recipe_name(options.recipe)
     # A new run's data, before torch is loaded. A finished run needs none; of torchrun's nodes rank 0's alone may.
