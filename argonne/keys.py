@@ -80,6 +80,8 @@ def unmet(recipe: Recipe, path: str) -> str | None:
         if words[0] not in all_keys():
             return condition
         value = value_of(recipe, words[0])
+        if value is None and words[0].startswith("model.") and recipe.model.init_from:
+            continue  # the weights will say
         if len(words) == 1:
             met = bool(value) != condition.startswith("not ")
         elif words[1] == "has":
@@ -113,7 +115,8 @@ def without_idle_keys(recipe: Recipe) -> Recipe:
 def check(recipe: Recipe) -> None:
     """Raise InputError where single values are out of range or contradict one another."""
     _check_bounds(recipe)
-    presets.check(dataclasses.asdict(recipe.model))
+    if recipe.model.init_from is None:  # else once the weights are known
+        presets.check(dataclasses.asdict(recipe.model))
     check_rates(recipe.optim, recipe.schedule)
     train, batch, data = recipe.train, recipe.batch, recipe.data
     lengths = [name for name in ("steps", "tokens", "epochs") if getattr(train, name) is not None]

@@ -171,6 +171,13 @@ def preset(name: str) -> Preset:
     return known[name]
 
 
+def of_layers(name: str, layers: int | None) -> Fields:
+    """What the preset `name` says of a model of this many layers (None: its own): its pattern goes on, or ends."""
+    fields = preset(name).fields
+    kinds = fields["layer_types"]
+    return {**fields, "layer_types": tuple(kinds[layer % len(kinds)] for layer in range(layers or len(kinds)))}
+
+
 def filled(fields: Mapping[str, Any]) -> Fields:
     """Every field of an architecture. `fields`: those that are set, hidden_size, num_hidden_layers and
     num_attention_heads among them.

@@ -65,6 +65,11 @@ def is_packaged(name_or_path: str) -> bool:
     return name_or_path in recipe_names()
 
 
+def recipe_name(name_or_path: str) -> str:
+    """What a packaged recipe or a recipe file is called, and its run by default: `nano-3.0`, `my` of `of/my.toml`."""
+    return Path(name_or_path).name.removesuffix(".toml")
+
+
 def leaves(tree: Tree, where: str = "") -> Iterator[str]:
     """The keys of a tree as `section.key`."""
     for name, value in tree.items():
@@ -96,7 +101,8 @@ def _find(name_or_path: str) -> Path:
     if path.suffix == ".toml" or "/" in name_or_path:
         if not path.is_file():
             what = "is a folder, expected a .toml file" if path.is_dir() else "no such file"
-            near = f"did you mean the packaged recipe {path.stem!r}? " if is_packaged(path.stem) else ""
+            name = recipe_name(name_or_path)
+            near = f"did you mean the packaged recipe {name!r}? " if is_packaged(name) else ""
             raise InputError(f"recipe {name_or_path}: {what}; {near}packaged recipes: {', '.join(recipe_names())}")
         return path
     packaged = RECIPES / f"{name_or_path}.toml"
@@ -228,16 +234,9 @@ def _type_name(hint: Any) -> str:
 def resolve(recipe: Recipe) -> Recipe:
     """Fill the model from its preset and check what keys say together."""
     if recipe.model.preset is not None:
-        fields = presets.preset(recipe.model.preset).fields
+        fields = presets.of_layers(recipe.model.preset, recipe.model.num_hidden_layers)
         given = {name: value for name, value in dataclasses.asdict(recipe.model).items() if value is not None}
-        model = dataclasses.replace(recipe.model, **{**fields, **given})
-        if model.num_hidden_layers != len(model.layer_types or ()) and "layer_types" not in given:
-            pattern = fields["layer_types"]
-            count = model.num_hidden_layers or 0
-            model = dataclasses.replace(
-                model, layer_types=tuple(pattern[layer % len(pattern)] for layer in range(count))
-            )
-        recipe = dataclasses.replace(recipe, model=model)
+        recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **{**fields, **given}))
     recipe = without_idle_keys(recipe)
     check(recipe)
     return recipe

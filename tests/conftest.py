@@ -20,7 +20,7 @@ settings.register_profile("argonne", deadline=None)
 settings.load_profile("argonne")
 
 # Helpers that assert: their failures show the values too.
-pytest.register_assert_rewrite("tests.data.rows", "tests.prepare.commands", "tests.prepare.helpers")
+pytest.register_assert_rewrite("tests.data.rows", "tests.prepare.commands", "tests.prepare.helpers", "tests.tour")
 
 
 @pytest.fixture(scope="session")

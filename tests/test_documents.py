@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -9,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from argonne.cli.command import build_parser, parse_overrides
-from argonne.recipe import build, load_recipe, read_tree, resolve
+from argonne.recipe import load_recipe
+from tests.tour import ROOT, blocks_of, fresh_clone, take
 
-ROOT = Path(__file__).resolve().parent.parent
 GUIDES = [ROOT / "README.md", ROOT / "docs" / "getting-started.md"]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 
@@ -29,8 +30,11 @@ def commands(document: Path) -> list[list[str]]:
 def test_commands_in_the_documents_are_understood(
     document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Those within the text and its tables too, which no test runs."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.toml").write_text('base = "nano-3.0"\n')
+    for block in blocks_of(document.read_text()):
+        if block.language == "toml":
+            (tmp_path / block.text.split()[1]).write_text(block.text)
     for command in commands(document):
         if "--help" in command:
             continue
@@ -53,16 +57,79 @@ def test_links_and_pictures_lead_somewhere(document: Path) -> None:
         assert (document.parent / target).exists(), target
 
 
-def test_the_recipe_of_getting_started_is_a_recipe(tmp_path: Path) -> None:
-    from argonne.config import Recipe
+# What a document says of itself that no test runs it: every such block, and why.
+LEFT_OUT = {"README.md": ["it installs from a registry"], "getting-started.md": []}
+# `make test` would run this test again: what it would do is printed instead.
+RECURSING = {"README.md": {"make test": "make --dry-run test"}, "getting-started.md": {}}
+# Minutes by itself: its functions are run by tests/stages/test_demo.py, and the campaign runs it as it stands.
+LONG = {"README.md": {"make demo": "make --dry-run demo"}, "getting-started.md": {}}
 
-    (toml,) = re.findall(
-        r"^```toml\n(.*?)^```", (ROOT / "docs" / "getting-started.md").read_text(), re.MULTILINE | re.DOTALL
-    )
-    path = tmp_path / "mine.toml"
-    path.write_text(toml)
-    recipe = resolve(build(Recipe, read_tree(str(path))))
-    assert (recipe.train.steps, recipe.model.hidden_size, recipe.model.num_hidden_layers) == (2000, 256, 4)
+
+@pytest.mark.parametrize("document", GUIDES, ids=lambda path: path.name)
+def test_every_block_is_run_or_says_in_the_document_why_it_is_not(document: Path) -> None:
+    blocks = blocks_of(document.read_text())
+    assert {block.language for block in blocks} <= {"sh", "toml", "python", "text"}
+    assert [block.left_out for block in blocks if block.left_out] == LEFT_OUT[document.name]
+    assert [block.line for block in blocks if block.language == "text" and "argonne " in block.text] == []
+    assert sum(block.language == "sh" for block in blocks) >= 4
+
+
+@pytest.mark.parametrize("document", GUIDES, ids=lambda path: path.name)
+def test_a_document_runs_word_by_word_in_a_fresh_folder(document: Path, tmp_path: Path) -> None:
+    said = take(document.read_text(), fresh_clone(tmp_path), RECURSING[document.name] | LONG[document.name])
+    run = tmp_path / "runs" / {"README.md": "first", "getting-started.md": "mine"}[document.name]
+    assert said.count(f"{run.relative_to(tmp_path)} is complete") == 1
+    check_the_run_is_what_the_readme_says(run)
+    assert json.loads((tmp_path / "exports" / run.name / "config.json").read_text())["model_type"] == "llama"
+
+
+def check_the_run_is_what_the_readme_says(run: Path) -> None:
+    (tree,) = [block.text for block in blocks_of(GUIDES[0].read_text()) if block.text.startswith("runs/first/")]
+    names = re.findall(r"^  (\S+)(?: or (\S+))?", tree, re.MULTILINE)
+    assert len(names) == 8
+    for name in names:
+        assert any(list(run.glob(part.replace("<N>", "*"))) for part in name if part), name
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(3600)
+def test_the_readme_runs_word_by_word_with_the_demo(tmp_path: Path) -> None:
+    take(GUIDES[0].read_text(), fresh_clone(tmp_path), RECURSING["README.md"])
+    check_the_run_is_what_the_readme_says(tmp_path / "demo" / "run")
+
+
+PLANTED = {
+    "a flag that is wrong": ("--hold-out 0.05", "--hold-outs 0.05"),
+    "a file that is not there": ("'texts/*.txt'", "'text/*.txt'"),
+    "a verb that is wrong": ("argonne prepare", "argonne prepair"),
+    "a first half of a pipe": ("mkdir -p texts", "mkdir texts/a | cat"),
+    "a recipe that is wrong": ('base = "nano-2.5"', 'base = "nano-2.6"'),
+}
+
+
+@pytest.mark.parametrize("fault", PLANTED)
+def test_a_planted_wrong_command_is_found(fault: str, tmp_path: Path) -> None:
+    right, wrong = PLANTED[fault]
+    text = GUIDES[0].read_text().replace(right, wrong)
+    line = next(block.line for block in blocks_of(text) if wrong in block.text)
+    if fault == "a recipe that is wrong":  # found where it is read first
+        line = next(block.line for block in blocks_of(text) if "argonne plan first.toml" in block.text)
+    with pytest.raises(AssertionError, match=rf"the block of \['line {line}'\] ended with \d"):
+        take(text, fresh_clone(tmp_path), RECURSING["README.md"] | LONG["README.md"])
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("```\nls\n```\n", "no language"),
+        ("```toml\nseed = 1\n```\n", "without a name"),
+        ("```sh\nls\n```\n", "not in the"),
+    ],
+)
+def test_what_would_be_left_out_in_silence_is_found(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=message):
+        take(text, tmp_path, {"make demo": "true"})
 
 
 def test_every_target_the_documents_name_is_in_the_makefile() -> None:

@@ -90,14 +90,15 @@ def test_heads_that_do_not_divide_the_width_need_a_head_dim() -> None:
 
 def test_a_plan_refuses_what_a_section_and_the_model_it_starts_from_contradict(tmp_path: Any) -> None:
 
-    from argonne.config import ModelSection
-    from argonne.plan import shape_of
+    from argonne.config import ModelSection, Recipe
+    from argonne.plan.fit import as_trained
 
     fields = {name: value for name, value in preset("nano-3.0").fields.items() if value is not None}
     (tmp_path / "config.json").write_text(json.dumps(fields))
-    assert shape_of(ModelSection(init_from=str(tmp_path), num_key_value_heads=1)).num_key_value_heads == 1
-    with pytest.raises(InputError, match=r"found 4, expected a multiple of model\.num_key_value_heads = 3"):
-        shape_of(ModelSection(init_from=str(tmp_path), num_key_value_heads=3))
+    same = Recipe(model=ModelSection(init_from=str(tmp_path), num_key_value_heads=2))
+    assert as_trained(same).model.num_key_value_heads == 2
+    with pytest.raises(InputError, match=r"model\.num_key_value_heads: found 1, but the weights .* have 2"):
+        as_trained(Recipe(model=ModelSection(init_from=str(tmp_path), num_key_value_heads=1)))
 
 
 def test_the_architecture_loads_nothing_of_other_libraries() -> None:

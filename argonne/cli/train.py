@@ -22,7 +22,7 @@ def add_verbs(verb: Verbs, arguments: Sequence[str]) -> None:
         parser = verb(name, train_model, epilog=epilog)
         recipe_argument(parser)
         parser.add_argument(
-            "--run", type=Path, metavar="DIR", help="run folder (default: runs/NAME); an existing run is resumed"
+            "--run", type=Path, metavar="DIR", help="run folder (default: runs/RECIPE); an existing run is resumed"
         )
         parser.add_argument(
             "--init-from", metavar="MODEL", help="weights to start from: run, checkpoint, model folder or Hub id"
@@ -67,7 +67,8 @@ def keys_help() -> str:
 
 
 def train_model(options: argparse.Namespace) -> None:
-    from argonne.recipe import load_recipe, to_toml
+    from argonne.plan.fit import as_trained
+    from argonne.recipe import load_recipe, recipe_name, to_toml
     from argonne.train.guard import StopWatch
 
     given = {
@@ -84,9 +85,9 @@ def train_model(options: argparse.Namespace) -> None:
     if options.verb == "continue" and recipe.model.init_from is None and options.resume_from is None:
         raise InputError("continue: no weights to start from; give --init-from MODEL or model.init_from in the recipe")
     if options.dry_run:
-        print(to_toml(recipe), end="")
+        print(to_toml(as_trained(recipe)), end="")
         return
-    folder = options.run or Path("runs") / Path(options.recipe).stem
+    folder = options.run or Path("runs") / recipe_name(options.recipe)
     # A new run's data, before torch is loaded. A finished run needs none; of torchrun's nodes rank 0's alone may.
     if not folder.exists() and "RANK" not in os.environ:
         from argonne.tokens.formats import open_tokens

@@ -16,6 +16,7 @@ import torch
 from argonne import layout
 from argonne.errors import InputError, first_line
 from argonne.layout import Kind
+from argonne.plan.fit import architecture_of
 
 if TYPE_CHECKING:
     from argonne.model.modeling_argonne import ArgonneForCausalLM
@@ -56,8 +57,7 @@ class FoundModel:
     @property
     def fields(self) -> dict[str, Any]:
         """The architecture as the recipe's [model] section names it."""
-        rope = self.config.get("rope_parameters") or {}
-        return {**self.config, "rope_theta": rope.get("rope_theta", self.config.get("rope_theta"))}
+        return architecture_of(self.config, self.folder)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from argonne.errors import InputError
 from argonne.keys import batches
 from argonne.plan import devices
 from argonne.plan.devices import Choice, Device, best_choice, expected_rate, usable_memory, what_would_fit
+from argonne.plan.fit import as_trained, weights_on_disk
 from argonne.plan.memory import Setup
 from argonne.plan.published import PUBLISHED, SOURCE_TOKENS
 from argonne.plan.shape import shape_of
@@ -85,6 +86,18 @@ def make_plan(
     gpu: a name of `device_names()`; None: the CPU under 50M parameters, one H200 otherwise. name: the packaged recipe,
     so that published figures which do not close are told. Raises InputError for an unknown device or model size.
     """
+    start, fit = recipe.model.init_from, as_trained(recipe)
+    plan = plan_of(fit, gpu=gpu, gpus=gpus, price=price, name=name)
+    if start is None or weights_on_disk(start) is not None:
+        return plan
+    note = f"model.init_from {start} is not on this disk: the sizes are those that the recipe gives"
+    return replace(plan, warnings=[note, *plan.warnings])
+
+
+def plan_of(
+    recipe: Recipe, *, gpu: str | Device | None, gpus: int, price: float | None = None, name: str | None = None
+) -> Plan:
+    """`make_plan` of a recipe whose model is complete."""
     if gpus < 1:
         raise InputError(f"--gpus: found {gpus}, expected at least 1")
     shape = shape_of(recipe.model, recipe.data.sequence_length)
@@ -148,7 +161,7 @@ def plan_of_run(recipe: Recipe, setup: Setup, device: Device, world_size: int = 
     """
     chosen = {name: getattr(setup, name) for name in ("activation_checkpointing", "checkpointing_stride", "loss")}
     settled = replace(recipe, batch=replace(recipe.batch, micro=setup.rows), train=replace(recipe.train, **chosen))
-    return make_plan(_replicated(settled, world_size), gpu=device, gpus=world_size).to_dict()
+    return plan_of(_replicated(settled, world_size), gpu=device, gpus=world_size).to_dict()
 
 
 def _replicated(recipe: Recipe, world_size: int) -> Recipe:

@@ -10,17 +10,15 @@ Document masks are ignored, so with them the figure is an upper bound.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from argonne import layout, presets
+from argonne import presets
 from argonne.config import ModelSection
 from argonne.errors import InputError
 
-_NEEDED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+NEEDED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 
 
 @dataclass(frozen=True)
@@ -118,16 +116,12 @@ def flops_per_token(model: ModelSection | Mapping[str, Any], sequence_length: in
 
 
 def shape_of(model: ModelSection | Mapping[str, Any], sequence_length: int = 0) -> ModelShape:
-    """The sizes of a model section (or a config.json as a dict), for rows of `sequence_length` tokens.
-
-    A section that only says `init_from` is read from that folder's config.json. Raises InputError where a size is
-    missing, or two fields contradict each other.
+    """The sizes of a model section (or a config.json as a dict), for rows of `sequence_length` tokens. Raises
+    InputError where a size is missing, or two fields contradict each other.
     """
     given = asdict(model) if isinstance(model, ModelSection) else model
     fields = {name: value for name, value in given.items() if value is not None}
-    if "init_from" in fields and any(name not in fields for name in _NEEDED):
-        fields = {**stored_fields(str(fields["init_from"])), **fields}
-    for name in _NEEDED:
+    for name in NEEDED:
         if not isinstance(fields.get(name), int):
             raise InputError(
                 f"model.{name}: not set, and neither model.preset nor model.init_from gives it; add one of them"
@@ -136,13 +130,3 @@ def shape_of(model: ModelSection | Mapping[str, Any], sequence_length: int = 0) 
     full = presets.filled(fields)
     full["max_position_embeddings"] = max(full["max_position_embeddings"], sequence_length)
     return ModelShape(**{name: full[name] for name in ModelShape.__dataclass_fields__})
-
-
-def stored_fields(path: str) -> dict[str, Any]:
-    """The config.json of an exported folder, a checkpoint, or a run (its final model, else its last checkpoint)."""
-    for folder in (Path(path), layout.model_of_run(Path(path))):
-        if folder is not None and (folder / layout.MODEL_CONFIG).is_file():
-            return dict(json.loads((folder / layout.MODEL_CONFIG).read_text()))
-    raise InputError(
-        f"model.init_from: {path} has no config.json to take the sizes from; give the right folder, or model.preset too"
-    )

@@ -56,6 +56,11 @@ def native_twin(model: ArgonneForCausalLM) -> Native:
     )
 
 
+def has_native_twin(config: ArgonneConfig) -> bool:
+    """Does a native class compute exactly such a model?"""
+    return any(all(holds(config).values()) for holds in (gpt2_is, llama_is, mistral_is, gemma4_is))
+
+
 def _common(config: ArgonneConfig) -> dict[str, Any]:
     """Config fields that Llama, Mistral and Gemma 4 name as we do."""
     names = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"]

@@ -27,9 +27,10 @@ from argonne.parallel.objective import MicroBatch, Objective
 from argonne.parallel.parallelise import REPLICATED, Mode, Parallelised
 from argonne.plan import Device, Setup, choose_setup, plan_of_run, running_device, shape_of
 from argonne.plan.build import total_steps as planned_steps
+from argonne.plan.fit import fitted
 from argonne.recipe import differences, to_toml, to_tree
 from argonne.stages.stage import Stage, StageData
-from argonne.stages.start import Start, check_tokenizer, find_start, fit_model_section
+from argonne.stages.start import Start, check_tokenizer, find_start
 from argonne.train.allocator import LARGE_RUN, return_freed_memory
 from argonne.train.checkpoint import clean_leftovers, load_tensors, rewind, run_tensors
 from argonne.train.data import Batches, Data
@@ -118,7 +119,7 @@ def open_run(session: Session, run: RunFolder, mesh: Mesh, log: Callable[[str], 
         raise found
     data = cast(StageData, found)
     check_tokenizer(start, data.tokenizer.fingerprint, data.tokenizer_folder, session.allow)
-    recipe = dataclasses.replace(given, model=fit_model_section(given, data.vocab_size, start))
+    recipe = fitted(given, data.vocab_size, start.architecture)
     total_steps = planned_steps(recipe, data.tokens_before, lambda: data.tokens_per_epoch) or 0
     if start.own and total_steps < start.progress["step"]:
         raise InputError(

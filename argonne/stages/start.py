@@ -21,13 +21,13 @@ from argonne.legacy.training import TrainingFile, read_training_file
 from argonne.model.build import build_model, config_from_fields
 from argonne.model.load import load_weights_into, resolve_model
 from argonne.model.modeling_argonne import ArgonneForCausalLM
+from argonne.plan.fit import ARCHITECTURE, left_to
 from argonne.tokens.tokenizer import load_tokenizer
 from argonne.train.checkpoint import list_checkpoints, newest_complete, read_state
 from argonne.train.run import RunFolder
 
 # `auto` that decides about the arithmetic: settled when a run is created, for good.
 SETTLED = ("precision", "device", "attention")
-NOT_ARCHITECTURE = ("preset", "init_from", "initializer")
 
 
 @dataclass(frozen=True)
@@ -55,27 +55,25 @@ class Start:
             else {}
         )
         return dataclasses.replace(
-            given, model=self.stored_model(given.model), train=dataclasses.replace(given.train, **left)
+            given, model=self._stored_model(given), train=dataclasses.replace(given.train, **left)
         )
 
-    def stored_model(self, given: ModelSection) -> ModelSection:
-        """The recipe's model section with what it leaves unset taken from the checkpoint (resolved values are not
+    @property
+    def architecture(self) -> dict[str, Any] | None:
+        """The model fields of the weights that training starts with; None for fresh ones."""
+        if self.recipe_tree is None:
+            return self.weights_config
+        return {item.name: self.recipe_tree["model"].get(item.name) for item in dataclasses.fields(ModelSection)}
+
+    def _stored_model(self, given: Recipe) -> ModelSection:
+        """The recipe's model section with what it leaves open taken from the checkpoint (resolved values are not
         changes).
         """
-        stored = (self.recipe_tree or {}).get("model", {})
-        unset = _left_unset(given, stored)
-        if (context := stored.get("max_position_embeddings")) and given.max_position_embeddings is not None:
-            unset["max_position_embeddings"] = max(context, given.max_position_embeddings)
-        return dataclasses.replace(given, **unset)
-
-
-def _left_unset(model: ModelSection, stored: dict[str, Any]) -> dict[str, Any]:
-    """The stored values of what `model` leaves unset; a list of JSON is a tuple there."""
-    names = [
-        item.name for item in dataclasses.fields(model) if item.name in stored and getattr(model, item.name) is None
-    ]
-    found = {name: stored[name] for name in names}
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+        if self.recipe_tree is None:
+            return given.model
+        model = left_to(given, self.architecture or {})
+        context = max(self.recipe_tree["model"].get("max_position_embeddings", 0), model.max_position_embeddings or 0)
+        return dataclasses.replace(model, max_position_embeddings=context)
 
 
 def find_start(
@@ -106,7 +104,10 @@ def find_start(
         carried = carried_position(file, recipe, from_start=data_from_start)
         return Start(
             description=f"going on from {path} at step {file.step:,} ({file.tokens:,} tokens); {carried.description}",
-            weights_config=file.fields,
+            # A window is the recipe's to choose: what the recipe says stays.
+            weights_config={
+                name: file.fields.get(name) for name in ARCHITECTURE if getattr(recipe.model, name) is None
+            },
             progress={"step": file.step},
             data_state=carried.state,
             parent={"run_id": None, "checkpoint": path.name, "step": file.step},
@@ -191,30 +192,10 @@ def check_tokenizer(start: Start, found: str, data_tokenizer: Path, allow: froze
         )
 
 
-def fit_model_section(recipe: Recipe, vocabulary: int, start: Start) -> ModelSection:
-    """The complete architecture: preset or source of the weights, the data's vocabulary where none is given, the
-    context at least the row length.
-    """
-    model = recipe.model
-    stored = start.weights_config or (start.recipe_tree or {}).get("model", {})
-    model = dataclasses.replace(model, **_left_unset(model, stored))
-    if model.vocab_size is None:
-        model = dataclasses.replace(model, vocab_size=vocabulary)
-    if model.num_hidden_layers is None or model.hidden_size is None:
-        raise InputError("model: no preset, no init_from and no sizes; give model.preset (`argonne models` lists them)")
-    if model.vocab_size is not None and model.vocab_size < vocabulary:
-        raise InputError(
-            f"model.vocab_size: found {model.vocab_size:,}, but the data's tokenizer has {vocabulary:,} entries; give "
-            f"data of this model's tokenizer, or model.vocab_size = {vocabulary} for a fresh model"
-        )
-    longest = max([recipe.data.sequence_length, *(change.sequence_length or 0 for change in recipe.batch.steps)])
-    return dataclasses.replace(model, max_position_embeddings=max(longest, model.max_position_embeddings or 0))
-
-
 def architecture_fields(model: ModelSection) -> dict[str, Any]:
     """What `config_from_fields` takes: every architecture field that is set."""
-    values = {item.name: getattr(model, item.name) for item in dataclasses.fields(model)}
-    return {name: value for name, value in values.items() if value is not None and name not in NOT_ARCHITECTURE}
+    values = {name: getattr(model, name) for name in ARCHITECTURE}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def build_weights(recipe: Recipe, start: Start) -> ArgonneForCausalLM:

@@ -55,7 +55,8 @@ class TextTokenizer:
         self.added_tokens = added_tokens
         self._whole = parsed.tokenizer
         self._encoder = parsed if added_tokens == "library" else parse_tokenizer(self.text_json, folder)
-        self.vocab_size: int = self._whole.get_vocab_size(with_added_tokens=True)
+        # Ids may have holes: what is indexed by id reaches up to the highest.
+        self.vocab_size: int = 1 + max(self._whole.get_vocab(with_added_tokens=True).values(), default=-1)
         self.bos_id = self._named("bos_token", ())
         self.eos_id = self._named("eos_token", END_OF_TEXT)
         self.pad_id = self._named("pad_token", ())

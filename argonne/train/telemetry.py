@@ -23,6 +23,7 @@ from argonne.config import LogSection, Recipe
 from argonne.parallel.mesh import Mesh
 from argonne.parallel.parallelise import Sums
 from argonne.plan import device_peak_flops, flops_per_token
+from argonne.plan.text import human
 from argonne.train.data import Data
 from argonne.train.guard import SpikeWatch
 from argonne.train.optim import resolve_precision
@@ -330,14 +331,6 @@ class ProgressBar:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
-
-
-def human(number: float) -> str:
-    """1234567 -> 1.23M."""
-    for suffix, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(number) >= size:
-            return f"{number / size:.3g}{suffix}"
-    return f"{number:.3g}"
 
 
 def human_time(seconds: float) -> str:

@@ -293,9 +293,12 @@ def test_a_continued_run_reads_the_sizes_of_the_model_it_starts_from(tmp_path: A
     folder.mkdir(parents=True)
     fields = {name: value for name, value in presets()["argonne-2.5"].fields.items() if value is not None}
     (folder / "config.json").write_text(json.dumps(fields))
-    assert shape_of(ModelSection(init_from=str(tmp_path / "run"))).parameters() == 1_273_807_360
+    length = {"train.steps": "1", "schedule.kind": "constant", "schedule.decay": "none", "model.preset": "none"}
+    recipe = load_recipe("nano-3.0", {**length, "model.init_from": json.dumps(str(tmp_path / "run"))})
+    assert make_plan(recipe).parameters == 1_273_807_360
+    recipe = load_recipe("nano-3.0", {**length, "model.init_from": json.dumps(str(tmp_path / "nothing"))})
     with pytest.raises(InputError, match=r"has no config\.json"):
-        shape_of(ModelSection(init_from=str(tmp_path / "nothing")))
+        make_plan(recipe)
 
 
 def test_passes_over_a_source_on_this_disk_are_counted(tmp_path: Any) -> None:
