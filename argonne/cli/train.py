@@ -101,8 +101,8 @@ def train_model(options: argparse.Namespace) -> None:
             load_tokenizer(options_of(recipe.data, folder).tokenizer or "")
     watch = StopWatch(recipe.stop, started=options.started)
     with watch.listening():  # already while torch is loaded
+        from argonne.stages.ending import finish_or_stop
         from argonne.stages.pretrain import run
-        from argonne.stages.session import finish_or_stop
 
         names = ("resume_from", "allow", "profile", "data_from_start", "rewind", "take_over")
         result = run(recipe, folder, watch=watch, **{name: getattr(options, name) for name in names})

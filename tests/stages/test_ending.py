@@ -17,8 +17,8 @@ from argonne.cli.command import build_parser
 from argonne.config import Recipe
 from argonne.errors import Stopped
 from argonne.report.records import read_metrics
+from argonne.stages.ending import finish_or_stop
 from argonne.stages.pretrain import run
-from argonne.stages.session import finish_or_stop
 from argonne.train.trainer import Outcome
 
 SHORT = {"train.steps": "2", "schedule.warmup": "0", "schedule.decay": "1"}
