@@ -34,14 +34,15 @@ def finish_or_stop(outcome: Outcome, run: Path) -> None:
     config = config_from_fields(weights_on_disk(str(run)) or {})
     kind, out = "native" if has_native_twin(config) else "hf", shlex.quote(f"exports/{run.resolve().name}")
     drawn = f"; its page: {page}" if page.exists() else ""
-    for line in (
-        f"{run} is complete{drawn}. Next:",
-        f"  argonne generate {name} --prompt 'Once upon a time'",
-        f"  argonne eval {name} --tasks bpb{held_out}  # bits per byte on text it has not seen",
-        f"  argonne report {name}  # draw the page again; name several runs to compare them",
-        f"  argonne export {name} --as {kind} --out {out}  # for other people's tools",
-    ):
-        print(line, file=sys.stderr, flush=True)
+    print(f"{run} is complete{drawn}. Next:", file=sys.stderr)
+    following = {
+        f"generate {name} --prompt 'Once upon a time'": "let it write",
+        f"eval {name} --tasks bpb{held_out}": "bits per byte on text it has not seen",
+        f"report {name}": "the page again; name several runs to compare them",
+        f"export {name} --as {kind} --out {out}": "for other people's tools",
+    }
+    for command, meaning in following.items():
+        print(f"  argonne {command:{max(map(len, following))}}  # {meaning}", file=sys.stderr, flush=True)
 
 
 def _draw(page: Path, step: int) -> None:
