@@ -29,7 +29,7 @@ def parse_duration(text: str, where: str) -> float:
     if match := re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text.strip()):
         return float(match[1]) * _UNITS[match[2] or "s"]
     if re.fullmatch(r"\d+:\d{1,2}", text.strip()):
-        raise InputError(f"{where}: found {text!r}, hours or minutes? Say {text}:00, or 00:{text} for minutes")
+        raise InputError(f"{where}: found {text!r}, expected hours or minutes: {text}:00 or 00:{text}")
     if match := re.fullmatch(r"(?:(\d+)-)?(\d+):(\d{1,2})(?::(\d{1,2}))?", text.strip()):
         days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
         return days * 86400.0 + hours * 3600.0 + minutes * 60.0 + seconds
