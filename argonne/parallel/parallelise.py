@@ -25,7 +25,7 @@ from argonne.parallel.objective import Loss, MicroBatch, Objective
 @dataclass
 class Sums:
     """What the micro-batches of one step came to on this rank, on its device; added over all ranks they are the global
-    batch's.
+    batch's. total: without penalties.
 
     rows: (row losses, micro-batch) of each micro-batch whose objective told them.
     """
@@ -35,7 +35,7 @@ class Sums:
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, loss: Loss, micro: MicroBatch) -> None:
-        self.total += loss.total.detach()
+        self.total += loss.without_penalty
         if loss.rows is not None:
             self.rows.append((loss.rows, micro))
         for name, (value, count) in loss.metrics.items():
