@@ -167,12 +167,16 @@ def _panels(runs: list[ReportedRun]) -> list[Panel]:
         return _told_apart(runs, event, {source: ("sources", source, name) for source in sources})
 
     stalls = {"for data": ("wait_data_seconds",), "for saves": ("wait_save_seconds",)}
+    speeds = {
+        "since the record before": ("tokens_per_second",),
+        "mean of the session": ("tokens_per_second_mean",),
+    }
     panels = [
         _loss_panel(runs, marks),
         Panel("Held-out bits per byte", "", plain("held_out", "bits_per_byte")),
         Panel("Learning rate", "", plain("step", "lr"), from_zero=True),
         Panel("Gradient norm", "before clipping", plain("step", "grad_norm"), marks, logarithmic=True),
-        Panel("Throughput", "tokens/s", plain("step", "tokens_per_second"), marks, from_zero=True),
+        Panel("Throughput", "tokens/s", _told_apart(runs, "step", speeds), marks, from_zero=True),
         Panel("MFU", "share of the device's peak", plain("step", "mfu"), from_zero=True),
         Panel("Memory", "GB", plain("step", "memory_gb"), from_zero=True),
         Panel("Waiting", "seconds since the session began", _told_apart(runs, "step", stalls), marks, from_zero=True),

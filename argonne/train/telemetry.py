@@ -82,11 +82,13 @@ class Telemetry:
         self._last: _Reading | None = None
         self._wait_data = 0.0
         self._spikes = SpikeWatch()
-        self._started: float | None = None
-        self._flops_per_token = flops_per_token(recipe.model, recipe.data.sequence_length)
+        # (tokens, seconds) when the session's first batch was there, and at the last record.
+        self._begun = self._recorded = (0, 0.0)
         name = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "cpu"
-        # Of one device; None where it is not known.
-        self._peak_flops = device_peak_flops(name, resolve_precision(recipe.train.precision, mesh.device))
+        peak = device_peak_flops(name, resolve_precision(recipe.train.precision, mesh.device))
+        flops = flops_per_token(recipe.model, recipe.data.sequence_length)
+        # The MFU of a token a second; None where the device's peak is not known.
+        self._use = flops / (peak * mesh.world_size) if peak else None
         self._metrics: dict[str, torch.Tensor] = {}
         count = len(data.source_names)
         self._source_loss = torch.zeros(
@@ -96,8 +98,8 @@ class Telemetry:
 
     def waited_for_data(self, seconds: float) -> None:
         self._wait_data += seconds
-        if self._started is None:
-            self._started = time.monotonic()
+        if not self._begun[1]:
+            self._begun = self._recorded = (self.data.tokens_before(self.first_step), time.monotonic())
 
     def observe(self, step: int, result: StepResult) -> None:
         """Take in what completed step `step` left on the device, without waiting for it."""
@@ -135,8 +137,8 @@ class Telemetry:
         return found
 
     def log_step(self, step: int, save_seconds: float) -> None:
-        """Write the record of `step`: its own loss, norm and rate (so that a resumed run writes the same), and this
-        session's speed.
+        """Write the record of `step`: its own loss, norm and rate (so that a resumed run writes the same), and the
+        speed since the record before it beside the session's mean.
         """
         reading = self._last
         if reading is None or reading.step != step:
@@ -146,21 +148,22 @@ class Telemetry:
         gathered = self.mesh.gather((loss_sum, mine, {name: pair.tolist() for name, pair in self._metrics.items()}))
         loss = sum(part[0] for part in gathered) / max(1, reading.count)
         sources = self._sources(step, [part[1] for part in gathered])
-        seconds = time.monotonic() - (self._started or time.monotonic())
-        session_tokens = self.data.tokens_before(step) - self.data.tokens_before(self.first_step)
-        speed = session_tokens / seconds if seconds > 0 else 0.0
-        mfu = speed * self._flops_per_token / (self._peak_flops * self.mesh.world_size) if self._peak_flops else None
+        now = (self.data.tokens_before(step), time.monotonic())
+        speed, mean = _speed(self._recorded, now), _speed(self._begun, now)
+        self._recorded = now
         if self.mesh.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated(self.mesh.device)
         else:
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         record = {
-            "tokens": self.data.tokens_before(step),
+            "tokens": now[0],
             "loss": loss,
             "lr": reading.rate,
             "grad_norm": norm,
             "tokens_per_second": round(speed, 1),
-            "mfu": mfu,
+            "tokens_per_second_mean": round(mean, 1),
+            "mfu": self._use and speed * self._use,
+            "mfu_mean": self._use and mean * self._use,
             "memory_gb": round(memory / 1e9, 4),  # the peak of this process: allocated on a GPU, resident on the CPU
             "wait_data_seconds": round(self._wait_data, 4),
             "wait_save_seconds": round(save_seconds, 4),
@@ -170,7 +173,7 @@ class Telemetry:
             record["metrics"] = metrics
         self._metrics.clear()
         self.metrics.write("step", step, **record)
-        left = seconds / max(1, step - self.first_step) * (self.total_steps - step)
+        left = (now[1] - self._begun[1]) / max(1, step - self.first_step) * (self.total_steps - step)
         self.line.log(step_line({"step": step, **record}, self.total_steps, left))
 
     def _sources(self, step: int, parts: list[list[list[float]]]) -> dict[str, dict[str, float | None]]:
@@ -186,6 +189,11 @@ class Telemetry:
             name: {"tokens": tokens[name], "passes": passes[name], "loss": mean}
             for name, mean in zip(self.data.source_names, means, strict=True)
         }
+
+
+def _speed(early: tuple[int, float], late: tuple[int, float]) -> float:
+    """Tokens a second between two (tokens, seconds)."""
+    return (late[0] - early[0]) / (late[1] - early[1]) if late[1] > early[1] else 0.0
 
 
 def _means(parts: list[dict[str, list[float]]]) -> dict[str, float | None]:
@@ -354,6 +362,7 @@ def step_line(record: dict[str, Any], total_steps: int, seconds_left: float) -> 
     mfu = "n/a" if record["mfu"] is None else f"{100 * record['mfu']:.1f}%"
     return (
         f"step {record['step']:>{len(str(total_steps))}}/{total_steps}  loss {record['loss']:.4f}  lr "
-        f"{record['lr']:.3g}  grad {record['grad_norm']:.3f}  {human(record['tokens_per_second'])} tok/s  mfu {mfu}  "
-        f"{record['memory_gb']:.2f} GB  tokens {human(record['tokens'])}  left {human_time(seconds_left)}"
+        f"{record['lr']:.3g}  grad {record['grad_norm']:.3f}  {human(record['tokens_per_second'])} tok/s (mean "
+        f"{human(record['tokens_per_second_mean'])})  mfu {mfu}  {record['memory_gb']:.2f} GB  tokens "
+        f"{human(record['tokens'])}  left {human_time(seconds_left)}"
     )

@@ -28,6 +28,7 @@ def step_record(step: int, **changes: Any) -> dict[str, Any]:
         "lr": 1e-3,
         "grad_norm": 1.0 / step,
         "tokens_per_second": 7000.0,
+        "tokens_per_second_mean": 6500.0,
         "mfu": None,
         "memory_gb": 0.5,
         "wait_data_seconds": 0.01,
@@ -124,6 +125,14 @@ def test_every_curve_has_as_many_points_as_metrics_has_records(run: Path) -> Non
     for source in ("books", "web"):
         for name in ("tokens", "loss", "passes"):
             assert vertices(html, f"curve-0-step-sources-{source}-{name}") == 30
+
+
+def test_throughput_is_shown_of_each_interval_and_beside_it_the_mean_of_the_session(run: Path) -> None:
+    html = write_report([run]).read_text()
+    assert vertices(html, "curve-0-step-tokens_per_second_mean") == 30
+    assert "mean of the session" in html
+    write_run(run, [{**step_record(1), "tokens_per_second_mean": None}])  # runs of earlier versions have no mean
+    assert "mean of the session" not in write_report([run]).read_text()
 
 
 def test_a_field_that_was_never_measured_gets_no_panel(run: Path) -> None:
