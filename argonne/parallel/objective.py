@@ -37,12 +37,7 @@ class Loss:
     total: Tensor
     rows: Tensor | None = None
     metrics: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    penalty: Tensor | None = None
-
-    @property
-    def without_penalty(self) -> Tensor:
-        """What is told of the total, detached."""
-        return self.total.detach() if self.penalty is None else self.total.detach() - self.penalty
+    penalty: Tensor | float = 0.0
 
 
 # It gets the final hidden states and the head, never the whole model, so that the last stage of a pipeline can run it.

@@ -35,7 +35,7 @@ class Sums:
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, loss: Loss, micro: MicroBatch) -> None:
-        self.total += loss.without_penalty
+        self.total += loss.total.detach() - loss.penalty
         if loss.rows is not None:
             self.rows.append((loss.rows, micro))
         for name, (value, count) in loss.metrics.items():

@@ -14,7 +14,6 @@ from typing import Any
 
 from argonne import files, layout
 from argonne.errors import InputError
-from argonne.plan.text import hours_at_work
 from argonne.recipe import differences
 from argonne.report import report_page as page
 from argonne.report.records import Metrics, read_metrics, smoothed
@@ -104,7 +103,7 @@ def _facts(run: ReportedRun) -> list[tuple[str, str]]:
         facts.append(("MFU, median", f"{statistics.median(use):.1%}"))
     memory = metrics.series("step", "memory_gb")[1]
     facts.append(("peak memory, GB", f"{max(memory):.2f}" if memory else "n/a"))
-    facts.append(("time at work", _duration(3600 * (hours_at_work(metrics.records) or 0.0))))
+    facts.append(("time at work", _duration(3600 * (metrics.hours or 0.0))))
     waits = [metrics.series("step", name)[1] for name in ("wait_data_seconds", "wait_save_seconds")]
     # Each counts from zero again in every session.
     summed = [sum(late - early if late >= early else late for early, late in pairwise([0.0, *wait])) for wait in waits]

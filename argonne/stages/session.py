@@ -17,6 +17,7 @@ from argonne.layout import FINAL_MODEL
 from argonne.model.kernels import KernelUnavailable
 from argonne.parallel.launch import let_the_cause_speak_first, run_workers
 from argonne.parallel.mesh import Mesh, open_mesh, worker_count
+from argonne.recipe import to_tree
 from argonne.stages.hooks import banner, checkpoint_files, export_final, record_start, run_state
 from argonne.stages.setup import Session, build, changes, open_run
 from argonne.stages.start import Start
@@ -131,10 +132,9 @@ def _train(session: Session, run: RunFolder, mesh: Mesh, watch: StopWatch) -> Ou
         if mesh.is_main:
             record_start(run, recipe, opened.idle, data, start, mesh, built.loader.micro_rows, opened.total_steps, log)
         mesh.barrier()
-        metrics = MetricsLog(run.path, recipe.log, enabled=mesh.is_main, run_name=run.run_id)
-        metrics.write(
-            "resume" if start.checkpoint is not None and start.own else "start", progress.step, parent=start.parent
-        )
+        metrics = MetricsLog(run.path, recipe.log, enabled=mesh.is_main)
+        event = "resume" if start.checkpoint is not None and start.own else "start"
+        metrics.begin(event, progress.step, to_tree(recipe), run.run_id, parent=start.parent)
         shown = session.stage.shows(recipe, data, built.loader.micro_rows)
         trainer = Trainer(
             recipe,

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,6 +33,7 @@ from argonne.plan.memory import Setup, memory_of
 from argonne.plan.shape import mean_keys
 from argonne.presets import presets
 from argonne.recipe import load_recipe, recipe_names
+from argonne.report.records import read_metrics
 
 CARDS = [("h200", 1), ("h200", 3), ("a100-80gb", 8), ("rtx-4090", 1)]
 
@@ -306,34 +308,25 @@ def test_passes_over_a_source_on_this_disk_are_counted(tmp_path: Any) -> None:
     assert any("will be refused" in warning for warning in plan.warnings)
 
 
-def test_plan_against_measured_takes_the_last_record_of_a_step() -> None:
+def test_plan_against_measured_takes_what_counts_and_the_mean_of_the_session(tmp_path: Path) -> None:
     plan = make_plan(load_recipe("nano-3.0")).to_dict()
+
+    def step(time: float, memory: float, speed: float) -> dict[str, Any]:
+        speeds = {"tokens_per_second": 5 * speed, "tokens_per_second_mean": speed, "mfu": 0.5, "mfu_mean": 0.1}
+        return {"event": "step", "step": 1, "time": time, "tokens": 4096, "memory_gb": memory, **speeds}
+
     records = [
         {"event": "start", "step": 0, "time": 0.0},
-        {
-            "event": "step",
-            "step": 1,
-            "time": 10.0,
-            "tokens": 4096,
-            "memory_gb": 9.0,
-            "tokens_per_second": 1.0,
-            "mfu": None,
-        },
+        step(10.0, 9.0, 1.0),
         {"event": "resume", "step": 0, "time": 100.0},
-        {
-            "event": "step",
-            "step": 1,
-            "time": 1900.0,
-            "tokens": 4096,
-            "memory_gb": 0.5,
-            "tokens_per_second": 6000.0,
-            "mfu": None,
-        },
+        step(1900.0, 0.5, 6000.0),
     ]
-    found = {row["name"]: row for row in compare_plan(plan, records)}
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    metrics = read_metrics(tmp_path)
+    found = {row["name"]: row for row in compare_plan(plan, metrics.records, metrics.hours)}
     assert found["memory_gb"]["measured"] == 0.5
     assert found["tokens_per_second"]["ratio"] == pytest.approx(6000.0 / plan["tokens_per_second"])
-    assert found["mfu"]["ratio"] is None
+    assert (found["mfu"]["measured"], found["mfu"]["ratio"]) == (0.1, None)
     assert found["hours"]["measured"] == pytest.approx(1810 / 3600)
 
 

@@ -167,6 +167,7 @@ ELSEWHERE = {
     "train.compile": "tests/train/test_recovery.py",
     "train.return_memory": "tests/train/test_allocator.py",
     "log.wandb": "tests/train/test_telemetry.py",
+    "log.trackio": "tests/train/test_telemetry.py",
     "parallel.replicate": "tests/parallel/test_data_parallel.py",
     "parallel.max_restarts": "tests/parallel/test_failures.py",
     "parallel.timeout": "tests/parallel/test_failures.py",
