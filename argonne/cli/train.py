@@ -44,7 +44,7 @@ def add_verbs(verb: Verbs, arguments: Sequence[str]) -> None:
             action="extend",
             default=[],
             metavar="KEY",
-            help="keys that may differ from the run's on resume",
+            help="keys that may differ from the run's on resume; memory: start though the plan does not fit",
         )
         parser.add_argument("--wall-time", metavar="T", help="stop and save after this long: 90m, 12h, 1-12:00:00")
         parser.add_argument("--deadline", metavar="T", help="stop and save before this moment")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from argonne.plan.build import Plan
+from argonne.plan.published import MEASURED, PUBLISHED
 
 GB = 1e9
 # Of a record, and of the plan. Records of earlier versions have no mean of the session beside them: they are one.
@@ -63,6 +64,11 @@ def _length_rows(plan: Plan) -> list[tuple[str, str]]:
         rows.append(("time", f"{time}, {plan.device_hours:,.1f} device-hours"))
     if plan.cost is not None:
         rows.append(("cost", f"{plan.cost:,.2f}"))
+    if plan.published_hours is not None:
+        rows.append(("published", f"{plan.published_hours:,.0f} hours on {PUBLISHED[plan.recipe or ''].devices}"))
+    for run in MEASURED if plan.expected_mfu is not None else ():
+        of = f"{run.tokens_per_second:,} tokens/s of {run.release} on {run.devices} x {run.device}, by earlier code"
+        rows.append(("past error", f"the same arithmetic gives {plan.past_errors[run.release]:.1f} times the {of}"))
     return rows
 
 

@@ -17,8 +17,7 @@ import torch
 
 from argonne.config import Recipe
 from argonne.errors import InputError
-from argonne.keys import all_keys, with_value
-from argonne.parallel.parallelise import check_replicated
+from argonne.keys import all_keys, check_replicated, with_value
 from argonne.report.records import read_metrics
 from argonne.stages import pretrain, setup
 from argonne.train.checkpoint import LAST
