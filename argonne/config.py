@@ -330,6 +330,7 @@ class LogSection:
     every_steps: int = key(10, "steps between log lines", bounds="at least 1", changes="files", free=True)
     tensorboard: bool = key(True, "write TensorBoard files where tensorboard is installed", changes="files", free=True)
     wandb: str | None = key(None, "Weights & Biases project; unset = off", changes="files", free=True)
+    trackio: str | None = key(None, "trackio project, kept on this machine; unset = off", changes="files", free=True)
     telemetry_limit: str = key("5m", "a sample or evaluation that takes longer is given up", changes="files", free=True)
 
 

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from argonne import presets
-from argonne.config import BatchSection, OptimSection, Recipe, ScheduleSection
+from argonne.config import BatchSection, OptimSection, ParallelSection, Recipe, ScheduleSection
 from argonne.declare import BOUNDS
 from argonne.errors import InputError
 
@@ -197,3 +197,14 @@ def check_rates(optim: OptimSection, schedule: ScheduleSection) -> None:
     if schedule.kind == "steps" and not schedule.steps:
         raise InputError('schedule.steps: empty, and kind "steps" needs [{ step, lr }]')
     _check_changes("schedule.steps", [change.step for change in schedule.steps])
+
+
+def check_replicated(parallel: ParallelSection) -> None:
+    """Refuse degrees that nothing would honour: what the configuration says is what runs."""
+    for name in ("shard", "tensor", "context", "pipeline"):
+        if (degree := getattr(parallel, name)) != 1:
+            raise InputError(
+                f"parallel.{name}: found {degree}, expected 1; only data parallelism (parallel.replicate) is built"
+            )
+    if parallel.async_tensor:
+        raise InputError("parallel.async_tensor: found true, expected false; tensor parallelism is not built")

@@ -5,6 +5,7 @@ compare.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import difflib
 import tomllib
 import types
@@ -199,9 +200,9 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if (
         hint is str
         and path.endswith((".wall_time", ".deadline", ".grace", ".timeout", ".telemetry_limit"))
-        and isinstance(value, int | float)
+        and isinstance(value, int | float | datetime.time | datetime.datetime)
     ):
-        return str(value)
+        return str(value)  # TOML has types of its own for 12:30:00 and for a moment
     if type(value) is not hint:
         raise InputError(f"{path}: found {value!r}, expected {_type_name(hint)}")
     return value

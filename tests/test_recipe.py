@@ -213,3 +213,17 @@ def test_a_schedule_that_contradicts_itself_is_refused_before_a_length_is_known(
     with pytest.raises(InputError) as caught:
         recipe.load_recipe(str(path), {key: value})
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "read"),
+    [
+        ("stop.wall_time", "12:30:00", "12:30:00"),
+        ("stop.wall_time", "90", "90"),
+        ("stop.deadline", "2026-11-21T18:00:00+00:00", "2026-11-21 18:00:00+00:00"),
+        ("log.telemetry_limit", "00:05:00", "00:05:00"),
+    ],
+)
+def test_a_time_that_toml_knows_is_taken_without_quotes(key: str, text: str, read: str) -> None:
+    section, name = key.split(".")
+    assert getattr(getattr(recipe.load_recipe("nano-3.0", {key: text}), section), name) == read

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from argonne.cli.command import Verbs, json_flag, parse_overrides, recipe_argument, show
+from argonne.errors import InputError
 
 
 def add_verbs(verb: Verbs, arguments: Sequence[str]) -> None:
@@ -49,3 +50,5 @@ def plan_run(options: argparse.Namespace) -> None:
     name = options.recipe if options.recipe in recipe_names() else None
     plan = make_plan(recipe, gpu=options.gpu, gpus=options.gpus, price=options.price, name=name)
     show(plan.to_dict(), "\n".join(plan_lines(plan)), as_json=options.json)
+    if plan.refusals:
+        raise InputError(f"{options.recipe}: the run will be refused: {plan.refusals[0]}")

@@ -9,7 +9,6 @@ import dataclasses
 import difflib
 import importlib
 import itertools
-import json
 import signal
 import sys
 import time
@@ -21,6 +20,7 @@ from typing import Any, NoReturn
 
 from argonne import __version__
 from argonne.errors import REQUESTS, Ended, InputError, first_line, outlive_stderr
+from argonne.files import json_text
 
 # The way from text to a model that others use: page of the verbs, what they are for, each verb and what it does.
 PAGES = (
@@ -250,7 +250,7 @@ def out_flag(parser: argparse.ArgumentParser) -> None:
 def show(found: Any, text: str | None = None, *, as_json: bool) -> None:
     """A result to stdout: one JSON document, or its text for people (facts without one: a line each)."""
     if as_json:
-        text = json.dumps(found, indent=2, ensure_ascii=False)
+        text = json_text(found, indent=2)
     print("\n".join(f"{name}: {value}" for name, value in found.items()) if text is None else text)
 
 

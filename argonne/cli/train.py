@@ -44,7 +44,7 @@ def add_verbs(verb: Verbs, arguments: Sequence[str]) -> None:
             action="extend",
             default=[],
             metavar="KEY",
-            help="keys that may differ from the run's on resume",
+            help="keys that may differ from the run's on resume; memory: start though the plan does not fit",
         )
         parser.add_argument("--rewind", type=int, metavar="N", help="go back to the run's own checkpoint of step N")
         parser.add_argument("--take-over", action="store_true", help="the machine that has the run is surely dead")

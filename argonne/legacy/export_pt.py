@@ -82,8 +82,8 @@ def export_pt(model: Path, out: Path) -> dict[str, Any]:
         )
     if not recipe.optim.decay_all and recipe.optim.weight_decay:
         messages.append(
-            f"one optimizer group: the earlier trainer decays norms too, by the {recipe.optim.weight_decay:g} that "
-            "only matrices had here"
+            f"one optimizer group: the earlier trainer decays norms and embeddings too, by the "
+            f"{recipe.optim.weight_decay:g} that only other matrices had here"
         )
     return {
         "path": str(target),

@@ -133,15 +133,18 @@ class _Gradients:
 
 
 class _SummedLoss(torch.autograd.Function):
-    """Sum of the token losses; the gradients are made in the forward pass, where the logits are, so that nothing is
-    computed twice.
+    """Sum of the token losses, and its part that is z-loss, which has no derivative of its own; the gradients are made
+    in the forward pass, where the logits are, so that nothing is computed twice.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, options: LossOptions) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, options: LossOptions
+    ) -> tuple[Tensor, Tensor]:
         dtype = compute_dtype(hidden)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=hidden.device)
+        penalty = torch.zeros_like(total)
         gradients = _Gradients(ctx, hidden, weight)
         with torch.autocast(hidden.device.type, enabled=False):
             head = weight.to(dtype)
@@ -160,7 +163,7 @@ class _SummedLoss(torch.autograd.Function):
                 log_z = torch.where(logits.valid, logits.log_z, 0)
                 total -= torch.where(logits.valid, logits.target_log_p, 0).sum()
                 if options.z_loss:
-                    total += options.z_loss * log_z.square().sum()
+                    penalty += options.z_loss * log_z.square().sum()
                 if gradients.hidden is not None or gradients.weight is not None:
                     valid = logits.valid.to(wide)
                     logits.add_gradients(h, head, valid, valid * (1 + 2 * options.z_loss * log_z), gradients, part)
@@ -168,11 +171,12 @@ class _SummedLoss(torch.autograd.Function):
                 dist.all_reduce(gradients.hidden, group=options.group)
         # Not save_for_backward: handed over once and scaled in place, or the head's gradient would exist twice.
         ctx.gradients = gradients
-        return total
+        ctx.mark_non_differentiable(penalty)
+        return total + penalty, penalty
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError(
@@ -245,7 +249,7 @@ def summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor, options: LossOp
 
     Shapes: hidden (N, H), weight (V, H), targets (N,) with -100 where nothing is trained.
     """
-    loss: Tensor = _SummedLoss.apply(hidden, weight, targets, options)
+    loss, _ = _SummedLoss.apply(hidden, weight, targets, options)
     return loss
 
 
@@ -273,8 +277,13 @@ class Head:
 
     def summed_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Sum of the token losses over the labels that are not -100."""
+        return self.loss_and_penalty(hidden, labels)[0]
+
+    def loss_and_penalty(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, and its part that is z-loss, without a derivative."""
         flat, targets, options = self._flat(hidden, labels)
-        return summed_loss(flat, self.weight, targets, options)
+        loss, penalty = _SummedLoss.apply(flat, self.weight, targets, options)
+        return loss, penalty
 
     def token_log_probs(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """log p(label) and log-partition of each token, both (B, T), differentiable, 0 where the label is -100."""

@@ -20,6 +20,7 @@ class Head(Protocol):
     def z_loss(self) -> float: ...
     def logits(self, hidden: Tensor) -> Tensor: ...
     def summed_loss(self, hidden: Tensor, labels: Tensor) -> Tensor: ...
+    def loss_and_penalty(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]: ...
     def token_log_probs(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
@@ -29,12 +30,14 @@ class Loss:
 
     total: the loss summed over what is trained (the batch names the count it is divided by). rows: each row's share,
     (B,), detached, where sources are told apart. metrics: name -> (sum, count), both 0-dim and detached, added over
-    micro-batches and ranks before they are divided.
+    micro-batches and ranks before they are divided. penalty: the part of the total that is trained and no part of the
+    loss that is told (z-loss), detached.
     """
 
     total: Tensor
     rows: Tensor | None = None
     metrics: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    penalty: Tensor | float = 0.0
 
 
 # It gets the final hidden states and the head, never the whole model, so that the last stage of a pipeline can run it.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from argonne.config import ParallelSection
-from argonne.errors import InputError
+from argonne.keys import check_replicated
 from argonne.parallel.mesh import Mesh
 from argonne.parallel.objective import Loss, MicroBatch, Objective
 
@@ -25,7 +25,7 @@ from argonne.parallel.objective import Loss, MicroBatch, Objective
 @dataclass
 class Sums:
     """What the micro-batches of one step came to on this rank, on its device; added over all ranks they are the global
-    batch's.
+    batch's. total: without penalties.
 
     rows: (row losses, micro-batch) of each micro-batch whose objective told them.
     """
@@ -35,7 +35,7 @@ class Sums:
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, loss: Loss, micro: MicroBatch) -> None:
-        self.total += loss.total.detach()
+        self.total += loss.total.detach() - loss.penalty
         if loss.rows is not None:
             self.rows.append((loss.rows, micro))
         for name, (value, count) in loss.metrics.items():
@@ -78,17 +78,6 @@ class Mode:
 
     check: Callable[[ParallelSection], None]
     parallelise: Callable[[nn.Module, Mesh, Objective, Casts], Parallelised]
-
-
-def check_replicated(parallel: ParallelSection) -> None:
-    """Refuse degrees that nothing would honour: what the configuration says is what runs."""
-    for name in ("shard", "tensor", "context", "pipeline"):
-        if (degree := getattr(parallel, name)) != 1:
-            raise InputError(
-                f"parallel.{name}: found {degree}, expected 1; only data parallelism (parallel.replicate) is built"
-            )
-    if parallel.async_tensor:
-        raise InputError("parallel.async_tensor: found true, expected false; tensor parallelism is not built")
 
 
 def replicate(model: nn.Module, mesh: Mesh, objective: Objective, casts: Casts) -> Parallelised:

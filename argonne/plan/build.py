@@ -5,10 +5,11 @@ close.
 from __future__ import annotations
 
 import json
-import math
+from array import array
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +18,36 @@ from argonne.config import BatchSection, DataSection, Recipe
 from argonne.errors import InputError
 from argonne.keys import batches
 from argonne.plan import devices
-from argonne.plan.devices import Choice, Device, best_choice, expected_rate, usable_memory, what_would_fit
+from argonne.plan.devices import (
+    Choice,
+    Device,
+    best_choice,
+    expected_rate,
+    refusal_of,
+    usable_memory,
+    what_would_fit,
+)
 from argonne.plan.fit import as_trained, weights_on_disk
 from argonne.plan.memory import Setup
-from argonne.plan.published import PUBLISHED, SOURCE_TOKENS
+from argonne.plan.published import MEASURED, PUBLISHED, SOURCE_TOKENS, Measured
 from argonne.plan.shape import shape_of
+from argonne.presets import preset
 
 CONVENTION = (
     "6 FLOPs a weight of a matrix product and token (head counted, embedding look-up not) + 12 x query width x keys "
     "seen a layer"
 )
+CHOSEN = ("activation_checkpointing", "checkpointing_stride", "loss")  # of the keys that may be left to a plan
 SMALL = 50_000_000  # parameters under which a plan without --gpu is one for the CPU
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What `argonne plan` prints and a run keeps. Memory in bytes of one device, speeds for all devices together."""
+    """What `argonne plan` prints and a run keeps. Memory in bytes of one device, speeds for all devices together.
+
+    past_errors: speed as planned / speed as measured, of releases whose speed is known. refusals: why no run would
+    start.
+    """
 
     recipe: str | None
     stage: str
@@ -65,7 +80,10 @@ class Plan:
     hours: float | None
     device_hours: float | None
     cost: float | None
+    published_hours: float | None
+    past_errors: dict[str, float]
     sources: list[dict[str, Any]]
+    refusals: list[str]
     warnings: list[str]
 
     def to_dict(self) -> dict[str, Any]:
@@ -84,7 +102,7 @@ def make_plan(
     """The plan of `recipe` on `gpus` devices called `gpu`, at `price` a device and hour.
 
     gpu: a name of `device_names()`; None: the CPU under 50M parameters, one H200 otherwise. name: the packaged recipe,
-    so that published figures which do not close are told. Raises InputError for an unknown device or model size.
+    so that published figures are told. Raises InputError for an unknown device or model size.
     """
     start, fit = recipe.model.init_from, as_trained(recipe)
     plan = plan_of(fit, gpu=gpu, gpus=gpus, price=price, name=name)
@@ -98,24 +116,23 @@ def plan_of(
     recipe: Recipe, *, gpu: str | Device | None, gpus: int, price: float | None = None, name: str | None = None
 ) -> Plan:
     """`make_plan` of a recipe whose model is complete."""
-    if gpus < 1:
-        raise InputError(f"--gpus: found {gpus}, expected at least 1")
     shape = shape_of(recipe.model, recipe.data.sequence_length)
-    gpu = gpu or ("cpu" if shape.parameters() < SMALL else "h200")
-    device = gpu if isinstance(gpu, Device) else devices.device(gpu)
+    default = "cpu" if shape.parameters() < SMALL else "h200"
+    device = gpu if isinstance(gpu, Device) else devices.device(gpu or default)
     choice = best_choice(recipe, shape, device, gpus)
     steps = total_steps(recipe, partial(tokens_before, recipe.batch), lambda: tokens_per_epoch(recipe.data))
     tokens = None if steps is None else tokens_before(recipe.batch, steps)
-    flops = shape.flops_per_token(recipe.data.sequence_length)
-    mfu, rate = expected_rate(choice, device, gpus, flops) if choice.fits else (None, None)
+    mfu, rate = expected_rate(choice, device, gpus, shape) if choice.fits else (None, None)
     hours = tokens / rate / 3600 if tokens is not None and rate else None
-    rows = recipe.batch.tokens_per_step // recipe.data.sequence_length
+    uses = source_uses(recipe.data, tokens, SOURCE_TOKENS.get(name or ""))
+    advice = None if choice.fits else what_would_fit(recipe, shape, device, gpus)
+    refusals = _refusals(recipe, uses, choice, advice and _too_large(choice, device, gpus, advice))
     return Plan(
         recipe=name,
         stage=recipe.stage,
         preset=recipe.model.preset,
         parameters=shape.parameters(),
-        flops_per_token=flops,
+        flops_per_token=shape.flops_per_token(recipe.data.sequence_length),
         flops_convention=CONVENTION,
         device=device.name,
         devices=gpus,
@@ -124,17 +141,15 @@ def plan_of(
         sequence_length=recipe.data.sequence_length,
         tokens_per_step=recipe.batch.tokens_per_step,
         micro_rows=choice.setup.rows,
-        micro_batches=math.ceil(math.ceil(rows / choice.layout.data_parallel) / choice.setup.rows),
+        micro_batches=choice.micro_batches,
         micro_is_given=isinstance(recipe.batch.micro, int),
-        activation_checkpointing=choice.setup.activation_checkpointing,
-        checkpointing_stride=choice.setup.checkpointing_stride,
-        loss=choice.setup.loss,
+        **{name: getattr(choice.setup, name) for name in CHOSEN},
         memory=choice.memory.parts,
         memory_peak=choice.memory.peak,
         memory_total=choice.memory.total,
         memory_limit=usable_memory(device, gpus),
         fits=choice.fits,
-        advice=None if choice.fits else what_would_fit(recipe, shape, device, gpus),
+        advice=advice,
         steps=steps,
         tokens=tokens,
         expected_mfu=mfu,
@@ -142,24 +157,40 @@ def plan_of(
         hours=hours,
         device_hours=hours and hours * gpus,
         cost=None if hours is None or price is None else hours * gpus * price,
-        sources=[asdict(use) for use in source_uses(recipe.data, tokens, SOURCE_TOKENS.get(name or ""))],
-        warnings=_warnings(recipe, name, tokens, choice, device),
+        published_hours=PUBLISHED[name].hours if name in PUBLISHED else None,
+        past_errors={run.release: planned_rate(run) / run.tokens_per_second for run in MEASURED},
+        sources=[asdict(use) for use in uses],
+        refusals=refusals,
+        warnings=_warnings(recipe, name, tokens, uses, refusals, choice, device),
     )
 
 
-def choose_setup(recipe: Recipe, device: Device, world_size: int = 1) -> Setup:
+def planned_rate(run: Measured) -> float:
+    """Tokens a second as this plan would have foretold them for a run of earlier code, at micro-batches of its own."""
+    length, device = run.sequence_length, devices.device(run.device)
+    recipe = Recipe(data=DataSection(sequence_length=length), batch=BatchSection(1024 * length))
+    shape = shape_of(preset(run.preset).fields, length)
+    choice = best_choice(recipe, shape, device, run.devices)
+    return expected_rate(choice, device, run.devices, shape)[1] or 0.0
+
+
+def choose_setup(recipe: Recipe, device: Device, world_size: int = 1, *, overrun: bool = False) -> Setup:
     """Micro-batch, activation checkpointing and loss for a run that is about to start, the recipe's own where it names
-    them.
+    them. Raises InputError where the run cannot fit, unless `overrun`.
     """
-    shape = shape_of(recipe.model, recipe.data.sequence_length)
-    return best_choice(_replicated(recipe, world_size), shape, device, world_size).setup
+    recipe, shape = _replicated(recipe, world_size), shape_of(recipe.model, recipe.data.sequence_length)
+    choice = best_choice(recipe, shape, device, world_size)
+    if not choice.fits and not overrun:
+        advice = what_would_fit(recipe, shape, device, world_size)
+        raise InputError(_too_large(choice, device, world_size, advice))
+    return choice.setup
 
 
 def plan_of_run(recipe: Recipe, setup: Setup, device: Device, world_size: int = 1) -> dict[str, Any]:
     """The plan of a run as it really starts, to be stored with it: `inspect` sets it beside what was measured
     (`compare_plan`).
     """
-    chosen = {name: getattr(setup, name) for name in ("activation_checkpointing", "checkpointing_stride", "loss")}
+    chosen = {name: getattr(setup, name) for name in CHOSEN}
     settled = replace(recipe, batch=replace(recipe.batch, micro=setup.rows), train=replace(recipe.train, **chosen))
     return plan_of(_replicated(settled, world_size), gpu=device, gpus=world_size).to_dict()
 
@@ -172,19 +203,39 @@ def _replicated(recipe: Recipe, world_size: int) -> Recipe:
     return replace(recipe, parallel=replace(asked, replicate=world_size))
 
 
-def _warnings(recipe: Recipe, name: str | None, tokens: int | None, choice: Choice, device: Device) -> list[str]:
+def _too_large(choice: Choice, device: Device, gpus: int, advice: str) -> str:
+    return (
+        f"memory: a step is planned with {choice.memory.total / 1e9:.2f} GB on each {device.name}, of "
+        f"{usable_memory(device, gpus) / 1e9:.2f} GB usable; {advice}; or say --allow memory"
+    )
+
+
+def _refusals(recipe: Recipe, uses: list[SourceUse], choice: Choice, too_large: str | None) -> list[str]:
+    """Why pretrain would not start this run."""
+    found = [
+        f"source {use.path} would be read {use.passes:.2f} times, more than its max_epochs {use.max_epochs:g}"
+        for use in uses
+        if use.here and use.passes is not None and use.passes > use.max_epochs
+    ]
+    return [reason for reason in (refusal_of(recipe, choice.layout), too_large, *found) if reason]
+
+
+def _warnings(
+    recipe: Recipe,
+    name: str | None,
+    tokens: int | None,
+    uses: list[SourceUse],
+    refusals: list[str],
+    choice: Choice,
+    device: Device,
+) -> list[str]:
     """What the reader must know beside the figures: contradictions, unknowns, assumptions that bite."""
-    found = []
+    found = [f"the run will be refused: {reason}" for reason in refusals]
     if name in PUBLISHED and (contradiction := PUBLISHED[name].contradiction()):
         found.append(contradiction)
-    for use in source_uses(recipe.data, tokens, SOURCE_TOKENS.get(name or "")):
-        if use.tokens is None:
-            found.append(f"source {use.path} is not on this disk: passes over it are not known")
-        elif use.here and use.passes is not None and use.passes > use.max_epochs:
-            found.append(
-                f"source {use.path} would be read {use.passes:.2f} times, more than its max_epochs {use.max_epochs:g}: "
-                "the run will be refused"
-            )
+    found += [
+        f"source {use.path} is not on this disk: passes over it are not known" for use in uses if use.tokens is None
+    ]
     if recipe.data.input:
         found.append(
             f"data.input ({', '.join(recipe.data.input)}) is tokenised as the run goes: passes over it are not known"
@@ -195,8 +246,7 @@ def _warnings(recipe: Recipe, name: str | None, tokens: int | None, choice: Choi
         )
     if choice.layout.shard > 1 and recipe.parallel.shard == 1 and choice.fits:
         found.append(
-            "every device with a full copy does not fit or is slower: this plan shards the state, --parallel.shard "
-            f"{choice.layout.shard}"
+            f"a full copy does not fit on a device: this plan shards the state, --parallel.shard {choice.layout.shard}"
         )
     if device.name == "cpu":
         found.append(
@@ -208,8 +258,8 @@ def _warnings(recipe: Recipe, name: str | None, tokens: int | None, choice: Choi
 
 @dataclass(frozen=True)
 class SourceUse:
-    """What a run takes from one source. `tokens`: how many it holds, `passes`: how often it is read; None where that is
-    not known.
+    """What a run takes from one source. `tokens`: how many one pass reads, `passes`: how often it is read; None where
+    that is not known.
 
     `here`: read from the token set on this disk, not from the release's figures.
     """
@@ -267,18 +317,27 @@ def total_steps(
     return steps
 
 
-def source_tokens(path: str) -> int | None:
-    """Training tokens of a prepared token set, from its manifest; None where there is none to read."""
-    manifest = Path(path) / layout.MANIFEST
+def source_tokens(path: str, data: DataSection) -> int | None:
+    """Training tokens that one pass over a prepared token set reads, from its manifest, and of single documents from
+    its indices; None where there is none to read.
+    """
+    manifest, length = Path(path) / layout.MANIFEST, data.sequence_length
     if not manifest.is_file():
         return None
-    found = json.loads(manifest.read_text()).get("tokens")
-    return found if isinstance(found, int) else None
+    held = json.loads(manifest.read_text())
+    if data.documents == "packed":
+        return held["tokens"] if isinstance(held.get("tokens"), int) else None
+    rows = 0
+    for shard in held.get("shards", []):
+        index = manifest.with_name(shard["file"]).with_suffix(".idx")
+        ends = array("Q", index.read_bytes())  # of each document, in tokens of the shard
+        rows += sum(end - begin > length for begin, end in pairwise(chain([0], ends)))
+    return rows * length
 
 
 def tokens_per_epoch(data: DataSection) -> int | None:
     """Tokens until the first source is used up, each drawn in proportion to its weight: one pass over the mixture."""
-    known = [(source_tokens(source.path), source.weight) for source in data.sources]
+    known = [(source_tokens(source.path, data), source.weight) for source in data.sources]
     total = sum(weight for _, weight in known)
     if not known or any(tokens is None for tokens, _ in known) or total <= 0:
         return None
@@ -292,8 +351,9 @@ def source_uses(data: DataSection, tokens: int | None, released: int | None = No
     total = sum(source.weight for source in data.sources) or 1.0
     uses = []
     for source in data.sources:
-        share, found = source.weight / total, source_tokens(source.path)
-        held = found if found is not None or len(data.sources) > 1 else released
+        share, found = source.weight / total, source_tokens(source.path, data)
+        alone = len(data.sources) == 1 and data.documents == "packed"
+        held = released if found is None and alone else found
         passes = share * tokens / held if held and tokens is not None else None
         uses.append(SourceUse(source.path, share, held, passes, source.max_epochs, found is not None))
     return uses

@@ -6,11 +6,12 @@ import difflib
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from argonne.config import Recipe
 from argonne.errors import InputError
+from argonne.keys import check_replicated
 from argonne.plan.memory import LIBRARIES_CPU, Memory, Setup, memory_of
 from argonne.plan.shape import ModelShape
 
@@ -24,8 +25,8 @@ class Device:
 
     `bf16`, `fp16`, `tf32`: dense peak in FLOP/s with fp32 accumulation, no sparsity; None where there is no such unit.
     `memory`: bytes a process can allocate. `matches`: words that all occur in what the driver calls it. `expected_use`:
-    the share of the peak that a plan assumes for this trainer, an assumption and printed as one. `sustained`: FLOP/s
-    assumed where no peak is known.
+    the share of the peak that a plan assumes for this trainer and a large model, an assumption and printed as one.
+    `sustained`: FLOP/s assumed where no peak is known.
     """
 
     name: str
@@ -141,6 +142,9 @@ USABLE = 0.95
 # family's own throughput at micro-batches of 1, 2, 4 and 8 rows of 2,048 was 0.46, 0.72, 0.96 and 1 of the best
 # (docs/plan.md).
 HALF_SPEED_TOKENS, FULL_SPEED_TOKENS = 2048, 16384
+# Parameters of a model that reaches half of `Device.expected_use`: small products leave a GPU waiting for its kernels
+# (docs/plan.md has the figures it was chosen by).
+HALF_USE_PARAMETERS = 100e6
 # On a CPU larger micro-batches only leave the caches.
 CPU_TOKENS = 4096
 _GPU_COUNTS = (1, 2, 3, 4, 8, 16, 32, 64, 128, 256)
@@ -176,6 +180,7 @@ class Choice:
     """One way to run a step: what a device holds at its peak, and its speed relative to an unhindered one."""
 
     setup: Setup
+    micro_batches: int
     layout: Layout
     memory: Memory
     speed: float
@@ -204,10 +209,14 @@ def best_choice(recipe: Recipe, shape: ModelShape, known: Device, gpus: int) -> 
     """The fastest choice that fits; where none does, the one that needs least. Raises InputError for degrees that do
     not divide the devices.
     """
+    if gpus < 1:
+        raise InputError(f"--gpus: found {gpus}, expected at least 1")
     limit = usable_memory(known, gpus)
     choices = [choice for layout in layouts(recipe, gpus) for choice in _choices(recipe, shape, known, layout, limit)]
     if fitting := [choice for choice in choices if choice.fits]:
-        return max(fitting, key=lambda choice: (choice.speed, -choice.memory.total))
+        # Shards that nobody asked for only where replicas, which the trainer would start, do not fit.
+        asked = recipe.parallel.shard
+        return max(fitting, key=lambda choice: (choice.layout.shard == asked, choice.speed, -choice.memory.total))
     return min(choices, key=lambda choice: choice.memory.total)
 
 
@@ -262,7 +271,8 @@ def _choices(recipe: Recipe, shape: ModelShape, known: Device, layout: Layout, l
             tokens = setup.rows * setup.sequence_length
             micro_speed = 1.0 if cpu else min(1.0, tokens / (tokens + HALF_SPEED_TOKENS) / best)
             speed = micro_speed * 3 / (3 + setup.share_recomputed(shape.num_hidden_layers)) * layout.speed
-            yield Choice(setup, layout, memory, speed, memory.total <= limit)
+            micro_batches = math.ceil(rows_of_step(recipe, layout) / setup.rows)
+            yield Choice(setup, micro_batches, layout, memory, speed, memory.total <= limit)
 
 
 def running_device(name: str, memory: float | None = None) -> Device:
@@ -273,9 +283,14 @@ def running_device(name: str, memory: float | None = None) -> Device:
     return known if memory is None or known.name == "cpu" else replace(known, memory=memory)
 
 
+def rows_of_step(recipe: Recipe, layout: Layout) -> int:
+    """Rows of the global batch that the busiest device reads."""
+    return math.ceil(recipe.batch.tokens_per_step / recipe.data.sequence_length / layout.data_parallel)
+
+
 def _with_micro_rows(recipe: Recipe, shape: ModelShape, setup: Setup, layout: Layout, limit: float) -> Setup:
     """The recipe's micro-batch, or the largest that fits, evened out over the micro-batches of a step."""
-    share = math.ceil(recipe.batch.tokens_per_step / recipe.data.sequence_length / layout.data_parallel)
+    share = rows_of_step(recipe, layout)
 
     def with_rows(rows: int) -> Setup:
         return replace(setup, rows=rows, accumulates=rows < share)
@@ -291,25 +306,29 @@ def _with_micro_rows(recipe: Recipe, shape: ModelShape, setup: Setup, layout: La
     return with_rows(math.ceil(share / math.ceil(share / low)))
 
 
-def expected_rate(
-    choice: Choice, known: Device, gpus: int, flops_per_token: float
-) -> tuple[float | None, float | None]:
+def expected_rate(choice: Choice, known: Device, gpus: int, shape: ModelShape) -> tuple[float | None, float | None]:
     """(assumed MFU, tokens a second over all devices). MFU is None where a sustained rate is assumed instead, both
     where nothing is known.
     """
-    peak = peak_of(known, choice.setup.precision)
+    peak, flops = peak_of(known, choice.setup.precision), shape.flops_per_token(choice.setup.sequence_length)
     if peak is None:
-        return None, gpus * known.sustained * choice.speed / flops_per_token if known.sustained else None
-    mfu = known.expected_use * choice.speed
-    return mfu, gpus * mfu * peak / flops_per_token
+        return None, gpus * known.sustained * choice.speed / flops if known.sustained else None
+    parameters = shape.parameters()
+    mfu = known.expected_use * choice.speed * parameters / (parameters + HALF_USE_PARAMETERS)
+    return mfu, gpus * mfu * peak / flops
 
 
 def what_would_fit(recipe: Recipe, shape: ModelShape, known: Device, gpus: int) -> str:
     """The smallest number of these devices, and the smallest other device in this number, that could hold the run."""
     found = []
+    train = replace(recipe.train, activation_checkpointing="auto", loss="auto")
+    chosen = replace(recipe, train=train, batch=replace(recipe.batch, micro="auto"))
+    if chosen != recipe and _fits(chosen, shape, known, gpus):
+        found.append(f"{gpus} x {known.name} with batch.micro, train.activation_checkpointing and train.loss at auto")
     if more := next((count for count in _GPU_COUNTS if count > gpus and _fits(recipe, shape, known, count)), None):
         layout = best_choice(recipe, shape, known, more).layout
         how = f", --parallel.shard {more}" if layout.shard > 1 else ""
+        how += ", which is not built yet" if refusal_of(recipe, layout) else ""
         found.append(f"{more} x {known.name} (--gpus {more}{how})")
     least = known.memory or machine_memory()
     larger = [other for other in map(device, _GPU_NAMES) if (other.memory or 0) > least]
@@ -324,6 +343,15 @@ def what_would_fit(recipe: Recipe, shape: ModelShape, known: Device, gpus: int) 
         if found
         else "fits on no layout that this plan knows; use a smaller model or shorter rows"
     )
+
+
+def refusal_of(recipe: Recipe, layout: Layout) -> str | None:
+    """Why no run starts in this layout, None where one does."""
+    try:
+        check_replicated(replace(recipe.parallel, **asdict(layout)))
+    except InputError as error:
+        return str(error)
+    return None
 
 
 def _fits(recipe: Recipe, shape: ModelShape, known: Device, gpus: int) -> bool:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 from argonne.plan.build import Plan
+from argonne.plan.published import MEASURED, PUBLISHED
 
 GB = 1e9
+# Of a record, and of the plan. Records of earlier versions have no mean of the session beside them: they are one.
+_RATES = {"tokens_per_second": "tokens_per_second", "mfu": "expected_mfu"}
 
 
 def plan_lines(plan: Plan) -> list[str]:
@@ -70,6 +72,11 @@ def _length_rows(plan: Plan) -> list[tuple[str, str]]:
         rows.append(("time", f"{time}, {plan.device_hours:,.1f} device-hours"))
     if plan.cost is not None:
         rows.append(("cost", f"{plan.cost:,.2f}"))
+    if plan.published_hours is not None:
+        rows.append(("published", f"{plan.published_hours:,.0f} hours on {PUBLISHED[plan.recipe or ''].devices}"))
+    for run in MEASURED if plan.expected_mfu is not None else ():
+        of = f"{run.tokens_per_second:,} tokens/s of {run.release} on {run.devices} x {run.device}, by earlier code"
+        rows.append(("past error", f"the same arithmetic gives {plan.past_errors[run.release]:.1f} times the {of}"))
     return rows
 
 
@@ -83,23 +90,21 @@ def _source(use: dict[str, Any]) -> str:
     return f"{use['path']}: {100 * use['share']:.0f} % of the tokens, {known}{passes}"
 
 
-def compare_plan(plan: dict[str, Any], metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def compare_plan(plan: dict[str, Any], records: Sequence[dict[str, Any]], hours: float | None) -> list[dict[str, Any]]:
     """What was planned beside what a run measured: [{name, planned, measured, ratio}], ratio = measured / planned.
 
-    plan: `Plan.to_dict()` as stored with the run. metrics: the records of metrics.jsonl in order. A figure that either
-    side lacks is None.
+    plan: `Plan.to_dict()` as stored with the run. records, hours: of its metrics.jsonl, as they count and in order. A
+    figure that either side lacks is None.
     """
-    steps = {record["step"]: record for record in metrics if record.get("event") == "step"}
-    records = [steps[step] for step in sorted(steps)]
-    last = records[-1] if records else {}
-    memory = max((record["memory_gb"] for record in records if record.get("memory_gb") is not None), default=None)
+    steps = [record for record in records if record["event"] == "step"]
+    last = steps[-1] if steps else {}
+    memory = max((record["memory_gb"] for record in steps if record.get("memory_gb") is not None), default=None)
     triples = [
         ("memory_gb", plan["memory_total"] / GB, memory),
-        ("tokens_per_second", plan["tokens_per_second"], last.get("tokens_per_second")),
-        ("mfu", plan["expected_mfu"], last.get("mfu")),
+        *((name, plan[planned], last.get(f"{name}_mean", last.get(name))) for name, planned in _RATES.items()),
         ("steps", plan["steps"], last.get("step")),
         ("tokens", plan["tokens"], last.get("tokens")),
-        ("hours", plan["hours"], hours_at_work(metrics)),
+        ("hours", plan["hours"], hours),
     ]
     return [
         {
@@ -110,11 +115,3 @@ def compare_plan(plan: dict[str, Any], metrics: list[dict[str, Any]]) -> list[di
         }
         for name, planned, found in triples
     ]
-
-
-def hours_at_work(metrics: Sequence[dict[str, Any]]) -> float | None:
-    """Hours that sessions ran: from each start or resume to the last record before the next."""
-    timed = [record for record in metrics if isinstance(record.get("time"), int | float)]
-    begins = ("start", "resume")
-    spans = [late["time"] - early["time"] for early, late in pairwise(timed) if late.get("event") not in begins]
-    return sum(spans) / 3600 if timed else None

@@ -120,7 +120,9 @@ def _run(path: Path) -> Facts:
         "status": (layout.ending_of(path) or "neither stopped nor complete").lower(),
         "manifest": read_json(path / layout.MANIFEST),
         "checkpoints": [item.path.name for item in saved],
-        "plan_against_measured": compare_plan(read_json(plan), list(metrics.records)) if metrics and plan else None,
+        "plan_against_measured": compare_plan(read_json(plan), metrics.records, metrics.hours)
+        if metrics and plan
+        else None,
         "last_step": {name: last[name] for name in ("step", "tokens", "loss", "tokens_per_second")} if last else None,
         "problems": problems,
     }

@@ -1,6 +1,7 @@
 """Reading `metrics.jsonl`, the append-only record of a run.
 
-A run that is resumed writes some steps a second time: the last record of an (event, step) is the one that counts;
+A session begins with a record `start` or `resume`. A run that was killed goes on from its last checkpoint: what it had
+written beyond that step is void, though it took its time. The last record of an (event, step) is the one that counts;
 warnings of one step are told apart by their message. A line that was cut by a kill is left out and named in `problems`;
 nothing else is ever skipped.
 """
@@ -17,15 +18,19 @@ from argonne import layout
 from argonne.errors import InputError
 
 Record = dict[str, Any]
+BEGINS = ("start", "resume")
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """The records of one run in step order, the last of each (event, step) only."""
+    """The records of one run that count, in step order. hours: of all its sessions, each from its beginning to its last
+    record; None where no record has a time.
+    """
 
     path: Path
     records: tuple[Record, ...]
     lines: int
+    hours: float | None
     problems: tuple[str, ...]
 
     def of(self, event: str) -> list[Record]:
@@ -62,7 +67,7 @@ def read_metrics(path: Path) -> Metrics:
     file = layout.metrics_of(path)
     problems: list[str] = []
     kept: dict[tuple[str, int, str], Record] = {}
-    lines = 0
+    lines, seconds, earlier = 0, 0.0, None
     for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
         if not line.strip():
             continue
@@ -78,11 +83,17 @@ def read_metrics(path: Path) -> Metrics:
             raise InputError(
                 f"{file}, line {number}: found {found}, expected an object with event and step: another program's file"
             )
+        if isinstance(moment := record.get("time"), int | float):
+            seconds += moment - earlier if earlier is not None and event not in BEGINS else 0.0
+            earlier = moment
+        if event in BEGINS:
+            kept = {key: held for key, held in kept.items() if held["step"] <= step}
         key = (event, step, str(record.get("message", "")) if event == "warning" else "")
         kept.pop(key, None)
         kept[key] = record
     ordered = sorted(kept.values(), key=lambda record: record["step"])
-    return Metrics(file, tuple(ordered), lines, tuple(problems))
+    hours = None if earlier is None else seconds / 3600
+    return Metrics(file, tuple(ordered), lines, hours, tuple(problems))
 
 
 def smoothed(values: list[float], share: float = 0.02) -> list[float]:

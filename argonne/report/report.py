@@ -14,7 +14,6 @@ from typing import Any
 
 from argonne import files, layout
 from argonne.errors import InputError
-from argonne.plan.text import hours_at_work
 from argonne.recipe import differences
 from argonne.report import report_page as page
 from argonne.report.records import Metrics, read_metrics, smoothed
@@ -105,7 +104,7 @@ def _facts(run: ReportedRun) -> list[tuple[str, str]]:
         facts.append(("MFU, median", f"{statistics.median(use):.1%}"))
     memory = metrics.series("step", "memory_gb")[1]
     facts.append(("peak memory, GB", f"{max(memory):.2f}" if memory else "n/a"))
-    facts.append(("time at work", _duration(3600 * (hours_at_work(metrics.records) or 0.0))))
+    facts.append(("time at work", _duration(3600 * (metrics.hours or 0.0))))
     waits = [metrics.series("step", name)[1] for name in ("wait_data_seconds", "wait_save_seconds")]
     # Each counts from zero again in every session.
     summed = [sum(late - early if late >= early else late for early, late in pairwise([0.0, *wait])) for wait in waits]
@@ -168,12 +167,16 @@ def _panels(runs: list[ReportedRun]) -> list[Panel]:
         return _told_apart(runs, event, {source: ("sources", source, name) for source in sources})
 
     stalls = {"for data": ("wait_data_seconds",), "for saves": ("wait_save_seconds",)}
+    speeds = {
+        "since the record before": ("tokens_per_second",),
+        "mean of the session": ("tokens_per_second_mean",),
+    }
     panels = [
         _loss_panel(runs, marks),
         Panel("Held-out bits per byte", "", plain("held_out", "bits_per_byte")),
         Panel("Learning rate", "", plain("step", "lr"), from_zero=True),
         Panel("Gradient norm", "before clipping", plain("step", "grad_norm"), marks, logarithmic=True),
-        Panel("Throughput", "tokens/s", plain("step", "tokens_per_second"), marks, from_zero=True),
+        Panel("Throughput", "tokens/s", _told_apart(runs, "step", speeds), marks, from_zero=True),
         Panel("MFU", "share of the device's peak", plain("step", "mfu"), from_zero=True),
         Panel("Memory", "GB", plain("step", "memory_gb"), from_zero=True),
         Panel("Waiting", "seconds since the session began", _told_apart(runs, "step", stalls), marks, from_zero=True),

@@ -60,7 +60,7 @@ def held_out_loss(model: Parallelised, recipe: Recipe, data: Data, micro_rows: i
     for batch in data.held_out(recipe.eval.windows, micro_rows):
         loss = model.evaluate(batch)
         yield
-        total += float(loss.total)
+        total += float(loss.total - loss.penalty)
         count += int(batch[data.unit].sum())
         if data.unit == "tokens":
             labels = batch["shift_labels"]

@@ -166,10 +166,9 @@ def _train(session: Session, run: RunFolder, mesh: Mesh, watch: StopWatch) -> Ou
         if mesh.is_main:
             record_start(run, recipe, opened, mesh, built.loader.micro_rows, log)
         mesh.barrier()
-        metrics = MetricsLog(run.path, recipe.log, enabled=mesh.is_main, run_name=run.run_id)
-        metrics.write(
-            "resume" if start.checkpoint is not None and start.own else "start", progress.step, parent=start.parent
-        )
+        metrics = MetricsLog(run.path, recipe.log, enabled=mesh.is_main)
+        event = "resume" if start.checkpoint is not None and start.own else "start"
+        metrics.begin(event, progress.step, to_tree(recipe), run.run_id, parent=start.parent)
         for path, (old, new) in opened.changed.items():
             metrics.write("change", progress.step, key=path, old=old, new=new)
         shown = session.stage.shows(recipe, data, built.loader.micro_rows)

@@ -190,11 +190,11 @@ def build(session: Session, opened: Opened, run: RunFolder, mesh: Mesh, log: Cal
     speed and memory.
     """
     recipe, start, data, stage = opened.recipe, opened.start, opened.data, session.stage
+    device = planned_device(mesh)
+    choice = choose_setup(recipe, device, mesh.world_size, overrun="memory" in session.allow)
     model = stage.weights(recipe, start).to(mesh.device).train()  # type: ignore[arg-type] # nn.Module.to takes a device
     dtype = compute_dtype(recipe.train.precision, mesh.device)
     kernels = check_attention(model, recipe.train.attention, dtype, documents=recipe.data.document_mask)
-    device = planned_device(mesh)
-    choice = choose_setup(recipe, device, mesh.world_size)
     configure_model(model, recipe, choice)
     objective = stage.objective(recipe, data)
     progress = Progress(**start.progress)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from argonne import files, layout
-from argonne.errors import InputError
+from argonne.errors import InputError, first_line
 from argonne.tokens.formats import open_tokens
 from argonne.tokens.shards import Shard, TokenSet
 
@@ -150,7 +151,15 @@ class Verification:
         self._thread.start()
 
     def run(self) -> None:
-        """Check everything that is not known to be right; the first fault ends it and is kept in `problem`."""
+        """Check everything that is not known to be right; the first fault, or whatever else ends the check, is kept in
+        `problem`.
+        """
+        try:
+            self._check()
+        except Exception as error:  # in a thread nobody would hear of it, and nothing more would be checked
+            self.problem = f"the check of the hashes of the shards ended: {type(error).__name__}: {first_line(error)}"
+
+    def _check(self) -> None:
         known: dict[str, Any] = (
             files.read_json(self._record) if self._record is not None and self._record.exists() else {}
         )
@@ -170,7 +179,10 @@ class Verification:
                 self.problem = f"{path}: cannot be read ({error.strerror}); restore it or prepare again"
                 break
         if self._record is not None and self._record.parent.is_dir():
-            files.write_json(self._record, known)
+            try:
+                files.write_json(self._record, known)
+            except OSError as error:  # a full disk: the shards are right, and checked again at the next start
+                print(f"warning: {self._record}: {error}", file=sys.stderr, flush=True)
 
     def _hash(self, path: Path) -> str | None:
         digest = hashlib.sha256()

@@ -20,8 +20,10 @@ def parameter_groups(model: nn.Module, optim: OptimSection) -> list[dict[str, An
     """AdamW's groups, decayed and not, and for Muon a group of the layers' matrices before them. Each keeps its own
     peak rate.
 
-    Matrices decay; gains and biases do not, unless `decay_all` says that all does.
+    Matrices decay; embeddings (a head that shares their weight too), gains and biases do not, unless `decay_all` says
+    that all does.
     """
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     muon: dict[str, nn.Parameter] = {}
     decayed: dict[str, nn.Parameter] = {}
     plain: dict[str, nn.Parameter] = {}
@@ -31,7 +33,8 @@ def parameter_groups(model: nn.Module, optim: OptimSection) -> list[dict[str, An
         if optim.name == "muon" and parameter.ndim == 2 and ".layers." in name:
             muon[name] = parameter
         else:
-            (decayed if optim.decay_all or parameter.ndim >= 2 else plain)[name] = parameter
+            decays = optim.decay_all or (parameter.ndim >= 2 and id(parameter) not in embeddings)
+            (decayed if decays else plain)[name] = parameter
     groups = [
         (muon, optim.weight_decay, optim.muon_lr),
         (decayed, optim.weight_decay, optim.lr),

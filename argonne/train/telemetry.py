@@ -1,18 +1,18 @@
-"""What the loop observes, read when it is due, and where it goes: metrics.jsonl always, TensorBoard and W&B where asked
-for, a line to read.
+"""What the loop observes, read when it is due, and where it goes: metrics.jsonl always, TensorBoard, W&B and trackio
+where asked for, a line to read.
 
 Nothing here makes a training step wait for the device.
 """
 
 from __future__ import annotations
 
-import json
 import resource
 import sys
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,6 +20,8 @@ import torch
 
 from argonne import layout
 from argonne.config import LogSection, Recipe
+from argonne.errors import first_line
+from argonne.files import json_text
 from argonne.parallel.mesh import Mesh
 from argonne.parallel.parallelise import Sums
 from argonne.plan import device_peak_flops, flops_per_token
@@ -83,22 +85,22 @@ class Telemetry:
         self._last: _Reading | None = None
         self._wait_data = 0.0
         self._spikes = SpikeWatch()
-        self._started: float | None = None
-        self._flops_per_token = flops_per_token(recipe.model, recipe.data.sequence_length)
+        # (tokens, seconds) when the session's first batch was there, and at the last record.
+        self._begun = self._recorded = (0, 0.0)
         name = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "cpu"
-        # Of one device; None where it is not known.
-        self._peak_flops = device_peak_flops(name, resolve_precision(recipe.train.precision, mesh.device))
+        peak = device_peak_flops(name, resolve_precision(recipe.train.precision, mesh.device))
+        flops = flops_per_token(recipe.model, recipe.data.sequence_length)
+        # The MFU of a token a second; None where the device's peak is not known.
+        self._use = flops / (peak * mesh.world_size) if peak else None
         self._metrics: dict[str, torch.Tensor] = {}
-        count = len(data.source_names)
-        self._source_loss = torch.zeros(
-            count, device=mesh.device, dtype=torch.float64 if mesh.device.type != "mps" else torch.float32
-        )
+        wide = torch.float32 if mesh.device.type == "mps" else torch.float64
+        self._source_loss = torch.zeros(len(data.source_names), device=mesh.device, dtype=wide)
         self._source_count = torch.zeros_like(self._source_loss)
 
     def waited_for_data(self, seconds: float) -> None:
         self._wait_data += seconds
-        if self._started is None:
-            self._started = time.monotonic()
+        if not self._begun[1]:
+            self._begun = self._recorded = (self.data.tokens_before(self.first_step), time.monotonic())
 
     def observe(self, step: int, result: StepResult) -> None:
         """Take in what completed step `step` left on the device, without waiting for it."""
@@ -131,13 +133,12 @@ class Telemetry:
                 before, after = self.data.tokens_by_source(step - 1), self.data.tokens_by_source(step)
                 read = [name for name in self.data.source_names if after[name] > before[name]]
                 message = f"loss spike: {about:.4f} at step {step}, lately {usual:.4f}; read from {', '.join(read)}"
-                self.line.log(f"warning: {message}")
-                self.metrics.write("warning", step, message=message, loss=about, usual=usual, sources=read)
+                self.metrics.warn(step, message, loss=about, usual=usual, sources=read)
         return found
 
     def log_step(self, step: int, save_seconds: float) -> None:
-        """Write the record of `step`: its own loss, norm and rate (so that a resumed run writes the same), and this
-        session's speed.
+        """Write the record of `step`: its own loss, norm and rate (so that a resumed run writes the same), and the
+        speed since the record before it beside the session's mean.
         """
         reading = self._last
         if reading is None or reading.step != step:
@@ -147,21 +148,22 @@ class Telemetry:
         gathered = self.mesh.gather((loss_sum, mine, {name: pair.tolist() for name, pair in self._metrics.items()}))
         loss = sum(part[0] for part in gathered) / max(1, reading.count)
         sources = self._sources(step, [part[1] for part in gathered])
-        seconds = time.monotonic() - (self._started or time.monotonic())
-        session_tokens = self.data.tokens_before(step) - self.data.tokens_before(self.first_step)
-        speed = session_tokens / seconds if seconds > 0 else 0.0
-        mfu = speed * self._flops_per_token / (self._peak_flops * self.mesh.world_size) if self._peak_flops else None
+        now = (self.data.tokens_before(step), time.monotonic())
+        speed, mean = _speed(self._recorded, now), _speed(self._begun, now)
+        self._recorded = now
         if self.mesh.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated(self.mesh.device)
         else:
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         record = {
-            "tokens": self.data.tokens_before(step),
+            "tokens": now[0],
             "loss": loss,
             "lr": reading.rate,
             "grad_norm": norm,
             "tokens_per_second": round(speed, 1),
-            "mfu": mfu,
+            "tokens_per_second_mean": round(mean, 1),
+            "mfu": self._use and speed * self._use,
+            "mfu_mean": self._use and mean * self._use,
             "memory_gb": round(memory / 1e9, 4),  # the peak of this process: allocated on a GPU, resident on the CPU
             "wait_data_seconds": round(self._wait_data, 4),
             "wait_save_seconds": round(save_seconds, 4),
@@ -171,7 +173,7 @@ class Telemetry:
             record["metrics"] = metrics
         self._metrics.clear()
         self.metrics.write("step", step, **record)
-        left = seconds / max(1, step - self.first_step) * (self.total_steps - step)
+        left = (now[1] - self._begun[1]) / max(1, step - self.first_step) * (self.total_steps - step)
         self.line.log(step_line({"step": step, **record}, self.total_steps, left))
 
     def _sources(self, step: int, parts: list[list[list[float]]]) -> dict[str, dict[str, float | None]]:
@@ -189,6 +191,11 @@ class Telemetry:
         }
 
 
+def _speed(early: tuple[int, float], late: tuple[int, float]) -> float:
+    """Tokens a second between two (tokens, seconds)."""
+    return (late[0] - early[0]) / (late[1] - early[1]) if late[1] > early[1] else 0.0
+
+
 def _means(parts: list[dict[str, list[float]]]) -> dict[str, float | None]:
     """Metrics by name over all ranks: the sum of the sums by the sum of the counts, null where nothing was counted."""
     names = dict.fromkeys(name for part in parts for name in part)
@@ -196,18 +203,28 @@ def _means(parts: list[dict[str, list[float]]]) -> dict[str, float | None]:
     return {name: value / count if count else None for name, (value, count) in totals.items()}
 
 
+@dataclass(frozen=True)
+class Writer:
+    """Another place for the records. write(event, step, values)."""
+
+    write: Callable[[str, int, dict[str, Any]], Any]
+    close: Callable[[], Any]
+
+
 class MetricsLog:
     """Append-only records of a run, one JSON object a line, each written whole.
 
     What the disk does not take (full, gone) is kept in memory and written as soon as it does: training goes on.
-    TensorBoard and W&B may fail without harm: the failure is recorded once and that writer is dropped.
+    TensorBoard, W&B and trackio may fail without harm: the failure is told once and that writer is dropped. say: prints
+    a line for a person.
     """
 
-    def __init__(self, folder: Path, log: LogSection, *, enabled: bool = True, run_name: str = "") -> None:
+    def __init__(self, folder: Path, log: LogSection, *, enabled: bool = True) -> None:
+        self.folder, self.log = folder, log
+        self.say: Callable[[str], None] = partial(print, file=sys.stderr, flush=True)
         self._file: BinaryIO | None = None
-        self._waiting = b""
-        self._failing = False
-        self._writers: dict[str, Any] = {}
+        self._waiting, self._failing, self._step = b"", False, 0
+        self._writers: dict[str, Writer] = {}
         if not enabled:
             return
         self._file = open(folder / layout.METRICS, "a+b", buffering=0)  # noqa: SIM115 - open for the life of the run
@@ -216,30 +233,53 @@ class MetricsLog:
             self._file.seek(size - 1)
             if self._file.read(1) != b"\n":
                 self._file.write(b"\n")
-        makers: dict[str, Callable[[], Any]] = {}
-        if log.tensorboard:
-            makers["tensorboard"] = lambda: _tensorboard(folder / layout.TENSORBOARD)
-        if log.wandb:
-            makers["wandb"] = lambda: _wandb(log.wandb or "", run_name, folder)
-        for name, make in makers.items():
+
+    def begin(self, event: str, step: int, recipe: dict[str, Any], run_id: str, **values: Any) -> None:
+        """Record that a session starts or resumes at `step`; open the other places that the recipe asks for."""
+        if self._file is None:
+            return
+        name, log, failures = self.folder.resolve().name, self.log, []
+        makers = {
+            "tensorboard": log.tensorboard and partial(_tensorboard, self.folder / layout.TENSORBOARD, step),
+            "wandb": log.wandb and partial(_wandb, log.wandb, name, run_id, recipe, self.folder),
+            "trackio": log.trackio and partial(_trackio, log.trackio, f"{name}-{run_id}", recipe),
+        }
+        for kind, make in makers.items():
             try:
-                self._writers[name] = make()
+                if callable(make):
+                    self._writers[kind] = make()
+            except ImportError as error:
+                failures.append(f"{kind} is off: {error}; pip install 'argonne[{kind}]', or turn log.{kind} off")
             except Exception as error:  # telemetry never stops a run
-                self.write("warning", 0, message=f"{name} is off: {error}")
+                failures.append(f"{kind} is off: {first_line(error)}")
+        self.write(event, step, **values)
+        for message in failures:
+            self.warn(step, message)
 
     def write(self, event: str, step: int, **values: Any) -> None:
         """Record `event` at `step` (completed optimizer steps)."""
         if self._file is None:
             return
+        self._step = step
         record = {"event": event, "step": step, "time": round(time.time(), 3), **values}
-        self._waiting += (json.dumps(record, ensure_ascii=False, allow_nan=True) + "\n").encode()
+        self._waiting += (json_text(record) + "\n").encode()
         self._drain()
-        for name, writer in list(self._writers.items()):
-            try:
-                writer(event, step, values)
-            except Exception as error:  # telemetry never stops a run
-                del self._writers[name]
-                self.write("warning", step, message=f"{name} failed and is off from here: {error}")
+        for name in list(self._writers):
+            self._asked(name, lambda writer: writer.write(event, step, values))
+
+    def warn(self, step: int, message: str, **values: Any) -> None:
+        """To the person and into the record."""
+        self.say(f"warning: {message}")
+        self.write("warning", step, message=message, **values)
+
+    def _asked(self, name: str, work: Callable[[Writer], Any]) -> None:
+        """Let a writer work that was not dropped yet; one that fails is."""
+        try:
+            if name in self._writers:
+                work(self._writers[name])
+        except Exception as error:  # telemetry never stops a run
+            del self._writers[name]
+            self.warn(self._step, f"{name} failed and is off from here: {first_line(error)}")
 
     def _drain(self) -> None:
         """Write what waits, as far as the disk takes it."""
@@ -250,24 +290,18 @@ class MetricsLog:
             self._failing = False
         except OSError as error:
             if not self._failing:
-                print(
-                    f"warning: metrics.jsonl: {error}; records are kept and written when there is room",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                self.say(f"warning: metrics.jsonl: {error}; records are kept and written when there is room")
             self._failing = True
 
     def close(self) -> None:
         if self._file is None:
             return
+        for name in list(self._writers):
+            self._asked(name, lambda writer: writer.close())
         self._drain()
         if self._waiting:
             lines = self._waiting.count(b"\n")
-            print(
-                f"warning: metrics.jsonl: the last {lines:,} records could not be written and are lost",
-                file=sys.stderr,
-                flush=True,
-            )
+            self.say(f"warning: metrics.jsonl: the last {lines:,} records could not be written and are lost")
         self._file.close()
 
 
@@ -277,19 +311,17 @@ def _scalars(event: str, values: dict[str, Any]) -> dict[str, float]:
         for name, value in values.items()
         if isinstance(value, int | float) and not isinstance(value, bool)
     }
+    found |= {f"{event}/{name}": value for name, value in (values.get("metrics") or {}).items() if value is not None}
     for source, numbers in (values.get("sources") or {}).items():
         found |= {f"{event}/{source}/{name}": value for name, value in numbers.items() if value is not None}
     return found
 
 
-def _tensorboard(folder: Path) -> Any:
-    try:
-        from torch.utils.tensorboard.writer import SummaryWriter
-    except ImportError:
-        raise RuntimeError(
-            "tensorboard is not installed (pip install 'argonne[tensorboard]', or log.tensorboard = false)"
-        ) from None
-    writer = SummaryWriter(str(folder))
+def _tensorboard(folder: Path, step: int) -> Writer:
+    """What an earlier session wrote beyond `step` is void."""
+    from torch.utils.tensorboard.writer import SummaryWriter
+
+    writer = SummaryWriter(str(folder), purge_step=step + 1)
 
     def write(event: str, step: int, values: dict[str, Any]) -> None:
         for name, value in _scalars(event, values).items():
@@ -298,14 +330,22 @@ def _tensorboard(folder: Path) -> Any:
             writer.add_text("sample", f"{values.get('prompt', '')}{values.get('text', '')}", step)
         writer.flush()
 
-    return write
+    return Writer(write, writer.close)
 
 
-def _wandb(project: str, name: str, folder: Path) -> Any:
+def _wandb(project: str | None, name: str, run_id: str, recipe: dict[str, Any], folder: Path) -> Writer:
     import wandb
 
-    run = wandb.init(project=project, name=name, dir=str(folder), resume="allow", id=name)
-    return lambda event, step, values: run.log({**_scalars(event, values), "step": step})
+    run = wandb.init(project=project, name=name, id=run_id, resume="allow", config=recipe, dir=str(folder))
+    # Not as W&B's own step, which may not go back, as a resume after a kill does.
+    return Writer(lambda event, step, values: run.log({**_scalars(event, values), "step": step}), lambda: run.finish())
+
+
+def _trackio(project: str | None, name: str, recipe: dict[str, Any]) -> Writer:
+    import trackio
+
+    run = trackio.init(project=project, name=name, resume="allow", config=recipe)  # a run is known by its name
+    return Writer(lambda event, step, values: run.log(_scalars(event, values), step=step), lambda: run.finish())
 
 
 class ProgressBar:
@@ -347,6 +387,7 @@ def step_line(record: dict[str, Any], total_steps: int, seconds_left: float) -> 
     mfu = "n/a" if record["mfu"] is None else f"{100 * record['mfu']:.1f}%"
     return (
         f"step {record['step']:>{len(str(total_steps))}}/{total_steps}  loss {record['loss']:.4f}  lr "
-        f"{record['lr']:.3g}  grad {record['grad_norm']:.3f}  {human(record['tokens_per_second'])} tok/s  mfu {mfu}  "
-        f"{record['memory_gb']:.2f} GB  tokens {human(record['tokens'])}  left {human_time(seconds_left)}"
+        f"{record['lr']:.3g}  grad {record['grad_norm']:.3f}  {human(record['tokens_per_second'])} tok/s (mean "
+        f"{human(record['tokens_per_second_mean'])})  mfu {mfu}  {record['memory_gb']:.2f} GB  tokens "
+        f"{human(record['tokens'])}  left {human_time(seconds_left)}"
     )

@@ -127,6 +127,7 @@ class Trainer:
         self.trained, self.parallelised, self.optimizer = trained, trained.parallelised, trained.optimizer
         self.metrics, self.watch, self.progress, self.total_steps = metrics, watch, progress, total_steps
         self.line = ProgressBar(total_steps, progress.step, enabled=mesh.is_main)
+        metrics.say = self.line.log
         self.telemetry = Telemetry(recipe, data, mesh, metrics, self.line, total_steps, progress.step)
         self.policy = NonFinitePolicy(recipe.optim.max_skipped)
         plain = self.parallelised.plain
@@ -227,7 +228,7 @@ class Trainer:
                     self.compiled = False
                     undo_compile(self.parallelised.plain)
                     told = f"compiling failed, training goes on eagerly: {type(error).__name__}: {first_line(error)}"
-                    self._warn(step + 1, told)
+                    self.metrics.warn(step + 1, told)
                     continue
                 if not is_out_of_memory(error):
                     raise
@@ -235,7 +236,7 @@ class Trainer:
             # Outside the handler: the traceback no longer keeps the step's tensors alive.
             now = self._updates()
             updated = updates is not None and now is not None and not torch.equal(updates, now)
-            self._warn(
+            self.metrics.warn(
                 step + 1, back_off(self.optimizer, self.mesh, self.loader, self.run.path, step, reason, updated=updated)
             )
             batch = self.loader.batch(step)
@@ -257,11 +258,6 @@ class Trainer:
         """Randomness is a function of (seed, step, this rank's first sample): nothing random is stored."""
         sample = self.data.samples_before(step) + self.data.rows(step) * self.mesh.data_rank // self.mesh.data_size
         return (self.recipe.seed * 0x9E3779B97F4A7C15 + step * 0xC2B2AE3D27D4EB4F + sample * 0x165667B19E3779F9) % 2**63
-
-    def _warn(self, step: int, message: str) -> None:
-        """To the person and into the record."""
-        self.line.log(f"warning: {message}")
-        self.metrics.write("warning", step, message=message)
 
     def _after_step(self) -> None:
         recipe, step = self.recipe, self.progress.step
@@ -334,9 +330,9 @@ class Trainer:
                 autocast=self.trained.precision.autocast,
             )
         except LeftBehind as reason:
-            self._warn(self.progress.step, f"{name} is left out: {reason}")
+            self.metrics.warn(self.progress.step, f"{name} is left out: {reason}")
         except Exception as error:
-            self._warn(self.progress.step, f"{name} failed: {type(error).__name__}: {error}")
+            self.metrics.warn(self.progress.step, f"{name} failed: {type(error).__name__}: {error}")
         finally:
             self._hang_watch.alive()
         return None

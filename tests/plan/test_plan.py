@@ -6,14 +6,18 @@ import dataclasses
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from argonne.config import BatchChange, BatchSection, ModelSection
+from argonne.cli import main
+from argonne.config import BatchChange, BatchSection, ModelSection, Recipe
+from argonne.data.dataset import open_training_data
 from argonne.errors import InputError
 from argonne.plan import (
     choose_setup,
@@ -27,11 +31,14 @@ from argonne.plan import (
     running_device,
     shape_of,
 )
-from argonne.plan.build import steps_within, tokens_before
+from argonne.plan.build import steps_within, tokens_before, total_steps
 from argonne.plan.memory import Setup, memory_of
+from argonne.plan.published import MEASURED
 from argonne.plan.shape import mean_keys
 from argonne.presets import presets
 from argonne.recipe import load_recipe, recipe_names
+from argonne.report.records import read_metrics
+from argonne.tokens.formats import open_tokens
 
 CARDS = [("h200", 1), ("h200", 3), ("a100-80gb", 8), ("rtx-4090", 1)]
 
@@ -309,34 +316,119 @@ def test_passes_over_a_source_on_this_disk_are_counted(tmp_path: Any) -> None:
     assert any("will be refused" in warning for warning in plan.warnings)
 
 
-def test_plan_against_measured_takes_the_last_record_of_a_step() -> None:
+@pytest.mark.parametrize("documents", ["packed", "first-window", "within"])
+def test_a_pass_over_documents_is_counted_as_the_trainer_reads_them(
+    nano: Callable[..., Recipe], tokens: Path, documents: str
+) -> None:
+    recipe = nano(**{"data.documents": f'"{documents}"', "train.steps": "none", "train.epochs": "2"})
+    data = open_training_data(recipe.data, recipe.batch, 1)
+    read = data.tokens_per_epoch
+    assert (read < open_tokens(tokens).train.tokens / 2) == (documents != "packed")
+    plan = make_plan(recipe)
+    assert plan.steps == total_steps(recipe, data.tokens_before, lambda: read)
+    assert plan.sources[0]["passes"] == pytest.approx(data.passes(plan.steps)["set"], rel=1e-3)
+    assert plan.sources[0]["tokens"] == pytest.approx(read, rel=1e-3)
+
+
+def test_the_released_tokens_of_a_source_are_no_passes_where_only_windows_of_documents_are_read() -> None:
+    assert make_plan(load_recipe("argonne-2.5-midtrain"), name="argonne-2.5-midtrain").sources[0]["passes"] is None
+
+
+def test_degrees_that_pretrain_refuses_are_told_and_end_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["plan", "argonne-2.5-pretrain", "--gpu", "h200", "--gpus", "2"]
+    assert main([*asked, "--parallel.tensor", "2", "--json"]) == 2
+    said = capsys.readouterr()
+    assert "the run will be refused: parallel.tensor: found 2" in said.err
+    plan = json.loads(said.out)
+    assert plan["refusals"][0].startswith("parallel.tensor: found 2")
+    assert any("will be refused" in warning for warning in plan["warnings"])
+    assert main(asked) == 0
+
+
+def test_replicas_that_fit_are_planned_and_not_shards_that_pretrain_refuses() -> None:
+    recipe = load_recipe("argonne-3.0-pretrain", {"train.activation_checkpointing": '"none"'})
+    for gpus in (2, 8):
+        plan = make_plan(recipe, gpu="h200", gpus=gpus)
+        assert (plan.layout["replicate"], plan.refusals) == (gpus, [])
+
+
+def test_a_plan_in_which_only_shards_fit_says_that_they_are_refused() -> None:
+    recipe = load_recipe("argonne-3.0-pretrain")
+    plan = make_plan(recipe, gpu="rtx-4090", gpus=8)
+    assert plan.layout["shard"] == 8
+    assert plan.refusals[0].startswith("parallel.shard: found 8")
+    assert "not built" in (make_plan(recipe, gpu="rtx-4090").advice or "")
+
+
+def test_what_does_not_fit_and_a_source_read_too_often_end_with_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "argonne-3.0-pretrain", "--gpu", "rtx-4090"]) == 2
+    said = capsys.readouterr()
+    assert "DOES NOT FIT" in said.out
+    assert "will be refused" in said.err
+    assert "--allow memory" in said.err
+    (tmp_path / "manifest.json").write_text(json.dumps({"tokens": 1_000_000}))
+    assert main(["plan", "nano-3.0", "--data.sources", str(tmp_path)]) == 2
+    assert "max_epochs" in capsys.readouterr().err
+
+
+def test_micro_batches_that_are_too_large_are_told_that_smaller_ones_fit() -> None:
+    named = {"batch.micro": "500", "train.activation_checkpointing": '"none"', "train.loss": '"full"'}
+    plan = make_plan(load_recipe("argonne-2.5-pretrain", named | {"batch.tokens_per_step": "1024000"}), gpu="h200")
+    assert not plan.fits
+    assert "1 x h200 with batch.micro" in (plan.advice or "")
+
+
+@pytest.mark.parametrize(
+    ("preset", "low", "high"), [("nano-3.0", 0.0, 0.02), ("argonne-1.5", 0.2, 0.4), ("argonne-3.0", 0.35, 0.4)]
+)
+def test_the_assumed_share_of_the_peak_falls_with_the_size_of_the_model(preset: str, low: float, high: float) -> None:
+    recipe = load_recipe("argonne-3.0-pretrain", {"model.preset": f'"{preset}"', "model.layer_types": "none"})
+    plan = make_plan(recipe, gpu="h200")
+    assert plan.expected_mfu is not None
+    assert low < plan.expected_mfu < high
+
+
+def test_published_hours_and_the_plans_own_errors_stand_beside_its_estimate() -> None:
+    plan = make_plan(load_recipe("argonne-1.5-pretrain"), gpu="h200", gpus=8, name="argonne-1.5-pretrain")
+    assert plan.published_hours == 156
+    text = "\n".join(plan_lines(plan))
+    assert "156 hours on 8 x a100-80gb" in text
+    for measured in MEASURED:
+        model = {"model.preset": f'"{measured.preset}"', "data.sequence_length": str(measured.sequence_length)}
+        rows = {"batch.tokens_per_step": str(1024 * measured.sequence_length), "model.layer_types": "none"}
+        again = make_plan(load_recipe("argonne-2.5-pretrain", model | rows), gpu=measured.device, gpus=measured.devices)
+        ratio = (again.tokens_per_second or 0) / measured.tokens_per_second
+        assert plan.past_errors[measured.release] == pytest.approx(ratio, rel=0.1)
+        assert f"{plan.past_errors[measured.release]:.1f} times the {measured.tokens_per_second:,}" in text
+
+
+def test_hours_that_nobody_published_are_left_out() -> None:
+    plan = make_plan(load_recipe("argonne-3.0-pretrain"), name="argonne-3.0-pretrain")
+    assert plan.published_hours is None
+    assert "published: " not in "\n".join(plan_lines(plan))
+
+
+def test_plan_against_measured_takes_what_counts_and_the_mean_of_the_session(tmp_path: Path) -> None:
     plan = make_plan(load_recipe("nano-3.0")).to_dict()
+
+    def step(time: float, memory: float, speed: float) -> dict[str, Any]:
+        speeds = {"tokens_per_second": 5 * speed, "tokens_per_second_mean": speed, "mfu": 0.5, "mfu_mean": 0.1}
+        return {"event": "step", "step": 1, "time": time, "tokens": 4096, "memory_gb": memory, **speeds}
+
     records = [
         {"event": "start", "step": 0, "time": 0.0},
-        {
-            "event": "step",
-            "step": 1,
-            "time": 10.0,
-            "tokens": 4096,
-            "memory_gb": 9.0,
-            "tokens_per_second": 1.0,
-            "mfu": None,
-        },
+        step(10.0, 9.0, 1.0),
         {"event": "resume", "step": 0, "time": 100.0},
-        {
-            "event": "step",
-            "step": 1,
-            "time": 1900.0,
-            "tokens": 4096,
-            "memory_gb": 0.5,
-            "tokens_per_second": 6000.0,
-            "mfu": None,
-        },
+        step(1900.0, 0.5, 6000.0),
     ]
-    found = {row["name"]: row for row in compare_plan(plan, records)}
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    metrics = read_metrics(tmp_path)
+    found = {row["name"]: row for row in compare_plan(plan, metrics.records, metrics.hours)}
     assert found["memory_gb"]["measured"] == 0.5
     assert found["tokens_per_second"]["ratio"] == pytest.approx(6000.0 / plan["tokens_per_second"])
-    assert found["mfu"]["ratio"] is None
+    assert (found["mfu"]["measured"], found["mfu"]["ratio"]) == (0.1, None)
     assert found["hours"]["measured"] == pytest.approx(1810 / 3600)
 
 

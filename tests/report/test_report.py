@@ -12,10 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from argonne.cli import main
 from argonne.errors import InputError
+from argonne.report.inspect import inspect_path
 from argonne.report.records import read_metrics, smoothed
 from argonne.report.report import write_report
 from argonne.report.report_plots import compact
+from argonne.report.runs import list_runs
 
 
 def step_record(step: int, **changes: Any) -> dict[str, Any]:
@@ -28,6 +31,7 @@ def step_record(step: int, **changes: Any) -> dict[str, Any]:
         "lr": 1e-3,
         "grad_norm": 1.0 / step,
         "tokens_per_second": 7000.0,
+        "tokens_per_second_mean": 6500.0,
         "mfu": None,
         "memory_gb": 0.5,
         "wait_data_seconds": 0.01,
@@ -43,7 +47,9 @@ def write_run(folder: Path, records: list[dict[str, Any]], *, seed: int = 1) -> 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (folder / "config.toml").write_text(f"seed = {seed}\n[optim]\nlr = 0.001  # peak learning rate\n")
-    (folder / "manifest.json").write_text(json.dumps({"parameters": 1_052_800, "data": {"fingerprint": "abc"}}))
+    (folder / "manifest.json").write_text(
+        json.dumps({"run_id": "one", "parameters": 1_052_800, "data": {"fingerprint": "abc"}})
+    )
     return folder
 
 
@@ -124,6 +130,14 @@ def test_every_curve_has_as_many_points_as_metrics_has_records(run: Path) -> Non
     for source in ("books", "web"):
         for name in ("tokens", "loss", "passes"):
             assert vertices(html, f"curve-0-step-sources-{source}-{name}") == 30
+
+
+def test_throughput_is_shown_of_each_interval_and_beside_it_the_mean_of_the_session(run: Path) -> None:
+    html = write_report([run]).read_text()
+    assert vertices(html, "curve-0-step-tokens_per_second_mean") == 30
+    assert "mean of the session" in html
+    write_run(run, [{**step_record(1), "tokens_per_second_mean": None}])  # runs of earlier versions have no mean
+    assert "mean of the session" not in write_report([run]).read_text()
 
 
 def test_a_field_that_was_never_measured_gets_no_panel(run: Path) -> None:
@@ -207,6 +221,54 @@ def test_the_last_record_of_a_step_is_the_one_that_counts(tmp_path: Path) -> Non
     assert metrics.series("step", "loss") == ([1, 2], [5.0, 1.5])
     assert metrics.lines == 4
     assert metrics.problems == ()
+
+
+def killed_at_13_and_resumed_at_10() -> list[dict[str, Any]]:
+    """An hour to step 13, killed; ten idle hours; half an hour from the checkpoint of step 10 to step 12."""
+    return [
+        {"event": "start", "step": 0, "time": 0.0},
+        *(step_record(step, loss=9.0, time=100.0 * step) for step in range(1, 14)),
+        {"event": "warning", "step": 13, "time": 3500.0, "message": "of a step that never was"},
+        {"event": "held_out", "step": 13, "time": 3600.0, "loss": 9.0, "bits_per_byte": 9.0},
+        {"event": "resume", "step": 10, "time": 39600.0},
+        *(step_record(step, loss=1.0, time=39600.0 + 900.0 * (step - 10)) for step in (11, 12)),
+    ]
+
+
+def test_records_beyond_the_step_of_a_resume_are_void(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", killed_at_13_and_resumed_at_10())
+    metrics = read_metrics(run)
+    assert metrics.series("step", "loss") == (list(range(1, 13)), [9.0] * 10 + [1.0] * 2)
+    assert metrics.of("held_out") == metrics.of("warning") == []
+    (row,) = list_runs(run)
+    assert (row["step"], row["loss"]) == (12, 1.0)
+    facts = inspect_path(run)
+    assert facts["last_step"]["step"] == 12
+    html = write_report([run]).read_text()
+    assert vertices(html, "curve-0-step-loss") == 12
+    assert "last run at step 12" in html
+
+
+def test_a_run_that_was_started_again_begins_again(tmp_path: Path) -> None:
+    records = [step_record(1), step_record(2), {"event": "start", "step": 0, "time": 2000.0}, step_record(1, loss=7.0)]
+    assert read_metrics(write_run(tmp_path / "run", records)).series("step", "loss") == ([1], [7.0])
+
+
+def test_hours_add_up_over_kills_and_what_was_void_took_its_time(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", killed_at_13_and_resumed_at_10())
+    assert read_metrics(run).hours == 1.5
+    assert "<b>90.0 min</b><span>time at work</span>" in write_report([run]).read_text()
+
+
+def test_what_is_printed_as_json_holds_nothing_that_json_has_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "run", [step_record(1, loss=float("nan"), tokens_per_second=float("inf"))])
+    for verb in ("runs", "inspect"):
+        assert main([verb, str(run), "--json"]) == 0
+        shown = capsys.readouterr().out
+        assert "null" in shown
+        json.loads(shown, parse_constant=pytest.fail)
 
 
 def test_two_warnings_of_one_step_are_both_kept(tmp_path: Path) -> None:

@@ -17,8 +17,7 @@ import torch
 
 from argonne.config import Recipe
 from argonne.errors import InputError
-from argonne.keys import all_keys, with_value
-from argonne.parallel.parallelise import check_replicated
+from argonne.keys import all_keys, check_replicated, with_value
 from argonne.report.records import read_metrics
 from argonne.stages import pretrain, setup
 from argonne.train.checkpoint import LAST
@@ -167,6 +166,7 @@ ELSEWHERE = {
     "train.compile": "tests/train/test_recovery.py",
     "train.return_memory": "tests/train/test_allocator.py",
     "log.wandb": "tests/train/test_telemetry.py",
+    "log.trackio": "tests/train/test_telemetry.py",
     "parallel.replicate": "tests/parallel/test_data_parallel.py",
     "parallel.max_restarts": "tests/parallel/test_failures.py",
     "parallel.timeout": "tests/parallel/test_failures.py",

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from argonne import files
 from argonne.cli import main
 from argonne.config import BatchSection, DataSection, SourceSection
 from argonne.data.dataset import open_training_data
@@ -251,6 +252,41 @@ def test_a_file_that_was_found_right_is_not_read_again_until_it_changes(
     shards[1].path.write_bytes(shards[1].path.read_bytes())
     Verification(shards, tmp_path).run()
     assert read[4:] == [shards[1].path]
+
+
+@pytest.mark.parametrize("fault", ["the thread", "the record that is read", "the record that is written"])
+def test_whatever_ends_the_check_of_the_hashes_stops_the_run(
+    write_tokens: Writer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    def fail(*given: object) -> None:
+        raise MemoryError("no memory for a buffer")
+
+    section = DataSection(sources=(SourceSection(path=str(write_tokens("a", [400]))),), sequence_length=8)
+    data = open_training_data(section, BatchSection(tokens_per_step=8), 1, run_folder=tmp_path)
+    if fault == "the thread":
+        monkeypatch.setattr(Verification, "_hash", fail)
+    elif fault == "the record that is read":
+        (tmp_path / "verified_data.json").write_text("{half")
+    else:
+        monkeypatch.setattr(files, "write_json", fail)
+    verification = data.verify()
+    assert verification is not None
+    verification.close()
+    with pytest.raises(InputError, match="hashes of the shards"):
+        data.check()
+
+
+def test_a_full_disk_costs_the_record_of_the_check_and_not_the_run(
+    write_tokens: Writer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*given: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    verification = Verification(open_tokens(write_tokens("a", [400])).train.shards, tmp_path)
+    monkeypatch.setattr(files, "write_json", full)
+    verification.run()
+    assert verification.problem is None
+    assert "No space left" in capsys.readouterr().err
 
 
 def test_ten_gigabytes_of_shards_open_without_being_read(

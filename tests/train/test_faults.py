@@ -6,6 +6,7 @@ import contextlib
 import errno
 import itertools
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -229,6 +230,14 @@ def test_metrics_that_the_disk_refuses_are_written_when_it_takes_them(tmp_path: 
     assert capfd.readouterr().err.count("No space left") == 1
     assert [record["loss"] for record in read_metrics(tmp_path).of("step")] == [1.0, 2.0, 3.0, 4.0]
     assert read_metrics(tmp_path).problems == ()
+
+
+def test_a_number_that_json_has_not_is_null_in_the_record(tmp_path: Path, nano: Nano) -> None:
+    log = MetricsLog(tmp_path, nano().log)
+    log.write("step", 1, loss=math.nan, sources={"web": {"loss": math.inf}}, rates=[1.0, -math.inf])
+    log.close()
+    found = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
+    assert (found["loss"], found["sources"], found["rates"]) == (None, {"web": {"loss": None}}, [1.0, None])
 
 
 def test_half_a_line_left_by_a_kill_is_named_and_costs_nothing_else(nano: Nano, tmp_path: Path) -> None:

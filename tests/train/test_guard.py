@@ -22,7 +22,7 @@ from argonne.train.guard import NonFinitePolicy, StopWatch, parse_deadline, pars
         ("2d", 172800),
         ("12:30:00", 45000),
         ("1-12:00:00", 129600),
-        ("00:45", 2700),
+        ("1-12:30", 131400),
     ],
 )
 def test_durations_are_read_as_schedulers_write_them(text: str, seconds: float) -> None:
@@ -33,6 +33,12 @@ def test_durations_are_read_as_schedulers_write_them(text: str, seconds: float) 
 def test_a_duration_that_is_none_is_refused_by_key(text: str) -> None:
     with pytest.raises(InputError, match=r"stop\.wall_time"):
         parse_duration(text, "stop.wall_time")
+
+
+@pytest.mark.parametrize("key", ["stop.wall_time", "stop.grace", "log.telemetry_limit", "parallel.timeout"])
+def test_two_numbers_that_may_be_hours_or_minutes_are_refused_with_both_ways_to_say_it(key: str) -> None:
+    with pytest.raises(InputError, match=rf"{key}: found '12:30', .* 12:30:00 .* 00:12:30"):
+        parse_duration("12:30", key)
 
 
 def test_moments_are_iso_or_unix_seconds() -> None:

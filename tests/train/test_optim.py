@@ -34,11 +34,18 @@ def give_gradients(tiny: nn.Module, seed: int) -> None:
         parameter.grad = torch.randn(parameter.shape, generator=generator)
 
 
-def test_matrices_decay_and_gains_and_biases_do_not() -> None:
-    groups = parameter_groups(model(), OptimSection(weight_decay=0.1))
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_matrices_decay_and_embeddings_gains_and_biases_do_not(name: str) -> None:
+    groups = parameter_groups(model(), OptimSection(name=name, weight_decay=0.1))
     decayed = {name for group in groups if group["weight_decay"] > 0 for name in group["names"]}
-    assert {"embed.weight", "layers.0.weight"} <= decayed
-    assert not {"layers.0.bias", "norm.weight", "norm.bias"} & decayed
+    assert {"layers.0.weight", "inner.layers.1.weight"} <= decayed
+    assert not {"embed.weight", "layers.0.bias", "norm.weight", "norm.bias"} & decayed
+
+
+def test_a_head_that_shares_the_embeddings_weight_does_not_decay_by_another_name() -> None:
+    tied = nn.ModuleDict({"a_head": nn.Linear(6, 7, bias=False), "embed": nn.Embedding(7, 6)})
+    tied["embed"].weight = tied["a_head"].weight
+    assert [group["weight_decay"] for group in parameter_groups(tied, OptimSection(weight_decay=0.1))] == [0.0]
 
 
 def test_decay_all_decays_everything_and_no_parameter_is_lost() -> None:

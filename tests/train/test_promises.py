@@ -15,6 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from argonne.config import Recipe
+from argonne.report.records import read_metrics
 from argonne.stages.pretrain import run
 from argonne.train import telemetry, trainer
 from argonne.train.checkpoint import LAST
@@ -92,7 +93,24 @@ def test_speed_counts_this_sessions_tokens_over_this_sessions_seconds(
         if '"event": "step"' in line
     ][-1]
     assert (last["step"], last["tokens"]) == (12, 12 * 256)
-    assert last["tokens_per_second"] == 4 * 256 / 10
+    assert last["tokens_per_second_mean"] == 4 * 256 / 10
+
+
+def test_speed_and_mfu_of_a_record_are_of_the_interval_since_the_last_one_beside_the_sessions_mean(
+    nano: Nano, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run(nano(**QUIET), tmp_path / "run", stop_after_step=8)
+    clock = iter([100.0, 110.0, 112.0, 116.0, 136.0])
+    monkeypatch.setattr(telemetry, "time", SimpleNamespace(monotonic=lambda: next(clock), time=lambda: 0.0))
+    monkeypatch.setattr(telemetry, "device_peak_flops", lambda name, precision: 1e9)
+    run(nano(**QUIET), tmp_path / "run")
+    records = read_metrics(tmp_path / "run").of("step")[-4:]
+    assert [record["tokens_per_second"] for record in records] == [25.6, 128.0, 64.0, 12.8]
+    assert [record["tokens_per_second_mean"] for record in records] == [25.6, 42.7, 48.0, 28.4]
+    flops = [record["mfu"] * 1e9 / record["tokens_per_second"] for record in records]
+    assert flops == pytest.approx(flops[:1] * 4)
+    assert records[-1]["mfu_mean"] / records[-1]["mfu"] == pytest.approx(1024 / 36 / 12.8)
+    assert "12.8 tok/s (mean 28.4)" in capfd.readouterr().err
 
 
 def test_a_checkpoint_is_safetensors_json_and_toml_and_never_a_pickle(nano: Nano, tmp_path: Path) -> None:

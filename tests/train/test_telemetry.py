@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from argonne.config import Recipe
+from argonne.config import LogSection, Recipe
 from argonne.parallel.objective import Head, Loss, MicroBatch
 from argonne.report.records import read_metrics
 from argonne.stages.pretrain import run
 from argonne.stages.session import run_session
 from argonne.stages.setup import Session
+from argonne.train import telemetry
 from argonne.train.checkpoint import LAST
 from argonne.train.guard import SpikeWatch
 from argonne.train.objectives import next_token
+from argonne.train.telemetry import MetricsLog
 from tests.train.helpers import curve, stage_of, stored
 
 Nano = Callable[..., Recipe]
+Said = pytest.CaptureFixture[str]
 
 
 def test_a_spike_is_told_with_the_usual_loss_and_noise_is_not() -> None:
@@ -65,19 +71,57 @@ def test_tensorboard_has_a_point_for_each_record(nano: Nano, tmp_path: Path) -> 
     accumulator = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator", reason="tensorboard is not installed"
     )
-    run(nano(**{"log.tensorboard": "true"}), tmp_path / "run")
+    run(nano(**{"log.tensorboard": "true", "train.z_loss": "0.1"}), tmp_path / "run")
     events = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
+    assert len(events.Scalars("step/z_loss")) == 12
     expected = [(row["step"], pytest.approx(row["loss"], rel=1e-6)) for row in curve(tmp_path / "run")]
     assert [(point.step, point.value) for point in events.Scalars("step/loss")] == expected
 
 
-def test_a_run_without_tensorboard_says_so_and_trains(
+def test_tensorboard_shows_a_step_that_was_trained_twice_once(nano: Nano, tmp_path: Path) -> None:
+    accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="tensorboard is not installed"
+    )
+    run(nano(**{"log.tensorboard": "true"}), tmp_path / "run", stop_after_step=7)
+    shutil.rmtree(tmp_path / "run" / "checkpoint_step_7")  # as if the run had been killed there
+    run(nano(**{"log.tensorboard": "true"}), tmp_path / "run")
+    events = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert [point.step for point in events.Scalars("step/loss")] == list(range(1, 13))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "module"),
+    [
+        ("log.tensorboard", "true", "torch.utils.tensorboard.writer"),
+        ("log.wandb", '"small"', "wandb"),
+        ("log.trackio", '"small"', "trackio"),
+    ],
+)
+def test_a_run_without_a_library_it_was_to_write_with_says_so_and_trains(
+    nano: Nano, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Said, key: str, value: str, module: str
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    assert run(nano(**{key: value}), tmp_path / "run").outcome.complete
+    name = key.removeprefix("log.")
+    (warning,) = read_metrics(tmp_path / "run").of("warning")
+    assert f"{name} is off" in warning["message"]
+    assert capfd.readouterr().err.count(f"warning: {warning['message']}") == 1
+
+
+def test_an_idle_night_is_no_work_though_a_library_is_missing_the_next_day(
     nano: Nano, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard.writer", None)
-    assert run(nano(**{"log.tensorboard": "true"}), tmp_path / "run").outcome.complete
-    assert "tensorboard" in read_metrics(tmp_path / "run").of("warning")[0]["message"]
+    recipe = nano(**{"log.tensorboard": "true"})
+    run(recipe, tmp_path / "run", stop_after_step=4)
+    a_day_later = SimpleNamespace(monotonic=time.monotonic, time=lambda: time.time() + 86400)
+    monkeypatch.setattr(telemetry, "time", a_day_later)
+    run(recipe, tmp_path / "run")
+    hours = read_metrics(tmp_path / "run").hours
+    assert hours is not None
+    assert hours < 1
 
 
 def test_a_source_of_a_mixture_has_its_own_tokens_passes_and_loss(nano: Nano, tmp_path: Path, tokens: Path) -> None:
@@ -141,25 +185,85 @@ def test_deterministic_asks_torch_for_it_during_the_run_and_only_then(nano: Nano
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_wandb_gets_each_record_under_the_project_asked_for_and_its_failure_costs_nothing(
+class Tracker:
+    """A stand-in for the module of wandb or trackio: what it was given, in order."""
+
+    def __init__(self, fails_at: str = "") -> None:
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+        self.fails_at = fails_at
+
+    def init(self, **given: Any) -> Tracker:
+        self._called("init", given)
+        return self
+
+    def log(self, values: dict[str, float], **more: Any) -> None:
+        self._called("log", {**values, **more})
+
+    def finish(self) -> None:
+        self._called("finish", {})
+
+    def _called(self, name: str, given: dict[str, Any]) -> None:
+        self.calls.append((name, given))
+        if name == self.fails_at and (name != "log" or len(self.calls) == 6):
+            raise OSError("the network is gone")
+
+
+@pytest.mark.parametrize("library", ["wandb", "trackio"])
+def test_a_tracker_gets_the_recipe_a_name_that_a_resume_finds_again_each_record_and_an_end(
+    nano: Nano, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: str
+) -> None:
+    tracker = Tracker()
+    monkeypatch.setitem(sys.modules, library, tracker)
+    recipe = nano(**{f"log.{library}": '"small"'})
+    run(recipe, tmp_path / "run", stop_after_step=5)
+    first, tracker.calls = tracker.calls, []
+    run(recipe, tmp_path / "run")
+    begun, again = first[0][1], tracker.calls[0][1]
+    assert begun["project"] == "small"
+    assert begun["config"]["optim"]["lr"] == recipe.optim.lr
+    run_id = json.loads((tmp_path / "run" / "manifest.json").read_text())["run_id"]
+    assert begun["resume"] == "allow"
+    assert (begun["name"], begun["id"]) == ("run", run_id) if library == "wandb" else run_id in begun["name"]
+    assert again == begun
+    losses = [
+        (given["step"], given["step/loss"])
+        for name, given in first + tracker.calls
+        if name == "log" and "step/loss" in given
+    ]
+    assert losses == [(row["step"], row["loss"]) for row in curve(tmp_path / "run")]
+    assert [name for name, _ in first].count("finish") == 1
+    assert first[-1][0] == tracker.calls[-1][0] == "finish"
+
+
+@pytest.mark.parametrize("library", ["wandb", "trackio"])
+@pytest.mark.parametrize("fails_at", ["init", "log", "finish"])
+def test_a_tracker_that_fails_is_told_once_on_the_terminal_and_in_the_record_and_costs_nothing(
+    nano: Nano, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Said, library: str, fails_at: str
+) -> None:
+    tracker = Tracker(fails_at)
+    monkeypatch.setitem(sys.modules, library, tracker)
+    assert run(nano(**{f"log.{library}": '"small"'}), tmp_path / "run").outcome.complete
+    assert tracker.calls[-1][0] == fails_at  # nothing is asked of it afterwards
+    assert len(curve(tmp_path / "run")) == 12
+    (warning,) = read_metrics(tmp_path / "run").of("warning")
+    assert warning["message"].startswith(library)
+    assert capfd.readouterr().err.count(f"warning: {warning['message']}") == 1
+
+
+def test_two_trackers_that_fail_at_once_are_each_told_once(
     nano: Nano, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    logged: list[dict[str, float]] = []
-    begun: list[dict[str, object]] = []
+    for library in ("wandb", "trackio"):
+        monkeypatch.setitem(sys.modules, library, Tracker("log"))
+    assert run(nano(**{"log.wandb": '"small"', "log.trackio": '"small"'}), tmp_path / "run").outcome.complete
+    told = [record["message"].split()[0] for record in read_metrics(tmp_path / "run").of("warning")]
+    assert sorted(told) == ["trackio", "wandb"]
 
-    class Run:
-        def log(self, values: dict[str, float]) -> None:
-            logged.append(values)
-            if len(logged) == 5:
-                raise OSError("the network is gone")
 
-    def init(**given: object) -> Run:
-        begun.append(given)
-        return Run()
-
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
-    assert run(nano(**{"log.wandb": '"small"'}), tmp_path / "run").outcome.complete
-    assert begun[0]["project"] == "small"
-    assert logged[1]["step/loss"] == curve(tmp_path / "run")[0]["loss"]
-    assert len(logged) == 5
-    assert any("wandb failed" in record["message"] for record in read_metrics(tmp_path / "run").of("warning"))
+def test_a_warning_goes_to_the_terminal_and_into_the_record(tmp_path: Path, capfd: Said) -> None:
+    log = MetricsLog(tmp_path, LogSection())
+    log.warn(3, "checkpoint not written", path="x")
+    log.close()
+    assert capfd.readouterr().err == "warning: checkpoint not written\n"
+    (warning,) = read_metrics(tmp_path).of("warning")
+    assert (warning["step"], warning["path"]) == (3, "x")
