@@ -215,13 +215,13 @@ class MetricsLog:
     """Append-only records of a run, one JSON object a line, each written whole.
 
     What the disk does not take (full, gone) is kept in memory and written as soon as it does: training goes on.
-    TensorBoard, W&B and trackio may fail without harm: the failure is told once and that writer is dropped. say: prints
+    TensorBoard, W&B and trackio may fail without harm: the failure is told once and that writer is dropped. tell: prints
     a line for a person.
     """
 
     def __init__(self, folder: Path, log: LogSection, *, enabled: bool = True) -> None:
         self.folder, self.log = folder, log
-        self.say: Callable[[str], None] = partial(print, file=sys.stderr, flush=True)
+        self.tell: Callable[[str], None] = partial(print, file=sys.stderr, flush=True)
         self._file: BinaryIO | None = None
         self._waiting, self._failing, self._step = b"", False, 0
         self._writers: dict[str, Writer] = {}
@@ -269,7 +269,7 @@ class MetricsLog:
 
     def warn(self, step: int, message: str, **values: Any) -> None:
         """To the person and into the record."""
-        self.say(f"warning: {message}")
+        self.tell(f"warning: {message}")
         self.write("warning", step, message=message, **values)
 
     def _asked(self, name: str, work: Callable[[Writer], Any]) -> None:
@@ -290,7 +290,7 @@ class MetricsLog:
             self._failing = False
         except OSError as error:
             if not self._failing:
-                self.say(f"warning: metrics.jsonl: {error}; records are kept and written when there is room")
+                self.tell(f"warning: metrics.jsonl: {error}; records are kept and written when there is room")
             self._failing = True
 
     def close(self) -> None:
@@ -301,7 +301,7 @@ class MetricsLog:
         self._drain()
         if self._waiting:
             lines = self._waiting.count(b"\n")
-            self.say(f"warning: metrics.jsonl: the last {lines:,} records could not be written and are lost")
+            self.tell(f"warning: metrics.jsonl: the last {lines:,} records could not be written and are lost")
         self._file.close()
 
 

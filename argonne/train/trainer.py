@@ -127,7 +127,7 @@ class Trainer:
         self.trained, self.parallelised, self.optimizer = trained, trained.parallelised, trained.optimizer
         self.metrics, self.watch, self.progress, self.total_steps = metrics, watch, progress, total_steps
         self.line = ProgressBar(total_steps, progress.step, enabled=mesh.is_main)
-        metrics.say = self.line.log
+        metrics.tell = self.line.log
         self.telemetry = Telemetry(recipe, data, mesh, metrics, self.line, total_steps, progress.step)
         self.policy = NonFinitePolicy(recipe.optim.max_skipped)
         plain = self.parallelised.plain
