@@ -18,10 +18,9 @@ from argonne.errors import InputError
 from argonne.keys import batches
 from argonne.plan import devices
 from argonne.plan.devices import Choice, Device, best_choice, expected_rate, usable_memory, what_would_fit
-from argonne.plan.fit import as_trained, weights_on_disk
 from argonne.plan.memory import Setup
 from argonne.plan.published import PUBLISHED, SOURCE_TOKENS
-from argonne.plan.shape import shape_of
+from argonne.plan.shape import as_trained, shape_of, weights_on_disk
 
 CONVENTION = (
     "6 FLOPs a weight of a matrix product and token (head counted, embedding look-up not) + 12 x query width x keys "

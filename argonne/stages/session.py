@@ -22,7 +22,7 @@ from argonne.model.build import config_from_fields
 from argonne.model.kernels import KernelUnavailable
 from argonne.parallel.launch import let_the_cause_speak_first, run_workers
 from argonne.parallel.mesh import Mesh, open_mesh, worker_count
-from argonne.plan.fit import weights_on_disk
+from argonne.plan.shape import weights_on_disk
 from argonne.publish.native import has_native_twin
 from argonne.recipe import to_tree
 from argonne.report.records import read_metrics
