@@ -91,7 +91,7 @@ def test_heads_that_do_not_divide_the_width_need_a_head_dim() -> None:
 def test_a_plan_refuses_what_a_section_and_the_model_it_starts_from_contradict(tmp_path: Any) -> None:
 
     from argonne.config import ModelSection, Recipe
-    from argonne.plan.fit import as_trained
+    from argonne.plan.shape import as_trained
 
     fields = {name: value for name, value in preset("nano-3.0").fields.items() if value is not None}
     (tmp_path / "config.json").write_text(json.dumps(fields))

@@ -67,7 +67,7 @@ def keys_help() -> str:
 
 
 def train_model(options: argparse.Namespace) -> None:
-    from argonne.plan.fit import as_trained
+    from argonne.plan.shape import as_trained
     from argonne.recipe import load_recipe, recipe_name, to_toml
     from argonne.train.guard import StopWatch
 

@@ -16,7 +16,7 @@ import torch
 from argonne import layout
 from argonne.errors import InputError, first_line
 from argonne.layout import Kind
-from argonne.plan.fit import architecture_of
+from argonne.plan.shape import architecture_of
 
 if TYPE_CHECKING:
     from argonne.model.modeling_argonne import ArgonneForCausalLM

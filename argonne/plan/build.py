@@ -27,10 +27,9 @@ from argonne.plan.devices import (
     usable_memory,
     what_would_fit,
 )
-from argonne.plan.fit import as_trained, weights_on_disk
 from argonne.plan.memory import Setup
 from argonne.plan.published import MEASURED, PUBLISHED, SOURCE_TOKENS, Measured
-from argonne.plan.shape import shape_of
+from argonne.plan.shape import as_trained, shape_of, weights_on_disk
 from argonne.presets import preset
 
 CONVENTION = (

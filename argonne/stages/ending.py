@@ -12,7 +12,7 @@ from argonne.config import LogSection
 from argonne.errors import Stopped, first_line
 from argonne.layout import METRICS, REPORT
 from argonne.model.build import config_from_fields
-from argonne.plan.fit import weights_on_disk
+from argonne.plan.shape import weights_on_disk
 from argonne.publish.native import has_native_twin
 from argonne.report.records import read_metrics
 from argonne.train.telemetry import MetricsLog

@@ -21,7 +21,7 @@ from argonne.legacy.training import TrainingFile, read_training_file
 from argonne.model.build import build_model, config_from_fields
 from argonne.model.load import load_weights_into, resolve_model
 from argonne.model.modeling_argonne import ArgonneForCausalLM
-from argonne.plan.fit import ARCHITECTURE, left_to
+from argonne.plan.shape import ARCHITECTURE, left_to
 from argonne.tokens.tokenizer import load_tokenizer
 from argonne.train.checkpoint import list_checkpoints, newest_complete, read_state
 from argonne.train.run import RunFolder

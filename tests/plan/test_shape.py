@@ -15,7 +15,7 @@ from argonne.cli import main
 from argonne.config import ModelSection, Recipe
 from argonne.errors import InputError
 from argonne.plan import make_plan
-from argonne.plan.fit import as_trained, fitted, vocabulary_of
+from argonne.plan.shape import as_trained, fitted, vocabulary_of
 from argonne.presets import preset
 from argonne.recipe import load_recipe, recipe_names
 from argonne.stages.pretrain import run
