@@ -215,8 +215,8 @@ class MetricsLog:
     """Append-only records of a run, one JSON object a line, each written whole.
 
     What the disk does not take (full, gone) is kept in memory and written as soon as it does: training goes on.
-    TensorBoard, W&B and trackio may fail without harm: the failure is told once and that writer is dropped. tell: prints
-    a line for a person.
+    TensorBoard, W&B and trackio may fail without harm: the failure is told once and that writer is dropped. tell:
+    prints a line for a person.
     """
 
     def __init__(self, folder: Path, log: LogSection, *, enabled: bool = True) -> None:

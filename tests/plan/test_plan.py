@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -32,6 +33,7 @@ from argonne.plan import (
     shape_of,
 )
 from argonne.plan.build import steps_within, tokens_before, total_steps
+from argonne.plan.devices import HALF_USE_PARAMETERS
 from argonne.plan.memory import Setup, memory_of
 from argonne.plan.published import MEASURED
 from argonne.plan.shape import mean_keys
@@ -40,6 +42,7 @@ from argonne.recipe import load_recipe, recipe_names
 from argonne.report.records import read_metrics
 from argonne.tokens.formats import open_tokens
 
+ROOT = Path(__file__).parent.parent.parent
 CARDS = [("h200", 1), ("h200", 3), ("a100-80gb", 8), ("rtx-4090", 1)]
 
 
@@ -388,6 +391,15 @@ def test_the_assumed_share_of_the_peak_falls_with_the_size_of_the_model(preset: 
     plan = make_plan(recipe, gpu="h200")
     assert plan.expected_mfu is not None
     assert low < plan.expected_mfu < high
+
+
+def test_the_document_has_the_assumed_shares() -> None:
+    rows = re.findall(r"^\| ([\d,]+)M \| ([\d.]+) % \|", (ROOT / "docs" / "plan.md").read_text(), re.MULTILINE)
+    assert len(rows) == 7
+    for millions, share in rows:
+        parameters = 1e6 * float(millions.replace(",", ""))
+        expected = 100 * device("h100").expected_use * parameters / (parameters + HALF_USE_PARAMETERS)
+        assert float(share) == pytest.approx(expected, abs=0.06)
 
 
 def test_published_hours_and_the_plans_own_errors_stand_beside_its_estimate() -> None:
