@@ -107,6 +107,14 @@ def json_text(value: Any, indent: int | None = None) -> str:
     return json.dumps(finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
+def human(number: float) -> str:
+    """1234567 -> 1.23M."""
+    for suffix, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(number) >= size:
+            return f"{number / size:.3g}{suffix}"
+    return f"{number:.3g}"
+
+
 def read_json(path: Path) -> Any:
     """Parsed JSON of a file. Raises InputError naming the file when it is missing or is not JSON."""
     try:

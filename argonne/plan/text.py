@@ -46,14 +46,6 @@ def plan_lines(plan: Plan) -> list[str]:
     return [*lines, *(f"  note: {warning}" for warning in plan.warnings)]
 
 
-def human(number: float) -> str:
-    """1234567 -> 1.23M."""
-    for suffix, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(number) >= size:
-            return f"{number / size:.3g}{suffix}"
-    return f"{number:.3g}"
-
-
 def _bytes(size: float) -> str:
     return f"{size / GB:.2f} GB" if size >= GB / 10 else f"{size / 1e6:.1f} MB"
 

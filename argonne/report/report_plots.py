@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from argonne.plan.text import human
+from argonne.files import human
 
 RUN_COLOURS = 6
 # Stand-ins that cannot occur by chance; `_themed` turns them into variables of the page.

@@ -21,11 +21,10 @@ import torch
 from argonne import layout
 from argonne.config import LogSection, Recipe
 from argonne.errors import first_line
-from argonne.files import json_text
+from argonne.files import human, json_text
 from argonne.parallel.mesh import Mesh
 from argonne.parallel.parallelise import Sums
 from argonne.plan import device_peak_flops, flops_per_token
-from argonne.plan.text import human
 from argonne.train.data import Data
 from argonne.train.guard import SpikeWatch
 from argonne.train.optim import resolve_precision
