@@ -88,6 +88,8 @@ class _Memory:
         ]
         return Batch(step, micro, self.tokens_before(1), 0.0)
 
+    reads_alone = True
+
     def set_micro_rows(self, rows: int) -> None:
         raise RuntimeError("the micro-batch of a benchmark does not change")
 

@@ -4,6 +4,7 @@ stops.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
@@ -352,7 +353,9 @@ class Trainer:
     def _new_best(self) -> Best | None:
         """This step, where it was just measured and is better than every checkpoint that is on the disk."""
         found, known = self._measured, self.saver.best
-        return found if found and found.step == self.progress.step and (not known or found.loss < known.loss) else None
+        if found is None or found.step != self.progress.step or not math.isfinite(found.loss):
+            return None
+        return found if known is None or found.loss < known.loss else None
 
     def _sample(self) -> None:
         prompt, hook, forward = self.recipe.checkpoint.sample_prompt, self.hooks.sample, self.parallelised.forward

@@ -395,6 +395,14 @@ def test_a_new_best_is_saved_when_it_is_found_whatever_the_save_rhythm(
     assert (progress["best_step"], progress["best_held_out"]) == (9, 0.5)
 
 
+def test_a_held_out_loss_that_is_no_number_is_never_the_best(
+    nano: Nano, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _measured([math.nan, 1.0, 2.0, 3.0], monkeypatch)
+    run(nano(**BEST), tmp_path / "run")
+    assert checkpoint.read_state(tmp_path / "run" / LAST)["progress"]["best_step"] == 6
+
+
 @pytest.mark.parametrize("background", ["false", "true"])
 def test_the_best_checkpoint_stays_until_its_successor_is_on_the_disk(
     nano: Nano, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, background: str
