@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .attention import IMPLEMENTATION, LayerInputs
+from .attention import IMPLEMENTATION, LayerInputs, argonne_attention
 from .configuration_argonne import SLIDING, ArgonneConfig
 
 
@@ -155,7 +155,11 @@ class ArgonneAttention(nn.Module):
             cached = inputs.cache.update(key, value, self.layer_idx)
             if not getattr(mask, "own_keys", False):
                 key, value = cached
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        implementation = str(self.config._attn_implementation)
+        ours = implementation == IMPLEMENTATION  # never by name: another export in this process has registered its own
+        attend: Any = argonne_attention
+        if not ours:
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         output, _ = attend(
             self,
             query,
@@ -167,11 +171,8 @@ class ArgonneAttention(nn.Module):
             sliding_window=self.sliding_window,
             **inputs.extra,
         )
-        if (
-            self.config._attn_implementation != IMPLEMENTATION
-            and self.attention_path != self.config._attn_implementation
-        ):
-            self.attention_path = str(self.config._attn_implementation)
+        if not ours and self.attention_path != implementation:
+            self.attention_path = implementation
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1))
 
 
