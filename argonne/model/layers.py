@@ -160,7 +160,7 @@ class ArgonneAttention(nn.Module):
         attend: Any = argonne_attention
         if not ours:
             attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-        output, _ = attend(
+        output, weights = attend(
             self,
             query,
             key,
@@ -171,6 +171,8 @@ class ArgonneAttention(nn.Module):
             sliding_window=self.sliding_window,
             **inputs.extra,
         )
+        if inputs.weights is not None:
+            inputs.weights.append(weights)
         if not ours and self.attention_path != implementation:
             self.attention_path = implementation
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1))

@@ -111,7 +111,6 @@ def test_a_layer_on_another_device_gets_everything_there(
     assert devices == ["cpu", "cpu", "meta", "meta"]
     step = model(input_ids=ids[:, :1], past_key_values=out.past_key_values)
     assert step.logits.shape == (2, 1, 97)
-    assert model(input_ids=ids, shift_labels=ids, use_cache=False).loss.device.type == "meta"
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
@@ -130,19 +129,20 @@ def test_a_model_kept_partly_on_disk_computes_the_same(
     found = split(input_ids=ids, labels=ids, use_cache=False)
     torch.testing.assert_close(found.logits, logits, rtol=0, atol=0)
     torch.testing.assert_close(found.loss, loss, rtol=0, atol=0)
-    with torch.no_grad():
+    if model.config.tie_word_embeddings:
         own = split(input_ids=ids, shift_labels=ids, loss_reduction="sum", use_cache=False).loss
-    expected = F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="sum")
-    torch.testing.assert_close(own, expected, rtol=1e-6, atol=0)
+        expected = F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="sum")
+        torch.testing.assert_close(own, expected, rtol=1e-6, atol=0)
+    else:
+        with pytest.raises(ValueError, match="lm_head is offloaded"):
+            split(input_ids=ids, shift_labels=ids, use_cache=False)
 
 
 # --- labels
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
-def test_shift_labels_mean_what_they_mean_in_transformers(
-    generation: str, make_model: Make, ids: torch.Tensor
-) -> None:
+def test_shift_labels_mean_what_they_mean_in_transformers(generation: str, make_model: Make, ids: torch.Tensor) -> None:
     model = make_model(generation, dtype=torch.float32)
     logits = model(input_ids=ids, use_cache=False).logits
     targets = ids.roll(-1, 1).masked_fill(torch.rand(ids.shape) < 0.3, -100)
@@ -219,7 +219,7 @@ def real(tensor: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("inputs", INPUTS)
-@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("generation", ["1", "3-window"])
 def test_the_whole_model_compiles_without_a_break(
     generation: str, inputs: str, make_model: Make, ids: torch.Tensor
 ) -> None:
@@ -232,8 +232,10 @@ def test_the_whole_model_compiles_without_a_break(
 
 
 @pytest.mark.parametrize("inputs", INPUTS)
-@pytest.mark.parametrize("generation", GENERATIONS)
-def test_an_exported_program_takes_any_length(generation: str, inputs: str, make_model: Make, ids: torch.Tensor) -> None:
+@pytest.mark.parametrize("generation", ["1", "3-window"])
+def test_an_exported_program_takes_any_length(
+    generation: str, inputs: str, make_model: Make, ids: torch.Tensor
+) -> None:
     model, given = make_model(generation), INPUTS[inputs]
     rows, length = torch.export.Dim("rows", min=1, max=64), torch.export.Dim("length", min=2, max=96)
     example = {"input_ids": ids, **given}
@@ -258,21 +260,16 @@ def test_an_exported_program_takes_any_length(generation: str, inputs: str, make
 
 
 @pytest.mark.parametrize("how", ["gradient_checkpointing_enable", "configure_training"])
-def test_recomputation_and_a_cache_do_not_go_together(
-    how: str, make_model: Make, ids: torch.Tensor, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_recomputation_and_a_cache_do_not_go_together(how: str, make_model: Make, ids: torch.Tensor) -> None:
     from transformers import DynamicCache
-    from transformers.utils import logging
 
     model = make_model("3-window").train()
     expected = model(input_ids=ids, labels=ids, use_cache=False).loss
     getattr(model, how)(**({"activation_checkpointing": "full"} if how == "configure_training" else {}))
-    logging.enable_propagation()
-    logging.warning_once.cache_clear()
     cache = DynamicCache(config=model.config)
-    out = model(input_ids=ids, labels=ids, use_cache=True, past_key_values=cache)
+    with pytest.warns(UserWarning, match="incompatible with gradient checkpointing"):
+        out = model(input_ids=ids, labels=ids, use_cache=True, past_key_values=cache)
     out.loss.backward()
-    assert "incompatible with gradient checkpointing" in caplog.text
     assert cache.get_seq_length() == 0
     assert out.past_key_values is None
     torch.testing.assert_close(out.loss, expected)
