@@ -30,7 +30,13 @@ from argonne.train.checkpoint import read_state
 from argonne.train.schedule import learning_rate
 
 # What the earlier class fixes: a model that differs cannot be told to it.
-FIXED = {"position_embedding": "rope", "norm_type": "rms", "hidden_act": "silu", "mlp_gated": True}
+FIXED = {
+    "position_embedding": "rope",
+    "rope_type": "default",
+    "norm_type": "rms",
+    "hidden_act": "silu",
+    "mlp_gated": True,
+}
 SAME_NAMES = (
     *(
         "vocab_size",

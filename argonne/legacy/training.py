@@ -79,6 +79,8 @@ class TrainingFile:
 
 
 def _theta(config: ArgonneConfig) -> float | None:
+    if config.rope_type != "default":
+        raise InputError(f"rope_parameters.rope_type is {config.rope_type!r}, and a recipe knows model.rope_theta only")
     return (config.rope_parameters or {}).get("rope_theta")
 
 

@@ -55,8 +55,14 @@ class FoundModel:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """The architecture as the recipe's [model] section names it."""
-        rope = self.config.get("rope_parameters") or {}
+        """The architecture as the recipe's [model] section names it. Raises InputError for what it has no words for."""
+        rope = self.config.get("rope_parameters") or self.config.get("rope_scaling") or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise InputError(
+                f"{self.folder / layout.MODEL_CONFIG}: rope_parameters.rope_type is {kind!r}, and a recipe knows "
+                "model.rope_theta only; start from weights whose positions are not scaled"
+            )
         return {**self.config, "rope_theta": rope.get("rope_theta", self.config.get("rope_theta"))}
 
 

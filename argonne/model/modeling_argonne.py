@@ -59,6 +59,7 @@ class ArgonnePreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
 
     def __init__(self, config: ArgonneConfig, *inputs: Any, **kwargs: Any) -> None:
+        config.check_architecture()  # a field may have been changed since the config was made
         if config._attn_implementation is None:
             config._attn_implementation = IMPLEMENTATION
         super().__init__(config, *inputs, **kwargs)
