@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
@@ -369,6 +370,22 @@ class ArgonneOutput(CausalLMOutputWithPast):
     token_log_probs: Tensor | None = None
 
 
+class ArgonneForSequenceClassification(GenericForSequenceClassification, ArgonnePreTrainedModel):
+    """A score for each text, read at its last token that is no padding: reward models, classifiers.
+
+    The base model is made here: transformers would look for it among the classes registered in this process.
+    """
+
+    base_class: type[ArgonneBaseModel] = ArgonneBaseModel
+
+    def __init__(self, config: ArgonneConfig) -> None:
+        ArgonnePreTrainedModel.__init__(self, config)
+        self.num_labels: Any = config.num_labels
+        self.model = self.base_class(config)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
+        self.post_init()
+
+
 class Argonne1BaseModel(ArgonneBaseModel):
     """The same under 1.x's config class: transformers' Auto classes want a model class of its own for each config
     class.
@@ -381,6 +398,13 @@ class Argonne1ForCausalLM(ArgonneForCausalLM):
     """See Argonne1BaseModel."""
 
     config_class = Argonne1Config
+
+
+class Argonne1ForSequenceClassification(ArgonneForSequenceClassification):
+    """See Argonne1BaseModel."""
+
+    config_class = Argonne1Config
+    base_class = Argonne1BaseModel
 
 
 ArgonneModel = ArgonneForCausalLM  # the name under which the family published its causal LM

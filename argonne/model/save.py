@@ -50,7 +50,7 @@ def save_model_folder(
     finally:
         for name, value in before.items():
             setattr(model.config, name, value)
-    # save_pretrained records the saved class only: name the config and the base model too, so that AutoModel works.
+    # save_pretrained records the saved class only: name the others too, so that every Auto class finds its own.
     path, config_class = folder / layout.MODEL_CONFIG, type(model.config).__name__
     config = json.loads(path.read_text())
     family = config_class.removesuffix("Config")  # Argonne, or Argonne1 for 1.x
@@ -59,6 +59,7 @@ def save_model_folder(
         "AutoConfig": f"configuration_argonne.{config_class}",
         "AutoModel": f"modeling_argonne.{family}BaseModel",
         "AutoModelForCausalLM": f"modeling_argonne.{family}ForCausalLM",
+        "AutoModelForSequenceClassification": f"modeling_argonne.{family}ForSequenceClassification",
     }
     config["dtype"] = str(dtype or next(model.parameters()).dtype).removeprefix("torch.")
     path.write_text(json.dumps(config, indent=2) + "\n")

@@ -165,7 +165,9 @@ def test_an_import_is_a_complete_folder(golden: Path, tmp_path: Path) -> None:
     } <= names
     assert {"attention.py", "fused.py", "kernels.py", "layers.py", "loss.py"} <= names
     config = json.loads((out / "config.json").read_text())
-    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    assert set(config["auto_map"]) == {
+        *("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification"),
+    }
     assert config["layer_types"] == report["layer_types"]
     again = AutoModelForCausalLM.from_pretrained(out)
     tensors = load_file(golden / "tensors.safetensors")

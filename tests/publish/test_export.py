@@ -103,9 +103,42 @@ def test_an_export_is_complete_and_proven_in_a_fresh_process(name: str, kind: st
             "AutoConfig": f"configuration_argonne.{family}Config",
             "AutoModel": f"modeling_argonne.{family}BaseModel",
             "AutoModelForCausalLM": f"modeling_argonne.{family}ForCausalLM",
+            "AutoModelForSequenceClassification": f"modeling_argonne.{family}ForSequenceClassification",
         }
         assert config["layer_types"] == model_of(fields).config.layer_types
     assert not list(tmp_path.glob(".tmp-*"))
+
+
+REWARD = """
+import sys, torch
+sys.modules["argonne"] = None
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
+folder, again = sys.argv[1:]
+how = {"trust_remote_code": True, "local_files_only": True}
+model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, pad_token_id=0, **how).eval()
+model.save_pretrained(again)
+other = AutoModelForSequenceClassification.from_pretrained(again, **how).eval()
+left, right = torch.tensor([[0, 0, 7, 8, 9]]), torch.tensor([[7, 8, 9, 0, 0]])
+one = other(torch.tensor([[7, 8, 9]])).logits
+assert one.shape == (1, 1) and type(other).__name__.endswith("ForSequenceClassification"), one
+for ids in (left, right):
+    assert torch.allclose(model(ids, attention_mask=(ids != 0).long()).logits, one, atol=1e-5)
+loss = model(torch.cat([left, right]), attention_mask=(torch.cat([left, right]) != 0).long(), labels=torch.ones(2)).loss
+loss.backward()
+assert model.score.weight.grad.any() and model.model.embed_tokens.weight.grad.any()
+stored = load_file(folder + "/model.safetensors")
+assert all(torch.equal(value, stored["model." + name]) for name, value in model.model.state_dict().items())
+"""
+
+
+@pytest.mark.parametrize("name", ["1", "3-window"])
+def test_a_reward_model_starts_from_an_export(name: str, tmp_path: Path) -> None:
+    folder = saved(GENERATIONS[name], tmp_path / "model")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    command = [sys.executable, "-c", REWARD, str(folder), str(tmp_path / "again")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_model_whose_last_layer_is_local_has_no_native_class_and_every_reason_is_named(tmp_path: Path) -> None:
