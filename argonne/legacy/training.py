@@ -21,6 +21,7 @@ from argonne.errors import InputError
 from argonne.legacy.convert import modern_config, modern_name, modern_state
 from argonne.legacy.reader import LegacyCheckpoint, config_folder, config_of_file, unpickle, weights_of_file
 from argonne.model.configuration_argonne import ArgonneConfig
+from argonne.model.save import check_finite
 from argonne.train.checkpoint import run_tensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -216,6 +217,7 @@ def training_tensors(file: TrainingFile, config: ArgonneConfig) -> dict[str, Ten
             values[f"optim.{moment}.{name}"] = (
                 tensor.reshape(-1, *tensor.shape[-1:])[: len(weights[name])] if tensor.dim() > 1 else tensor
             )
+    check_finite(file.path, values)
     return values
 
 

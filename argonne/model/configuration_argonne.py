@@ -108,6 +108,7 @@ class ArgonneConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         self._read_earlier_names(kwargs)
+        self._check_types()
         for name, default in self._sizes.items():
             if getattr(self, name) is None:
                 setattr(self, name, default)
@@ -162,16 +163,33 @@ class ArgonneConfig(PreTrainedConfig):
     def _read_earlier_names(self, kwargs: dict[str, Any]) -> None:
         for old, new in _ALIASES.items():
             value = kwargs.pop(old, None)
+            if isinstance(value, bool) or not isinstance(value, int | float | None):
+                raise ValueError(f"{old} is {value!r}; expected a number")
             if value is not None and getattr(self, new) is None:
                 setattr(self, new, value)
         both = kwargs.pop("qk_norm", None)
+        if not isinstance(both, bool | None):
+            raise ValueError(f"qk_norm is {both!r}; expected true or false")
         if both is not None:
-            self.q_norm = self.k_norm = bool(both)
+            self.q_norm = self.k_norm = both
         for name in _NOT_ARCHITECTURE:
             kwargs.pop(name, None)
 
+    def _check_types(self) -> None:
+        """Raise ValueError naming the first field whose value is of another type than it is declared with."""
+        kinds = {"int": int, "float": int | float, "bool": bool, "str": str, "list": list | tuple, "dict": dict}
+        for name, declared in ArgonneConfig.__annotations__.items():
+            allowed = [word.split("[")[0] for word in str(declared).split(" | ")]
+            value = getattr(self, name, None)
+            if declared.startswith("ClassVar") or value is None:
+                continue
+            fits = [isinstance(value, kinds[word]) for word in allowed if word in kinds]
+            if not any(fits) or (isinstance(value, bool) and "bool" not in allowed):
+                raise ValueError(f"{name} is {value!r}; expected {declared.removesuffix(' | None')}")
+
     def check_architecture(self) -> None:
         """Raise ValueError naming the first field that cannot be, its value and what it must be."""
+        self._check_types()
         sizes = (
             "vocab_size",
             "hidden_size",

@@ -380,7 +380,7 @@ class ArgonneForSequenceClassification(GenericForSequenceClassification, Argonne
 
     def __init__(self, config: ArgonneConfig) -> None:
         ArgonnePreTrainedModel.__init__(self, config)
-        self.num_labels: Any = config.num_labels
+        self.num_labels = len(config.id2label or {})
         self.model = self.base_class(config)
         self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
         self.post_init()

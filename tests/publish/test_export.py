@@ -15,6 +15,7 @@ import torch
 from argonne.errors import InputError
 from argonne.model import ArgonneForCausalLM
 from argonne.model.build import build_model, config_from_fields
+from argonne.model.load import load_model
 from argonne.model.save import save_model_folder
 from argonne.publish.export import expectations, export_model, prove, save_native
 from argonne.publish.fresh_load import compare
@@ -176,6 +177,52 @@ def test_a_wrong_export_is_caught_before_it_is_put_in_place(tmp_path: Path, monk
     save_native(twin, tmp_path, {"eos_id": None, "bos_id": None, "pad_id": None}, torch.float32)
     with pytest.raises(RuntimeError, match="logits differ by"):
         prove(tmp_path, model)
+
+
+@pytest.mark.parametrize("kind", ["hf", "native"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_not_exported(kind: str, value: float, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = saved({**GENERATIONS["2"], "hidden_size": 60}, tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.3.mlp.up_proj.weight"][0, 1] = value
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"layers\.3\.mlp\.up_proj\.weight holds NaN or infinity in 1 of 3,360 places"):
+        export_model(folder, tmp_path / "out", kind=kind)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+@pytest.mark.parametrize("broken", [{"relative_difference": float("nan")}, {"greedy_gap": float("nan")}])
+def test_a_difference_that_is_not_a_number_fails_the_proof(
+    broken: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {"relative_difference": 0.0, "greedy_equal": False, "greedy_gap": 0.0, **broken}
+    monkeypatch.setattr("argonne.publish.export.run_fresh", lambda *paths: found)
+    with pytest.raises(RuntimeError, match="nan"):
+        prove(tmp_path, model_of(GENERATIONS["2"]))
+
+
+@pytest.mark.parametrize("known_by", ["config", "generation config", "tokenizer"])
+@pytest.mark.parametrize("way", ["hf", "native", "save_pretrained"])
+def test_the_pad_id_survives_every_way_out(way: str, known_by: str, tmp_path: Path) -> None:
+    folder = saved({**GENERATIONS["2"], "hidden_size": 60}, tmp_path / "model")
+    places = {
+        "config": "config.json",
+        "generation config": "generation_config.json",
+        "tokenizer": "tokenizer_config.json",
+    }
+    for name in places.values():
+        about = json.loads((folder / name).read_text())
+        own = {"pad_token": "w7"} if known_by == "tokenizer" else {"pad_token_id": 7}
+        given = own if name == places[known_by] else {"pad_token_id": None}
+        (folder / name).write_text(json.dumps({**about, **given}))
+    if way == "save_pretrained":
+        load_model(folder).model.save_pretrained(tmp_path / "out")
+    else:
+        export_model(folder, tmp_path / "out", kind=way)
+    written = [json.loads((tmp_path / "out" / name).read_text()) for name in ("config.json", "generation_config.json")]
+    assert [about.get("pad_token_id") for about in written] == [7, 7]
 
 
 def test_an_existing_folder_and_an_unknown_kind_are_refused(tmp_path: Path) -> None:
