@@ -21,6 +21,9 @@ def add_verbs(verb: Verbs, arguments: Sequence[str]) -> None:
         choices=("full", "as-config"),
         help="full: as the released weights were trained (default)",
     )
+    imports.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="cast the weights (default: as they are stored)"
+    )
     json_flag(imports)
     export = verb("export", export_model)
     model_argument(export)
@@ -34,7 +37,8 @@ def add_verbs(verb: Verbs, arguments: Sequence[str]) -> None:
 def import_legacy(options: argparse.Namespace) -> None:
     from argonne.legacy.convert import import_checkpoint
 
-    show(import_checkpoint(options.path, options.out, attention=options.attention), as_json=options.json)
+    how = {"attention": options.attention, "dtype": options.dtype}
+    show(import_checkpoint(options.path, options.out, **how), as_json=options.json)
 
 
 def export_model(options: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ folder.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import warnings
 from pathlib import Path
@@ -17,8 +18,9 @@ from argonne.errors import InputError
 from argonne.files import atomic_directory
 from argonne.legacy.reader import LegacyCheckpoint, read_legacy
 from argonne.model.configuration_argonne import FULL, SLIDING, Argonne1Config, ArgonneConfig
+from argonne.model.load import stop_ids
 from argonne.model.modeling_argonne import ArgonneForCausalLM
-from argonne.model.save import copy_tokenizer, save_model_folder, stop_ids
+from argonne.model.save import check_finite, copy_tokenizer, save_model_folder
 
 # Fields of 4.5 experiments that no released weights use; a checkpoint that has one on is another architecture.
 EXPERIMENTAL = {
@@ -26,6 +28,13 @@ EXPERIMENTAL = {
     "nope_global": (False, None),
     "attn_gate": (False, None),
     "mlp_type": ("swiglu", None),
+}
+# What the configs of earlier classes hold besides today's fields, all of it read or known to change nothing.
+EARLIER = {
+    *("n_embd", "n_layer", "n_head", "block_size", "logit_softcap", "qk_norm", "dropout", "rope_theta", "rope_scaling"),
+    *("local_attention_window", "interleaved_local_attention", "use_flash_attention", "use_flash_attn"),
+    *("use_gradient_checkpointing", "z_loss_weight", "mtp_horizon", "mtp_loss_weight", "loss_chunk_size"),
+    *("_name_or_path", "torch_dtype", "torchscript", "use_bfloat16", "tf_legacy_loss"),
 }
 OUTER = {
     "token_embedding.weight": "model.embed_tokens.weight",
@@ -96,6 +105,9 @@ def modern_config(legacy: LegacyCheckpoint, attention: str) -> ArgonneConfig:
                 "that is not supported"
             )
     raw.pop("sliding_window_size", None)
+    for name in ("local_attention_window", "sliding_window"):
+        if not isinstance(raw.get(name), int | None):
+            raise InputError(f"{legacy.folder / layout.MODEL_CONFIG}: {name} is {raw[name]!r}; expected a whole number")
     window = raw.get("local_attention_window") or raw.get("sliding_window")
     everywhere = not raw.get("local_attention_window")
     on = bool(window and window > 0) and (everywhere or raw.get("interleaved_local_attention", True))
@@ -104,6 +116,12 @@ def modern_config(legacy: LegacyCheckpoint, attention: str) -> ArgonneConfig:
     kind = Argonne1Config if raw.get("model_type") == "argonne" else ArgonneConfig
     for name in ("model_type", "transformers_version", "auto_map", "architectures"):
         raw.pop(name, None)
+    known = EARLIER | {field.name for field in dataclasses.fields(kind)}
+    if unknown := sorted(name for name, value in raw.items() if name not in known and value):
+        raise InputError(
+            f"{legacy.folder / layout.MODEL_CONFIG}: {unknown[0]} is {raw[unknown[0]]!r}, a field that no known "
+            "release has; if it changes what the model computes, it cannot be imported: otherwise take the field out"
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
@@ -179,8 +197,10 @@ def modern_state(legacy: LegacyCheckpoint, config: ArgonneConfig, vocabulary: in
     return state
 
 
-def load_legacy(path: Path, attention: str = "full") -> tuple[ArgonneForCausalLM, LegacyCheckpoint]:
-    """The model of an earlier checkpoint in its stored dtype, and what was read. Raises InputError."""
+def load_legacy(
+    path: Path, attention: str = "full", dtype: torch.dtype | None = None
+) -> tuple[ArgonneForCausalLM, LegacyCheckpoint]:
+    """The model of an earlier checkpoint in `dtype` (default: the stored one), and what was read. Raises InputError."""
     if attention not in ("full", "as-config"):
         raise InputError(f"--attention is {attention!r}; expected full or as-config")
     legacy = read_legacy(path)
@@ -193,9 +213,13 @@ def load_legacy(path: Path, attention: str = "full") -> tuple[ArgonneForCausalLM
             Tokenizer.from_file(str(tokenizer / layout.TOKENIZER_FILE)).get_vocab_size(with_added_tokens=True)
         )
     state = modern_state(legacy, config, entries)
-    floating = {tensor.dtype for tensor in state.values()}
-    if len(floating) != 1:
-        raise InputError(f"{path}: tensors of several dtypes ({', '.join(sorted(map(str, floating)))}); expected one")
+    check_finite(path, state)
+    stored = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()})
+    if dtype is not None:
+        state = {name: tensor.to(dtype) for name, tensor in state.items()}
+        check_finite(f"{path} as {dtype}", state)
+    elif len(stored) != 1:
+        raise InputError(f"{path}: tensors of several dtypes ({', '.join(stored)}); choose one with --dtype")
     with torch.device("meta"):
         model = ArgonneForCausalLM(config)
     model.load_state_dict(state, assign=True)
@@ -203,12 +227,16 @@ def load_legacy(path: Path, attention: str = "full") -> tuple[ArgonneForCausalLM
     return model.eval(), legacy
 
 
-def import_checkpoint(path: Path, out: Path, *, attention: str = "full") -> dict[str, Any]:
+def import_checkpoint(path: Path, out: Path, *, attention: str = "full", dtype: str | None = None) -> dict[str, Any]:
     """Write the Hugging Face folder `out` from an earlier checkpoint; return what it is and every message about it.
+
+    `dtype`: float32, bfloat16 or float16 in place of the stored one.
 
     Raises InputError for anything that is not such a checkpoint; `out` is complete or absent.
     """
-    model, legacy = load_legacy(path, attention)
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise InputError(f"--dtype is {dtype!r}; expected float32, bfloat16 or float16")
+    model, legacy = load_legacy(path, attention, getattr(torch, dtype) if dtype else None)
     ids = stop_ids(legacy.folder, legacy.config)
     if ids["eos_id"] is None:
         legacy.messages.append(

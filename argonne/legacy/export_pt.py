@@ -22,15 +22,21 @@ from argonne.legacy.convert import modern_name
 from argonne.legacy.position import WRITTEN_BY
 from argonne.legacy.training import CLASSES, HEADS, MOMENTS, class_order
 from argonne.model.configuration_argonne import FULL, SLIDING, ArgonneConfig
-from argonne.model.load import read_checkpoint_tensors, resolve_model
-from argonne.model.save import copy_tokenizer
+from argonne.model.load import read_checkpoint_tensors, resolve_model, stop_ids
+from argonne.model.save import check_finite, copy_tokenizer
 from argonne.recipe import build
 from argonne.report.records import read_metrics
 from argonne.train.checkpoint import read_state
 from argonne.train.schedule import learning_rate
 
 # What the earlier class fixes: a model that differs cannot be told to it.
-FIXED = {"position_embedding": "rope", "norm_type": "rms", "hidden_act": "silu", "mlp_gated": True}
+FIXED = {
+    "position_embedding": "rope",
+    "rope_type": "default",
+    "norm_type": "rms",
+    "hidden_act": "silu",
+    "mlp_gated": True,
+}
 SAME_NAMES = (
     *(
         "vocab_size",
@@ -144,6 +150,7 @@ def legacy_config(checkpoint: Path, config: ArgonneConfig) -> dict[str, Any]:
         "qk_norm": config.q_norm,
         "logit_softcap": config.final_logit_softcapping or 0.0,
         **_window(checkpoint, config),
+        **{name.replace("_id", "_token_id"): value for name, value in stop_ids(checkpoint, config.to_dict()).items()},
     }
 
 
@@ -166,6 +173,7 @@ def _window(checkpoint: Path, config: ArgonneConfig) -> dict[str, Any]:
 
 def _content(checkpoint: Path, state: dict[str, Any], recipe: Recipe, config: ArgonneConfig) -> dict[str, Any]:
     tensors = read_checkpoint_tensors(checkpoint)
+    check_finite(checkpoint, tensors)
     names = _legacy_names(checkpoint, tensors, config)
     weights = {legacy: tensors[f"model.{name}"] for legacy, name in names.items()}
     if config.tie_word_embeddings:

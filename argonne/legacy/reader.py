@@ -64,7 +64,7 @@ def _plain(path: Path, stored: dict[str, Tensor], messages: list[str]) -> dict[s
     """Names as the plain module has them: torch.compile and DDP put prefixes in front of and between the parts."""
     tensors: dict[str, Tensor] = {}
     for name, tensor in stored.items():
-        plain = name.replace("_orig_mod.", "").replace("module.", "")
+        plain = ".".join(part for part in name.split(".") if part not in ("_orig_mod", "module"))
         if plain in tensors and not torch.equal(tensors[plain], tensor):
             raise InputError(
                 f"{name}: another tensor of the same name without its prefix has other values; the checkpoint "

@@ -21,6 +21,7 @@ from argonne.errors import InputError
 from argonne.legacy.convert import modern_config, modern_name, modern_state
 from argonne.legacy.reader import LegacyCheckpoint, config_folder, config_of_file, unpickle, weights_of_file
 from argonne.model.configuration_argonne import ArgonneConfig
+from argonne.model.save import check_finite
 from argonne.train.checkpoint import run_tensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -79,6 +80,8 @@ class TrainingFile:
 
 
 def _theta(config: ArgonneConfig) -> float | None:
+    if config.rope_type != "default":
+        raise InputError(f"rope_parameters.rope_type is {config.rope_type!r}, and a recipe knows model.rope_theta only")
     return (config.rope_parameters or {}).get("rope_theta")
 
 
@@ -214,6 +217,7 @@ def training_tensors(file: TrainingFile, config: ArgonneConfig) -> dict[str, Ten
             values[f"optim.{moment}.{name}"] = (
                 tensor.reshape(-1, *tensor.shape[-1:])[: len(weights[name])] if tensor.dim() > 1 else tensor
             )
+    check_finite(file.path, values)
     return values
 
 

@@ -35,7 +35,8 @@ class LayerInputs:
     """All that a decoder layer gets besides its hidden states. One object a forward pass, shared by the layers.
 
     cos, sin: (B or 1, T, head_dim / 2), None with learned positions. masks: layer type -> MaskPlan (ours) or tensor
-    (stock attention). extra: keyword arguments of an engine, handed down to its attention function.
+    (stock attention). extra: keyword arguments of an engine, handed down to its attention function. weights: collects
+    what an attention function returns of its weights, a tensor a layer; None where nobody asks.
     """
 
     cos: Tensor | None
@@ -43,6 +44,32 @@ class LayerInputs:
     masks: Mapping[str, Any]
     cache: Cache | None
     extra: Mapping[str, Any]
+    weights: list[Tensor] | None = None
+
+    def to(self, device: torch.device | str | int, **how: Any) -> LayerInputs:
+        """All but the cache, whose layers stay where they are, on `device`. Where a `device_map` splits the model,
+        accelerate's hook in front of each layer calls this on what the layer is given.
+        """
+
+        def moved(x: Any) -> Any:
+            return x.to(device) if hasattr(x, "to") else x
+
+        masks, extra = ({name: moved(x) for name, x in given.items()} for given in (self.masks, self.extra))
+        return replace(self, cos=moved(self.cos), sin=moved(self.sin), masks=masks, extra=extra)
+
+
+def document_starts(position_ids: Tensor | None, attention_mask: Tensor | None, rows: int) -> Tensor | None:
+    """(rows, T): does a document begin with this token, because its position is not the previous one plus one? Of the
+    first token it says nothing.
+
+    Positions of padding mean nothing: generation gives them all the same, which would make each a document.
+    """
+    if position_ids is None or position_ids.dim() != 2:
+        return None
+    starts = (position_ids != position_ids.roll(1, -1) + 1).expand(rows, -1)
+    if attention_mask is None:
+        return starts
+    return starts.to(attention_mask.device) & attention_mask.roll(1, -1) & attention_mask
 
 
 def segments_of(
@@ -50,27 +77,40 @@ def segments_of(
 ) -> Segments | str | None:
     """Segments of a batch from restarting positions and a 2-D mask; None for whole rows; "dense" for a mask with holes.
 
-    position_ids (1 or B, T): a segment starts where the position is not the previous one plus one. attention_mask (B,
-    T): padding and text are segments of their own, so that text never sees padding; this needs the text of a row to be
-    contiguous. Positions of tokens on a GPU may stay on the CPU: then counting the segments does not wait for the GPU.
+    position_ids (1 or B, T): see `document_starts`. attention_mask (B, T) bool: padding and text are segments of their
+    own, so that text never sees padding; this needs the text of a row to be contiguous. Positions of tokens on a GPU
+    may stay on the CPU: then counting the segments does not wait for the GPU.
     """
     rows, length = shape
-    starts: Tensor | None = None
-    if position_ids is not None and position_ids.dim() == 2 and length > 1:
-        starts = (position_ids.diff(dim=-1) != 1).expand(rows, -1)
+    starts = document_starts(position_ids, attention_mask, rows)
     if attention_mask is not None:
-        starts = None if starts is None else starts.to(attention_mask.device)
-        before, after = attention_mask[:, :-1], attention_mask[:, 1:]
-        edges = before != after
-        if bool(((edges & after).sum(-1) + attention_mask[:, 0].to(torch.int64) > 1).any()):
+        edges = attention_mask != attention_mask.roll(1, -1)
+        if bool(((edges & attention_mask)[:, 1:].sum(-1) + attention_mask[:, 0].to(torch.int64) > 1).any()):
             return "dense"
-        # Positions of padding mean nothing: generation gives them all the same, which would make each a document.
-        starts = edges if starts is None else edges | (starts & before & after)
-    if starts is None or (found := starts.nonzero()).shape[0] == 0:
+        starts = edges if starts is None else edges | starts
+    if starts is None or (found := starts[:, 1:].nonzero()).shape[0] == 0:
         return None
     inner = found[:, 0] * length + found[:, 1] + 1
     whole = torch.arange(rows + 1, device=inner.device) * length
     return Segments.of(torch.cat([whole, inner]).sort().values, length, device)
+
+
+def dense_mask(
+    position_ids: Tensor | None, attention_mask: Tensor | None, window: int | None, hidden: Tensor
+) -> Tensor:
+    """(B or 1, 1, T, T), True = visible: for masks with holes, and where code is traced and no value can be looked at.
+
+    Padding sees padding alone, as in `segments_of`.
+    """
+    index = torch.arange(hidden.shape[1], device=hidden.device)
+    distance = index[:, None] - index
+    seen = ((distance >= 0) if window is None else (distance >= 0) & (distance < window))[None, None]
+    starts = document_starts(position_ids, attention_mask, hidden.shape[0])
+    parts = [] if starts is None else [starts.cumsum(-1)]
+    for part in [*parts, *([] if attention_mask is None else [attention_mask])]:
+        part = part.to(hidden.device)
+        seen = seen & (part[:, None, :, None] == part[:, None, None, :])
+    return seen
 
 
 def attention_patterns(
@@ -84,29 +124,38 @@ def attention_patterns(
     """Masks by layer type, for the attention implementation that the config names.
 
     attention_mask: None, (B, Tk) with 1 = real token, a finished 4-D mask, or what `generate` prepares (a dict by layer
-    type).
+    type). Traced code (`torch.export`, a whole model under `torch.compile`) gets dense masks.
     """
-    kinds = dict.fromkeys(config.layer_types)
+    windows = {kind: config.sliding_window if kind == SLIDING else None for kind in config.layer_types}
     ours = config._attn_implementation == IMPLEMENTATION
+    traced = torch.compiler.is_compiling()
     if isinstance(attention_mask, dict):
-        masks = {kind: attention_mask.get(kind) for kind in kinds}
+        masks = {kind: attention_mask.get(kind) for kind in windows}
     elif ours and attention_mask is not None and attention_mask.dim() == 4:
-        masks = dict.fromkeys(kinds, attention_mask)
+        masks = dict.fromkeys(windows, attention_mask)
     else:
-        mask = (
-            None if not ours or attention_mask is None or bool(attention_mask.all()) else attention_mask.to(torch.bool)
-        )
-        empty = cache is None or int(cache.get_seq_length()) == 0
+        mask = None if not ours or attention_mask is None else attention_mask.to(torch.bool)
+        if mask is not None and not traced and bool(mask.all()):
+            mask = None
+        empty = cache is None or (not traced and int(cache.get_seq_length()) == 0)
         if ours and empty and (mask is None or mask.shape[1] == hidden.shape[1]):
-            shape = (hidden.shape[0], hidden.shape[1])
-            segments = segments_of(position_ids if explicit_positions else None, mask, shape, hidden.device)
+            positions = position_ids if explicit_positions else None
+            segments: Segments | str | None = "dense"
+            if not traced or (mask is None and positions is None and not torch.compiler.is_exporting()):
+                segments = segments_of(positions, mask, (hidden.shape[0], hidden.shape[1]), hidden.device)
             if not isinstance(segments, str):
-                return {kind: Pattern(config.sliding_window if kind == SLIDING else None, segments) for kind in kinds}
+                return {kind: Pattern(window, segments) for kind, window in windows.items()}
+            seen = {window: dense_mask(positions, mask, window, hidden) for window in set(windows.values())}
+            return {kind: Pattern(dense=seen[window]) for kind, window in windows.items()}
         # transformers' own: 4-D tensors, block masks or None, whatever the named implementation wants.
         makers = {FULL: create_causal_mask, SLIDING: create_sliding_window_causal_mask}
         given = {"config": config, "inputs_embeds": hidden, "attention_mask": attention_mask, "past_key_values": cache}
-        masks = {kind: makers[kind](**given, position_ids=position_ids.to(hidden.device)) for kind in kinds}
-    return {kind: Pattern(dense=mask, own_keys=cache is None) for kind, mask in masks.items()} if ours else masks
+        masks = {kind: makers[kind](**given, position_ids=position_ids.to(hidden.device)) for kind in windows}
+    if not ours:
+        return masks
+    # transformers leaves out a mask where several queries meet an empty cache: a static one returns free places too.
+    alone = {kind: cache is None or (mask is None and hidden.shape[1] > 1) for kind, mask in masks.items()}
+    return {kind: Pattern(dense=mask, own_keys=alone[kind]) for kind, mask in masks.items()}
 
 
 def argonne_attention(

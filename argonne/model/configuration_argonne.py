@@ -23,6 +23,20 @@ _NOT_ARCHITECTURE = (
     *("use_flash_attention", "use_flash_attn", "use_gradient_checkpointing"),
     *("z_loss_weight", "mtp_horizon", "mtp_loss_weight", "loss_chunk_size"),
 )
+# Settings of each rope_type beside rope_theta, as transformers names them: those that must be there, those that may.
+_ROPE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "dynamic": (("factor",), ()),
+    "yarn": (
+        ("factor",),
+        (
+            *("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"),
+            *("mscale", "mscale_all_dim", "truncate"),
+        ),
+    ),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
+}
 
 
 class ArgonneConfig(PreTrainedConfig):
@@ -94,6 +108,7 @@ class ArgonneConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         self._read_earlier_names(kwargs)
+        self._check_types()
         for name, default in self._sizes.items():
             if getattr(self, name) is None:
                 setattr(self, name, default)
@@ -122,24 +137,59 @@ class ArgonneConfig(PreTrainedConfig):
             self.sliding_window = None
         if not self.final_logit_softcapping:
             self.final_logit_softcapping = None
+        theta = (self.rope_parameters or {}).get("rope_theta")
+        if theta is not None and kwargs.get("rope_scaling"):
+            kwargs["rope_scaling"] = {"rope_theta": theta, **kwargs["rope_scaling"]}  # in place of all of the former
         super().__post_init__(**kwargs)
-        if self.position_embedding == "learned":
+        if self.position_embedding == "learned" and self.rope_type == "default":
             self.rope_parameters = None
         self.check_architecture()
+
+    @property
+    def rope_type(self) -> str:
+        """How rotary frequencies are scaled: a key of the table above, `default` = not at all."""
+        rope = self.rope_parameters or {}
+        return str(rope.get("rope_type", rope.get("type", "default")))
+
+    @property
+    def rope_scaling(self) -> dict[str, Any] | None:
+        """The earlier name of `rope_parameters`; set under it, the base stays what it was."""
+        return self.rope_parameters
+
+    @rope_scaling.setter
+    def rope_scaling(self, value: dict[str, Any] | None) -> None:
+        self.rope_parameters = {"rope_theta": (self.rope_parameters or {}).get("rope_theta"), **(value or {})}
 
     def _read_earlier_names(self, kwargs: dict[str, Any]) -> None:
         for old, new in _ALIASES.items():
             value = kwargs.pop(old, None)
+            if isinstance(value, bool) or not isinstance(value, int | float | None):
+                raise ValueError(f"{old} is {value!r}; expected a number")
             if value is not None and getattr(self, new) is None:
                 setattr(self, new, value)
         both = kwargs.pop("qk_norm", None)
+        if not isinstance(both, bool | None):
+            raise ValueError(f"qk_norm is {both!r}; expected true or false")
         if both is not None:
-            self.q_norm = self.k_norm = bool(both)
+            self.q_norm = self.k_norm = both
         for name in _NOT_ARCHITECTURE:
             kwargs.pop(name, None)
 
+    def _check_types(self) -> None:
+        """Raise ValueError naming the first field whose value is of another type than it is declared with."""
+        kinds = {"int": int, "float": int | float, "bool": bool, "str": str, "list": list | tuple, "dict": dict}
+        for name, declared in ArgonneConfig.__annotations__.items():
+            allowed = [word.split("[")[0] for word in str(declared).split(" | ")]
+            value = getattr(self, name, None)
+            if declared.startswith("ClassVar") or value is None:
+                continue
+            fits = [isinstance(value, kinds[word]) for word in allowed if word in kinds]
+            if not any(fits) or (isinstance(value, bool) and "bool" not in allowed):
+                raise ValueError(f"{name} is {value!r}; expected {declared.removesuffix(' | None')}")
+
     def check_architecture(self) -> None:
         """Raise ValueError naming the first field that cannot be, its value and what it must be."""
+        self._check_types()
         sizes = (
             "vocab_size",
             "hidden_size",
@@ -165,18 +215,7 @@ class ArgonneConfig(PreTrainedConfig):
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(known)}")
-        if self.position_embedding == "rope":
-            if self.head_dim % 2:
-                raise ValueError(f"head_dim is {self.head_dim}; rotary positions need an even number")
-            rope = self.rope_parameters or {}
-            if rope.get("rope_type", "default") != "default":
-                raise ValueError(
-                    f"rope_parameters.rope_type is {rope['rope_type']!r}; Argonne models know 'default' only"
-                )
-            if not rope.get("rope_theta") or rope["rope_theta"] <= 0:
-                raise ValueError(
-                    f"rope_parameters.rope_theta is {rope.get('rope_theta')!r}; expected a positive number"
-                )
+        self.check_rope()
         assert self.layer_types is not None
         if len(self.layer_types) != self.num_hidden_layers:
             raise ValueError(
@@ -190,10 +229,41 @@ class ArgonneConfig(PreTrainedConfig):
             raise ValueError(
                 f"sliding_window is {self.sliding_window!r}; a {SLIDING} layer needs a whole number of keys from 1 on"
             )
+        if SLIDING not in self.layer_types and self.sliding_window is not None:
+            raise ValueError(f"sliding_window is {self.sliding_window!r}, and layer_types has no {SLIDING} layer")
+        for name in ("attention_dropout", "hidden_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected a number from 0 to below 1")
+        if self.rms_norm_eps <= 0:
+            raise ValueError(f"rms_norm_eps is {self.rms_norm_eps!r}; expected a positive number")
         if self.final_logit_softcapping is not None and self.final_logit_softcapping < 0:
             raise ValueError(
                 f"final_logit_softcapping is {self.final_logit_softcapping!r}; expected a positive number, or 0 for "
                 "none"
+            )
+
+    def check_rope(self) -> None:
+        """The part of `check_architecture` that a forward pass repeats when `rope_parameters` were changed."""
+        rope, kind = self.rope_parameters or {}, self.rope_type
+        if self.position_embedding == "learned":
+            if kind != "default":
+                raise ValueError(f"rope_parameters.rope_type is {kind!r}; learned positions have none")
+            return
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}; rotary positions need an even number")
+        if kind not in _ROPE:
+            raise ValueError(f"rope_parameters.rope_type is {kind!r}; expected one of {', '.join(_ROPE)}")
+        needed, more = _ROPE[kind]
+        for name in ("rope_theta", *needed):
+            value = rope.get(name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+                raise ValueError(f"rope_parameters.{name} is {value!r}; expected a positive number")
+        known = {"rope_type", "type", "rope_theta", *needed, *more}
+        whole = {"partial_rotary_factor"} if rope.get("partial_rotary_factor", 1.0) == 1.0 else set()
+        if unknown := sorted(set(rope) - known - whole):
+            raise ValueError(
+                f"rope_parameters.{unknown[0]} is {rope[unknown[0]]!r}; Argonne models know no such setting of "
+                f"rope_type {kind!r}"
             )
 
 

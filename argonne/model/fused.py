@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -49,14 +49,19 @@ class Pattern:
     window: keys it sees, itself included (None = all). segments: what it may not look out of. dense: (B, 1, Tq, Tk)
     bool, True = visible, replaces all else. own_keys: attend to this call's keys and values, not to what the cache
     returns (training, and the first call with an empty cache of any class). memo: what a kernel makes of the pattern
-    once and reads in every layer.
+    once for a device and reads in every layer there.
     """
 
     window: int | None = None
     segments: Segments | None = None
     dense: Tensor | None = None
     own_keys: bool = True
-    memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    memo: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def to(self, device: torch.device | str | int) -> Pattern:
+        """The same on `device`, for a layer that lies there."""
+        segments = self.segments and replace(self.segments, cumulative=self.segments.cumulative.to(device))
+        return replace(self, segments=segments, dense=None if self.dense is None else self.dense.to(device))
 
 
 def pad_heads(x: Tensor, width: int) -> Tensor:
@@ -258,15 +263,15 @@ def flex_attention(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, 
     from torch.nn.attention.flex_attention import flex_attention as plain
 
     rows, heads, length, size = query.shape
-    if "flex" not in pattern.memo:
+    if query.device not in pattern.memo:
         mask = mask_function(pattern, rows, length, query.device)
         per_row = rows if pattern.segments is not None else None
-        pattern.memo["flex"] = create_block_mask(mask, per_row, None, length, length, device=query.device)
+        pattern.memo[query.device] = create_block_mask(mask, per_row, None, length, length, device=query.device)
     width = max(16, 1 << (size - 1).bit_length())  # its kernels want powers of two
     compiled = query.device.type == "cuda" and not torch.compiler.is_compiling()
     function: Any = _compiled_flex() if compiled else plain
     q, k, v = (pad_heads(x, width) for x in (query, key, value))
-    output = function(q, k, v, block_mask=pattern.memo["flex"], scale=scale, enable_gqa=heads != key.shape[1])
+    output = function(q, k, v, block_mask=pattern.memo[query.device], scale=scale, enable_gqa=heads != key.shape[1])
     assert isinstance(output, Tensor)
     return output[..., :size].transpose(1, 2)
 

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .attention import IMPLEMENTATION, LayerInputs
+from .attention import IMPLEMENTATION, LayerInputs, argonne_attention
 from .configuration_argonne import SLIDING, ArgonneConfig
 
 
@@ -48,29 +49,41 @@ class ArgonneRotaryEmbedding(nn.Module):
     """Rotary position tables (Su et al. 2021). Made anew from the config in each forward pass, in float64.
 
     It keeps no buffer on purpose: transformers 5 builds models on the meta device, where a non-persistent buffer comes
-    back as garbage, and a buffer would follow `model.to(bfloat16)`.
+    back as garbage, and a buffer would follow `model.to(bfloat16)`. Scaled frequencies are transformers' own, in fp32.
     """
 
     def __init__(self, config: ArgonneConfig) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
-        self.theta = float((config.rope_parameters or {})["rope_theta"])
+        self.config = config
+        self.checked = dict(config.rope_parameters or {})  # what check_architecture has seen
 
     @property
     def inv_freq(self) -> Tensor:
         """theta^(-2i / head_dim), (head_dim / 2,) float64 on the CPU."""
-        return self._frequencies(torch.device("cpu"))
+        return self._frequencies(torch.zeros(1, 1, dtype=torch.int64))[0]
 
-    def _frequencies(self, device: torch.device) -> Tensor:
-        steps = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=device)
-        return self.theta ** (-steps / self.head_dim)
+    def _frequencies(self, position_ids: Tensor) -> tuple[Tensor, float]:
+        """Frequencies, float64, and what cos and sin are multiplied by. Raises ValueError for settings that cannot be:
+        they may have been changed since the model was built.
+        """
+        config, device = self.config, position_ids.device
+        if config.rope_parameters != self.checked:
+            config.check_rope()
+            self.checked = dict(config.rope_parameters or {})
+        if config.rope_type != "default":
+            frequencies, factor = ROPE_INIT_FUNCTIONS[config.rope_type](config, device, seq_len=position_ids.max() + 1)
+            return frequencies.to(torch.float64), factor
+        steps = torch.arange(0, config.head_dim, 2, dtype=torch.float64, device=device)
+        return float(self.checked["rope_theta"]) ** (-steps / config.head_dim), 1.0
 
     def forward(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin, (B or 1, T, head_dim / 2), at least fp32. position_ids (B or 1, T)."""
         device = torch.device("cpu") if position_ids.device.type == "mps" else position_ids.device  # MPS has no float64
-        angles = position_ids[..., None].to(device, torch.float64) * self._frequencies(device)
+        frequencies, factor = self._frequencies(position_ids.to(device))
+        angles = position_ids[..., None].to(device, torch.float64) * frequencies
         wide = torch.promote_types(dtype, torch.float32)
-        return angles.cos().to(position_ids.device, wide), angles.sin().to(position_ids.device, wide)
+        cos, sin = (x if factor == 1.0 else x * factor for x in (angles.cos(), angles.sin()))
+        return cos.to(position_ids.device, wide), sin.to(position_ids.device, wide)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -155,8 +168,12 @@ class ArgonneAttention(nn.Module):
             cached = inputs.cache.update(key, value, self.layer_idx)
             if not getattr(mask, "own_keys", False):
                 key, value = cached
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        output, _ = attend(
+        implementation = str(self.config._attn_implementation)
+        ours = implementation == IMPLEMENTATION  # never by name: another export in this process has registered its own
+        attend: Any = argonne_attention
+        if not ours:
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        output, weights = attend(
             self,
             query,
             key,
@@ -167,11 +184,10 @@ class ArgonneAttention(nn.Module):
             sliding_window=self.sliding_window,
             **inputs.extra,
         )
-        if (
-            self.config._attn_implementation != IMPLEMENTATION
-            and self.attention_path != self.config._attn_implementation
-        ):
-            self.attention_path = str(self.config._attn_implementation)
+        if inputs.weights is not None:
+            inputs.weights.append(weights)
+        if not ours and self.attention_path != implementation:
+            self.attention_path = implementation
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1))
 
 

@@ -56,7 +56,7 @@ class FoundModel:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """The architecture as the recipe's [model] section names it."""
+        """The architecture as the recipe's [model] section names it. Raises InputError for what it has no words for."""
         return architecture_of(self.config, self.folder)
 
 
@@ -177,7 +177,29 @@ def load_model(
             )
         else:
             model = _from_folder(found.folder, dtype)
+    for name, value in stop_ids(found.folder, found.config).items():
+        for keeper in (model.config, model.generation_config):  # so that save_pretrained keeps them
+            setattr(keeper, name.replace("_id", "_token_id"), value)
     return LoadedModel(model.to(device).eval(), found.tokenizer_folder, found.folder)
+
+
+def stop_ids(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """eos, bos and pad ids: each of generation_config.json, else of the config, else of the tokenizer's own token."""
+    path = folder / layout.GENERATION_CONFIG
+    chosen = json.loads(path.read_text()) if path.is_file() else {}
+    known = {**config, **{name: value for name, value in chosen.items() if value is not None}}
+    found: dict[str, Any] = {f"{name}_id": known.get(f"{name}_token_id") for name in ("eos", "bos", "pad")}
+    source = layout.tokenizer_of(folder) or folder
+    about, tokenizer = source / layout.TOKENIZER_CONFIG, source / layout.TOKENIZER_FILE
+    if None in found.values() and about.is_file() and tokenizer.is_file():
+        from tokenizers import Tokenizer
+
+        words, said = Tokenizer.from_file(str(tokenizer)), json.loads(about.read_text())
+        for name in (name for name, value in found.items() if value is None):
+            token = said.get(name.replace("_id", "_token"))
+            token = token.get("content") if isinstance(token, dict) else token
+            found[name] = words.token_to_id(token) if token else None
+    return found
 
 
 def _from_pretrained(folder: Path, source: Path | None, **how: Any) -> Any:

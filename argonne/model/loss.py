@@ -273,7 +273,7 @@ class Head:
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., V) capped logits of (..., H) hidden states."""
         logits, cap = F.linear(hidden, self.weight), self.options.softcap
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        return torch.tanh(logits / cap) * cap if cap else logits
 
     def summed_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Sum of the token losses over the labels that are not -100."""

@@ -7,6 +7,7 @@ engines read them.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
 from .attention import IMPLEMENTATION, LayerInputs, attention_patterns
 from .configuration_argonne import Argonne1Config, ArgonneConfig
@@ -57,6 +60,7 @@ class ArgonnePreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
 
     def __init__(self, config: ArgonneConfig, *inputs: Any, **kwargs: Any) -> None:
+        config.check_architecture()  # a field may have been changed since the config was made
         if config._attn_implementation is None:
             config._attn_implementation = IMPLEMENTATION
         super().__init__(config, *inputs, **kwargs)
@@ -88,20 +92,18 @@ class ArgonneBaseModel(ArgonnePreTrainedModel):
         if self.config.position_embedding == "learned":
             if position_ids is None:
                 position_ids = torch.arange(hidden.shape[1], device=hidden.device)[None]
-            # Where the positions lie on a GPU their largest would cost a wait: there the length is all that is looked
-            # at.
-            last = (
-                int(position_ids.max())
-                if position_ids.device.type == "cpu" and position_ids.numel()
-                else hidden.shape[1] - 1
-            )
-            last = max(last, hidden.shape[1] - 1)
+            # Where the positions lie on a GPU their largest would cost a wait, and traced code has none: there the
+            # length is all that is looked at.
+            last = hidden.shape[1] - 1
+            if position_ids.device.type == "cpu" and position_ids.numel() and not torch.compiler.is_compiling():
+                last = max(last, int(position_ids.max()))
             if last >= self.config.max_position_embeddings:
                 raise ValueError(
                     f"position {last} is beyond the table of learned positions: max_position_embeddings is "
                     f"{self.config.max_position_embeddings}; shorten the text"
                 )
-            hidden = hidden + self.embed_positions(position_ids.to(hidden.device, non_blocking=True))
+            there = position_ids.to(hidden.device, non_blocking=True)
+            hidden = hidden + self.embed_positions(there).to(hidden.device)
         if self.training and self.config.hidden_dropout:
             hidden = F.dropout(hidden, self.config.hidden_dropout)
         return hidden
@@ -113,6 +115,7 @@ class ArgonneBaseModel(ArgonnePreTrainedModel):
         attention_mask: Any = None,
         cache: Cache | None = None,
         extra: dict[str, Any] | None = None,
+        weights: list[Tensor] | None = None,
     ) -> LayerInputs:
         """Positions and masks for one forward pass. Explicit position_ids that restart mark the documents of a packed
         row.
@@ -124,7 +127,7 @@ class ArgonneBaseModel(ArgonnePreTrainedModel):
         masks = attention_patterns(self.config, hidden, attention_mask, positions, cache, explicit)
         there = positions.to(hidden.device, non_blocking=True)
         cos, sin = self.rotary_emb(there, hidden.dtype) if self.config.position_embedding == "rope" else (None, None)
-        return LayerInputs(cos, sin, masks, cache, extra or {})
+        return LayerInputs(cos, sin, masks, cache, extra or {}, weights)
 
     @staticmethod
     def _positions(hidden: Tensor, attention_mask: Any, cache: Cache | None) -> Tensor:
@@ -134,8 +137,12 @@ class ArgonneBaseModel(ArgonnePreTrainedModel):
         length = hidden.shape[1]
         if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
             return (attention_mask.to(torch.int64).cumsum(-1) - 1).clamp_min(0)[:, -length:].to(hidden.device)
-        past = 0 if cache is None else int(cache.get_seq_length())
-        return torch.arange(past, past + length, device=hidden.device)[None]
+        past: Any = 0 if cache is None else cache.get_seq_length()  # a tensor in a static cache
+        return torch.arange(length, device=hidden.device)[None] + past
+
+    def recomputes(self, layer: int) -> bool:
+        """Is this layer run again in the backward pass, by our own switch or transformers'?"""
+        return self.training and (self.gradient_checkpointing or self.training_options.recomputes(layer))
 
     def run_layers(
         self,
@@ -152,16 +159,13 @@ class ArgonneBaseModel(ArgonnePreTrainedModel):
         for index in range(start, len(self.layers) if stop is None else stop):
             if record is not None:
                 record.append(hidden)
-            if (
-                self.training
-                and torch.is_grad_enabled()
-                and (self.gradient_checkpointing or self.training_options.recomputes(index))
-            ):
+            if torch.is_grad_enabled() and self.recomputes(index):
                 hidden = checkpoint(self.layers[index], hidden, inputs, use_reentrant=False)
             else:
                 hidden = self.layers[index](hidden, inputs)
         return hidden
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -171,35 +175,47 @@ class ArgonneBaseModel(ArgonnePreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
+        output_attentions: bool | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
+    ) -> BaseModelOutputWithPast:
         """Hidden states (B, T, H) after the final norm. Further keyword arguments reach the attention function of each
         layer.
         """
-        if kwargs.pop("output_attentions", None):
-            raise ValueError("output_attentions is not supported: no attention path here keeps its weights")
-        use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
+        config = self.config
+        keeps = config.output_attentions if output_attentions is None else output_attentions
+        if keeps and config._attn_implementation != "eager":
+            raise ValueError(
+                f"output_attentions is on and the attention is {config._attn_implementation!r}, which keeps no "
+                "weights; load the model with attn_implementation='eager', or call set_attn_implementation('eager')"
+            )
+        use_cache = (config.use_cache and not self.training) if use_cache is None else use_cache
+        if (use_cache or past_key_values is not None) and any(map(self.recomputes, range(len(self.layers)))):
+            warnings.warn(
+                "a cache is incompatible with gradient checkpointing, which would fill it twice: going on without",
+                stacklevel=2,
+            )
+            use_cache, past_key_values = False, None
         if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        record: list[Tensor] | None = [] if (output_hidden_states or self.config.output_hidden_states) else None
+            past_key_values = DynamicCache(config=config)
+        record: list[Tensor] | None = [] if (output_hidden_states or config.output_hidden_states) else None
+        weights: list[Tensor] | None = [] if keeps else None
         learned, source = position_ids, input_ids if inputs_embeds is None else inputs_embeds
-        if self.config.position_embedding == "learned" and position_ids is None and source is not None:
+        if config.position_embedding == "learned" and position_ids is None and source is not None:
             learned = self._positions(source, attention_mask, past_key_values)
         hidden = self.embed(input_ids, learned, inputs_embeds)
-        inputs = self.layer_inputs(hidden, position_ids, attention_mask, past_key_values, kwargs)
+        inputs = self.layer_inputs(hidden, position_ids, attention_mask, past_key_values, kwargs, weights)
         hidden = self.norm(self.run_layers(hidden, inputs=inputs, record=record))
-        output = BaseModelOutputWithPast(hidden, past_key_values, None if record is None else (*record, hidden))
-        return output if return_dict is None or return_dict else output.to_tuple()
+        states = None if record is None else (*record, hidden)
+        return BaseModelOutputWithPast(hidden, past_key_values, states, None if weights is None else tuple(weights))
 
 
 class ArgonneForCausalLM(ArgonnePreTrainedModel, GenerationMixin):
-    """The language model. Three ways to call it for a loss:
+    """The language model. A loss is the mean over the targets, their sum / `num_items_in_batch` where that is given, or
+    their sum with `loss_reduction="sum"`; -100 = no target. Three ways to call it:
 
-    - `shift_labels` (this project): labels[t] is the target of position t, -100 = none. Returns the SUM of the token
-      losses and no logits.
-    - `labels` (Hugging Face): labels are the inputs, the shift happens inside; the mean, or sum / num_items_in_batch.
-      Returns logits too.
+    - `labels`: the inputs, the shift happens inside. Returns logits too.
+    - `shift_labels`: shift_labels[t] is the target of position t. Given beside `labels` it holds and they do not; alone
+      it never makes all logits, and returns none.
     - neither: logits only.
     """
 
@@ -276,8 +292,9 @@ class ArgonneForCausalLM(ArgonnePreTrainedModel, GenerationMixin):
         """Head and softcap on normalised hidden states."""
         logits: Tensor = self.lm_head(normed)
         cap = self.config.final_logit_softcapping
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        return torch.tanh(logits / cap) * cap if cap else logits
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -289,20 +306,17 @@ class ArgonneForCausalLM(ArgonnePreTrainedModel, GenerationMixin):
         shift_labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        loss_reduction: str = "sum",
+        loss_reduction: str = "mean",
         num_items_in_batch: int | Tensor | None = None,
         return_token_log_probs: bool = False,
-        return_dict: bool | None = None,
         objective: Callable[[Head, Tensor], Any] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """An ArgonneOutput, or a tuple without `return_dict`; see the class. `return_token_log_probs` (with
+        """An ArgonneOutput, or a tuple with `return_dict=False`; see the class. `return_token_log_probs` (with
         shift_labels) adds `token_log_probs` (B, T) fp32, differentiable, 0 where -100. `objective` gets the head and
         the final hidden states (B, T, H), and what it returns is returned: so that a wrapper around the model (DDP,
         FSDP2) sees one forward pass, whatever the loss.
         """
-        if labels is not None and shift_labels is not None:
-            raise ValueError("labels and shift_labels were both given: only labels are shifted inside; give one")
         if loss_reduction not in ("sum", "mean"):
             raise ValueError(f"loss_reduction is {loss_reduction!r}; expected sum or mean")
         base = self.model(
@@ -315,28 +329,38 @@ class ArgonneForCausalLM(ArgonnePreTrainedModel, GenerationMixin):
             return_dict=True,
             **kwargs,
         )
+        hidden, logits, loss, log_probs = base.last_hidden_state, None, None, None
         if objective is not None:
-            return objective(self.head, base.last_hidden_state)
-        output = ArgonneOutput(past_key_values=base.past_key_values, hidden_states=base.hidden_states)
-        if shift_labels is None:
+            return objective(self.head, hidden)
+        if num_items_in_batch is None and loss_reduction == "sum":
+            num_items_in_batch = 1
+        if labels is not None or shift_labels is None:
             # The last n positions, all for 0, or those of an index tensor.
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            output.logits = self.logits(base.last_hidden_state[:, kept])
-            if labels is not None:
-                more = {"vocab_size": self.config.vocab_size, "num_items_in_batch": num_items_in_batch}
-                output.loss = self.loss_function(logits=output.logits, labels=labels, **more)
-            return output if return_dict is None or return_dict else output.to_tuple()
-        if return_token_log_probs:
-            output.token_log_probs, log_z = self.head.token_log_probs(base.last_hidden_state, shift_labels)
-            loss = self.head.z_loss * log_z.square().sum() - output.token_log_probs.sum()
-        else:
-            loss = self.head.summed_loss(base.last_hidden_state, shift_labels)
-        if num_items_in_batch is not None:
-            loss = loss / num_items_in_batch
-        elif loss_reduction == "mean":
-            loss = loss / (shift_labels != IGNORED).sum().clamp_min(1)
-        output.loss = loss
-        return output if return_dict is None or return_dict else output.to_tuple()
+            logits = self.logits(hidden[:, kept])
+        if logits is not None and labels is not None:
+            more = {"vocab_size": self.config.vocab_size, "num_items_in_batch": num_items_in_batch}
+            loss = self.loss_function(logits=logits, labels=labels, shift_labels=shift_labels, **more)
+        elif shift_labels is not None:
+            loss, log_probs = self._own_loss(hidden, shift_labels, return_token_log_probs)
+            if num_items_in_batch is None:
+                num_items_in_batch = (shift_labels != IGNORED).sum().clamp_min(1)
+            loss = loss / torch.as_tensor(num_items_in_batch, device=loss.device)
+        return ArgonneOutput(loss, logits, base.past_key_values, base.hidden_states, base.attentions, log_probs)
+
+    def _own_loss(self, hidden: Tensor, targets: Tensor, log_probs: bool) -> tuple[Tensor, Tensor | None]:
+        """Sum of the token losses without holding all logits, and the log-probabilities where they are wanted."""
+        head = self.head
+        if head.weight.device.type == "meta" != hidden.device.type:
+            raise ValueError(
+                "lm_head is offloaded, and its weight is here only while it is called itself: pass labels instead of "
+                "shift_labels, or both, or keep lm_head on a device"
+            )
+        hidden, targets = (x.to(head.weight.device) for x in (hidden, targets))
+        if not log_probs:
+            return head.summed_loss(hidden, targets), None
+        found, log_z = head.token_log_probs(hidden, targets)
+        return head.z_loss * log_z.square().sum() - found.sum(), found
 
 
 @dataclass
@@ -344,6 +368,22 @@ class ArgonneOutput(CausalLMOutputWithPast):
     """transformers' output, and the log-probability of each target, (B, T), where it was asked for."""
 
     token_log_probs: Tensor | None = None
+
+
+class ArgonneForSequenceClassification(GenericForSequenceClassification, ArgonnePreTrainedModel):
+    """A score for each text, read at its last token that is no padding: reward models, classifiers.
+
+    The base model is made here: transformers would look for it among the classes registered in this process.
+    """
+
+    base_class: type[ArgonneBaseModel] = ArgonneBaseModel
+
+    def __init__(self, config: ArgonneConfig) -> None:
+        ArgonnePreTrainedModel.__init__(self, config)
+        self.num_labels = len(config.id2label or {})
+        self.model = self.base_class(config)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
+        self.post_init()
 
 
 class Argonne1BaseModel(ArgonneBaseModel):
@@ -358,6 +398,13 @@ class Argonne1ForCausalLM(ArgonneForCausalLM):
     """See Argonne1BaseModel."""
 
     config_class = Argonne1Config
+
+
+class Argonne1ForSequenceClassification(ArgonneForSequenceClassification):
+    """See Argonne1BaseModel."""
+
+    config_class = Argonne1Config
+    base_class = Argonne1BaseModel
 
 
 ArgonneModel = ArgonneForCausalLM  # the name under which the family published its causal LM

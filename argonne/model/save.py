@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from argonne import layout
+from argonne.errors import InputError
 
 
 def save_model_folder(
@@ -50,7 +52,7 @@ def save_model_folder(
     finally:
         for name, value in before.items():
             setattr(model.config, name, value)
-    # save_pretrained records the saved class only: name the config and the base model too, so that AutoModel works.
+    # save_pretrained records the saved class only: name the others too, so that every Auto class finds its own.
     path, config_class = folder / layout.MODEL_CONFIG, type(model.config).__name__
     config = json.loads(path.read_text())
     family = config_class.removesuffix("Config")  # Argonne, or Argonne1 for 1.x
@@ -59,6 +61,7 @@ def save_model_folder(
         "AutoConfig": f"configuration_argonne.{config_class}",
         "AutoModel": f"modeling_argonne.{family}BaseModel",
         "AutoModelForCausalLM": f"modeling_argonne.{family}ForCausalLM",
+        "AutoModelForSequenceClassification": f"modeling_argonne.{family}ForSequenceClassification",
     }
     config["dtype"] = str(dtype or next(model.parameters()).dtype).removeprefix("torch.")
     path.write_text(json.dumps(config, indent=2) + "\n")
@@ -74,17 +77,12 @@ def copy_tokenizer(source: Path | None, target: Path) -> list[str]:
     return found
 
 
-def stop_ids(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """eos, bos and pad ids: of generation_config.json, else of the config, else of the tokenizer's own eos token."""
-    path = folder / layout.GENERATION_CONFIG
-    known = {**config, **(json.loads(path.read_text()) if path.is_file() else {})}
-    found: dict[str, Any] = {f"{name}_id": known.get(f"{name}_token_id") for name in ("eos", "bos", "pad")}
-    source = layout.tokenizer_of(folder) or folder
-    about, tokenizer = source / layout.TOKENIZER_CONFIG, source / layout.TOKENIZER_FILE
-    if found["eos_id"] is None and about.is_file() and tokenizer.is_file():
-        from tokenizers import Tokenizer
-
-        token = json.loads(about.read_text()).get("eos_token")
-        token = token.get("content") if isinstance(token, dict) else token
-        found["eos_id"] = Tokenizer.from_file(str(tokenizer)).token_to_id(token) if token else None
-    return found
+def check_finite(where: Path | str, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise InputError naming the first parameter that holds NaN or infinity."""
+    for name, tensor in tensors.items():
+        # A sum is finite only where all it adds is, and costs a fraction; one that overflowed is looked at closely.
+        if tensor.is_floating_point() and not bool(tensor.sum().isfinite()) and not bool(tensor.isfinite().all()):
+            raise InputError(
+                f"{where}: {name} holds NaN or infinity in {int((~tensor.isfinite()).sum()):,} of {tensor.numel():,} "
+                "places; the weights are damaged, or do not fit their dtype: give others"
+            )

@@ -219,7 +219,13 @@ def architecture_of(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     place, for the error where it has no sizes.
     """
     kind = "learned" if config.get("model_type") == "argonne" else "rope"
-    theta = (config.get("rope_parameters") or {}).get("rope_theta", config.get("rope_theta"))
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if (scaling := rope.get("rope_type", rope.get("type", "default"))) != "default":
+        raise InputError(
+            f"{folder / layout.MODEL_CONFIG}: rope_parameters.rope_type is {scaling!r}, and a recipe knows "
+            "model.rope_theta only; start from weights whose positions are not scaled"
+        )
+    theta = rope.get("rope_theta", config.get("rope_theta"))
     known = {"position_embedding": kind, **config, "rope_theta": theta}
     if missing := [name for name in _NEEDED if not isinstance(known.get(name), int)]:
         raise InputError(

@@ -18,7 +18,7 @@ from argonne.errors import InputError
 from argonne.files import atomic_directory, read_json, write_json
 from argonne.model.load import load_model, no_progress_bar
 from argonne.model.modeling_argonne import ArgonneForCausalLM
-from argonne.model.save import copy_tokenizer, save_model_folder, stop_ids
+from argonne.model.save import check_finite, copy_tokenizer, save_model_folder
 from argonne.publish.native import Native, native_twin
 
 TOLERANCE = 1e-4  # of the largest logit
@@ -40,10 +40,9 @@ def export_model(model_path: Path, out: Path, *, kind: str = "hf") -> dict[str, 
         raise InputError(f"{out} exists already; choose another name or remove it")
     loaded = load_model(model_path)
     model, settings = loaded.model, loaded.folder / layout.GENERATION_CONFIG
-    ids = stop_ids(
-        loaded.folder if settings.is_file() else loaded.tokenizer_folder or loaded.folder, model.config.to_dict()
-    )
+    ids = {f"{name}_id": getattr(model.config, f"{name}_token_id") for name in ("eos", "bos", "pad")}
     native = native_twin(model) if kind == "native" else None
+    check_finite(model_path, model.state_dict() if native is None else native.state)
     with atomic_directory(out) as folder:
         if native is None:
             save_model_folder(model, folder, **ids)
@@ -118,11 +117,11 @@ def prove(folder: Path, model: ArgonneForCausalLM) -> dict[str, Any]:
         expected = Path(scratch) / "expected.safetensors"
         save_file(expectations(model), expected)
         found = run_fresh(folder, expected, Path(scratch))
-    if found["relative_difference"] > TOLERANCE:
+    if not found["relative_difference"] <= TOLERANCE:  # so that NaN fails
         raise RuntimeError(
             f"{folder}: logits differ by {found['relative_difference']:.1e} of the largest, allowed {TOLERANCE:.0e}"
         )
-    if not found["greedy_equal"] and found["greedy_gap"] > TOLERANCE:
+    if not found["greedy_equal"] and not found["greedy_gap"] <= TOLERANCE:
         raise RuntimeError(
             f"{folder}: greedy text differs where the two best logits are {found['greedy_gap']:.1e} apart"
         )

@@ -113,7 +113,10 @@ def export_final(model: Parallelised, run: Path, tokenizer: TextTokenizer) -> No
 
 def checkpoint_files(folder: Path, recipe: Recipe, tokenizer: TextTokenizer) -> None:
     """config.json, recipe.toml and the tokenizer: a checkpoint alone is enough to generate, to resume and to import."""
-    write_json(folder / MODEL_CONFIG, config_from_fields(architecture_fields(recipe.model)).to_dict())
+    config = config_from_fields(architecture_fields(recipe.model))
+    config.eos_token_id, config.bos_token_id = tokenizer.eos_id, tokenizer.bos_id
+    config.pad_token_id = tokenizer.pad_id
+    write_json(folder / MODEL_CONFIG, config.to_dict())
     write_text(folder / "recipe.toml", to_toml(recipe))
     tokenizer.save(folder / "tokenizer")
 

@@ -71,9 +71,9 @@ def kernels_of(model: Any, ids: torch.Tensor, **inputs: Any) -> list[str]:
     """Names of the CUDA kernels that one training step under bf16 autocast launches."""
     activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
     with torch.autocast("cuda", torch.bfloat16):
-        model(input_ids=ids, shift_labels=ids, use_cache=False, **inputs).loss.backward()
+        model(input_ids=ids, shift_labels=ids, loss_reduction="sum", use_cache=False, **inputs).loss.backward()
     with torch.profiler.profile(activities=activities) as profile, torch.autocast("cuda", torch.bfloat16):
-        model(input_ids=ids, shift_labels=ids, use_cache=False, **inputs).loss.backward()
+        model(input_ids=ids, shift_labels=ids, loss_reduction="sum", use_cache=False, **inputs).loss.backward()
     return [event.name.lower() for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
 
 
@@ -135,7 +135,7 @@ def test_a_window_or_document_mask_is_never_a_dense_tensor(generation: str) -> N
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     with torch.no_grad():
-        model(input_ids=ids, position_ids=positions, shift_labels=ids, use_cache=False)
+        model(input_ids=ids, position_ids=positions, shift_labels=ids, loss_reduction="sum", use_cache=False)
     assert torch.cuda.max_memory_allocated() - before < 2**30
 
 

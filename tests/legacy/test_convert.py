@@ -165,7 +165,9 @@ def test_an_import_is_a_complete_folder(golden: Path, tmp_path: Path) -> None:
     } <= names
     assert {"attention.py", "fused.py", "kernels.py", "layers.py", "loss.py"} <= names
     config = json.loads((out / "config.json").read_text())
-    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    assert set(config["auto_map"]) == {
+        *("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification"),
+    }
     assert config["layer_types"] == report["layer_types"]
     again = AutoModelForCausalLM.from_pretrained(out)
     tensors = load_file(golden / "tensors.safetensors")
@@ -391,6 +393,34 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "experiment": (lambda f: change_config(f, attn_gate=True), "attn_gate is True"),
     "heads": (lambda f: change_config(f, num_key_value_heads=2), "not a multiple"),
     "norms off": (lambda f: change_config(f, qk_norm=False), "q_norm.weight is unknown|k_norm.weight is unknown"),
+    "NaN": (
+        lambda f: change_tensors(f, lambda t: t["blocks.2.mlp.up_proj.weight"][3, 5:7].fill_(torch.nan)),
+        r"layers.2.mlp.up_proj.weight holds NaN or infinity in 2 of 3,840 places",
+    ),
+    "infinity": (
+        lambda f: change_tensors(f, lambda t: t["norm.weight"][0].fill_(-torch.inf)),
+        "norm.weight holds NaN or infinity in 1 of 48",
+    ),
+    "unknown prefix": (
+        lambda f: change_tensors(f, lambda t: t.update({"submodule.norm.weight": t["norm.weight"] + 1})),
+        "parameter submodule.norm.weight is unknown",
+    ),
+    "several dtypes": (
+        lambda f: change_tensors(f, lambda t: t.update({"norm.weight": t["norm.weight"].half()})),
+        r"several dtypes \(float16, float32\); choose one with --dtype",
+    ),
+    "partial rotation": (lambda f: change_config(f, partial_rotary_factor=0.5), "partial_rotary_factor is 0.5"),
+    "unknown field": (lambda f: change_config(f, residual_scale=0.5), "residual_scale is 0.5, a field that no known"),
+    "words for a number": (lambda f: change_config(f, hidden_size="48"), "hidden_size is '48'; expected int"),
+    "words for an alias": (lambda f: change_config(f, n_embd="48"), "n_embd is '48'; expected a number"),
+    "words for a switch": (lambda f: change_config(f, qk_norm="yes"), "qk_norm is 'yes'; expected true or false"),
+    "words for a window": (
+        lambda f: change_config(f, local_attention_window="8"),
+        "local_attention_window is '8'; expected a whole number",
+    ),
+    "words for a rate": (lambda f: change_config(f, attention_dropout="0"), "attention_dropout is '0'; expected float"),
+    "a number for a list": (lambda f: change_config(f, layer_types=3), r"layer_types is 3; expected list\[str\]"),
+    "a switch for a number": (lambda f: change_config(f, vocab_size=True), "vocab_size is True; expected int"),
     "not JSON": (lambda f: (f / "config.json").write_text("{"), "cannot be read as JSON"),
     "no config": (lambda f: (f / "config.json").unlink(), "needs its config.json"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "no weights in it"),
@@ -405,6 +435,36 @@ def test_a_broken_checkpoint_is_named_and_leaves_nothing_behind(fault: str, edit
     with pytest.raises(InputError, match=message):
         import_checkpoint(folder, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["earlier"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_mixed_dtypes_become_the_one_that_is_asked_for(dtype: str, editable: Any, tmp_path: Path) -> None:
+    folder = editable("a30_full")
+    change_tensors(folder, lambda t: t.update({"norm.weight": t["norm.weight"].half()}))
+    report = import_checkpoint(folder, tmp_path / "out", dtype=dtype)
+    assert report["dtype"] == dtype
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert {str(tensor.dtype) for tensor in stored.values()} == {f"torch.{dtype}"}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == dtype
+
+
+def test_weights_that_do_not_fit_the_dtype_asked_for_are_refused(editable: Any, tmp_path: Path) -> None:
+    folder = editable("a30_full")
+    change_tensors(folder, lambda t: t["norm.weight"][0].fill_(1e6))
+    with pytest.raises(InputError, match=r"as torch.float16: model.norm.weight holds NaN or infinity in 1 of 48"):
+        import_checkpoint(folder, tmp_path / "out", dtype="float16")
+    with pytest.raises(InputError, match="--dtype is 'int8'"):
+        import_checkpoint(folder, tmp_path / "out", dtype="int8")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_pad_id_survives_an_import(editable: Any, tmp_path: Path) -> None:
+    folder = editable("a25_base")
+    change_config(folder, pad_token_id=7, eos_token_id=3)
+    import_checkpoint(folder, tmp_path / "out")
+    for name in ("config.json", "generation_config.json"):
+        written = json.loads((tmp_path / "out" / name).read_text())
+        assert (written["pad_token_id"], written["eos_token_id"]) == (7, 3)
 
 
 def test_what_is_no_checkpoint_is_said_to_be_none(tmp_path: Path) -> None:

@@ -17,9 +17,13 @@ from torch import Tensor
 from argonne.cli import main
 from argonne.config import Recipe
 from argonne.errors import InputError
+from argonne.files import write_json
+from argonne.layout import last_checkpoint
+from argonne.legacy.convert import import_checkpoint
 from argonne.legacy.export_pt import export_pt
 from argonne.legacy.training import CLASSES, class_order, restore
 from argonne.model.build import build_model, config_from_fields
+from argonne.model.load import read_checkpoint_tensors
 from argonne.recipe import to_toml
 from argonne.stages.pretrain import run
 from argonne.stages.start import architecture_fields
@@ -172,6 +176,8 @@ def spoilt(path: Path, recipe: Recipe, how: str) -> list[str]:
         "unknown weight": ["blocks.0.attn.gate_proj.weight is unknown"],
         "mis-shaped weight": ["blocks.1.mlp.down_proj.weight has shape (3, 3), expected (32, 64)"],
         "mis-shaped moment": ["exp_avg_sq of parameter 5 (blocks.0.attn.q_norm.weight) is (17,), expected shape (16,)"],
+        "NaN weight": ["model.layers.1.mlp.up_proj.weight holds NaN or infinity in 1 of"],
+        "infinite moment": ["optim.exp_avg_sq.model.layers.0.self_attn.q_norm.weight holds NaN or infinity in 1 of 16"],
         "missing moment": ["no state of parameter 7 (blocks.0.attn.v_norm_layer.weight)"],
         "fewer moments": ["this model's 30 parameters, found 29 parameters"],
         "two groups": ["one parameter group, found 2 groups"],
@@ -190,6 +196,10 @@ def spoilt(path: Path, recipe: Recipe, how: str) -> list[str]:
         weights["blocks.0.attn.gate_proj.weight"] = torch.zeros(2, 2)
     elif how == "mis-shaped weight":
         weights["blocks.1.mlp.down_proj.weight"] = torch.zeros(3, 3)
+    elif how == "NaN weight":
+        weights["blocks.1.mlp.up_proj.weight"][0, 0] = torch.nan
+    elif how == "infinite moment":
+        state[5]["exp_avg_sq"].view(-1)[0] = torch.inf
     elif how == "mis-shaped moment":
         state[5]["exp_avg_sq"] = torch.zeros(17)
     elif how == "missing moment":
@@ -229,6 +239,8 @@ SPOILT = [
         "missing weight",
         "unknown weight",
         "mis-shaped weight",
+        "NaN weight",
+        "infinite moment",
         "mis-shaped moment",
     ),
     *("missing moment", "fewer moments", "two groups", "rearranged", "other count", "other rotary base"),
@@ -249,6 +261,31 @@ def test_a_spoilt_file_is_refused_by_name_with_exit_code_2_and_nothing_is_writte
     assert not (tmp_path / "exploded").exists()
     left = [path.name for path in (tmp_path / "run").rglob("*")]
     assert not [name for name in left if name.startswith(("checkpoint", "config", "metrics", ".tmp"))]
+
+
+def test_ids_survive_a_pt_file_and_weights_that_are_not_finite_do_not(
+    in_order: Nano, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(in_order(), tmp_path / "run", stop_after_step=1)
+    checkpoint = last_checkpoint(tmp_path / "run")
+    assert checkpoint is not None
+    config = json.loads((checkpoint / "config.json").read_text())
+    assert config["eos_token_id"] is not None
+    write_json(checkpoint / "config.json", {**config, "pad_token_id": 7})
+    monkeypatch.setattr("argonne.legacy.export_pt.verify_directory", lambda folder: [])  # the config was changed above
+    export_pt(tmp_path / "run", tmp_path / "exported")
+    import_checkpoint(next((tmp_path / "exported").glob("*.pt")), tmp_path / "imported")
+    for folder in ("exported", "imported"):
+        written = json.loads((tmp_path / folder / "config.json").read_text())
+        assert (written["eos_token_id"], written["pad_token_id"]) == (config["eos_token_id"], 7)
+
+    def damaged(folder: Path) -> dict[str, torch.Tensor]:
+        return {**read_checkpoint_tensors(folder), "model.model.norm.weight": torch.tensor([1.0, torch.nan])}
+
+    monkeypatch.setattr("argonne.legacy.export_pt.read_checkpoint_tensors", damaged)
+    with pytest.raises(InputError, match=r"model\.norm\.weight holds NaN or infinity in 1 of 2 places"):
+        export_pt(tmp_path / "run", tmp_path / "nan")
+    assert not (tmp_path / "nan").exists()
 
 
 def test_muon_is_refused_by_name_in_both_directions(in_order: Nano, tmp_path: Path) -> None:

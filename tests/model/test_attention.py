@@ -140,7 +140,7 @@ def test_bf16_autocast_takes_the_fused_kernel_and_never_the_plain_one(
         torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile,
         torch.autocast("cpu", torch.bfloat16),
     ):
-        model(input_ids=ids, shift_labels=ids, use_cache=False).loss.backward()
+        model(input_ids=ids, shift_labels=ids, loss_reduction="sum", use_cache=False).loss.backward()
     ran = {event.key for event in profile.key_averages()}
     assert "aten::_scaled_dot_product_flash_attention_for_cpu" in ran
     assert "aten::_scaled_dot_product_flash_attention_for_cpu_backward" in ran

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from argonne.errors import InputError
-from argonne.model import Argonne1Config, ArgonneConfig
+from argonne.model import Argonne1Config, ArgonneConfig, ArgonneForCausalLM
 from argonne.model.build import build_model, config_from_fields
 from argonne.presets import presets
 
@@ -39,6 +39,50 @@ def test_a_config_that_cannot_be_is_refused_with_the_field_and_its_value(change:
     fields = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 6, "head_dim": 8, **change}
     with pytest.raises(InputError, match=message):
         config_from_fields(fields)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("num_key_value_heads", 4, "num_attention_heads is 6, not a multiple of num_key_value_heads = 4"),
+        ("head_dim", 7, "head_dim is 7"),
+        ("num_hidden_layers", 3, "layer_types has 4 entries; expected num_hidden_layers = 3"),
+        ("layer_types", ["sliding_attention"] * 4, "sliding_window is None"),
+        ("sliding_window", 8, "sliding_window is 8, and layer_types has no sliding_attention"),
+        ("hidden_act", "relu", "hidden_act is 'relu'"),
+        ("rms_norm_eps", 0.0, "rms_norm_eps is 0.0"),
+        ("attention_dropout", 1.0, "attention_dropout is 1.0"),
+        ("hidden_dropout", -0.1, "hidden_dropout is -0.1"),
+        ("rope_parameters", None, "rope_parameters.rope_theta is None"),
+        ("rope_parameters", {"rope_type": "longrope", "rope_theta": 1e4}, "rope_type is 'longrope'"),
+        ("rope_parameters", {"rope_type": "linear", "rope_theta": 1e4}, "rope_parameters.factor is None"),
+        (
+            "rope_parameters",
+            {"rope_type": "default", "rope_theta": 1e4, "factor": 2.0},
+            "rope_parameters.factor is 2.0",
+        ),
+        (
+            "rope_parameters",
+            {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+            "rope_parameters.partial_rotary_factor is 0.5",
+        ),
+    ],
+)
+def test_a_field_that_was_changed_after_the_config_was_made_is_refused_by_its_name(
+    field: str, value: Any, message: str
+) -> None:
+    sizes = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 6, "head_dim": 8, "vocab_size": 30}
+    config = config_from_fields(sizes)
+    setattr(config, field, value)
+    with pytest.raises(ValueError, match=message):
+        build_model(config, seed=0)
+    with pytest.raises(ValueError, match=message):
+        ArgonneForCausalLM(config)
+
+
+def test_learned_positions_and_scaled_rotations_contradict_each_other() -> None:
+    with pytest.raises(ValueError, match="rope_type is 'linear'; learned positions have none"):
+        Argonne1Config(rope_parameters={"rope_type": "linear", "factor": 2.0})
 
 
 def test_what_is_not_given_follows_the_rules() -> None:

@@ -15,6 +15,7 @@ import torch
 from argonne.errors import InputError
 from argonne.model import ArgonneForCausalLM
 from argonne.model.build import build_model, config_from_fields
+from argonne.model.load import load_model
 from argonne.model.save import save_model_folder
 from argonne.publish.export import expectations, export_model, prove, save_native
 from argonne.publish.fresh_load import compare
@@ -103,9 +104,42 @@ def test_an_export_is_complete_and_proven_in_a_fresh_process(name: str, kind: st
             "AutoConfig": f"configuration_argonne.{family}Config",
             "AutoModel": f"modeling_argonne.{family}BaseModel",
             "AutoModelForCausalLM": f"modeling_argonne.{family}ForCausalLM",
+            "AutoModelForSequenceClassification": f"modeling_argonne.{family}ForSequenceClassification",
         }
         assert config["layer_types"] == model_of(fields).config.layer_types
     assert not list(tmp_path.glob(".tmp-*"))
+
+
+REWARD = """
+import sys, torch
+sys.modules["argonne"] = None
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
+folder, again = sys.argv[1:]
+how = {"trust_remote_code": True, "local_files_only": True}
+model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, pad_token_id=0, **how).eval()
+model.save_pretrained(again)
+other = AutoModelForSequenceClassification.from_pretrained(again, **how).eval()
+left, right = torch.tensor([[0, 0, 7, 8, 9]]), torch.tensor([[7, 8, 9, 0, 0]])
+one = other(torch.tensor([[7, 8, 9]])).logits
+assert one.shape == (1, 1) and type(other).__name__.endswith("ForSequenceClassification"), one
+for ids in (left, right):
+    assert torch.allclose(model(ids, attention_mask=(ids != 0).long()).logits, one, atol=1e-5)
+loss = model(torch.cat([left, right]), attention_mask=(torch.cat([left, right]) != 0).long(), labels=torch.ones(2)).loss
+loss.backward()
+assert model.score.weight.grad.any() and model.model.embed_tokens.weight.grad.any()
+stored = load_file(folder + "/model.safetensors")
+assert all(torch.equal(value, stored["model." + name]) for name, value in model.model.state_dict().items())
+"""
+
+
+@pytest.mark.parametrize("name", ["1", "3-window"])
+def test_a_reward_model_starts_from_an_export(name: str, tmp_path: Path) -> None:
+    folder = saved(GENERATIONS[name], tmp_path / "model")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    command = [sys.executable, "-c", REWARD, str(folder), str(tmp_path / "again")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_model_whose_last_layer_is_local_has_no_native_class_and_every_reason_is_named(tmp_path: Path) -> None:
@@ -143,6 +177,52 @@ def test_a_wrong_export_is_caught_before_it_is_put_in_place(tmp_path: Path, monk
     save_native(twin, tmp_path, {"eos_id": None, "bos_id": None, "pad_id": None}, torch.float32)
     with pytest.raises(RuntimeError, match="logits differ by"):
         prove(tmp_path, model)
+
+
+@pytest.mark.parametrize("kind", ["hf", "native"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_not_exported(kind: str, value: float, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = saved({**GENERATIONS["2"], "hidden_size": 60}, tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.3.mlp.up_proj.weight"][0, 1] = value
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"layers\.3\.mlp\.up_proj\.weight holds NaN or infinity in 1 of 3,360 places"):
+        export_model(folder, tmp_path / "out", kind=kind)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+@pytest.mark.parametrize("broken", [{"relative_difference": float("nan")}, {"greedy_gap": float("nan")}])
+def test_a_difference_that_is_not_a_number_fails_the_proof(
+    broken: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {"relative_difference": 0.0, "greedy_equal": False, "greedy_gap": 0.0, **broken}
+    monkeypatch.setattr("argonne.publish.export.run_fresh", lambda *paths: found)
+    with pytest.raises(RuntimeError, match="nan"):
+        prove(tmp_path, model_of(GENERATIONS["2"]))
+
+
+@pytest.mark.parametrize("known_by", ["config", "generation config", "tokenizer"])
+@pytest.mark.parametrize("way", ["hf", "native", "save_pretrained"])
+def test_the_pad_id_survives_every_way_out(way: str, known_by: str, tmp_path: Path) -> None:
+    folder = saved({**GENERATIONS["2"], "hidden_size": 60}, tmp_path / "model")
+    places = {
+        "config": "config.json",
+        "generation config": "generation_config.json",
+        "tokenizer": "tokenizer_config.json",
+    }
+    for name in places.values():
+        about = json.loads((folder / name).read_text())
+        own = {"pad_token": "w7"} if known_by == "tokenizer" else {"pad_token_id": 7}
+        given = own if name == places[known_by] else {"pad_token_id": None}
+        (folder / name).write_text(json.dumps({**about, **given}))
+    if way == "save_pretrained":
+        load_model(folder).model.save_pretrained(tmp_path / "out")
+    else:
+        export_model(folder, tmp_path / "out", kind=way)
+    written = [json.loads((tmp_path / "out" / name).read_text()) for name in ("config.json", "generation_config.json")]
+    assert [about.get("pad_token_id") for about in written] == [7, 7]
 
 
 def test_an_existing_folder_and_an_unknown_kind_are_refused(tmp_path: Path) -> None:
