@@ -6,6 +6,7 @@ it, sharding it or cutting a pipeline between two of them needs no patch.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,22 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention import IMPLEMENTATION, LayerInputs, argonne_attention
 from .configuration_argonne import SLIDING, ArgonneConfig
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """Switches of a training run: how, never what. They are no config fields and are not saved."""
+
+    activation_checkpointing: str = "none"
+    checkpointing_stride: int = 2
+    loss: str = "chunked"
+    loss_chunk: int = 0
+    z_loss: float = 0.0
+
+    def recomputes(self, layer: int) -> bool:
+        """Is this layer run again in the backward pass instead of keeping its activations?"""
+        nth = self.activation_checkpointing == "every_nth" and layer % self.checkpointing_stride == 0
+        return nth or self.activation_checkpointing == "full"
 
 
 class ArgonneRMSNorm(nn.Module):
@@ -55,7 +72,7 @@ class ArgonneRotaryEmbedding(nn.Module):
     def __init__(self, config: ArgonneConfig) -> None:
         super().__init__()
         self.config = config
-        self.checked = dict(config.rope_parameters or {})  # what check_architecture has seen
+        self.checked, self.kind = dict(config.rope_parameters or {}), config.rope_type
 
     @property
     def inv_freq(self) -> Tensor:
@@ -69,9 +86,9 @@ class ArgonneRotaryEmbedding(nn.Module):
         config, device = self.config, position_ids.device
         if config.rope_parameters != self.checked:
             config.check_rope()
-            self.checked = dict(config.rope_parameters or {})
-        if config.rope_type != "default":
-            frequencies, factor = ROPE_INIT_FUNCTIONS[config.rope_type](config, device, seq_len=position_ids.max() + 1)
+            self.checked, self.kind = dict(config.rope_parameters or {}), config.rope_type
+        if self.kind != "default":
+            frequencies, factor = ROPE_INIT_FUNCTIONS[self.kind](config, device, seq_len=position_ids.max() + 1)
             return frequencies.to(torch.float64), factor
         steps = torch.arange(0, config.head_dim, 2, dtype=torch.float64, device=device)
         return float(self.checked["rope_theta"]) ** (-steps / config.head_dim), 1.0

@@ -26,24 +26,8 @@ from transformers.utils import can_return_tuple
 from .attention import IMPLEMENTATION, LayerInputs, attention_patterns
 from .configuration_argonne import Argonne1Config, ArgonneConfig
 from .kernels import ORDER
-from .layers import ArgonneAttention, ArgonneDecoderLayer, ArgonneRotaryEmbedding, make_norm
+from .layers import ArgonneAttention, ArgonneDecoderLayer, ArgonneRotaryEmbedding, TrainingOptions, make_norm
 from .loss import IGNORED, Head, LossOptions
-
-
-@dataclass(frozen=True)
-class TrainingOptions:
-    """Switches of a training run: how, never what. They are no config fields and are not saved."""
-
-    activation_checkpointing: str = "none"
-    checkpointing_stride: int = 2
-    loss: str = "chunked"
-    loss_chunk: int = 0
-    z_loss: float = 0.0
-
-    def recomputes(self, layer: int) -> bool:
-        """Is this layer run again in the backward pass instead of keeping its activations?"""
-        nth = self.activation_checkpointing == "every_nth" and layer % self.checkpointing_stride == 0
-        return nth or self.activation_checkpointing == "full"
 
 
 class ArgonnePreTrainedModel(PreTrainedModel):
