@@ -135,7 +135,7 @@ def seal_directory(folder: Path, sealed: Mapping[str, Seal] | None = None) -> No
     name, key, digest = (
         (HASH_LIST, "sha256", sha256_of_file) if sealed is None else (QUICK_LIST, "xxh3_128", quick_hash_of_file)
     )
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != name)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (HASH_LIST, QUICK_LIST))
     entries: dict[str, Any] = {}
     for path in files:
         relative, size = path.relative_to(folder).as_posix(), path.stat().st_size
@@ -146,6 +146,7 @@ def seal_directory(folder: Path, sealed: Mapping[str, Seal] | None = None) -> No
             raise OSError(f"{path}: has {size:,} bytes, {known.bytes:,} were written")
         entries[relative] = {"bytes": size, key: known.hash if known else digest(path)}
     write_json(folder / name, {"format_version": 1, "files": entries})
+    (folder / (QUICK_LIST if name == HASH_LIST else HASH_LIST)).unlink(missing_ok=True)  # of a seal before this one
     for path in sorted({path.parent for path in files} | {folder}):
         fsync_path(path)
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from transformers.utils import logging
 
 from argonne.cli import main
 from argonne.files import seal_directory
@@ -33,6 +34,8 @@ num_attention_heads = 2
 num_key_value_heads = 1
 """
 Refused = Callable[..., str]
+# The handler of transformers' log keeps the stderr of the moment it is made: not that of a test which ends before it.
+logging.get_logger()
 
 
 @pytest.fixture
