@@ -23,7 +23,7 @@ GRACE = 30
 
 
 def _campaign(mother: Mother, finish: Finish, nano: Nano, folder: Path, *, signals: int, seed: int, ranks: int) -> None:
-    steps = 6 * signals
+    steps = 12 * signals  # sessions that end late train on meanwhile
     recipe = nano(
         **{
             "parallel.nproc": str(ranks),
