@@ -56,7 +56,7 @@ def sources(tokens: Path, max_epochs: int = 9) -> list[str]:
 
 
 def loaded_modules(*arguments: str) -> set[str]:
-    """The top-level modules of a process that ran `argonne` with these arguments."""
+    """The modules of a process that ran `argonne` with these arguments."""
     code = f"""
 import sys
 from argonne.cli import main
@@ -64,7 +64,7 @@ try:
     main({list(arguments)!r})
 except SystemExit:
     pass
-print("MODULES", *{{name.split(".")[0] for name in sys.modules}})
+print("MODULES", *sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return set(done.stdout.rpartition("MODULES ")[2].split())
@@ -77,6 +77,11 @@ def test_help_and_dry_run_import_nothing_heavy(arguments: tuple[str, ...]) -> No
     found = loaded_modules(*arguments)
     assert "argonne" in found
     assert found & HEAVY == set()
+
+
+def test_help_loads_no_more_of_the_package_than_the_command() -> None:
+    found = {name for name in loaded_modules("--help") if name.startswith("argonne.")}
+    assert found == {"argonne.cli", "argonne.cli.command", "argonne.errors"}
 
 
 def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:

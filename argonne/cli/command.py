@@ -5,7 +5,6 @@ code.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import difflib
 import importlib
 import itertools
@@ -20,7 +19,6 @@ from typing import Any, NoReturn
 
 from argonne import __version__
 from argonne.errors import REQUESTS, Ended, InputError, first_line, outlive_stderr
-from argonne.files import json_text
 
 # The way from text to a model that others use: page of the verbs, what they are for, each verb and what it does.
 PAGES = (
@@ -200,6 +198,8 @@ def build_parser(arguments: Sequence[str], *, whole: bool = False) -> argparse.A
 
 def add_keys(parser: Parser, kind: type) -> None:
     """A flag for every field of a dataclass of options: name, type, default, meaning and choices stand in the field."""
+    import dataclasses  # as below: `argonne --help` needs neither, and is to answer at once
+
     hints = typing.get_type_hints(kind)
     for item in dataclasses.fields(kind):
         hint, meaning = hints[item.name], item.metadata["meaning"]
@@ -223,6 +223,8 @@ def add_keys(parser: Parser, kind: type) -> None:
 
 def chosen(kind: type, options: argparse.Namespace) -> Any:
     """The dataclass of options that the flags of `add_keys` say."""
+    import dataclasses
+
     values = {item.name: getattr(options, item.name) for item in dataclasses.fields(kind)}
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
@@ -250,6 +252,8 @@ def out_flag(parser: argparse.ArgumentParser) -> None:
 def show(found: Any, text: str | None = None, *, as_json: bool) -> None:
     """A result to stdout: one JSON document, or its text for people (facts without one: a line each)."""
     if as_json:
+        from argonne.files import json_text
+
         text = json_text(found, indent=2)
     print("\n".join(f"{name}: {value}" for name, value in found.items()) if text is None else text)
 

@@ -77,11 +77,17 @@ def copy_tokenizer(source: Path | None, target: Path) -> list[str]:
     return found
 
 
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Are all its numbers finite? A sum is so only where all it adds are, and costs a fraction; one that overflowed is
+    looked at closely.
+    """
+    return not tensor.is_floating_point() or bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+
+
 def check_finite(where: Path | str, tensors: Mapping[str, torch.Tensor]) -> None:
     """Raise InputError naming the first parameter that holds NaN or infinity."""
     for name, tensor in tensors.items():
-        # A sum is finite only where all it adds is, and costs a fraction; one that overflowed is looked at closely.
-        if tensor.is_floating_point() and not bool(tensor.sum().isfinite()) and not bool(tensor.isfinite().all()):
+        if not is_finite(tensor):
             raise InputError(
                 f"{where}: {name} holds NaN or infinity in {int((~tensor.isfinite()).sum()):,} of {tensor.numel():,} "
                 "places; the weights are damaged, or do not fit their dtype: give others"

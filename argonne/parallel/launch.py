@@ -160,7 +160,7 @@ def _watch(workers: list[_Worker], requests: _Requests) -> tuple[list[Any], str 
             except (EOFError, ConnectionResetError):
                 problem = "it ended without a word"
             if problem is not None:
-                worker.process.join()
+                worker.process.join(EXIT_SECONDS)
                 return [], f"worker {worker.rank} failed (exit code {worker.process.exitcode}): {problem}"
             if isinstance(results[worker.rank], Stopped):
                 requests.ask(signal.SIGTERM)

@@ -39,6 +39,7 @@ from argonne.files import (
     write_text,
 )
 from argonne.layout import LAST, METRICS, STATE, STATE_VERSION, WEIGHTS, checkpoint_name, last_checkpoint, step_in_name
+from argonne.model.save import is_finite
 from argonne.parallel.mesh import Mesh
 from argonne.train.optim import optimizer_tensors
 from argonne.train.tensor_files import HashingWriter
@@ -77,9 +78,7 @@ def check_finite(model: nn.Module, mesh: Mesh) -> None:
     mine = []
     for name, parameter in model.named_parameters():
         held = parameter.detach()
-        held = held.to_local() if isinstance(held, DTensor) else held
-        # A sum is finite only where all it adds is, and costs a fraction; one that overflowed is looked at closely.
-        if not bool(held.sum().isfinite()) and not bool(held.isfinite().all()):
+        if not is_finite(held.to_local() if isinstance(held, DTensor) else held):
             mine.append(name)
     for rank, names in enumerate(mesh.gather(mine)):
         if names:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from argonne.config import CheckpointSection
 from argonne.parallel.mesh import Mesh
@@ -75,7 +76,12 @@ class Saver:
 
     def _make_copies(self) -> None:
         for name, tensor in checkpoint.run_tensors(self.model, self.optimizer).items():
-            self._copies[name] = torch.empty_like(tensor, device="cpu").zero_()
+            if not isinstance(tensor, DTensor):  # of a sharded one a copy is made each time: it is a rank's part only
+                self._copies[name] = torch.empty_like(tensor, device="cpu").zero_()
+
+    def _copy(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        held = self._copies.get(name)
+        return tensor.detach().to("cpu", copy=True) if held is None else held.copy_(tensor.detach())
 
     def due_by_time(self, step: int) -> bool:
         minutes = self.keep.every_minutes
@@ -103,14 +109,13 @@ class Saver:
         tensors = checkpoint.run_tensors(self.model, self.optimizer)
         if self.keep.asynchronous and not final:
             self._preparing.join()
-            for name, tensor in tensors.items():
-                self._copies[name].copy_(tensor.detach())
+            copies = {name: self._copy(name, tensor) for name, tensor in tensors.items()}
             # In a thread, whose ranks agree on a group of their own, so that nothing mixes with the loop's agreements.
             mesh = dataclasses.replace(self.mesh, agreement=self.mesh.saving)
 
             def work() -> None:
                 try:
-                    self._write(step, self._copies, state, mesh)
+                    self._write(step, copies, state, mesh)
                 except BaseException as error:
                     self._problem = error
 

@@ -106,11 +106,11 @@ def test_a_stage_through_a_pipeline_of_two_processes_gives_the_curve_of_one(
     assert stored(tmp_path / "one" / "final_model").keys() == stored(tmp_path / "pipe" / "final_model").keys()
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize(("optimizer", "background"), [("adamw", "false"), ("muon", "true")])
 def test_sharded_parameters_move_and_equal_one_process(
-    nano: Nano, tmp_path: Path, command: Callable[..., int], optimizer: str
+    nano: Nano, tmp_path: Path, command: Callable[..., int], optimizer: str, background: str
 ) -> None:
-    recipe = nano(**{"optim.name": optimizer})
+    recipe = nano(**{"optim.name": optimizer, "checkpoint.asynchronous": background})
     assert command(recipe, "one", pretrain.PRETRAIN) == 0
     two = dataclasses.replace(recipe, parallel=nano(**TWO).parallel)
     assert command(two, "cut", pretrain.PRETRAIN, modes.SHARDED, stop_after=5) == 3
