@@ -18,7 +18,7 @@ from benchmarks.harness import Benchmark, Column
 from benchmarks.harness import main as run_benchmark
 
 LENGTH, STEPS, WARM_UP = 1024, 10, 3
-LARGEST_ROWS = 64
+LARGEST_ROWS = 16
 PRESETS = {"2.5": "argonne-2.5", "3.0": "argonne-3.0"}
 
 

@@ -24,7 +24,7 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import AttentionInterface
 
 from .configuration_argonne import FULL, SLIDING
-from .fused import Pattern, Segments
+from .fused import Pattern, Segments, block_mask
 from .kernels import choose_kernel, run_kernel
 
 IMPLEMENTATION = "argonne"
@@ -158,6 +158,32 @@ def attention_patterns(
     return {kind: Pattern(dense=mask, own_keys=alone[kind]) for kind, mask in masks.items()}
 
 
+def prepare_patterns(masks: Mapping[str, Any], config: Any, hidden: Tensor, kernel: str) -> None:
+    """Make what flex attention needs of each pattern before the layers run: made inside a compiled layer, the first of
+    them would be compiled apart from the others. hidden (B, T, H).
+    """
+    if hidden.device.type != "cuda" or torch.compiler.is_compiling():
+        return
+    rows, length = hidden.shape[:2]
+    autocast = torch.is_autocast_enabled("cuda")
+    one = hidden.new_empty((), dtype=torch.get_autocast_dtype("cuda") if autocast else hidden.dtype)
+    query, key = (
+        one.expand(rows, heads, length, config.head_dim)
+        for heads in (config.num_attention_heads, config.num_key_value_heads)
+    )
+    for pattern in masks.values():
+        if isinstance(pattern, Pattern) and pattern.dense is None:
+            wanted = _within(pattern, length)
+            if hidden.device not in pattern.memo and choose_kernel(kernel, query, key, key, wanted, 0.0) == "flex":
+                pattern.memo[hidden.device] = block_mask(wanted, rows, length, hidden.device)
+
+
+def _within(pattern: Pattern, length: int) -> Pattern:
+    """The pattern without a window that hides nothing of `length` tokens."""
+    hides_nothing = pattern.window is not None and pattern.window >= length
+    return replace(pattern, window=None) if hides_nothing else pattern
+
+
 def argonne_attention(
     module: nn.Module,
     query: Tensor,
@@ -176,13 +202,11 @@ def argonne_attention(
     pattern = attention_mask if isinstance(attention_mask, Pattern) else Pattern(dense=attention_mask)
     if pattern.dense is None and query.shape[2] != key.shape[2] and query.shape[2] > 1:
         raise ValueError(f"{query.shape[2]} queries over {key.shape[2]} keys need a mask: none was given")
-    if pattern.window is not None and pattern.window >= query.shape[2]:
-        pattern = replace(pattern, window=None)  # it hides nothing
+    pattern = _within(pattern, query.shape[2])
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     kernel = choose_kernel(getattr(module, "attention_kernel", "auto"), query, key, value, pattern, dropout)
     output, path = run_kernel(kernel, query, key, value, pattern, scale, dropout)
-    if getattr(module, "attention_path", None) != path:
-        module.attention_path = path  # type: ignore[assignment]
+    module.attention_path = path  # type: ignore[assignment] # never read here: compiled code would depend on it
     return output, None
 
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 HALF = (torch.float16, torch.bfloat16)
+FLEX_BLOCK = 128  # queries, and keys, that flex attention judges at once
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,13 @@ def _flatten(x: Tensor, width: int) -> Tensor:
 # --------------------------------------------------------------------------------------------------------
 
 
-@cache
+@torch.compiler.assume_constant_result  # to look for a module cannot be compiled
 def flash_library(capability: tuple[int, int]) -> tuple[str, Callable[..., Any], Callable[..., Any]] | None:
+    return _flash_library(capability)
+
+
+@cache
+def _flash_library(capability: tuple[int, int]) -> tuple[str, Callable[..., Any], Callable[..., Any]] | None:
     """Name, flash_attn_func and flash_attn_varlen_func of the newest FlashAttention that fits this GPU; None where none
     is installed.
 
@@ -159,21 +165,26 @@ def call_flash(
 # --------------------------------------------------------------------------------------------------------
 
 
+@torch.compiler.assume_constant_result
+def varlen_function() -> tuple[Callable[..., Any], tuple[str, ...]] | None:
+    return _varlen_function()
+
+
 @cache
-def varlen_function() -> tuple[Callable[..., Any], frozenset[str]] | None:
+def _varlen_function() -> tuple[Callable[..., Any], tuple[str, ...]] | None:
     """torch's varlen_attn and the names of its parameters; None where this torch has none."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
+    return varlen_attn, tuple(inspect.signature(varlen_attn).parameters)
 
 
 def why_not_varlen(query: Tensor, key: Tensor, pattern: Pattern, dropout: float) -> str | None:
     if query.device.type != "cuda":
         return f"varlen attention needs a CUDA device, this is {query.device.type}"
     found = varlen_function()
-    if found is None or not {"window_size", "scale"} <= found[1]:
+    if found is None or "window_size" not in found[1] or "scale" not in found[1]:
         return f"torch {torch.__version__} has no varlen attention with windows"
     if query.shape[1] != key.shape[1] and "enable_gqa" not in found[1]:
         return f"varlen attention of torch {torch.__version__} has no grouped queries"
@@ -247,11 +258,46 @@ def mask_function(
     return visible
 
 
+def block_mask(pattern: Pattern, rows: int, length: int, device: torch.device) -> Any:
+    """Which blocks of keys a block of queries sees in part, and which whole: flex attention's BlockMask.
+
+    A query sees the keys from `low` to itself, and `low` never falls along a row: so a block is judged by its first and
+    its last query, and no (T, T) mask is made, as create_block_mask would.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    query = torch.arange(length, device=device)
+    low = torch.zeros(1, length, dtype=torch.int64, device=device)
+    if pattern.segments is not None:
+        cuts = pattern.segments.cumulative.to(torch.int64)
+        tokens = query + torch.arange(rows, device=device)[:, None] * length
+        low = cuts[torch.searchsorted(cuts, tokens, right=True) - 1] - tokens + query
+    if pattern.window is not None:
+        low = low.clamp_min(query - pattern.window + 1)
+    blocks = torch.arange(-(-length // FLEX_BLOCK), device=device)
+    key, own = blocks * FLEX_BLOCK, blocks[:, None]
+    first, last = key, (key + FLEX_BLOCK - 1).clamp_max(length - 1)
+    # Of a last block that is cut off torch counts none whole.
+    whole = (key >= low[:, last, None]) & (blocks < own) & (own * FLEX_BLOCK + FLEX_BLOCK <= length)
+    part = (key + FLEX_BLOCK > low[:, first, None]) & (blocks <= own) & ~whole
+
+    def listed(seen: Tensor) -> tuple[Tensor, Tensor]:
+        """(1 or B, 1, blocks) how many, and their numbers first in (1 or B, 1, blocks, blocks)."""
+        order = seen.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+        return seen.sum(-1, dtype=torch.int32)[:, None], order.to(torch.int32)[:, None]
+
+    mask = mask_function(pattern, rows, length, device)
+    return BlockMask.from_kv_blocks(
+        *listed(part), *listed(whole), BLOCK_SIZE=FLEX_BLOCK, mask_mod=mask, seq_lengths=(length, length)
+    )
+
+
 @cache
 def _compiled_flex() -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention as function
 
-    compiled: Callable[..., Any] = torch.compile(function, dynamic=False)
+    # Whole or not at all: past the compiler's limit of shapes it would go on in the open, with all scores in memory.
+    compiled: Callable[..., Any] = torch.compile(function, fullgraph=True)
     return compiled
 
 
@@ -259,14 +305,11 @@ def flex_attention(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, 
     """torch's flex attention; the block mask is made once a pattern. Compiled on CUDA: uncompiled it would hold all
     scores.
     """
-    from torch.nn.attention.flex_attention import create_block_mask
     from torch.nn.attention.flex_attention import flex_attention as plain
 
     rows, heads, length, size = query.shape
     if query.device not in pattern.memo:
-        mask = mask_function(pattern, rows, length, query.device)
-        per_row = rows if pattern.segments is not None else None
-        pattern.memo[query.device] = create_block_mask(mask, per_row, None, length, length, device=query.device)
+        pattern.memo[query.device] = block_mask(pattern, rows, length, query.device)
     width = max(16, 1 << (size - 1).bit_length())  # its kernels want powers of two
     compiled = query.device.type == "cuda" and not torch.compiler.is_compiling()
     function: Any = _compiled_flex() if compiled else plain

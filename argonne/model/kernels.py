@@ -1,13 +1,13 @@
 """The kernels that run attention under a pattern: which can, in which order, and how. Ships with each checkpoint.
 
-The order is flash, varlen, flex, sdpa, math. `auto` takes the first that can run this device, dtype, head size and
-mask; a forced kernel that cannot is a ValueError. Running out of memory is never a reason to take another one: nothing
+The order is flash, varlen, flex, sdpa, math; sdpa goes before varlen and flex where a query sees all before it, which
+torch's own causal kernels do fastest. `auto` takes the first that can run this device, dtype, head size and mask; a
+forced kernel that cannot is a ValueError. Running out of memory is never a reason to take another one: nothing
 here is caught. All take query (B, Hq, Tq, D), key and value (B, Hkv, Tk, D) and return (B, Tq, Hq, D).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from .fused import (
 ORDER = ("flash", "varlen", "flex", "sdpa", "math")
 # Flex runs forward only on the CPU: training and evaluation shall not take different paths there by themselves.
 ORDER_ON_CPU = ("sdpa", "math")
+ORDER_OF_CAUSAL = ("flash", "sdpa", "math")
 
 
 class KernelUnavailable(ValueError):
@@ -53,7 +54,8 @@ def choose_kernel(wanted: str, query: Tensor, key: Tensor, value: Tensor, patter
                 f"attention kernel {wanted!r} was asked for and cannot run: {reason}; choose another or auto"
             )
         return wanted
-    order = ORDER_ON_CPU if query.device.type == "cpu" else ORDER
+    causal = pattern.segments is None and pattern.window is None and pattern.dense is None
+    order = ORDER_ON_CPU if query.device.type == "cpu" else ORDER_OF_CAUSAL if causal else ORDER
     return next(kernel for kernel in order if why_not(kernel, query, key, value, pattern, dropout) is None)
 
 
@@ -114,76 +116,60 @@ def sdpa_attention(
     """torch's fused kernels: causal as it is, a window as blocks, segments one by one; a dense mask only where it has
     one.
     """
-    run = _Sdpa(scale, dropout, query.shape[1] != key.shape[1])
+    how = scale, dropout
     if query.shape[2] == 1 and pattern.segments is None:
-        return _decode(run, query, key, value, pattern.dense), "sdpa-decode"
+        return _decode(how, query, key, value, pattern.dense), "sdpa-decode"
     if pattern.dense is not None:
-        return run(query, key, value, mask=pattern.dense).transpose(1, 2), "sdpa-mask"
+        return _sdpa(query, key, value, *how, mask=pattern.dense).transpose(1, 2), "sdpa-mask"
     if pattern.segments is not None:
         path = "sdpa-documents" if pattern.window is None else "sdpa-documents-window"
-        return _by_segment(run, query, key, value, pattern.segments, pattern.window), path
+        return _by_segment(how, query, key, value, pattern.segments, pattern.window), path
     if pattern.window is not None:
-        return _windowed(run, query, key, value, pattern.window).transpose(1, 2), "sdpa-window-blocks"
-    return run(query, key, value, causal=True).transpose(1, 2), "sdpa-causal"
+        return _windowed(how, query, key, value, pattern.window).transpose(1, 2), "sdpa-window-blocks"
+    return _sdpa(query, key, value, *how, causal=True).transpose(1, 2), "sdpa-causal"
 
 
-@dataclass(frozen=True)
-class _Sdpa:
-    """One call of torch's scaled_dot_product_attention, in a form that its fused kernels take."""
-
-    scale: float
-    dropout: float
-    grouped: bool
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-        if q.device.type == "cuda":
-            return self.on_cuda(q, k, v, mask, causal)
-        return self.plain(q, k, v, mask, causal, grouped=self.grouped)
-
-    def plain(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, *, grouped: bool) -> Tensor:
-        extra: dict[str, Any] = {"enable_gqa": True} if grouped else {}
-        return F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            dropout_p=self.dropout,
-            is_causal=causal and q.shape[2] > 1,
-            scale=self.scale,
-            **extra,
-        )
-
-    def on_cuda(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-        """CUDA's fused kernels want head sizes in eights, and only its flash kernel (fp16, bf16, no mask) knows grouped
-        queries.
-
-        With a mask the queries of a group are laid one after the other, so that no key is repeated; without one, in
-        fp32, keys are.
-        """
-        size = q.shape[-1]
-        q, k, v = (pad_heads(x, -(-size // 8) * 8) for x in (q, k, v))
-        if not self.grouped or (mask is None and q.dtype in HALF):
-            return self.plain(q, k, v, mask, causal, grouped=self.grouped)[..., :size]
-        groups = q.shape[1] // k.shape[1]
-        if mask is not None and (mask.dim() == 2 or mask.shape[1] == 1):
-            folded = q.unflatten(1, (-1, groups)).flatten(2, 3)
-            tall = mask.expand(*mask.shape[:-2], q.shape[2], k.shape[2]).repeat(*[1] * (mask.dim() - 2), groups, 1)
-            out = self.plain(folded, k, v, tall, False, grouped=False)
-            return out.unflatten(2, (groups, -1)).flatten(1, 2)[..., :size]
-        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-        return self.plain(q, k, v, mask, causal, grouped=False)[..., :size]
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float, mask: Tensor | None = None, causal: bool = False
+) -> Tensor:
+    """One call of torch's scaled_dot_product_attention, (B, H, T, D), in a form that its fused kernels take."""
+    settings: dict[str, Any] = {"dropout_p": dropout, "scale": scale, "is_causal": causal and q.shape[2] > 1}
+    if q.device.type == "cuda":
+        return sdpa_for_cuda(q, k, v, mask, settings)
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, mask, **settings, **({"enable_gqa": True} if grouped else {}))
 
 
-def _decode(run: _Sdpa, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+def sdpa_for_cuda(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, settings: dict[str, Any]) -> Tensor:
+    """CUDA's fused kernels want head sizes in eights, and only its flash kernel (fp16, bf16, no mask) knows grouped
+    queries.
+
+    With a mask the queries of a group are laid one after the other, so that no key is repeated; without one, in fp32,
+    keys are.
+    """
+    size, groups = q.shape[-1], q.shape[1] // k.shape[1]
+    q, k, v = (pad_heads(x, -(-size // 8) * 8) for x in (q, k, v))
+    if groups == 1:
+        return F.scaled_dot_product_attention(q, k, v, mask, **settings)[..., :size]
+    if mask is None and q.dtype in HALF:
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **settings)[..., :size]
+    if mask is not None and (mask.dim() == 2 or mask.shape[1] == 1):
+        folded = q.unflatten(1, (-1, groups)).flatten(2, 3)
+        tall = mask.expand(*mask.shape[:-2], q.shape[2], k.shape[2]).repeat(*[1] * (mask.dim() - 2), groups, 1)
+        out = F.scaled_dot_product_attention(folded, k, v, tall, **settings)
+        return out.unflatten(2, (groups, -1)).flatten(1, 2)[..., :size]
+    k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, mask, **settings)[..., :size]
+
+
+def _decode(how: tuple[float, float], query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """One query a row. The queries that share a key head take the place of the sequence, so that no key is repeated.
     (B, 1, Hq, D)
     """
     rows, heads, _, width = query.shape
     if mask is not None and mask.shape[1] != 1:
-        return run(query, key, value, mask=mask).transpose(1, 2)
-    packed = _Sdpa(run.scale, run.dropout, grouped=False)(
-        query.reshape(rows, key.shape[1], -1, width), key, value, mask=mask
-    )
+        return _sdpa(query, key, value, *how, mask=mask).transpose(1, 2)
+    packed = _sdpa(query.reshape(rows, key.shape[1], -1, width), key, value, *how, mask=mask)
     return packed.reshape(rows, 1, heads, width)
 
 
@@ -191,7 +177,7 @@ def _decode(run: _Sdpa, query: Tensor, key: Tensor, value: Tensor, mask: Tensor 
     reason="the lengths of documents differ in every batch: compiled code would be made anew each time"
 )
 def _by_segment(
-    run: _Sdpa, query: Tensor, key: Tensor, value: Tensor, segments: Segments, window: int | None
+    how: tuple[float, float], query: Tensor, key: Tensor, value: Tensor, segments: Segments, window: int | None
 ) -> Tensor:
     """Each segment by itself with the causal kernel. Split and cat, not slices: the gradient of a slice is a full
     tensor of zeros.
@@ -202,12 +188,13 @@ def _by_segment(
     outputs = []
     for q, k, v in zip(*flat, strict=True):
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-        part = run(q, k, v, causal=True) if window is None or window >= q.shape[2] else _windowed(run, q, k, v, window)
+        whole = window is None or window >= q.shape[2]
+        part = _sdpa(q, k, v, *how, causal=True) if whole else _windowed(how, q, k, v, int(window or 0))
         outputs.append(part[0].transpose(0, 1))
     return torch.cat(outputs).view(rows, length, heads, width)
 
 
-def _windowed(run: _Sdpa, query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
+def _windowed(how: tuple[float, float], query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
     """A window of `window` keys over T > window tokens, in blocks of at least `window`: a block sees itself and the one
     before it.
 
@@ -220,15 +207,15 @@ def _windowed(run: _Sdpa, query: Tensor, key: Tensor, value: Tensor, window: int
     j = torch.arange(2 * block, device=query.device)[None, :]
     band = (j <= i) & (j > i - window)
     if block >= length:
-        return run(query, key, value, mask=band[:length, block : block + length])
+        return _sdpa(query, key, value, *how, mask=band[:length, block : block + length])
     q, k, v = (x[:, :, :block] for x in (query, key, value))
-    first = run(q, k, v, causal=True) if block <= window else run(q, k, v, mask=band[:, block:])
+    first = _sdpa(q, k, v, *how, mask=None if block <= window else band[:, block:], causal=block <= window)
     padding = -length % block
     q, k, v = (F.pad(x, (0, 0, 0, padding)).unflatten(2, (-1, block)).transpose(1, 2) for x in (query, key, value))
     others = q.shape[1] - 1
     near = [torch.cat([x[:, :-1], x[:, 1:]], dim=3).flatten(0, 1) for x in (k, v)]
     rest = (
-        run(q[:, 1:].flatten(0, 1), near[0], near[1], mask=band)
+        _sdpa(q[:, 1:].flatten(0, 1), near[0], near[1], *how, mask=band)
         .unflatten(0, (rows, others))
         .transpose(1, 2)
         .flatten(2, 3)

@@ -19,6 +19,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 IGNORED = -100
+# On a GPU, rows of 16-bit logits that do not begin at a multiple of 16 bytes run on a kernel three times slower
+# (a vocabulary of 151,669): the head's copy in that dtype is padded to a multiple of this.
+PADDED_TO = 64
 
 
 @dataclass(frozen=True)
@@ -52,11 +55,29 @@ def compute_dtype(hidden: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
+def _head_in(dtype: torch.dtype, weight: Tensor) -> Tensor:
+    """The head's weight in the dtype of its matrix products, padded where that is faster."""
+    return weight.to(dtype) if weight.device.type == "cpu" or dtype.itemsize != 2 else padded(dtype, weight)
+
+
+def padded(dtype: torch.dtype, weight: Tensor) -> Tensor:
+    """A copy of (V, H) with rows of zeros up to the next multiple of PADDED_TO."""
+    return F.pad(weight.to(dtype), (0, 0, 0, -weight.shape[0] % PADDED_TO))
+
+
 class _Logits:
-    """Capped logits of one chunk and what the derivative needs."""
+    """Capped logits of one chunk and what the derivative needs. `vocabulary`: rows of the weight that are no padding;
+    the others get probability 0.
+    """
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, targets: Tensor, options: LossOptions, buffers: Tensor | None = None
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        options: LossOptions,
+        vocabulary: int,
+        buffers: Tensor | None = None,
     ) -> None:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         rows = hidden.shape[0]
@@ -66,9 +87,11 @@ class _Logits:
             slope = torch.tanh_(x.div_(options.softcap))
             x = torch.mul(slope, options.softcap, out=None if buffers is None else buffers[1, :rows])
             self.slope = slope.square_().neg_().add_(1)
+        if vocabulary < weight.shape[0]:
+            x[:, vocabulary:] = -torch.inf
         self.valid = targets != IGNORED
         column = torch.where(self.valid, targets - options.first, 0)
-        here = (column >= 0) & (column < weight.shape[0]) & self.valid
+        here = (column >= 0) & (column < vocabulary) & self.valid
         self.column = torch.where(here, column, 0)[:, None]
         self.here = here.to(wide)[:, None]
         chosen = x.gather(1, self.column)
@@ -119,15 +142,18 @@ class _Logits:
 class _Gradients:
     """Gradients of h and W, at least in fp32, filled chunk by chunk; None for one that nobody asks for."""
 
-    def __init__(self, ctx: Any, hidden: Tensor, weight: Tensor) -> None:
+    def __init__(self, ctx: Any, hidden: Tensor, weight: Tensor, head: Tensor) -> None:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         self.dtypes = hidden.dtype, weight.dtype
         self.hidden = torch.zeros_like(hidden, dtype=wide) if ctx.needs_input_grad[0] else None
-        self.weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
+        rows = head.shape[0]  # with those of the padding
+        self.weight = weight.new_zeros(rows, weight.shape[1], dtype=wide) if ctx.needs_input_grad[1] else None
+        self.vocabulary = weight.shape[0]
 
     def given_back(self) -> tuple[Tensor | None, Tensor | None, None, None]:
         """What backward returns, one for each argument of forward."""
-        found = zip((self.hidden, self.weight), self.dtypes, strict=True)
+        of_head = None if self.weight is None else self.weight[: self.vocabulary]
+        found = zip((self.hidden, of_head), self.dtypes, strict=True)
         of_hidden, of_weight = (None if gradient is None else gradient.to(dtype) for gradient, dtype in found)
         return of_hidden, of_weight, None, None
 
@@ -145,21 +171,19 @@ class _SummedLoss(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=hidden.device)
         penalty = torch.zeros_like(total)
-        gradients = _Gradients(ctx, hidden, weight)
         with torch.autocast(hidden.device.type, enabled=False):
-            head = weight.to(dtype)
+            head = _head_in(dtype, weight)
+            gradients = _Gradients(ctx, hidden, weight, head)
             rows = _rows_that_count(targets)
             picked = targets if rows is None else targets[rows]
             chunk = rows_of_chunk(options, max(1, picked.shape[0]), weight.shape[0], hidden.device)
             # Fresh memory for each chunk costs the CPU a page fault for every 4 KiB; a GPU's allocator has it at hand.
             reusable = hidden.device.type == "cpu" and dtype == wide
-            buffers = (
-                torch.empty(2 if options.softcap else 1, chunk, weight.shape[0], dtype=dtype) if reusable else None
-            )
+            buffers = torch.empty(2 if options.softcap else 1, chunk, head.shape[0], dtype=dtype) if reusable else None
             for start in range(0, picked.shape[0], chunk):
                 part = slice(start, start + chunk) if rows is None else rows[start : start + chunk]
                 h, t = hidden[part].to(dtype), targets[part]
-                logits = _Logits(h, head, t, options, buffers)
+                logits = _Logits(h, head, t, options, weight.shape[0], buffers)
                 log_z = torch.where(logits.valid, logits.log_z, 0)
                 total -= torch.where(logits.valid, logits.target_log_p, 0).sum()
                 if options.z_loss:
@@ -204,10 +228,10 @@ class _TokenLogProbs(torch.autograd.Function):
         log_z = torch.zeros_like(log_p)
         chunk = rows_of_chunk(options, max(1, targets.shape[0]), weight.shape[0], hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
-            head = weight.to(dtype)
+            head = _head_in(dtype, weight)
             for start in range(0, targets.shape[0], chunk):
                 part = slice(start, start + chunk)
-                logits = _Logits(hidden[part].to(dtype), head, targets[part], options)
+                logits = _Logits(hidden[part].to(dtype), head, targets[part], options, weight.shape[0])
                 log_p[part] = torch.where(logits.valid, logits.target_log_p, 0)
                 log_z[part] = torch.where(logits.valid, logits.log_z, 0)
         ctx.save_for_backward(hidden, weight, targets)
@@ -219,13 +243,13 @@ class _TokenLogProbs(torch.autograd.Function):
     def backward(ctx: Any, on_log_p: Tensor, on_log_z: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         hidden, weight, targets = ctx.saved_tensors
         options, dtype, chunk = ctx.settings
-        gradients = _Gradients(ctx, hidden, weight)
         with torch.autocast(hidden.device.type, enabled=False):
-            head = weight.to(dtype)
+            head = _head_in(dtype, weight)
+            gradients = _Gradients(ctx, hidden, weight, head)
             for start in range(0, targets.shape[0], chunk):
                 part = slice(start, start + chunk)
                 h = hidden[part].to(dtype)
-                logits = _Logits(h, head, targets[part], options)
+                logits = _Logits(h, head, targets[part], options, weight.shape[0])
                 valid = logits.valid.to(on_log_p.dtype)
                 on_target = -on_log_p[part] * valid  # log_p = y[target] - log_z
                 logits.add_gradients(h, head, on_target, on_target + on_log_z[part] * valid, gradients, part)

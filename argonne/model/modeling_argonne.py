@@ -23,7 +23,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from .attention import IMPLEMENTATION, LayerInputs, attention_patterns
+from .attention import IMPLEMENTATION, LayerInputs, attention_patterns, prepare_patterns
 from .configuration_argonne import Argonne1Config, ArgonneConfig
 from .kernels import ORDER
 from .layers import ArgonneAttention, ArgonneDecoderLayer, ArgonneRotaryEmbedding, TrainingOptions, make_norm
@@ -109,6 +109,9 @@ class ArgonneBaseModel(ArgonnePreTrainedModel):
         explicit = position_ids is not None
         positions = self._positions(hidden, attention_mask, cache) if position_ids is None else position_ids
         masks = attention_patterns(self.config, hidden, attention_mask, positions, cache, explicit)
+        here = (layer for layer in self.layers if isinstance(layer, ArgonneDecoderLayer))  # of a pipeline's stage
+        if (first := next(here, None)) is not None:
+            prepare_patterns(masks, self.config, hidden, first.self_attn.attention_kernel)
         there = positions.to(hidden.device, non_blocking=True)
         cos, sin = self.rotary_emb(there, hidden.dtype) if self.config.position_embedding == "rope" else (None, None)
         return LayerInputs(cos, sin, masks, cache, extra or {}, weights)

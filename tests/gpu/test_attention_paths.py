@@ -22,6 +22,11 @@ PLANS = ["causal", "window", "documents", "documents-window"]
 FUSED = ("flash", "fmha", "cudnn", "efficient_attention", "flex", "triton_tem")
 
 
+@pytest.fixture(autouse=True)
+def _compiler_without_a_past() -> None:
+    torch._dynamo.reset()  # which compiles a function for a few shapes only
+
+
 def plan_of(name: str, rows: int) -> Pattern:
     segments = None
     if "documents" in name:
@@ -90,9 +95,10 @@ def test_bf16_autocast_runs_a_fused_kernel_in_every_layer(generation: str, packe
     layers = model.config.num_hidden_layers
     fused = [name for name in ran if any(word in name for word in FUSED)]
     assert len(fused) >= 2 * layers, ran  # forward and backward
-    assert not any("softmax" in name and "log" not in name for name in ran), (
-        "a softmax outside a fused kernel: the plain path ran"
-    )
+    # softmax_warp<.., true, ..> is the logarithm's, of the loss.
+    plain = [name for name in ran if "softmax" in name and "log" not in name and ", true, " not in name]
+    outside = [name for name in plain if name not in fused]
+    assert not outside, "a softmax outside a fused kernel: the plain path ran"
     expected = {
         "full_attention": "documents" if packed else "causal",
         "sliding_attention": "documents-window" if packed else "window",

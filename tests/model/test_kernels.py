@@ -14,8 +14,18 @@ from argonne.errors import InputError
 from argonne.model import ArgonneForCausalLM
 from argonne.model.attention import Pattern, segments_of
 from argonne.model.build import check_attention
-from argonne.model.fused import Segments, call_flash, call_varlen, flex_attention, why_not_varlen
-from argonne.model.kernels import ORDER, _Sdpa, choose_kernel, math_attention, run_kernel
+from argonne.model.fused import (
+    Segments,
+    block_mask,
+    call_flash,
+    call_varlen,
+    flash_library,
+    flex_attention,
+    mask_function,
+    varlen_function,
+    why_not_varlen,
+)
+from argonne.model.kernels import ORDER, choose_kernel, math_attention, run_kernel, sdpa_for_cuda
 from tests.model.test_attention import positions_of, tensors
 
 Make = Callable[..., ArgonneForCausalLM]
@@ -196,9 +206,9 @@ def test_what_cuda_is_called_with_means_the_same(mask: str, shared: int, dtype: 
     shapes = {"none": None, "band": (12, 12), "batched": (2, 1, 12, 12), "by head": (2, 6, 12, 12)}
     shape = shapes[mask]
     dense = None if shape is None else (torch.rand(shape, generator=generator) < 0.6) | torch.eye(12, dtype=torch.bool)
-    run = _Sdpa(0.3, 0.0, grouped=shared != 6)
-    found = run.on_cuda(q, k, v, dense, causal=dense is None)
-    expected = run(q, k, v, dense, causal=dense is None)
+    settings = {"scale": 0.3, "is_causal": dense is None}
+    found = sdpa_for_cuda(q, k, v, dense, settings)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, dense, enable_gqa=True, **settings)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12 if dtype == torch.float64 else 2e-2)
 
 
@@ -214,14 +224,43 @@ def test_varlen_names_what_this_torch_lacks(monkeypatch: pytest.MonkeyPatch) -> 
     query, key = OnCuda(), FewerHeads()
     monkeypatch.setattr("argonne.model.fused.varlen_function", lambda: None)
     assert "no varlen attention with windows" in str(why_not_varlen(query, key, Pattern(), 0.0))  # type: ignore[arg-type]
-    monkeypatch.setattr(
-        "argonne.model.fused.varlen_function", lambda: (varlen_attn, frozenset({"window_size", "scale"}))
-    )
+    monkeypatch.setattr("argonne.model.fused.varlen_function", lambda: (varlen_attn, ("window_size", "scale")))
     assert "no grouped queries" in str(why_not_varlen(query, key, Pattern(), 0.0))  # type: ignore[arg-type]
-    names = frozenset({"window_size", "scale", "enable_gqa"})
+    names = ("window_size", "scale", "enable_gqa")
     monkeypatch.setattr("argonne.model.fused.varlen_function", lambda: (varlen_attn, names))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert why_not_varlen(query, key, Pattern(), 0.0) is None  # type: ignore[arg-type]
     assert "no dropout" in str(why_not_varlen(query, key, Pattern(), 0.1))  # type: ignore[arg-type]
     OnCuda.dtype = torch.float32
     assert "fp16 or bf16" in str(why_not_varlen(query, key, Pattern(), 0.0))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("length", [40, 128, 500])
+@pytest.mark.parametrize("window", [None, 9, 200])
+@pytest.mark.parametrize("documents", [None, [[130, 1, 369], [500]], [[1] * 500, [128, 128, 244]]])
+def test_the_blocks_of_flex_attention_are_those_that_torch_finds_in_the_whole_mask(
+    length: int, window: int | None, documents: list[list[int]] | None
+) -> None:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    device, segments = torch.device("cpu"), None
+    if documents is not None:
+        positions = torch.stack([positions_of(row, 500) for row in documents])[:, :length]
+        segments = segments_of(positions, None, (2, length), device)
+        assert not isinstance(segments, str)
+    pattern = Pattern(window, segments)
+    found = block_mask(pattern, 2, length, device)
+    mask = mask_function(pattern, 2, length, device)
+    expected = create_block_mask(mask, 2 if segments else None, None, length, length, device="cpu")
+    assert torch.equal(found.to_dense(), expected.to_dense())
+    for name in ("kv_num_blocks", "full_kv_num_blocks"):
+        assert torch.equal(getattr(found, name), getattr(expected, name))
+
+
+def test_looking_for_a_kernel_is_no_break_in_compiled_code() -> None:
+    def choose(x: torch.Tensor) -> torch.Tensor:
+        flash, varlen = flash_library((9, 0)), varlen_function()
+        return x + (flash is not None) + (varlen is not None and "scale" in varlen[1])
+
+    compiled = torch.compile(choose, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(torch.ones(2)), choose(torch.ones(2)))

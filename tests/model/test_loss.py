@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from argonne.model import ArgonneForCausalLM
-from argonne.model.loss import LossOptions, summed_loss, token_log_probs
+from argonne.model.loss import LossOptions, padded, summed_loss, token_log_probs
 
 Make = Callable[..., ArgonneForCausalLM]
 
@@ -56,6 +56,30 @@ def test_loss_and_gradients_are_the_plain_ones_however_they_are_chunked(
         strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("chunk", [0, 5])
+def test_a_padded_head_gives_the_same_losses_and_gradients(
+    softcap: float | None, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden, weight, targets = example(13, 11)
+    options = LossOptions(softcap, 0.1, chunk)
+
+    def found() -> list[torch.Tensor]:
+        log_p, log_z = token_log_probs(hidden, weight, targets, options)
+        total = summed_loss(hidden, weight, targets, options)
+        gradients = torch.autograd.grad(total + log_p.square().sum() + log_z.sum(), (hidden, weight))
+        return [total, log_p, log_z, *gradients]
+
+    expected, widths = found(), []
+    monkeypatch.setattr(
+        "argonne.model.loss._head_in",
+        lambda dtype, weight: widths.append(len(padded(dtype, weight))) or padded(dtype, weight),
+    )
+    for a, b in zip(found(), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    assert set(widths) == {64}
 
 
 @settings(max_examples=25, deadline=None)
