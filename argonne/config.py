@@ -8,6 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from argonne.declare import key
+from argonne.operation import CheckpointSection, EvalSection, LogSection, ParallelSection, StopSection
+
+# Stages that read conversations, and those that read running text.
+CHAT_STAGES = ("sft", "cot-sft")
+CHAT = "stage = sft | cot-sft"
+TEXT = "stage = pretrain | midtrain"
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,10 @@ class SourceSection:
     """One source of a mixture."""
 
     path: str = key(
-        "", "token set: a folder written by `argonne prepare`, or a token file of a known format", changes="order"
+        "",
+        "token set: a folder written by `argonne prepare`, or a token file of a known format; of sft: conversations, a "
+        "file, folder or glob of jsonl or parquet",
+        changes="order",
     )
     weight: float = key(1.0, "share of the tokens, relative to the other sources", bounds="at least 0", changes="order")
     max_epochs: float = key(1.0, "passes over the source before a run is refused", bounds="more than 0", changes="end")
@@ -88,6 +97,7 @@ class DataSection:
     input: tuple[str, ...] = key(
         (),
         "globs of text files, instead of sources: the first that matches is tokenised ahead of the trainer",
+        needs=TEXT,
         changes="order",
     )
     tokenizer: str | None = key(
@@ -95,12 +105,13 @@ class DataSection:
     )
     text_column: str = key("text", "column or field that holds the text", needs="data.input", changes="order")
     sequence_length: int = key(1024, "tokens of a training row", bounds="at least 1", changes="order")
-    order: str = key("sequential", "order of the windows", ("sequential", "shuffled"), changes="order")
-    document_mask: bool = key(False, "attention and targets do not cross documents")
+    order: str = key("sequential", "order of the windows", ("sequential", "shuffled"), needs=TEXT, changes="order")
+    document_mask: bool = key(False, "attention and targets do not cross documents", needs=TEXT)
     documents: str = key(
         "packed",
         "windows across documents, within long ones, or the first of each",
         ("packed", "within", "first-window"),
+        needs=TEXT,
         changes="order",
     )
     reader: str = key(
@@ -112,7 +123,12 @@ class DataSection:
         free=True,
     )
     verify: str = key(
-        "background", "when the shards' hashes are checked", ("background", "before", "off"), changes="speed", free=True
+        "background",
+        "when the shards' hashes are checked",
+        ("background", "before", "off"),
+        needs=TEXT,
+        changes="speed",
+        free=True,
     )
     prefetch: str = key(
         "steps",
@@ -134,6 +150,41 @@ class DataSection:
     )
     quality_filter: bool = key(False, "drop text that is mostly digits or symbols", needs="data.input", changes="order")
     bos: bool = key(False, "begin each document with the tokenizer's BOS", needs="data.input", changes="order")
+
+
+@dataclass(frozen=True)
+class ChatSection:
+    """How conversations become rows (stages sft and cot-sft)."""
+
+    template: str = key(
+        "chatml", "Qwen's ChatML, or USER: and ASSISTANT:", ("chatml", "plain"), needs=CHAT, changes="order"
+    )
+    loss_on: str = key(
+        "assistant", "all answers, the last one, or everything", ("assistant", "last", "all"), needs=CHAT
+    )
+    history_reasoning: str = key(
+        "drop", "traces of earlier turns, in training and serving", ("drop", "keep"), needs=CHAT, changes="order"
+    )
+    too_long: str = key(
+        "drop",
+        "what happens to a conversation longer than a row",
+        ("drop", "drop_oldest_turns", "truncate"),
+        needs="stage = sft",
+        changes="order",
+    )
+    hold_out: float = key(
+        0.02, "share of the conversations held out", bounds="from 0 to below 1", needs=CHAT, changes="order"
+    )
+    max_drop_fraction: float = key(
+        0.1, "abort when more conversations than this were dropped", bounds="from 0 to 1", needs=CHAT, changes="end"
+    )
+    cache: str | None = key(
+        None,
+        "folder of rendered conversations, to share among runs; unset: in the run",
+        needs=CHAT,
+        changes="files",
+        free=True,
+    )
 
 
 @dataclass(frozen=True)
@@ -262,117 +313,6 @@ class TrainSection:
 
 
 @dataclass(frozen=True)
-class CheckpointSection:
-    every_steps: int = key(
-        0, "save after this many steps; 0 = not by steps", bounds="at least 0", changes="files", free=True
-    )
-    every_minutes: float = key(
-        30.0, "save after this many minutes; 0 = not by time", bounds="at least 0", changes="files", free=True
-    )
-    keep_last: int = key(2, "newest checkpoints kept", bounds="at least 1", changes="files", free=True)
-    keep_every: int = key(
-        0,
-        "checkpoints at multiples of this are kept for good; 0 = none",
-        bounds="at least 0",
-        changes="files",
-        free=True,
-    )
-    keep_best: bool = key(
-        False,
-        "keep the checkpoint of the lowest held-out loss too",
-        changes="files",
-        needs="held-out data and eval.every_steps != 0",
-        free=True,
-    )
-    asynchronous: bool = key(False, "write while training goes on", changes="speed", free=True)
-    sample_prompt: str = key(
-        "Long long time ago", "prompt of the text sampled at each checkpoint; empty = none", changes="text", free=True
-    )
-    sample_tokens: int = key(
-        100,
-        "tokens sampled at each checkpoint",
-        bounds="at least 1",
-        changes="text",
-        needs="checkpoint.sample_prompt",
-        free=True,
-    )
-
-
-@dataclass(frozen=True)
-class EvalSection:
-    every_steps: int = key(
-        0,
-        "held-out loss after this many steps; 0 = at the end only",
-        bounds="at least 0",
-        changes="files",
-        needs="held-out data and eval.windows != 0",
-        free=True,
-    )
-    windows: int = key(
-        64,
-        "held-out windows read each time; 0 = none",
-        bounds="at least 0",
-        changes="files",
-        needs="held-out data",
-        free=True,
-    )
-    tasks: tuple[str, ...] = key(
-        (),
-        "tasks measured at the end",
-        changes="files",
-        needs="tasks within a run (none yet: use argonne eval)",
-        free=True,
-    )
-
-
-@dataclass(frozen=True)
-class LogSection:
-    every_steps: int = key(10, "steps between log lines", bounds="at least 1", changes="files", free=True)
-    tensorboard: bool = key(True, "write TensorBoard files where tensorboard is installed", changes="files", free=True)
-    wandb: str | None = key(None, "Weights & Biases project; unset = off", changes="files", free=True)
-    trackio: str | None = key(None, "trackio project, kept on this machine; unset = off", changes="files", free=True)
-    telemetry_limit: str = key("5m", "a sample or evaluation that takes longer is given up", changes="files", free=True)
-
-
-@dataclass(frozen=True)
-class ParallelSection:
-    nproc: int = key(
-        0, "local worker processes; 0 = one a GPU, one on the CPU", bounds="at least 0", changes="speed", free=True
-    )
-    replicate: int = key(0, "data-parallel degree; 0 = what is left", bounds="at least 0", changes="speed", free=True)
-    shard: int = key(1, "degree of fully sharded data parallelism", bounds="at least 1", changes="speed", free=True)
-    tensor: int = key(1, "degree of tensor parallelism", bounds="at least 1", changes="speed", free=True)
-    context: int = key(1, "degree of context parallelism", bounds="at least 1", changes="speed", free=True)
-    pipeline: int = key(1, "degree of pipeline parallelism", bounds="at least 1", changes="speed", free=True)
-    max_restarts: int = key(
-        3, "restarts of failed workers", bounds="at least 0", changes="end", needs="parallel.nproc != 1", free=True
-    )
-    timeout: str = key(
-        "20m",
-        "a worker without a step for this long is hung: all stop",
-        changes="end",
-        needs="parallel.nproc != 1",
-        free=True,
-    )
-    async_tensor: bool = key(
-        False, "overlap tensor-parallel collectives and compute (CUDA)", changes="speed", free=True
-    )
-
-
-@dataclass(frozen=True)
-class StopSection:
-    wall_time: str | None = key(
-        None, "stop and save after this long: seconds, or 90m, 12h, 1-12:00:00", changes="end", free=True
-    )
-    deadline: str | None = key(
-        None, "stop and save before this moment: ISO 8601, or Unix seconds", changes="end", free=True
-    )
-    grace: str = key(
-        "15m", "time of a stopping run for its save", changes="end", needs="parallel.nproc != 1", free=True
-    )
-
-
-@dataclass(frozen=True)
 class Recipe:
     stage: str = key(
         "pretrain", "which stage this recipe runs", ("pretrain", "midtrain", "sft", "cot-sft", "dpo"), changes="order"
@@ -380,6 +320,7 @@ class Recipe:
     seed: int = key(444, "seed of weights, order and dropout", bounds="at least 0")
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)
+    chat: ChatSection = field(default_factory=ChatSection)
     batch: BatchSection = field(default_factory=BatchSection)
     optim: OptimSection = field(default_factory=OptimSection)
     schedule: ScheduleSection = field(default_factory=ScheduleSection)

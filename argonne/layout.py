@@ -48,9 +48,10 @@ TOKENIZER = "tokenizer"
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 VOCABULARY, MERGES = "vocab.json", "merges.txt"
+CHAT_TEMPLATE = "chat_template.jinja"
 TOKENIZER_FILES = (
     *(TOKENIZER_FILE, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", VOCABULARY, MERGES),
-    "chat_template.jinja",
+    CHAT_TEMPLATE,
 )
 
 # A token set: manifest.json, tokenizer/ and shards; while it is made, its plan and a record of each unit

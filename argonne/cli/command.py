@@ -34,6 +34,8 @@ PAGES = (
     ("train", "from tokens to a model", {
         "pretrain": "train from fresh weights, or from given ones",
         "continue": "pretrain further from given weights, with a schedule of its own",
+        "sft": "fine-tune on conversations: a base model becomes a chat model",
+        "cot-sft": "fine-tune on answers that think first",
     }),
     ("watch", "look at what there is", {
         "runs": "what is running, stopped, failed and complete",
@@ -50,7 +52,7 @@ PAGES = (
     }),
 )  # fmt: skip
 ALL_VERBS = {verb: text for _, _, verbs in PAGES for verb, text in verbs.items()}
-RECIPE_VERBS = ("pretrain", "continue", "plan")
+RECIPE_VERBS = ("pretrain", "continue", "sft", "cot-sft", "plan")
 Verbs = Callable[..., "Parser"]
 
 

@@ -1,4 +1,4 @@
-"""pretrain, continue: from tokens to a model."""
+"""pretrain, continue, sft, cot-sft: from data to a model."""
 
 from __future__ import annotations
 
@@ -9,16 +9,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from argonne.cli.command import Verbs, parse_overrides, recipe_argument
+from argonne.config import CHAT_STAGES
 from argonne.errors import InputError
 
+# What a verb trains.
+STAGES = {
+    "pretrain": ("pretrain", "midtrain"),
+    "continue": ("pretrain", "midtrain"),
+    "sft": ("sft",),
+    "cot-sft": ("cot-sft",),
+}
 # Flags that are recipe keys under a shorter name.
 SHORT = {"init_from": "model.init_from", "wall_time": "stop.wall_time", "deadline": "stop.deadline"}
 
 
 def add_verbs(verb: Verbs, arguments: Sequence[str]) -> None:
-    asked = arguments[:1] in (["pretrain"], ["continue"]) and {"-h", "--help"} & set(arguments)
+    asked = arguments[:1] and arguments[0] in STAGES and {"-h", "--help"} & set(arguments)
     epilog = keys_help() if asked else None
-    for name in ("pretrain", "continue"):
+    for name in STAGES:
         parser = verb(name, train_model, epilog=epilog)
         recipe_argument(parser)
         parser.add_argument(
@@ -77,19 +85,23 @@ def train_model(options: argparse.Namespace) -> None:
         if getattr(options, flag) is not None
     }
     recipe = load_recipe(options.recipe, {**parse_overrides(options.rest), **given})
-    if recipe.stage not in ("pretrain", "midtrain"):
+    if recipe.stage not in STAGES[options.verb]:
+        verbs = [verb for verb, stages in STAGES.items() if recipe.stage in stages]
+        instead = f", or use argonne {verbs[0]}" if verbs else ""
         raise InputError(
-            f"stage: {options.verb} trains on plain text, the recipe says {recipe.stage!r}; give a recipe of stage "
-            "pretrain or midtrain"
+            f"stage: the recipe says {recipe.stage!r}, and argonne {options.verb} trains "
+            f"{' or '.join(STAGES[options.verb])}; give such a recipe{instead}"
         )
-    if options.verb == "continue" and recipe.model.init_from is None and options.resume_from is None:
-        raise InputError("continue: no weights to start from; give --init-from MODEL or model.init_from in the recipe")
+    if options.verb != "pretrain" and recipe.model.init_from is None and options.resume_from is None:
+        raise InputError(
+            f"{options.verb}: no weights to start from; give --init-from MODEL or model.init_from in the recipe"
+        )
     if options.dry_run:
         print(to_toml(as_trained(recipe)), end="")
         return
     folder = options.run or Path("runs") / recipe_name(options.recipe)
     # A new run's data, before torch is loaded. A finished run needs none; of torchrun's nodes rank 0's alone may.
-    if not folder.exists() and "RANK" not in os.environ:
+    if not folder.exists() and "RANK" not in os.environ and recipe.stage not in CHAT_STAGES:
         from argonne.tokens.formats import open_tokens
 
         for source in recipe.data.sources:
@@ -102,8 +114,11 @@ def train_model(options: argparse.Namespace) -> None:
     watch = StopWatch(recipe.stop, started=options.started)
     with watch.listening():  # already while torch is loaded
         from argonne.stages.ending import finish_or_stop
-        from argonne.stages.pretrain import run
+        from argonne.stages.pretrain import PRETRAIN, run
 
+        stage = PRETRAIN
+        if recipe.stage in CHAT_STAGES:
+            from argonne.stages.sft import SFT as stage
         names = ("resume_from", "allow", "profile", "data_from_start", "rewind", "take_over")
-        result = run(recipe, folder, watch=watch, **{name: getattr(options, name) for name in names})
+        result = run(recipe, folder, stage=stage, watch=watch, **{name: getattr(options, name) for name in names})
         finish_or_stop(result.outcome, folder)

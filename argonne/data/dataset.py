@@ -17,6 +17,7 @@ from argonne import files
 from argonne.config import BatchSection, DataSection
 from argonne.data import mixture as mixtures
 from argonne.data import phases
+from argonne.data.chat import ChatTemplate
 from argonne.data.loader import Array, Exchange
 from argonne.data.mixture import GlobalRows, Mixture, Phase
 from argonne.data.phases import Source, open_sources, shared_tokenizer
@@ -39,6 +40,7 @@ class TrainingData:
 
     unit = "tokens"
     reads_model = False
+    chat: ChatTemplate | None = None
 
     def __init__(
         self, data: DataSection, sources: Sequence[Source], mixture: Mixture, tokenizer: TextTokenizer

@@ -122,9 +122,15 @@ def prompt_ids(tokenizer: TextTokenizer, prompt: str) -> list[int]:
 
 def stream_text(model: Any, tokenizer: TextTokenizer, prompt: str, options: SamplingOptions) -> Iterator[str]:
     """Pieces of the continuation, as soon as they are certain; never half a character, never the EOS."""
-    ids, stops = prompt_ids(tokenizer, prompt), stop_ids(model, tokenizer)
-    text = TextStream(tokenizer, ids)
-    for (token,) in stream_ids(model, [ids], options, stops):
+    return stream_answer(model, tokenizer, prompt_ids(tokenizer, prompt), options, stop_ids(model, tokenizer))
+
+
+def stream_answer(
+    model: Any, tokenizer: TextTokenizer, prompt: Sequence[int], options: SamplingOptions, stops: Sequence[int]
+) -> Iterator[str]:
+    """The same after a prompt of ids, to one of `stops`."""
+    text = TextStream(tokenizer, list(prompt))
+    for (token,) in stream_ids(model, [prompt], options, stops):
         if token is not None and token not in stops and (piece := text.push(token)):
             yield piece
     if piece := text.finish():

@@ -16,7 +16,7 @@ from torch import nn
 
 from argonne.config import Recipe
 from argonne.files import atomic_directory, write_json, write_text
-from argonne.layout import FINAL_MODEL, MODEL_CONFIG, last_checkpoint
+from argonne.layout import CHAT_TEMPLATE, FINAL_MODEL, MODEL_CONFIG, last_checkpoint
 from argonne.model.build import config_from_fields
 from argonne.model.load import load_model
 from argonne.model.save import save_model_folder
@@ -101,24 +101,34 @@ def sample_text(model: nn.Module, recipe: Recipe, tokenizer: TextTokenizer) -> W
     return "".join(pieces)
 
 
-def export_final(model: Parallelised, run: Path, tokenizer: TextTokenizer) -> None:
+def export_final(model: Parallelised, run: Path, data: Data) -> None:
     """Write the complete Hugging Face folder, atomically; an older one is replaced. Where no rank holds the whole model
     it is read from disk.
     """
     whole = model.plain if model.forward == "alone" else load_model(last_checkpoint(run) or run).model
     with atomic_directory(run / FINAL_MODEL, replace=True) as temporary:
-        tokenizer.save(temporary)
-        save_model_folder(whole, temporary, eos_id=tokenizer.eos_id, bos_id=tokenizer.bos_id, pad_id=tokenizer.pad_id)
+        ids = save_tokenizer(data, temporary)
+        save_model_folder(whole, temporary, **ids)
 
 
-def checkpoint_files(folder: Path, recipe: Recipe, tokenizer: TextTokenizer) -> None:
+def save_tokenizer(data: Data, folder: Path) -> dict[str, Any]:
+    """Write the data's tokenizer, with the chat template where it has one; the ids that a model's config names. A chat
+    model stops at its turn end.
+    """
+    data.tokenizer.save(folder)
+    if data.chat is not None:
+        write_text(folder / CHAT_TEMPLATE, data.chat.jinja)
+    stops = data.tokenizer.eos_id if data.chat is None else list(data.chat.stop_ids)
+    return {"eos_id": stops, "bos_id": data.tokenizer.bos_id, "pad_id": data.tokenizer.pad_id}
+
+
+def checkpoint_files(folder: Path, recipe: Recipe, data: Data) -> None:
     """config.json, recipe.toml and the tokenizer: a checkpoint alone is enough to generate, to resume and to import."""
     config = config_from_fields(architecture_fields(recipe.model))
-    config.eos_token_id, config.bos_token_id = tokenizer.eos_id, tokenizer.bos_id
-    config.pad_token_id = tokenizer.pad_id
+    for name, value in save_tokenizer(data, folder / "tokenizer").items():
+        setattr(config, name.replace("_id", "_token_id"), value)
     write_json(folder / MODEL_CONFIG, config.to_dict())
     write_text(folder / "recipe.toml", to_toml(recipe))
-    tokenizer.save(folder / "tokenizer")
 
 
 def banner(model: Any, run: RunFolder, recipe: Recipe, mesh: Mesh) -> list[str]:

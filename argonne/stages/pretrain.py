@@ -43,6 +43,7 @@ def run(
     recipe: Recipe,
     run_folder: Path,
     *,
+    stage: Stage = PRETRAIN,
     resume_from: Path | None = None,
     allow: Iterable[str] = (),
     stop_after_step: int | None = None,
@@ -53,7 +54,7 @@ def run(
     take_over: bool = False,
 ) -> RunResult:
     """Train `recipe` in `run_folder`, resuming by itself where the run exists. Raises InputError for anything wrong
-    with recipe, data or run.
+    with recipe, data or run. Every stage that has a verb is run here.
 
     `watch`: it knows of requests to stop since the command began. `profile`: write a trace of a few steps.
     `rewind`: go back to this step's checkpoint of the run. `take_over`: the process of another machine that has the run
@@ -63,7 +64,7 @@ def run(
     session = Session(
         recipe=recipe,
         folder=run_folder,
-        stage=PRETRAIN,
+        stage=stage,
         resume_from=resume_from,
         allow=frozenset(allow),
         stop_after_step=stop_after_step,

@@ -180,8 +180,8 @@ def _train(session: Session, run: RunFolder, mesh: Mesh, watch: StopWatch) -> Ou
             data,
             built.loader,
             Hooks(
-                export=lambda model: export_final(model, run.path, data.tokenizer),
-                checkpoint_files=lambda folder: checkpoint_files(folder, recipe, data.tokenizer),
+                export=lambda model: export_final(model, run.path, data),
+                checkpoint_files=lambda folder: checkpoint_files(folder, recipe, data),
                 state=lambda step: run_state(step, recipe, data, run, progress, mesh, start),
                 held_out=shown.held_out,
                 sample=shown.sample,

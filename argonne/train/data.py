@@ -14,11 +14,20 @@ from argonne.parallel.parallelise import Parallelised
 from argonne.tokens.tokenizer import TextTokenizer
 
 
+class ChatStops(Protocol):
+    """What a trained chat model carries: its template for other people's tools, and where its answers end."""
+
+    @property
+    def jinja(self) -> str: ...
+    @property
+    def stop_ids(self) -> tuple[int, ...]: ...
+
+
 class Data(Protocol):
     """The data of one run. `step` counts optimizer steps from 0; rows and samples are those of the whole global batch.
 
     unit: what a loss is divided by ("tokens", "pairs", ...), the name of the array that holds each row's count.
-    reads_model: reading needs the current weights, so that nothing is read ahead.
+    reads_model: reading needs the current weights, so that nothing is read ahead. chat: None for running text.
     """
 
     tokenizer: TextTokenizer
@@ -26,6 +35,7 @@ class Data(Protocol):
     vocab_size: int
     unit: str
     reads_model: bool
+    chat: ChatStops | None
 
     @property
     def fingerprint(self) -> str: ...

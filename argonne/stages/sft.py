@@ -1,0 +1,88 @@
+"""Fine-tuning on conversations, plain or with chains of thought: packed rows, loss on the assistant's tokens."""
+
+from __future__ import annotations
+
+import fcntl
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from argonne.config import Recipe
+from argonne.data.chat import ChatTemplate, Conversation, Message
+from argonne.data.chat_data import open_conversations
+from argonne.errors import InputError
+from argonne.model.load import resolve_model
+from argonne.serve.engine import stream_answer
+from argonne.serve.options import SamplingOptions
+from argonne.stages.hooks import Shown, show_text
+from argonne.stages.pretrain import objective
+from argonne.stages.stage import Stage, StageData
+from argonne.tokens.tokenizer import TextTokenizer, load_tokenizer
+from argonne.train.aside import Work
+from argonne.train.data import Data
+
+# Below a run, where `chat.cache` names no other place.
+CACHE = "conversations"
+
+
+def conversations(recipe: Recipe, state: dict[str, Any] | None, run_folder: Path, allow: frozenset[str]) -> StageData:
+    """Conversations rendered with the model's tokenizer, once for all workers of a machine, and packed."""
+    chat, data = recipe.chat, recipe.data
+    if not data.sources:
+        raise InputError("data.sources: empty; name a file, a folder or a glob of conversations, jsonl or parquet")
+    cache = Path(chat.cache) if chat.cache else run_folder / CACHE
+    cache.mkdir(parents=True, exist_ok=True)
+    with open(cache / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return open_conversations(
+            data.sources,
+            tokenizer=tokenizer_of(recipe),
+            template=chat.template,
+            loss_on=chat.loss_on,
+            history_reasoning=chat.history_reasoning,
+            too_long=chat.too_long,
+            reasoning_required=recipe.stage == "cot-sft",
+            sequence_length=data.sequence_length,
+            hold_out=chat.hold_out,
+            max_drop_fraction=chat.max_drop_fraction,
+            cache=cache,
+            batch=recipe.batch,
+            seed=recipe.seed,
+            state=state,
+            allow=allow,
+        )
+
+
+def tokenizer_of(recipe: Recipe) -> TextTokenizer:
+    """The tokenizer that the recipe names, or else that of the weights."""
+    if recipe.data.tokenizer:
+        return load_tokenizer(recipe.data.tokenizer)
+    found = None if recipe.model.init_from is None else resolve_model(recipe.model.init_from).tokenizer_folder
+    if found is None:
+        raise InputError(
+            "data.tokenizer: not set, and there are no weights that bring one; give --init-from MODEL, or the "
+            "tokenizer's folder"
+        )
+    return load_tokenizer(found)
+
+
+def show_answers(recipe: Recipe, data: Data, micro_rows: int) -> Shown:
+    """Held-out loss, and the answer to `checkpoint.sample_prompt`, asked as a user would."""
+    template = ChatTemplate(data.tokenizer, recipe.chat.template, recipe.chat.history_reasoning)
+    return Shown(show_text(recipe, data, micro_rows).held_out, lambda model: answer(model, recipe, template))
+
+
+def answer(model: nn.Module, recipe: Recipe, template: ChatTemplate) -> Work[str]:
+    """What the model answers, in nucleus sampling from the recipe's seed."""
+    keep = recipe.checkpoint
+    options = SamplingOptions(keep.sample_tokens, temperature=0.8, top_k=0, top_p=0.95, seed=recipe.seed)
+    prompt = template.prompt(Conversation((Message("user", keep.sample_prompt),))).tolist()
+    pieces = ["\n"]
+    for piece in stream_answer(model, template.tokenizer, prompt, options, template.stop_ids):
+        pieces.append(piece)
+        yield
+    return "".join(pieces)
+
+
+SFT = Stage(objective, conversations, shows=show_answers)
