@@ -175,13 +175,25 @@ class ChatTemplate:
             raise InputError(f"loss_on: found {loss_on!r}, expected {' or '.join(map(repr, LOSS_ON))}")
         listed, context = [], []
         for conversation in conversations:
-            traces = self._traces(conversation)
-            trained = _trained(conversation, traces, loss_on)
+            traces, trained = self._traces(conversation), self.targets(conversation, loss_on)
             answers = sum(turn.role == "assistant" for turn in conversation.messages)
             context.append(answers - sum(trained) if loss_on == "assistant" else 0)
             pieces = self._pieces(conversation, traces, trained)
             listed.append([(what, loss_on == "all" or value) for what, value in pieces])
         return [Rendered(*found, left) for found, left in zip(self._encoded(listed), context, strict=True)]
+
+    def targets(self, conversation: Conversation, loss_on: str = "assistant") -> list[bool]:
+        """Of each message, whether it is an answer that is trained: serving would have come to it, and shown it, as it
+        stands.
+        """
+        turns, traces = conversation.messages, self._traces(conversation)
+        last = max((number for number, turn in enumerate(turns) if turn.role == "assistant"), default=-1)
+        found, hidden = [], False
+        for number, (turn, trace) in enumerate(zip(turns, traces, strict=True)):
+            answers = turn.role == "assistant"
+            hidden = (hidden and turn.role != "user") or (answers and turn.has_trace and not trace)
+            found.append(answers and not hidden and (loss_on != "last" or number == last))
+        return found
 
     def words(self, ids: Sequence[int] | np.ndarray) -> str:
         """What an answer's ids say, without the turn end and, in the plain template, the space that begins it."""
@@ -260,17 +272,3 @@ class ChatTemplate:
     def _fixed(self) -> dict[str, np.ndarray]:
         texts = ("\n", "assistant\n", "\n\nASSISTANT:")
         return dict(zip(texts, self.tokenizer.encode_batch(texts), strict=True))
-
-
-def _trained(conversation: Conversation, traces: Sequence[bool], loss_on: str) -> list[bool]:
-    """Of each message, whether it is an answer that is a target: as serving would have come to it, and as it was
-    given.
-    """
-    turns = conversation.messages
-    last = max((number for number, turn in enumerate(turns) if turn.role == "assistant"), default=-1)
-    found, hidden = [], False
-    for number, (turn, trace) in enumerate(zip(turns, traces, strict=True)):
-        answers = turn.role == "assistant"
-        hidden = (hidden and turn.role != "user") or (answers and turn.has_trace and not trace)
-        found.append(answers and not hidden and (loss_on != "last" or number == last))
-    return found

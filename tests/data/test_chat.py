@@ -205,7 +205,7 @@ def test_the_exported_template_marks_for_other_trainers_what_is_trained_here(
 def test_every_shared_conversation_is_masked_served_and_exported_alike(
     qwen_exported: tuple[ChatTemplate, Any], folders: Exported, shared: Path, name: str, step: int
 ) -> None:
-    lines = (shared / "data" / f"{name}.jsonl").read_text().splitlines()
+    lines = (shared / "data" / f"{name}.jsonl").read_text().rstrip("\n").split("\n")
     for template, theirs in (qwen_exported, folders[-2]):
         for line in lines[::step]:
             turns = tuple(Message(turn["role"], turn["content"]) for turn in json.loads(line)["messages"])
