@@ -9,7 +9,7 @@ sources, two for four, three for eight. Nothing here reads a token.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import gcd, lcm
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from argonne.data.windows import Position, RowKey, Rows, SourceWindows
+from argonne.data.windows import Position, RowKey, Rows, SourceRows
 from argonne.errors import InputError
 
 
@@ -133,7 +133,7 @@ class Mixture:
     def __init__(
         self,
         phases: Sequence[Phase],
-        windows: dict[str, SourceWindows],
+        windows: Mapping[str, SourceRows],
         max_epochs: dict[str, float] | None = None,
         carried: tuple[int, dict[str, Position]] | None = None,
     ) -> None:

@@ -7,13 +7,13 @@ History is never rewritten.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from argonne.config import BatchSection, DataSection
 from argonne.data.mixture import Mixture, Phase, PhaseSource, exact_weight, phase_from_json
-from argonne.data.windows import Position, SourceWindows
+from argonne.data.windows import Position, SourceRows
 from argonne.errors import InputError
 from argonne.keys import batches
 from argonne.tokens.formats import open_tokens
@@ -99,7 +99,7 @@ def lay_out(
     batch: BatchSection,
     seed: int,
     sources: Sequence[Source],
-    windows: dict[str, SourceWindows],
+    windows: Mapping[str, SourceRows],
     state: dict[str, Any] | None,
     allow: frozenset[str],
 ) -> list[Phase]:

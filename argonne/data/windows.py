@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 
@@ -63,6 +64,15 @@ class Rows:
         self.start[where] = part.start
         for index, runs in part.runs.items():
             self.runs[int(where[index])] = runs
+
+
+class SourceRows(Protocol):
+    """What a mixture asks of a source; positions and rows mean what the source says they do."""
+
+    def rows_left(self, key: RowKey, position: Position) -> int: ...
+    def advance(self, key: RowKey, position: Position, rows: int) -> Position: ...
+    def passes(self, key: RowKey, position: Position, rows: int) -> float: ...
+    def locate(self, key: RowKey, position: Position, draws: np.ndarray) -> tuple[Rows, np.ndarray]: ...
 
 
 class SourceWindows:

@@ -22,12 +22,13 @@ ARROW_BATCHES = 64
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
-def cut_parquet(path: str, target: int, text_column: str) -> list[tuple[int, int]]:
+def cut_parquet(path: str, target: int, text_column: str | None) -> list[tuple[int, int]]:
     """Runs of row groups of about `target` bytes. Raises InputError when the file cannot be read or
     lacks the column.
     """
     with _parquet(path) as source:
-        _check_column(path, source.schema_arrow, text_column)
+        if text_column is not None:
+            _check_column(path, source.schema_arrow, text_column)
         units, start, size = [], 0, 0
         for group in range(source.num_row_groups):
             size += source.metadata.row_group(group).total_byte_size
@@ -39,35 +40,47 @@ def cut_parquet(path: str, target: int, text_column: str) -> list[tuple[int, int
         return units
 
 
-def cut_arrow(path: str, text_column: str, whole_file: int) -> list[tuple[int, int]]:
+def cut_arrow(path: str, text_column: str | None, whole_file: int) -> list[tuple[int, int]]:
     """Runs of record batches; a stream is one unit. Raises InputError when the file cannot be read or
     lacks the column.
     """
     with _arrow(path) as (reader, random_access, _):
-        _check_column(path, reader.schema, text_column)
+        if text_column is not None:
+            _check_column(path, reader.schema, text_column)
         if not random_access:
             return [(0, whole_file)]
         count = reader.num_record_batches
         return [(start, min(start + ARROW_BATCHES, count)) for start in range(0, count, ARROW_BATCHES)]
 
 
-def every_row(path: str, format: str) -> Iterator[dict[str, Any]]:
-    """Every row with all of its columns. Raises what pyarrow and `read_faults` raise, also for a stream that was cut
-    off.
+def every_row(path: str, format: str, start: int = 0, stop: int | None = None) -> Iterator[dict[str, Any]]:
+    """Every row with all of its columns, of the row groups or record batches `start <= i < stop`. Raises what pyarrow
+    and `read_faults` raise, also for a stream that was cut off.
     """
     if format == "parquet":
         with _opened_parquet(path) as source:
-            for batch in source.iter_batches(BATCH_ROWS):
+            groups = list(range(start, source.num_row_groups if stop is None else stop))
+            for batch in source.iter_batches(BATCH_ROWS, row_groups=groups):
                 yield from batch.to_pylist()
         return
     reader, random_access, source = _opened_arrow(path)
     with source:
-        for batch in map(reader.get_batch, range(reader.num_record_batches)) if random_access else reader:
+        numbers = range(start, reader.num_record_batches if stop is None else stop) if random_access else range(0)
+        for batch in map(reader.get_batch, numbers) if random_access else reader:
             batch.validate(full=True)
             for first in range(0, batch.num_rows, BATCH_ROWS):
                 yield from batch.slice(first, BATCH_ROWS).to_pylist()
         if not random_access:
             _check_end(source)
+
+
+def rows_before(path: str, format: str, start: int) -> int:
+    """Rows of the row groups or record batches before `start`."""
+    if format == "parquet":
+        with _parquet(path) as source:
+            return sum(source.metadata.row_group(group).num_rows for group in range(start))
+    with _arrow(path) as (reader, _, _):
+        return sum(reader.get_batch(number).num_rows for number in range(start))
 
 
 def _opened_parquet(path: str) -> Any:

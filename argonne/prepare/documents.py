@@ -13,10 +13,11 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from argonne.errors import InputError, NothingMatches, first_line
 from argonne.prepare import columnar, textual
-from argonne.prepare.texts import REMEDY, LongText, Refused, RowBatch, checked
+from argonne.prepare.texts import REMEDY, LongText, Refused, RowBatch, checked, read_faults
 from argonne.tokens.formats import KINDS, format_of, natural_key
 
 JSON_HINT = (
@@ -115,8 +116,10 @@ def unit_bytes(files: Sequence[InputFile]) -> int:
     return min(128 << 20, max(1 << 20, sum(file.bytes for file in files) // 64))
 
 
-def cut(file: InputFile, target: int, text_column: str) -> list[tuple[int, int]]:
-    """The units of one file as (start, stop). Raises InputError when the file cannot be read or lacks the column."""
+def cut(file: InputFile, target: int, text_column: str | None) -> list[tuple[int, int]]:
+    """The units of one file as (start, stop). Raises InputError when the file cannot be read or lacks the column (None:
+    whole rows are wanted).
+    """
     if file.format == "parquet":
         return columnar.cut_parquet(file.path, target, text_column)
     if file.format == "arrow":
@@ -158,3 +161,32 @@ def read_unit(file: InputFile, unit: Unit, text_column: str, split: str) -> Iter
             yield batch
             batch = RowBatch()
     yield batch
+
+
+def read_rows(file: InputFile, unit: Unit) -> Iterator[tuple[int, Any]]:
+    """(number in the unit from 1, the row with all of its fields, or why it is none) of a unit that was cut without a
+    column. Raises InputError naming the file where it is damaged.
+    """
+    stop = None if unit.stop == WHOLE_FILE else unit.stop
+    if file.format == "jsonl":
+        yield from textual.jsonl_objects(file.path, unit.start, stop)
+        return
+    if file.format == "txt":
+        raise InputError(f"{file.path}: plain text has no fields; expected .jsonl, .parquet or .arrow")
+    import pyarrow as pa
+
+    number = 0
+    try:
+        for number, row in enumerate(columnar.every_row(file.path, file.format, unit.start, stop), 1):
+            yield number, row
+    except (pa.ArrowException, *read_faults(file.path)) as error:
+        raise InputError(
+            f"{file.path}: after row {place_of(file, unit, number):,}: cannot be read ({first_line(error)}); restore it"
+        ) from None
+
+
+def place_of(file: InputFile, unit: Unit, number: int) -> int:
+    """The line or row of the whole file, from 1, that is the `number`-th of the unit."""
+    if file.format == "jsonl":
+        return number + textual.lines_before(file.path, unit.start)
+    return number + columnar.rows_before(file.path, file.format, unit.start)

@@ -76,8 +76,20 @@ class _ZstdFile(io.RawIOBase):
 
 
 def jsonl_rows(path: str, start: int, stop: int | None, text_column: str) -> Iterator[Any]:
-    """A line belongs to the unit in which its first byte lies. Blank lines are no rows. `stop` None: to the end of the
-    file.
+    """The values of a field. Blank lines are no rows."""
+    return (_field(line, text_column) for _, line in jsonl_lines(path, start, stop))
+
+
+def jsonl_objects(path: str, start: int, stop: int | None) -> Iterator[tuple[int, Any]]:
+    """(number of the line from `start` on, the object it holds or why it holds none)."""
+    for number, line in jsonl_lines(path, start, stop):
+        row = parsed_line(line)
+        yield number, row if isinstance(row, dict | Refused) else Refused("invalid-json")
+
+
+def jsonl_lines(path: str, start: int, stop: int | None) -> Iterator[tuple[int, bytes]]:
+    """The lines that are not blank, numbered from 1. A line belongs to the unit in which its first byte lies. `stop`
+    None: to the end of the file.
     """
     with open_file(path) as source:
         position, number = start, 0
@@ -94,14 +106,25 @@ def jsonl_rows(path: str, start: int, stop: int | None, text_column: str) -> Ite
                 position += len(line)
                 number += 1
                 if line.strip():
-                    yield _field(line, text_column)
+                    yield number, line
         except read_faults(path) as error:
             where = f"after line {number:,}" if start == 0 else f"after byte {position:,}"
             raise InputError(f"{path}: {where}: cannot be read ({first_line(error)}); {REMEDY}") from None
 
 
+def lines_before(path: str, start: int) -> int:
+    """Lines of a file that is not compressed before the first one that begins at byte `start` or after it."""
+    if start == 0:
+        return 0
+    with open_file(path) as source:
+        count, left = 0, start - 1
+        while block := source.read(min(left, READ_BYTES)):
+            count, left = count + block.count(b"\n"), left - len(block)
+        return count + bool(source.readline())
+
+
 def _field(line: bytes, text_column: str) -> Any:
-    row = _parsed(line)
+    row = parsed_line(line)
     if not isinstance(row, dict):
         return row if isinstance(row, Refused) else Refused("invalid-json")
     value = row.get(text_column)
@@ -113,7 +136,7 @@ def _field(line: bytes, text_column: str) -> Any:
     return value
 
 
-def _parsed(line: bytes) -> Any:
+def parsed_line(line: bytes) -> Any:
     """`json.loads` of bytes would let lone surrogates pass and guess at UTF-16."""
     try:
         return json.loads(line.decode().removeprefix("\ufeff"))
@@ -127,7 +150,7 @@ def field_names(path: str) -> list[str]:
     """The fields of the first line that is a JSON object, for a message."""
     with open_file(path) as source:
         for _ in range(100):
-            row = _parsed(source.readline(READ_BYTES))
+            row = parsed_line(source.readline(READ_BYTES))
             if isinstance(row, dict):
                 return list(row)
     return []

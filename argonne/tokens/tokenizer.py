@@ -247,6 +247,39 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path, *, bare: b
     return out
 
 
+def add_chat_tokens(
+    tokenizer: TextTokenizer, out: Path, tokens: Sequence[str] = (*TURN_TOKENS, *CONTENT_TOKENS)
+) -> tuple[TextTokenizer, list[str]]:
+    """(the tokenizer with `tokens`, loaded from its new folder `out`; those that were added, in order of their ids).
+
+    New ids follow the highest, every other stays. Turn tokens are control tokens ("special": true) afterwards, the
+    others are not. Raises InputError where `out` exists, or the library gives other ids.
+    """
+    specification = tokenizer._parsed.specification()
+    entries = {entry["content"]: entry for entry in specification.setdefault("added_tokens", [])}
+    added = [token for token in tokens if tokenizer.token_to_id(token) is None]
+    for token in tokens:
+        known = tokenizer.token_to_id(token)
+        token_id = tokenizer.vocab_size + added.index(token) if known is None else known
+        entry = {"id": token_id, "content": token, "single_word": False, "lstrip": False, "rstrip": False}
+        entry = entries.setdefault(token, {**entry, "normalized": False, "special": token in TURN_TOKENS})
+        entry["special"] = entry["special"] or token in TURN_TOKENS
+    specification["added_tokens"] = sorted(entries.values(), key=lambda entry: int(entry["id"]))
+    config = {name: value for name, value in tokenizer.config.items() if name != "added_tokens_decoder"}
+    with files.atomic_directory(out) as temporary:
+        (temporary / TOKENIZER_FILE).write_text(json.dumps(specification, ensure_ascii=False))
+        files.write_json(temporary / TOKENIZER_CONFIG, {**config, "tokenizer_class": "PreTrainedTokenizerFast"})
+        made = load_tokenizer(temporary, tokenizer.added_tokens)
+        found = [made.token_to_id(token) for token in added]
+        if found != list(range(tokenizer.vocab_size, tokenizer.vocab_size + len(added))):
+            raise InputError(
+                f"{tokenizer.folder}: {', '.join(added)} would get the ids {found}, expected those from "
+                f"{tokenizer.vocab_size} on; its vocabulary has holes: use a tokenizer without, or one that has them"
+            )
+    made.folder = out
+    return made, added
+
+
 class ParsedTokenizer:
     """What a tokenizer.json says, without truncation and padding; control tokens inside a text are plain text to it.
 
