@@ -35,8 +35,9 @@ class Data(Protocol):
     vocab_size: int
     unit: str
     reads_model: bool
-    chat: ChatStops | None
 
+    @property
+    def chat(self) -> ChatStops | None: ...
     @property
     def fingerprint(self) -> str: ...
     @property

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from argonne.config import CHAT_STAGES
 from argonne.plan import device_names, make_plan, published
 from argonne.plan.build import tokens_before, total_steps
 from argonne.presets import presets
@@ -111,7 +112,7 @@ def test_a_packaged_recipe_loads_and_survives_being_saved(name: str, tmp_path: P
 @pytest.mark.parametrize("name", recipe_names())
 def test_the_schedule_of_a_recipe_fits_its_length(name: str) -> None:
     recipe = load_recipe(name)
-    steps = total_steps(recipe, partial(tokens_before, recipe.batch), lambda: None)
+    steps = total_steps(recipe, partial(tokens_before, recipe.batch), lambda: 100_000_000)  # of an epoch
     assert steps is not None
     check_schedule(steps, recipe.optim, recipe.schedule)
     assert curve(steps, recipe.optim, recipe.schedule)[0][1] > 0
@@ -237,10 +238,11 @@ def test_the_dry_run_of_a_recipe_prints_what_would_run(
 ) -> None:
     from argonne.cli import main
 
-    verb = "continue" if load_recipe(name).model.init_from else "pretrain"
+    recipe = load_recipe(name)
+    verb = recipe.stage if recipe.stage in CHAT_STAGES else "continue" if recipe.model.init_from else "pretrain"
     assert main([verb, name, "--run", str(tmp_path / "run"), "--dry-run"]) == 0
     printed = tomllib.loads(capsys.readouterr().out)
-    assert printed["train"]["steps" if load_recipe(name).train.steps else "tokens"] > 0
+    assert any(printed["train"].get(length, 0) > 0 for length in ("steps", "tokens", "epochs"))
     assert not (tmp_path / "run").exists()
 
 

@@ -162,6 +162,10 @@ ELSEWHERE = {
     "data.max_drop_fraction": "tests/prepare/test_from_text.py",
     "data.quality_filter": "tests/prepare/test_from_text.py",
     "data.bos": "tests/prepare/test_from_text.py",
+    **{
+        f"chat.{name}": "tests/stages/test_sft.py"
+        for name in ("template", "loss_on", "history_reasoning", "too_long", "hold_out", "max_drop_fraction", "cache")
+    },
     "train.device": "tests/parallel/test_mesh.py",
     "train.compile": "tests/train/test_recovery.py",
     "train.return_memory": "tests/train/test_allocator.py",

@@ -1,0 +1,207 @@
+"""sft and cot-sft through the loop: what is trained, what is kept, exact resume, every key, what bad input is told."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from argonne.config import Recipe
+from argonne.errors import InputError
+from argonne.recipe import load_recipe
+from argonne.report.records import read_metrics
+from argonne.stages.pretrain import RunResult, run
+from argonne.stages.sft import SFT
+from argonne.tokens.tokenizer import load_tokenizer
+from argonne.train.checkpoint import LAST
+from tests.train.helpers import curve, stored
+
+Nano = Callable[..., Recipe]
+Chat = Callable[..., Recipe]
+
+
+def conversations(count: int, *, think: bool = False) -> list[dict[str, Any]]:
+    """Sums, each asked twice in one conversation; with or without a trace."""
+    rows = []
+    for number in range(count):
+        turns = []
+        for other in (number % 7, number % 5):
+            trace = f"<think>\n{number} and {other} make {number + other}\n</think>\n\n" if think else ""
+            turns += [
+                {"role": "user", "content": f"What is {number} + {other}?"},
+                {"role": "assistant", "content": f"{trace}It is {number + other}."},
+            ]
+        rows.append({"messages": turns[: 2 if think else 4]})
+    return rows
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def base(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small pretrained model with a tokenizer that has the turn tokens."""
+    folder = tmp_path_factory.mktemp("base")
+    recipe = load_recipe(
+        "nano-3.0",
+        {
+            "model.vocab_size": "512",
+            "model.hidden_size": "32",
+            "model.num_hidden_layers": "2",
+            "model.head_dim": "16",
+            "model.num_attention_heads": "2",
+            "model.num_key_value_heads": "1",
+            "model.intermediate_size": "64",
+            "model.max_position_embeddings": "128",
+            "data.sources": f"[{{ path = {json.dumps(str(tokens))}, max_epochs = 9 }}]",
+            "data.sequence_length": "128",
+            "batch.tokens_per_step": "256",
+            "train.steps": "2",
+            "train.threads": "1",
+            "schedule.warmup": "0",
+            "checkpoint.every_steps": "2",
+            "checkpoint.sample_prompt": "",
+            "checkpoint.sample_tokens": "100",
+            "eval.every_steps": "0",
+            "log.tensorboard": "false",
+        },
+    )
+    run(recipe, folder / "run")
+    return folder / "run"
+
+
+@pytest.fixture
+def chat(base: Path, tmp_path: Path) -> Chat:
+    """Makes recipes of small fine-tuning runs on 60 conversations."""
+    source = write(tmp_path / "chat.jsonl", conversations(60))
+
+    def make(name: str = "nano-3.0-sft", path: Path = source, **overrides: str) -> Recipe:
+        given = {
+            "model.init_from": json.dumps(str(base)),
+            "data.sources": f"[{{ path = {json.dumps(str(path))}, max_epochs = 9 }}]",
+            "data.sequence_length": "128",
+            "batch.tokens_per_step": "512",
+            "train.epochs": "none",
+            "train.steps": "6",
+            "train.threads": "1",
+            "schedule.warmup": "1",
+            "checkpoint.every_steps": "3",
+            "checkpoint.sample_tokens": "4",
+            "eval.every_steps": "3",
+            "eval.windows": "2",
+            "chat.hold_out": "0.1",
+            "log.every_steps": "1",
+            "log.tensorboard": "false",
+        }
+        return load_recipe(name, {**given, **overrides})
+
+    return make
+
+
+def tune(recipe: Recipe, folder: Path, **how: Any) -> RunResult:
+    return run(recipe, folder, stage=SFT, **how)
+
+
+def test_a_base_model_becomes_a_chat_model_that_others_can_load(
+    chat: Chat, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = tune(chat(), tmp_path / "run")
+    assert result.outcome.complete
+    final = tmp_path / "run" / "final_model"
+    tokenizer = load_tokenizer(final)
+    turn_end = tokenizer.token_to_id("<|im_end|>")
+    assert turn_end in json.loads((final / "generation_config.json").read_text())["eos_token_id"]
+    assert "<|im_start|>" in (final / "chat_template.jinja").read_text()
+    assert "<|im_start|>" in (tmp_path / "run" / LAST / "tokenizer" / "chat_template.jinja").read_text()
+    held_out = read_metrics(tmp_path / "run").of("held_out")
+    assert held_out
+    assert all(record["loss"] > 0 for record in held_out)
+    assert "60 = " in capsys.readouterr().err.replace(",", "")
+
+
+def test_a_fine_tuning_run_that_was_stopped_is_the_one_that_was_not(chat: Chat, tmp_path: Path) -> None:
+    tune(chat(), tmp_path / "whole")
+    tune(chat(), tmp_path / "cut", stop_after_step=3)
+    tune(chat(), tmp_path / "cut")
+    assert stored(tmp_path / "whole" / LAST) == stored(tmp_path / "cut" / LAST)
+    assert curve(tmp_path / "whole") == curve(tmp_path / "cut")
+
+
+def test_two_ranks_train_the_batches_of_one(chat: Chat, tmp_path: Path) -> None:
+    tune(chat(), tmp_path / "one")
+    tune(chat(**{"parallel.nproc": "2", "parallel.timeout": "60s"}), tmp_path / "two")
+    states = [json.loads((tmp_path / name / LAST / "state.json").read_text()) for name in ("one", "two")]
+    assert states[0]["data"] == states[1]["data"]
+    for one, two in zip(curve(tmp_path / "one"), curve(tmp_path / "two"), strict=True):
+        assert one == pytest.approx(two, rel=1e-4)
+
+
+def test_chains_of_thought_keep_only_answers_that_think_and_end(chat: Chat, tmp_path: Path) -> None:
+    rows = conversations(40, think=True)
+    rows[3]["messages"][1]["content"] = "no thought"
+    rows[5]["messages"][1]["content"] = "<think>never closed"
+    source = write(tmp_path / "thoughts.jsonl", rows)
+    with pytest.raises(InputError, match=r"(?s)max_drop_fraction"):
+        tune(chat("nano-3.0-cot-sft", source, **{"chat.max_drop_fraction": "0.01"}), tmp_path / "strict")
+    assert tune(chat("nano-3.0-cot-sft", source), tmp_path / "run").outcome.complete
+
+
+FLIPS = {
+    "chat.template": '"plain"',
+    "chat.loss_on": '"last"',
+    "chat.history_reasoning": '"keep"',
+    "chat.too_long": '"truncate"',
+    "chat.hold_out": "0.4",
+}
+
+
+@pytest.mark.parametrize("key", FLIPS)
+def test_another_value_of_a_chat_key_trains_something_else(key: str, chat: Chat, tmp_path: Path) -> None:
+    rows = [
+        *conversations(30),
+        {
+            "messages": [
+                {"role": "user", "content": "Twice?"},
+                {"role": "assistant", "content": "<think>\nhm\n</think>\n\nNo."},
+                {"role": "user", "content": "Again?"},
+                {"role": "assistant", "content": "<think>\nso\n</think>\n\nYes."},
+            ]
+        },
+        {"messages": [{"role": "user", "content": "Long?"}, {"role": "assistant", "content": "Very. " * 200}]},
+    ]
+    source = write(tmp_path / "mixed.jsonl", rows)
+    tune(chat(path=source), tmp_path / "before")
+    tune(chat(path=source, **{key: FLIPS[key]}), tmp_path / "after")
+    assert stored(tmp_path / "before" / LAST) != stored(tmp_path / "after" / LAST)
+
+
+def test_a_cache_is_shared_by_runs_and_renders_nothing_twice(chat: Chat, tmp_path: Path) -> None:
+    cache = {"chat.cache": json.dumps(str(tmp_path / "cache"))}
+    tune(chat(**cache), tmp_path / "one")
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*") if path.is_file()}
+    tune(chat(**cache, **{"optim.lr": "1e-4"}), tmp_path / "two")
+    rendered = {path: time for path, time in files.items() if path.name != ".lock"}
+    assert len(rendered) > 1
+    assert {path: path.stat().st_mtime_ns for path in rendered} == rendered
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("{broken", "bad.jsonl:1"),
+        (json.dumps({"messages": [{"role": "assistant", "content": "first"}]}), "bad.jsonl:1"),
+        (json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}), "empty"),
+    ],
+)
+def test_a_file_without_a_usable_row_is_told_with_file_and_line(
+    line: str, told: str, chat: Chat, tmp_path: Path
+) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(line + "\n")
+    with pytest.raises(InputError, match=told):
+        tune(chat(path=bad), tmp_path / "run")
