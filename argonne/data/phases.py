@@ -44,7 +44,7 @@ def open_sources(data: DataSection) -> list[Source]:
     sources: list[Source] = []
     for section in data.sources:
         opened = open_tokens(section.path)
-        name = _name(section.path, {source.name for source in sources})
+        name = source_name(section.path, {source.name for source in sources})
         if twin := next((source for source in sources if source.tokens.fingerprint == opened.fingerprint), None):
             raise InputError(
                 f"data.sources: {section.path} holds the same tokens as {twin.tokens.path}; name it once, with the sum "
@@ -54,7 +54,7 @@ def open_sources(data: DataSection) -> list[Source]:
     return sources
 
 
-def _name(path: str, taken: set[str]) -> str:
+def source_name(path: str, taken: set[str]) -> str:
     base = Path(path).stem if Path(path).suffix == ".bin" and Path(path).stem != "train" else Path(path).name
     base = Path(path).parent.name if base in ("train.bin", "train") else base
     return (
