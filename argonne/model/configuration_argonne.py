@@ -271,6 +271,9 @@ class Argonne1Config(ArgonneConfig):
     """1.0 and 1.5 (`model_type` argonne): GPT-2-like, learned positions, LayerNorm, erf GELU, biases, untied head."""
 
     model_type = "argonne"
+    base_model_tp_plan: ClassVar[dict[str, Any] | None] = {
+        name: how for name, how in (ArgonneConfig.base_model_tp_plan or {}).items() if "gate_proj" not in name
+    }
 
     vocab_size: int = 12_000
     position_embedding: str = "learned"

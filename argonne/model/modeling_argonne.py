@@ -1,5 +1,4 @@
-"""Argonne language models, all generations in one class, for training and for the Hugging Face Hub. Ships with each
-checkpoint.
+"""Argonne language models, all generations in one class, for training and for the Hub. Ships with each checkpoint.
 
 Needs torch, transformers and the sibling files, nothing else. Module names are fixed: exports, parallel plans and
 engines read them.
@@ -10,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,6 +49,11 @@ class ArgonnePreTrainedModel(PreTrainedModel):
             config._attn_implementation = IMPLEMENTATION
         super().__init__(config, *inputs, **kwargs)
 
+    def _set_gradient_checkpointing(self, *how: Any, every_n_layers: int = 1, **more: Any) -> None:
+        super()._set_gradient_checkpointing(*how, **more)
+        base: Any = self.base_model
+        base.recomputed_stride = every_n_layers
+
 
 class ArgonneBaseModel(ArgonnePreTrainedModel):
     """Token ids to hidden states."""
@@ -62,7 +67,8 @@ class ArgonneBaseModel(ArgonnePreTrainedModel):
             self.rotary_emb = ArgonneRotaryEmbedding(config)
         self.layers = nn.ModuleList(ArgonneDecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = make_norm(config, config.hidden_size)
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing, self.recomputed_stride = False, 1
+        self._gradient_checkpointing_func: Callable[..., Any] = partial(checkpoint, use_reentrant=False)
         self.training_options = TrainingOptions()
         self.post_init()
 
@@ -101,8 +107,7 @@ class ArgonneBaseModel(ArgonnePreTrainedModel):
         extra: dict[str, Any] | None = None,
         weights: list[Tensor] | None = None,
     ) -> LayerInputs:
-        """Positions and masks for one forward pass. Explicit position_ids that restart mark the documents of a packed
-        row.
+        """Positions and masks for one forward pass. Explicit position_ids that restart mark the documents of a row.
 
         They may lie on the CPU while the model is on a GPU: then nothing here waits for the GPU.
         """
@@ -118,9 +123,7 @@ class ArgonneBaseModel(ArgonnePreTrainedModel):
 
     @staticmethod
     def _positions(hidden: Tensor, attention_mask: Any, cache: Cache | None) -> Tensor:
-        """0, 1, 2... after what the cache holds; with a 2-D mask they count real tokens only, so that left padding
-        shifts nothing.
-        """
+        """0, 1, 2... after what the cache holds; with a 2-D mask only real tokens count: left padding moves nothing."""
         length = hidden.shape[1]
         if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
             return (attention_mask.to(torch.int64).cumsum(-1) - 1).clamp_min(0)[:, -length:].to(hidden.device)
@@ -129,7 +132,8 @@ class ArgonneBaseModel(ArgonnePreTrainedModel):
 
     def recomputes(self, layer: int) -> bool:
         """Is this layer run again in the backward pass, by our own switch or transformers'?"""
-        return self.training and (self.gradient_checkpointing or self.training_options.recomputes(layer))
+        theirs = self.gradient_checkpointing and layer % self.recomputed_stride == 0
+        return self.training and (theirs or self.training_options.recomputes(layer))
 
     def run_layers(
         self,
@@ -147,7 +151,7 @@ class ArgonneBaseModel(ArgonnePreTrainedModel):
             if record is not None:
                 record.append(hidden)
             if torch.is_grad_enabled() and self.recomputes(index):
-                hidden = checkpoint(self.layers[index], hidden, inputs, use_reentrant=False)
+                hidden = self._gradient_checkpointing_func(self.layers[index], hidden, inputs)
             else:
                 hidden = self.layers[index](hidden, inputs)
         return hidden

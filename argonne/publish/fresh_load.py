@@ -13,33 +13,44 @@ from typing import Any
 
 
 def compare(folder: str, expected_path: str) -> dict[str, Any]:
-    """Largest logit difference relative to the largest logit, greedy text, and what AutoModel returns."""
+    """Differences relative to the largest value: of logits, of the loss that comes first, of a second copy's logits;
+    greedy text, with the default cache and a static one; and what AutoModel returns. A value that is not finite makes
+    its difference so.
+    """
     import torch
     from safetensors.torch import load_file
+    from torch.nn import functional as F
     from transformers import AutoModel, AutoModelForCausalLM
 
     expected = load_file(expected_path)
     settings: dict[str, Any] = {"trust_remote_code": True, "dtype": torch.float32, "local_files_only": True}
     model = AutoModelForCausalLM.from_pretrained(folder, **settings).eval()
-    with torch.no_grad():
-        logits = model(input_ids=expected["input_ids"]).logits
-    ids = expected["greedy_ids"]
+
+    def difference(found: Any, wanted: Any) -> float:
+        return float((found - wanted).abs().max() / wanted.abs().max())
+
+    ids, greedy = expected["input_ids"], expected["greedy_ids"]
     prompt = int(expected["prompt_length"])
-    greedy = model.generate(
-        ids[:, :prompt],
-        max_new_tokens=ids.shape[1] - prompt,
-        min_new_tokens=ids.shape[1] - prompt,
-        do_sample=False,
-        pad_token_id=0,
-    )
-    hidden = AutoModel.from_pretrained(folder, **settings).eval()(input_ids=ids[:, :prompt]).last_hidden_state
-    return {
-        "class": type(model).__name__,
-        "relative_difference": float((logits - expected["logits"]).abs().max() / expected["logits"].abs().max()),
-        "greedy_equal": bool(torch.equal(greedy, ids)),
-        "greedy_gap": gap_at_difference(model, greedy, ids),
-        "hidden_shape": list(hidden.shape),
-    }
+    new = greedy.shape[1] - prompt
+    how = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+        first = model(input_ids=ids, labels=ids)[0]
+        loss = F.cross_entropy(expected["logits"][0, :-1], ids[0, 1:])
+        found = model.generate(greedy[:, :prompt], **how)
+        static = model.generate(greedy[:, :prompt], cache_implementation="static", **how)
+        hidden = AutoModel.from_pretrained(folder, **settings).eval()(input_ids=greedy[:, :prompt]).last_hidden_state
+        second = AutoModelForCausalLM.from_pretrained(folder, **settings).eval()(input_ids=ids).logits
+        return {
+            "class": type(model).__name__,
+            "relative_difference": difference(logits, expected["logits"]),
+            "loss_difference": difference(first, loss),
+            "second_difference": difference(second, expected["logits"]),
+            "greedy_equal": bool(torch.equal(found, greedy)),
+            "greedy_gap": gap_at_difference(model, found, greedy),
+            "static_gap": gap_at_difference(model, static, greedy),
+            "hidden_shape": list(hidden.shape),
+        }
 
 
 def gap_at_difference(model: Any, found: Any, wanted: Any) -> float:

@@ -113,7 +113,7 @@ def to_gpt2(config: ArgonneConfig, state: dict[str, Tensor]) -> Native:
             for ours, theirs in GPT2_NAMES.items():
                 tensor = state[f"{here}.{ours}.{kind}"]
                 new[f"{there}.{theirs}.{kind}"] = tensor.T.contiguous() if tensor.dim() == 2 else tensor
-    twin = GPT2Config(
+    twin = GPT2Config(  # no n_ctx: llama.cpp and mlx-lm need it, and would go on to the GELU of tanh
         vocab_size=config.vocab_size,
         n_positions=config.max_position_embeddings,
         n_embd=config.hidden_size,
@@ -130,7 +130,6 @@ def to_gpt2(config: ArgonneConfig, state: dict[str, Tensor]) -> Native:
         eos_token_id=config.eos_token_id,
         pad_token_id=config.pad_token_id,
     )
-    twin.n_ctx = config.max_position_embeddings  # llama.cpp's converter reads this name
     return Native(GPT2LMHeadModel, twin, new)
 
 
@@ -176,18 +175,19 @@ def to_llama(config: ArgonneConfig, state: dict[str, Tensor]) -> Native:
     """The same tensors under the same names."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return Native(
-        LlamaForCausalLM,
-        LlamaConfig(**_rotary(config), attention_bias=config.attention_bias, mlp_bias=config.mlp_bias),
-        state,
-    )
+    twin = LlamaConfig(**_rotary(config), attention_bias=config.attention_bias, mlp_bias=config.mlp_bias)
+    twin.rope_theta = (config.rope_parameters or {})["rope_theta"]  # mlx-lm reads it here alone, and assumes 10,000
+    return Native(LlamaForCausalLM, twin, state)
 
 
 def to_mistral(config: ArgonneConfig, state: dict[str, Tensor]) -> Native:
     """Llama with one window for all layers, and with no word about how heads divide the hidden size."""
     from transformers import MistralConfig, MistralForCausalLM
 
-    return Native(MistralForCausalLM, MistralConfig(**_rotary(config), sliding_window=config.sliding_window), state)
+    twin = MistralConfig(**_rotary(config), sliding_window=config.sliding_window)
+    twin.rope_theta = (config.rope_parameters or {})["rope_theta"]
+    # No layer_types, from which alone mlx-lm learns of a window: with it transformers makes a Ministral of the folder.
+    return Native(MistralForCausalLM, twin, state)
 
 
 # --- 3.x
@@ -209,6 +209,9 @@ def gemma4_is(config: ArgonneConfig) -> dict[str, bool]:
 
 def to_gemma4(config: ArgonneConfig, state: dict[str, Tensor]) -> Native:
     """Folded: it scales embeddings by sqrt(H), does not scale scores, and its v norm has no gain.
+
+    transformers writes no `global_head_dim`: llama.cpp's converter stops there, and mlx-lm, which assumes 512, at
+    shapes of other heads. It is not added: both would go on to GELU, whatever `hidden_activation` says.
 
     embedding / sqrt(H) (and final norm x sqrt(H) where the head is tied to it), q_norm x head_dim^-0.5, o_proj columns
     x v gain. Folded in fp32 at least and rounded once.

@@ -133,7 +133,10 @@ def _exported(path: Path) -> Facts:
 
     from argonne.model.load import family_config
 
-    family_config(path)  # another family is refused by name
+    written = path / layout.EXPORT_RECORD
+    record = read_json(written) if written.is_file() else {}
+    if not record:
+        family_config(path)  # another family is refused by name
     problems, parameters = _sealed(path), 0
     for file in sorted(path.glob(layout.WEIGHTS)):
         try:
@@ -143,9 +146,11 @@ def _exported(path: Path) -> Facts:
             problems.append(f"{file}: {error}")
     if not any(path.glob(layout.WEIGHTS)):
         problems.append(f"{path}: no safetensors file, so it holds no weights")
+    engines = {engine: f"{of['verdict']} ({of['why']})" for engine, of in record.get("engines", {}).items()}
     return {
         "kind": "exported model",
         "path": str(path),
+        **({"class": record["class"], "engines": engines} if record else {}),
         "parameters": parameters,
         "model": _shape(path),
         "has_tokenizer": layout.tokenizer_of(path) is not None,

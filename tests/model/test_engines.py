@@ -104,8 +104,9 @@ def test_embeddings_may_come_from_the_engine(make_model: Make, ids: torch.Tensor
         model.model(input_ids=ids, inputs_embeds=given)
 
 
-def test_the_parallel_plans_name_modules_that_exist(make_model: Make) -> None:
-    model = make_model("3-window")
+@pytest.mark.parametrize("generation", ["1", "3-window"])
+def test_the_parallel_plans_name_modules_that_exist(generation: str, make_model: Make) -> None:
+    model = make_model(generation)
     modules = {name for name, _ in model.model.named_modules()}
     for pattern in model.config.base_model_tp_plan:
         assert pattern.replace("*", "0") in modules

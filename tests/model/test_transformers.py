@@ -4,6 +4,7 @@ caches, a model split by a `device_map`, the Trainer's labels, attention weights
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -218,12 +219,21 @@ def real(tensor: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
     return tensor[inputs.get("attention_mask", torch.ones_like(LEFT)).bool()]
 
 
-@pytest.mark.parametrize("inputs", INPUTS)
-@pytest.mark.parametrize("generation", ["1", "3-window"])
+TWO_LAYERS: dict[str, Any] = {"num_hidden_layers": 2}
+TRACED = {"1": TWO_LAYERS, "3-window": {**TWO_LAYERS, "layer_types": ["full_attention", "sliding_attention"]}}
+# Seconds each: two are ordinary tests, the others a campaign.
+ORDINARY = {("1", "documents"), ("3-window", "positions of a padded row")}
+TRACED_INPUTS = [
+    pytest.param(*case, marks=[] if case in ORDINARY else pytest.mark.campaign)
+    for case in itertools.product(TRACED, INPUTS)
+]
+
+
+@pytest.mark.parametrize(("generation", "inputs"), TRACED_INPUTS)
 def test_the_whole_model_compiles_without_a_break(
     generation: str, inputs: str, make_model: Make, ids: torch.Tensor
 ) -> None:
-    model, given = make_model(generation), INPUTS[inputs]
+    model, given = make_model(generation, **TRACED[generation]), INPUTS[inputs]
     torch._dynamo.reset()
     with torch.no_grad():
         expected = model(input_ids=ids, use_cache=False, **given).logits
@@ -231,12 +241,11 @@ def test_the_whole_model_compiles_without_a_break(
     torch.testing.assert_close(real(found, given), real(expected, given), rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("inputs", INPUTS)
-@pytest.mark.parametrize("generation", ["1", "3-window"])
+@pytest.mark.parametrize(("generation", "inputs"), TRACED_INPUTS)
 def test_an_exported_program_takes_any_length(
     generation: str, inputs: str, make_model: Make, ids: torch.Tensor
 ) -> None:
-    model, given = make_model(generation), INPUTS[inputs]
+    model, given = make_model(generation, **TRACED[generation]), INPUTS[inputs]
     rows, length = torch.export.Dim("rows", min=1, max=64), torch.export.Dim("length", min=2, max=96)
     example = {"input_ids": ids, **given}
     with torch.no_grad(), warnings.catch_warnings():
@@ -257,6 +266,27 @@ def test_an_exported_program_takes_any_length(
 
 
 # --- gradient checkpointing
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("stride", [1, 3])
+def test_recomputation_goes_the_way_that_transformers_was_asked_for(
+    reentrant: bool, stride: int, make_model: Make, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (model, plain), asked = (make_model("3-window").train() for _ in range(2)), []
+
+    def checkpoint(layer: torch.nn.Module, *given: Any, **how: Any) -> Any:
+        asked.append((layer, how["use_reentrant"]))
+        return torch.utils.checkpoint.checkpoint(layer, *given, **how)
+
+    monkeypatch.setattr("transformers.modeling_utils.checkpoint", checkpoint)
+    kwargs = {"use_reentrant": reentrant}
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs, every_n_layers=stride)
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert asked == [(layer, reentrant) for layer in model.model.layers[::stride]]
+    plain(input_ids=ids, labels=ids).loss.backward()
+    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
 
 
 @pytest.mark.parametrize("how", ["gradient_checkpointing_enable", "configure_training"])

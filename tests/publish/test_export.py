@@ -36,6 +36,8 @@ NATIVE: dict[str, tuple[dict[str, Any], str]] = {
     "3 untied": ({**GENERATIONS["3"], "tie_word_embeddings": False}, "Gemma4ForCausalLM"),
     "3 last layer full": ({**SIZES, **THIRD, **LAST_FULL}, "Gemma4ForCausalLM"),
 }
+DIFFERENCES = ["relative_difference", "loss_difference", "second_difference", "greedy_gap", "static_gap"]
+FOUND: dict[str, Any] = {"class": "SomeForCausalLM", "greedy_equal": True, **dict.fromkeys(DIFFERENCES, 0.0)}
 TOKENIZER = {"eos_token": "<end>", "chat_template": "{{ messages }}"}
 
 
@@ -193,19 +195,21 @@ def test_weights_that_are_not_finite_are_not_exported(kind: str, value: float, t
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
-@pytest.mark.parametrize("broken", [{"relative_difference": float("nan")}, {"greedy_gap": float("nan")}])
-def test_a_difference_that_is_not_a_number_fails_the_proof(
-    broken: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("broken", DIFFERENCES)
+@pytest.mark.parametrize("value", [float("nan"), 0.01])
+def test_each_difference_fails_the_proof_also_one_that_is_not_a_number(
+    broken: str, value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = {"relative_difference": 0.0, "greedy_equal": False, "greedy_gap": 0.0, **broken}
-    monkeypatch.setattr("argonne.publish.export.run_fresh", lambda *paths: found)
-    with pytest.raises(RuntimeError, match="nan"):
+    monkeypatch.setattr("argonne.publish.export.run_fresh", lambda *paths: {**FOUND, broken: value})
+    with pytest.raises(RuntimeError, match=f"by {value:.1e}"):
         prove(tmp_path, model_of(GENERATIONS["2"]))
 
 
 @pytest.mark.parametrize("known_by", ["config", "generation config", "tokenizer"])
 @pytest.mark.parametrize("way", ["hf", "native", "save_pretrained"])
-def test_the_pad_id_survives_every_way_out(way: str, known_by: str, tmp_path: Path) -> None:
+def test_the_pad_id_survives_every_way_out(
+    way: str, known_by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = saved({**GENERATIONS["2"], "hidden_size": 60}, tmp_path / "model")
     places = {
         "config": "config.json",
@@ -217,6 +221,7 @@ def test_the_pad_id_survives_every_way_out(way: str, known_by: str, tmp_path: Pa
         own = {"pad_token": "w7"} if known_by == "tokenizer" else {"pad_token_id": 7}
         given = own if name == places[known_by] else {"pad_token_id": None}
         (folder / name).write_text(json.dumps({**about, **given}))
+    monkeypatch.setattr("argonne.publish.export.prove", lambda folder, model: FOUND)
     if way == "save_pretrained":
         load_model(folder).model.save_pretrained(tmp_path / "out")
     else:
