@@ -42,6 +42,7 @@ class ConversationData(TrainingData):
     ) -> None:
         super().__init__(data, sources, mixture, template.tokenizer)
         self.template, self.rendered = template, list(rendered)
+        self.chat = template
         self._held_out = [
             PackedRows(source.name, source.tokens.fingerprint, one.ends["held_out"])
             for source, one in zip(sources, rendered, strict=True)
@@ -68,7 +69,8 @@ class ConversationData(TrainingData):
             lines += [f"  {count:,} {what}" for what, count in sorted(account.notes.items())]
         template = f"template {self.template.template}, traces of earlier turns: {self.template.history_reasoning}"
         end = self.tokenizer.decode([self.template.turn_end_id])
-        return [*lines, f"{template}, turns end with {end} ({self.template.turn_end_id}), which is trained"]
+        lines.append(f"{template}, turns end with {end} ({self.template.turn_end_id}), which is trained")
+        return [*lines, "the first conversation; what is trained stands between « and »:", self.sample()]
 
     def sample(self) -> str:
         """The first conversation as it is trained: what is a target stands between « and »."""

@@ -64,6 +64,7 @@ def base(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "train.steps": "2",
             "train.threads": "1",
             "schedule.warmup": "0",
+            "schedule.decay": "0",
             "checkpoint.every_steps": "2",
             "checkpoint.sample_prompt": "",
             "checkpoint.sample_tokens": "100",
@@ -162,18 +163,14 @@ FLIPS = {
 
 @pytest.mark.parametrize("key", FLIPS)
 def test_another_value_of_a_chat_key_trains_something_else(key: str, chat: Chat, tmp_path: Path) -> None:
-    rows = [
-        *conversations(30),
-        {
-            "messages": [
-                {"role": "user", "content": "Twice?"},
-                {"role": "assistant", "content": "<think>\nhm\n</think>\n\nNo."},
-                {"role": "user", "content": "Again?"},
-                {"role": "assistant", "content": "<think>\nso\n</think>\n\nYes."},
-            ]
-        },
-        {"messages": [{"role": "user", "content": "Long?"}, {"role": "assistant", "content": "Very. " * 200}]},
+    thinks = [
+        {"role": "user", "content": "Twice?"},
+        {"role": "assistant", "content": "<think>\nhm\n</think>\n\nNo."},
+        {"role": "user", "content": "Again?"},
+        {"role": "assistant", "content": "<think>\nso\n</think>\n\nYes."},
     ]
+    long = [{"role": "user", "content": "Long?"}, {"role": "assistant", "content": "Very. " * 200}]
+    rows = [*conversations(30), {"messages": thinks}, {"messages": long}]
     source = write(tmp_path / "mixed.jsonl", rows)
     tune(chat(path=source), tmp_path / "before")
     tune(chat(path=source, **{key: FLIPS[key]}), tmp_path / "after")
