@@ -32,6 +32,8 @@ SAMPLE_TOKENS = 400
 class ConversationData(TrainingData):
     """Rows of packed conversations. What `open_conversations` returns."""
 
+    block = 64  # of a small source 4,096 rows are hundreds of epochs, and each would be packed
+
     def __init__(
         self,
         data: DataSection,

@@ -28,8 +28,6 @@ from argonne.prepare.from_text import TextWork
 from argonne.tokens.inspection import Verification
 from argonne.tokens.tokenizer import TextTokenizer
 
-# Rows located at once: the arithmetic is vectorised, and one row at a time would cost as much as reading it.
-BLOCK = 4096
 FILLER_SOURCE = -1
 
 
@@ -41,6 +39,8 @@ class TrainingData:
     unit = "tokens"
     reads_model = False
     chat: ChatTemplate | None = None
+    # Rows located at once: the arithmetic is vectorised, and one row at a time would cost as much as reading it.
+    block = 4096
 
     def __init__(
         self, data: DataSection, sources: Sequence[Source], mixture: Mixture, tokenizer: TextTokenizer
@@ -265,8 +265,8 @@ class TrainingData:
         growing = any(stream.growing for stream in self._streams)
         found: list[tuple[int, list[tuple[int, int]]]] = []
         while count:
-            number, inside = divmod(first - phase.first_sample, BLOCK)
-            here = count if growing else min(count, BLOCK - inside)
+            number, inside = divmod(first - phase.first_sample, self.block)
+            here = count if growing else min(count, self.block - inside)
             # Nothing of a text that is still being tokenised is located before it is asked for: it would be waited for.
             block, inside = (
                 (self._locate(phase, first, first + count), 0) if growing else (self._block(phase, number), inside)
@@ -282,8 +282,8 @@ class TrainingData:
         key = (phase.first_step, number)
         found = self._blocks.get(key)
         if found is None:
-            begin = phase.first_sample + number * BLOCK
-            found = self._locate(phase, begin, begin + BLOCK)
+            begin = phase.first_sample + number * self.block
+            found = self._locate(phase, begin, begin + self.block)
             self._blocks = {**dict(list(self._blocks.items())[-2:]), key: found}
         return found
 
