@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 from pathlib import Path
 from typing import Any
 
@@ -32,26 +31,23 @@ def conversations(recipe: Recipe, state: dict[str, Any] | None, run_folder: Path
     if not data.sources:
         raise InputError("data.sources: empty; name a file, a folder or a glob of conversations, jsonl or parquet")
     cache = Path(chat.cache) if chat.cache else run_folder / CACHE
-    cache.mkdir(parents=True, exist_ok=True)
-    with open(cache / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        return open_conversations(
-            data.sources,
-            tokenizer=tokenizer_of(recipe),
-            template=chat.template,
-            loss_on=chat.loss_on,
-            history_reasoning=chat.history_reasoning,
-            too_long=chat.too_long,
-            reasoning_required=recipe.stage == "cot-sft",
-            sequence_length=data.sequence_length,
-            hold_out=chat.hold_out,
-            max_drop_fraction=chat.max_drop_fraction,
-            cache=cache,
-            batch=recipe.batch,
-            seed=recipe.seed,
-            state=state,
-            allow=allow,
-        )
+    return open_conversations(
+        data.sources,
+        tokenizer=tokenizer_of(recipe),
+        template=chat.template,
+        loss_on=chat.loss_on,
+        history_reasoning=chat.history_reasoning,
+        too_long=chat.too_long,
+        reasoning_required=recipe.stage == "cot-sft",
+        sequence_length=data.sequence_length,
+        hold_out=chat.hold_out,
+        max_drop_fraction=chat.max_drop_fraction,
+        cache=cache,
+        batch=recipe.batch,
+        seed=recipe.seed,
+        state=state,
+        allow=allow,
+    )
 
 
 def tokenizer_of(recipe: Recipe) -> TextTokenizer:
