@@ -25,6 +25,7 @@ from argonne.data import chat
 from argonne.data.chat import THINK, THINK_END, ChatTemplate, Conversation, Rendered
 from argonne.data.conversations import ADVICE, fault_of_trace, parse_row, up_to_last_answer, without_nulls
 from argonne.errors import InputError
+from argonne.layout import MANIFEST
 from argonne.prepare import documents
 from argonne.prepare.documents import InputFile, Unit
 from argonne.prepare.progress import ProgressBar
@@ -36,7 +37,7 @@ TRAINED = np.uint32(1 << 31)
 TOO_LONG = ("drop", "drop_oldest_turns", "truncate")
 EXAMPLES = 3
 ROWS_A_BATCH, CHARACTERS_A_BATCH = 1024, 1 << 20
-MANIFEST, UNIT_RECORD, HASHES = "manifest.json", "record.json", "hashes-of-input.json"
+UNIT_RECORD, HASHES = "record.json", "hashes-of-input.json"
 SIDES = ("train", "held_out")
 
 

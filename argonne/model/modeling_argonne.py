@@ -114,9 +114,8 @@ class ArgonneBaseModel(ArgonnePreTrainedModel):
         explicit = position_ids is not None
         positions = self._positions(hidden, attention_mask, cache) if position_ids is None else position_ids
         masks = attention_patterns(self.config, hidden, attention_mask, positions, cache, explicit)
-        here = (layer for layer in self.layers if isinstance(layer, ArgonneDecoderLayer))  # of a pipeline's stage
-        if (first := next(here, None)) is not None:
-            prepare_patterns(masks, self.config, hidden, first.self_attn.attention_kernel)
+        kernels = (layer.self_attn.attention_kernel for layer in self.layers if isinstance(layer, ArgonneDecoderLayer))
+        prepare_patterns(masks, self.config, hidden, next(kernels, "auto"))
         there = positions.to(hidden.device, non_blocking=True)
         cos, sin = self.rotary_emb(there, hidden.dtype) if self.config.position_embedding == "rope" else (None, None)
         return LayerInputs(cos, sin, masks, cache, extra or {}, weights)
