@@ -19,7 +19,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from argonne.config import BatchChange, BatchSection, DataSection, SourceSection
-from argonne.data import dataset
 from argonne.data.dataset import TrainingData, open_training_data
 from argonne.data.loader import Loader
 
@@ -299,7 +298,7 @@ def live_through(history: History, write_tokens: Callable[..., Path]) -> None:
     for segment in history.segments:
         data = run.open(segment)
         kept = range(run.step, run.step + segment.steps)
-        with mock.patch.object(dataset, "BLOCK", segment.block):
+        with mock.patch.object(TrainingData, "block", segment.block):
             found = read(data, segment, range(kept.start, kept.stop + segment.lost))
         for step, rows in zip(kept, found[: len(kept)], strict=True):
             count, length = run.batch_at(step)
