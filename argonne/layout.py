@@ -51,6 +51,7 @@ TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 VOCABULARY, MERGES = "vocab.json", "merges.txt"
 CHAT_TEMPLATE = "chat_template.jinja"
+CONVERSATIONS = "conversations"  # rendered ones, in a run
 TOKENIZER_FILES = (
     *(TOKENIZER_FILE, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", VOCABULARY, MERGES),
     CHAT_TEMPLATE,

@@ -59,7 +59,7 @@ IDLE = {
 }
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def nano(tokens: Path) -> Callable[..., Recipe]:
     """Makes recipes of very small runs on `tokens`: `nano(**{"optim.lr": "1e-3"})`."""
     from argonne.recipe import load_recipe

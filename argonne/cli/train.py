@@ -101,11 +101,15 @@ def train_model(options: argparse.Namespace) -> None:
         return
     folder = options.run or Path("runs") / recipe_name(options.recipe)
     # A new run's data, before torch is loaded. A finished run needs none; of torchrun's nodes rank 0's alone may.
-    if not folder.exists() and "RANK" not in os.environ and recipe.stage not in CHAT_STAGES:
+    if not folder.exists() and "RANK" not in os.environ:
+        from argonne.prepare.documents import find_files
         from argonne.tokens.formats import open_tokens
 
         for source in recipe.data.sources:
-            open_tokens(source.path)
+            if recipe.stage in CHAT_STAGES:
+                find_files([source.path])
+            else:
+                open_tokens(source.path)
         if recipe.data.input:
             from argonne.prepare.from_text import options_of
             from argonne.tokens.tokenizer import load_tokenizer

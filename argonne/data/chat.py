@@ -130,8 +130,8 @@ class ChatTemplate:
             for token, found in zip(TURN_TOKENS, ids, strict=True):
                 if found is None:
                     raise InputError(
-                        f"{tokenizer.folder}: {token} is no token of it, so that no turn could end; add it "
-                        '(argonne.tokens.tokenizer.add_chat_tokens), or use template = "plain"'
+                        f"{tokenizer.folder}: {token} is no token of it, so that no turn could end; use "
+                        'chat.template = "plain", or a model whose tokenizer has the turn tokens'
                     )
             self.turn_start_id, self.turn_end_id = (found for found in ids if found is not None)
         end = tokenizer.decode([self.turn_end_id])
@@ -239,7 +239,7 @@ class ChatTemplate:
         self, conversation: Conversation, traces: Sequence[bool], trained: Sequence[bool], prompt: bool
     ) -> Iterator[Piece]:
         if conversation.uses_tools:
-            raise InputError('template "plain" has no words for tools; use template = "chatml"')
+            raise InputError('template "plain" has no words for tools; use chat.template = "chatml"')
         before = ""
         for turn, trace, value in zip(conversation.messages, traces, trained, strict=True):
             if turn.role == "assistant":

@@ -32,6 +32,8 @@ SAMPLE_TOKENS = 400
 class ConversationData(TrainingData):
     """Rows of packed conversations. What `open_conversations` returns."""
 
+    chat: ChatTemplate
+
     block = 64  # of a small source 4,096 rows are hundreds of epochs, and each would be packed
 
     def __init__(
@@ -43,8 +45,7 @@ class ConversationData(TrainingData):
         rendered: Sequence[RenderedSet],
     ) -> None:
         super().__init__(data, sources, mixture, template.tokenizer)
-        self.template, self.rendered = template, list(rendered)
-        self.chat = template
+        self.chat, self.rendered = template, list(rendered)
         self._held_out = [
             PackedRows(source.name, source.tokens.fingerprint, one.ends["held_out"])
             for source, one in zip(sources, rendered, strict=True)
@@ -69,9 +70,11 @@ class ConversationData(TrainingData):
             ]
             lines += [f"  dropped: {account.dropped()}"] if account.drops else []
             lines += [f"  {count:,} {what}" for what, count in sorted(account.notes.items())]
-        template = f"template {self.template.template}, traces of earlier turns: {self.template.history_reasoning}"
-        end = self.tokenizer.decode([self.template.turn_end_id])
-        lines.append(f"{template}, turns end with {end} ({self.template.turn_end_id}), which is trained")
+        chat, end = self.chat, self.tokenizer.decode([self.chat.turn_end_id])
+        lines.append(
+            f"template {chat.template}, traces of earlier turns: {chat.history_reasoning}, turns end with {end} "
+            f"({chat.turn_end_id}), which is trained"
+        )
         return [*lines, "the first conversation; what is trained stands between « and »:", self.sample()]
 
     def sample(self) -> str:

@@ -34,9 +34,9 @@ ADVICE = {
     "roles-out-of-order": "a system message may begin, then users and assistants take turns; results of tools follow "
     "an assistant",
     "unknown-role": f"roles are {', '.join(ROLES)}",
-    "too-long": "raise data.sequence_length, or choose another policy for long rows",
+    "too-long": "raise data.sequence_length, or choose another chat.too_long",
     "no-think": "an answer needs one <think>...</think> before its text",
-    "tools-in-plain-template": 'use template = "chatml"',
+    "tools-in-plain-template": 'use chat.template = "chatml"',
 }
 
 

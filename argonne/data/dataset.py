@@ -141,7 +141,8 @@ class TrainingData:
             lines.append(f"from step {phase.first_step}: {rows}")
             for source in self.sources if phase.documents != "packed" else ():
                 windows = self.mixture.windows[source.tokens.fingerprint]
-                short = windows.short_documents(phase.sequence_length) if isinstance(windows, SourceWindows) else 0
+                assert isinstance(windows, SourceWindows)
+                short = windows.short_documents(phase.sequence_length)
                 of = f"{short:,} of {source.tokens.documents:,} documents"
                 lines.append(f"  {source.name}: {of} are too short for a row and are left out")
         return lines

@@ -25,7 +25,6 @@ from argonne.data import chat
 from argonne.data.chat import THINK, THINK_END, ChatTemplate, Conversation, Rendered
 from argonne.data.conversations import ADVICE, fault_of_trace, parse_row, up_to_last_answer, without_nulls
 from argonne.errors import InputError
-from argonne.layout import MANIFEST
 from argonne.prepare import documents
 from argonne.prepare.documents import InputFile, Unit
 from argonne.prepare.progress import ProgressBar
@@ -37,7 +36,7 @@ TRAINED = np.uint32(1 << 31)
 TOO_LONG = ("drop", "drop_oldest_turns", "truncate")
 EXAMPLES = 3
 ROWS_A_BATCH, CHARACTERS_A_BATCH = 1024, 1 << 20
-UNIT_RECORD, HASHES = "record.json", "hashes-of-input.json"
+RENDERED, UNIT_RECORD, HASHES = "rendered.json", "record.json", "hashes-of-input.json"
 SIDES = ("train", "held_out")
 
 
@@ -124,11 +123,11 @@ def render_files(
     with _alone(cache):
         fingerprint = _fingerprint(found, template, options, cache)
         folder = cache / fingerprint[:24]
-        if not (folder / MANIFEST).exists():
+        if not (folder / RENDERED).exists():
             folder.mkdir(exist_ok=True)
             files.collect_temporaries(folder)
             _render_all(found, template, options, folder, stream)
-    tree = files.read_json(folder / MANIFEST)
+    tree = files.read_json(folder / RENDERED)
     account = Account()
     account.merge(Account(**tree["account"]))
     names = ", ".join(file.path for file in found[:2]) + (f" and {len(found) - 2:,} more" if len(found) > 2 else "")
@@ -140,7 +139,7 @@ def render_files(
     if sum(account.drops.values()) > max_drop_fraction * account.rows:
         raise InputError(
             f"{names}: {sum(account.drops.values()):,} of {account.rows:,} rows were dropped, more than "
-            f"max_drop_fraction {max_drop_fraction:g}: {account.dropped()}; mend them, or allow more"
+            f"chat.max_drop_fraction {max_drop_fraction:g}: {account.dropped()}; mend them, or allow more"
         )
     streams = [_stream(folder, side, tree["units"]) for side in SIDES]
     ends = {side: _ends(folder / f"{side}.ends") for side in SIDES}
@@ -160,6 +159,7 @@ def _fingerprint(found: list[InputFile], template: ChatTemplate, options: Render
     lie.
     """
     known = files.read_json(cache / HASHES) if (cache / HASHES).exists() else {}
+    before = dict(known)
     listed = []
     for file in found:
         if "://" in file.path:
@@ -169,7 +169,8 @@ def _fingerprint(found: list[InputFile], template: ChatTemplate, options: Render
         if known.get(file.path, [None])[0] != key:
             known[file.path] = [key, files.sha256_of_file(Path(file.path))]
         listed.append([os.path.basename(file.path), file.bytes, known[file.path][1]])
-    files.write_json(cache / HASHES, known)
+    if known != before:
+        files.write_json(cache / HASHES, known)
     how = [template.template, template.history_reasoning, template.tokenizer.fingerprint, template.turn_end_id]
     return files.fingerprint([VERSION, chat.VERSION, listed, how, asdict(options)])
 
@@ -201,7 +202,7 @@ def _render_all(
     bar.close()
     for side in SIDES:
         _write_ends(folder, side, len(units))
-    files.write_json(folder / MANIFEST, {"version": VERSION, "units": len(units), "account": vars(total)})
+    files.write_json(folder / RENDERED, {"version": VERSION, "units": len(units), "account": vars(total)})
 
 
 def render_unit(file: InputFile, unit: Unit, template: ChatTemplate, options: RenderOptions, folder: Path) -> Account:

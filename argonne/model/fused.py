@@ -80,16 +80,16 @@ def _flatten(x: Tensor, width: int) -> Tensor:
 
 @torch.compiler.assume_constant_result  # to look for a module cannot be compiled
 def flash_library(capability: tuple[int, int]) -> tuple[str, Callable[..., Any], Callable[..., Any]] | None:
-    return _flash_library(capability)
-
-
-@cache
-def _flash_library(capability: tuple[int, int]) -> tuple[str, Callable[..., Any], Callable[..., Any]] | None:
     """Name, flash_attn_func and flash_attn_varlen_func of the newest FlashAttention that fits this GPU; None where none
     is installed.
 
     Raises ImportError when one is installed and broken: taking another path then would hide it.
     """
+    return _flash_library(capability)
+
+
+@cache
+def _flash_library(capability: tuple[int, int]) -> tuple[str, Callable[..., Any], Callable[..., Any]] | None:
     candidates = (("flash_attn_interface", (9, 0)), ("flash_attn", (8, 0)), ("flash_attn.cute", (9, 0)))
     for name, lowest in candidates:
         if (
@@ -167,12 +167,12 @@ def call_flash(
 
 @torch.compiler.assume_constant_result
 def varlen_function() -> tuple[Callable[..., Any], tuple[str, ...]] | None:
+    """torch's varlen_attn and the names of its parameters; None where this torch has none."""
     return _varlen_function()
 
 
 @cache
 def _varlen_function() -> tuple[Callable[..., Any], tuple[str, ...]] | None:
-    """torch's varlen_attn and the names of its parameters; None where this torch has none."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:

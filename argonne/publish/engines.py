@@ -59,7 +59,7 @@ CUSTOM = {
 }
 INSTEAD = (
     "2.x with --as native is exact there; 1.x and 3.x run in transformers, in vLLM and SGLang with --as hf and their "
-    "Transformers backend, and under `argonne serve`"
+    "Transformers backend, and under `argonne generate`"
 )
 
 

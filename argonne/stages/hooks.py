@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from argonne.model.save import save_model_folder
 from argonne.parallel.mesh import Mesh
 from argonne.parallel.parallelise import Parallelised
 from argonne.recipe import to_toml, to_tree
-from argonne.serve.engine import stream_text
+from argonne.serve.engine import prompt_ids, stop_ids, stream_answer
 from argonne.serve.options import SamplingOptions
 from argonne.stages.start import Start, architecture_fields
 from argonne.tokens.tokenizer import TextTokenizer
@@ -44,9 +44,12 @@ class Shown:
 
 def show_text(recipe: Recipe, data: Data, micro_rows: int) -> Shown:
     """Held-out loss with bits per byte, and the continuation of `checkpoint.sample_prompt`."""
+    tokenizer, prompt = data.tokenizer, prompt_ids(data.tokenizer, recipe.checkpoint.sample_prompt)
     return Shown(
         held_out=(lambda model: held_out_loss(model, recipe, data, micro_rows)) if recipe.eval.windows else None,
-        sample=lambda model: sample_text(model, recipe, data.tokenizer),
+        sample=lambda model: sample_text(
+            model, recipe, tokenizer, prompt_ids(tokenizer, prompt), stop_ids(model, tokenizer)
+        ),
     )
 
 
@@ -90,12 +93,14 @@ def held_out_loss(model: Parallelised, recipe: Recipe, data: Data, micro_rows: i
     return found
 
 
-def sample_text(model: nn.Module, recipe: Recipe, tokenizer: TextTokenizer) -> Work[str]:
-    """What the model writes behind the recipe's prompt, in nucleus sampling from the recipe's seed."""
+def sample_text(
+    model: nn.Module, recipe: Recipe, tokenizer: TextTokenizer, prompt: Sequence[int], stops: Sequence[int]
+) -> Work[str]:
+    """What the model writes after a prompt of ids, in nucleus sampling from the recipe's seed."""
     keep = recipe.checkpoint
     options = SamplingOptions(keep.sample_tokens, temperature=0.8, top_k=0, top_p=0.95, seed=recipe.seed)
     pieces = []
-    for piece in stream_text(model, tokenizer, keep.sample_prompt, options):
+    for piece in stream_answer(model, tokenizer, prompt, options, stops):
         pieces.append(piece)
         yield
     return "".join(pieces)

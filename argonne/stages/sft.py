@@ -5,24 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from argonne.config import Recipe
 from argonne.data.chat import ChatTemplate, Conversation, Message
 from argonne.data.chat_data import open_conversations
 from argonne.errors import InputError
+from argonne.layout import CONVERSATIONS
 from argonne.model.load import resolve_model
-from argonne.serve.engine import stream_answer
-from argonne.serve.options import SamplingOptions
-from argonne.stages.hooks import Shown, show_text
+from argonne.stages.hooks import Shown, sample_text, show_text
 from argonne.stages.pretrain import objective
 from argonne.stages.stage import Stage, StageData
 from argonne.tokens.tokenizer import TextTokenizer, load_tokenizer
-from argonne.train.aside import Work
 from argonne.train.data import Data
-
-# Below a run, where `chat.cache` names no other place.
-CACHE = "conversations"
 
 
 def conversations(recipe: Recipe, state: dict[str, Any] | None, run_folder: Path, allow: frozenset[str]) -> StageData:
@@ -30,7 +23,7 @@ def conversations(recipe: Recipe, state: dict[str, Any] | None, run_folder: Path
     chat, data = recipe.chat, recipe.data
     if not data.sources:
         raise InputError("data.sources: empty; name a file, a folder or a glob of conversations, jsonl or parquet")
-    cache = Path(chat.cache) if chat.cache else run_folder / CACHE
+    cache = Path(chat.cache) if chat.cache else run_folder / CONVERSATIONS
     return open_conversations(
         data.sources,
         tokenizer=tokenizer_of(recipe),
@@ -65,20 +58,14 @@ def tokenizer_of(recipe: Recipe) -> TextTokenizer:
 
 def show_answers(recipe: Recipe, data: Data, micro_rows: int) -> Shown:
     """Held-out loss, and the answer to `checkpoint.sample_prompt`, asked as a user would."""
-    template = ChatTemplate(data.tokenizer, recipe.chat.template, recipe.chat.history_reasoning)
-    return Shown(show_text(recipe, data, micro_rows).held_out, lambda model: answer(model, recipe, template))
-
-
-def answer(model: nn.Module, recipe: Recipe, template: ChatTemplate) -> Work[str]:
-    """What the model answers, in nucleus sampling from the recipe's seed."""
-    keep = recipe.checkpoint
-    options = SamplingOptions(keep.sample_tokens, temperature=0.8, top_k=0, top_p=0.95, seed=recipe.seed)
-    prompt = template.prompt(Conversation((Message("user", keep.sample_prompt),))).tolist()
-    pieces = ["\n"]
-    for piece in stream_answer(model, template.tokenizer, prompt, options, template.stop_ids):
-        pieces.append(piece)
-        yield
-    return "".join(pieces)
+    template = data.chat
+    assert isinstance(template, ChatTemplate)
+    question = Conversation((Message("user", recipe.checkpoint.sample_prompt),))
+    prompt = template.prompt(question).tolist()
+    return Shown(
+        held_out=show_text(recipe, data, micro_rows).held_out,
+        sample=lambda model: sample_text(model, recipe, template.tokenizer, prompt, template.stop_ids),
+    )
 
 
 SFT = Stage(objective, conversations, shows=show_answers)

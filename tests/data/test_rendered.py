@@ -145,7 +145,9 @@ def test_rows_of_which_none_is_usable_are_an_error(tokenizer: TextTokenizer, tmp
 def test_more_drops_than_allowed_are_an_error_also_out_of_the_cache(tokenizer: TextTokenizer, tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", ["{broken", row("x", "y"), row("x", "z"), row("x", "w")])
     render(path, tokenizer, max_drop_fraction=0.25)
-    with pytest.raises(InputError, match=r"1 of 4 rows were dropped, more than max_drop_fraction 0.2: invalid-json"):
+    with pytest.raises(
+        InputError, match=r"1 of 4 rows were dropped, more than chat\.max_drop_fraction 0.2: invalid-json"
+    ):
         render(path, tokenizer, max_drop_fraction=0.2)
 
 
