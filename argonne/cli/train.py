@@ -102,13 +102,15 @@ def train_model(options: argparse.Namespace) -> None:
     folder = options.run or Path("runs") / recipe_name(options.recipe)
     # A new run's data, before torch is loaded. A finished run needs none; of torchrun's nodes rank 0's alone may.
     if not folder.exists() and "RANK" not in os.environ:
-        from argonne.prepare.documents import find_files
-        from argonne.tokens.formats import open_tokens
+        if recipe.stage in CHAT_STAGES:
+            from argonne.prepare.documents import find_files
 
-        for source in recipe.data.sources:
-            if recipe.stage in CHAT_STAGES:
+            for source in recipe.data.sources:
                 find_files([source.path])
-            else:
+        else:
+            from argonne.tokens.formats import open_tokens
+
+            for source in recipe.data.sources:
                 open_tokens(source.path)
         if recipe.data.input:
             from argonne.prepare.from_text import options_of

@@ -44,7 +44,7 @@ class Shown:
 
 def show_text(recipe: Recipe, data: Data, micro_rows: int) -> Shown:
     """Held-out loss with bits per byte, and the continuation of `checkpoint.sample_prompt`."""
-    tokenizer, prompt = data.tokenizer, prompt_ids(data.tokenizer, recipe.checkpoint.sample_prompt)
+    tokenizer, prompt = data.tokenizer, recipe.checkpoint.sample_prompt
     return Shown(
         held_out=(lambda model: held_out_loss(model, recipe, data, micro_rows)) if recipe.eval.windows else None,
         sample=lambda model: sample_text(
