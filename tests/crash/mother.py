@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import socket
 import sys
 import traceback
@@ -96,9 +97,12 @@ def _victim(job: dict[str, Any], rank: int, ranks: int, port: int, work: Callabl
 def _command(job: dict[str, Any]) -> int:
     """The real command, in a session and process group of its own; its exit code."""
     from argonne.cli import main
+    from argonne.errors import REQUESTS
     from tests.crash import plants
 
     os.setsid()
+    for number in REQUESTS:  # what the tests' own start ignores (a shell's `&` does SIGINT) a victim hears
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     if job.get("plant"):
         getattr(plants, job["plant"])()
     if job.get("stderr") == "full":
