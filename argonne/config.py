@@ -178,6 +178,14 @@ class ChatSection:
     max_drop_fraction: float = key(
         0.1, "abort when more conversations than this were dropped", bounds="from 0 to 1", needs=CHAT, changes="end"
     )
+    probes: int = key(
+        8,
+        "held-out questions asked at each checkpoint, beside checkpoint.sample_prompt and eight fixed ones",
+        bounds="at least 0",
+        needs=f"{CHAT} and checkpoint.sample_prompt",
+        changes="text",
+        free=True,
+    )
     cache: str | None = key(
         None,
         "folder of rendered conversations, to share among runs; unset: in the run",

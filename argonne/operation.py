@@ -34,11 +34,14 @@ class CheckpointSection:
     )
     asynchronous: bool = key(False, "write while training goes on", changes="speed", free=True)
     sample_prompt: str = key(
-        "Long long time ago", "prompt of the text sampled at each checkpoint; empty = none", changes="text", free=True
+        "Long long time ago",
+        "prompt of the text sampled at each checkpoint, of a chat stage its first question; empty = none",
+        changes="text",
+        free=True,
     )
     sample_tokens: int = key(
         100,
-        "tokens sampled at each checkpoint",
+        "tokens sampled at each checkpoint; of a chat stage, of each answer",
         bounds="at least 1",
         changes="text",
         needs="checkpoint.sample_prompt",

@@ -21,12 +21,12 @@ def add_verbs(verb: Verbs, arguments: Sequence[str]) -> None:
     generate.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     evaluate = verb("eval", evaluate_model)
     model_argument(evaluate)
-    evaluate.add_argument("--tasks", default="bpb", help="comma-separated: bpb")
+    evaluate.add_argument("--tasks", default="bpb", help="comma-separated: bpb, probes")
     evaluate.add_argument(
         "--data",
         type=Path,
         metavar="DIR",
-        help="token set or text the tasks read (default: the run's own held-out part)",
+        help="bpb: a token set or text (default: the run's own held-out part); probes: a file, one question a line",
     )
     evaluate.add_argument(
         "--baselines", action="store_true", help="with bpb: uniform, unigram, bigram and xz on the same text beside it"
@@ -37,6 +37,9 @@ def add_verbs(verb: Verbs, arguments: Sequence[str]) -> None:
         metavar="TOKENS",
         help="bpb: whole documents of at most so many tokens (default: 1,000,000)",
     )
+    evaluate.add_argument("--before", metavar="MODEL", help="probes: another model's answers beside these")
+    evaluate.add_argument("--page", type=Path, metavar="FILE", help="probes: the answers side by side as HTML")
+    evaluate.add_argument("--tokens", type=int, metavar="N", help="probes: tokens of an answer at most (default: 200)")
     evaluate.add_argument("--shots", type=int, metavar="N", help="examples in the prompt")
     json_flag(evaluate)
 
@@ -54,19 +57,49 @@ def generate_text(options: argparse.Namespace) -> None:
 
 
 def evaluate_model(options: argparse.Namespace) -> None:
-    layout.check_model_name(options.model)  # before torch is loaded
+    tasks = options.tasks.split(",")
+    for flag in ("before", "page", "tokens"):
+        if getattr(options, flag) is not None and "probes" not in tasks:
+            raise InputError(
+                f"--{flag}: is for --tasks probes, found --tasks {options.tasks}; add probes, or leave it out"
+            )
+    models = [options.before, options.model] if options.before else [options.model]
+    for name in models:
+        layout.check_model_name(name)  # before torch is loaded
     from argonne.evaluate.run import evaluate, render
 
-    with progress_bar("requests") as progress:
-        found = evaluate(
-            options.model, options.tasks.split(","), options.data, options.shots, limit=options.limit, progress=progress
-        )
+    results = []
+    for name in models:
+        asked = tasks if name == options.model else ["probes"]
+        with progress_bar("requests") as progress:
+            how = {"limit": options.limit, "tokens": options.tokens, "progress": progress}
+            results.append(evaluate(name, asked, options.data, options.shots, **how))
+    found = {**results[-1], "before": results[0]} if options.before else results[0]
     others = _baselines(found, options.limit) if options.baselines else None
-    text = render(found)
+    text = "\n".join(map(render, results))
     if others:
         beside = ", ".join(f"{name} {others[name]:.4f}" for name in ("uniform", "unigram", "bigram", "xz"))
         text += f"\n    beside it: {beside} bits per byte on the same text"
+    if "probes" in tasks:
+        text += "\n\n" + _answers(results, options.page)
     show({**found, "baselines": others} if others else found, text, as_json=options.json)
+
+
+def _answers(results: Sequence[dict[str, Any]], file: Path | None) -> str:
+    """What every model answered, greedy and sampled, side by side; as a page too."""
+    from argonne.evaluate.probes import MODES, side_by_side
+
+    named = ["before", "after"] if len(results) > 1 else [""]
+    columns = {
+        f"{name} {mode}".strip(): found["tasks"]["probes"][mode]
+        for mode in MODES
+        for name, found in zip(named, results, strict=True)
+    }
+    if file is not None:
+        from argonne.report.probes_page import write_probes_page
+
+        write_probes_page(file, columns)
+    return side_by_side({name: values["probes"] for name, values in columns.items()})
 
 
 def _baselines(found: dict[str, Any], limit: int | None) -> dict[str, Any]:

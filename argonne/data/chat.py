@@ -28,6 +28,7 @@ import numpy as np
 
 from argonne.data import jinja
 from argonne.errors import InputError
+from argonne.layout import CHAT_TEMPLATE
 from argonne.tokens.tokenizer import TURN_TOKENS, TextTokenizer
 
 VERSION = 1
@@ -200,6 +201,14 @@ class ChatTemplate:
         text = self.tokenizer.decode([int(token) for token in ids if int(token) not in self.stop_ids])
         return text.removeprefix(" ") if self.template == "plain" else text
 
+    def question(self, prompt: Sequence[int]) -> str:
+        """What the last user of a prompt of ids said, for a person to read."""
+        text = self.tokenizer.decode(list(prompt))
+        if self.template == "plain":
+            return text.rpartition("USER: ")[2].removesuffix("\n\nASSISTANT:")
+        start, end = (self.tokenizer.decode([token]) for token in (self.turn_start_id, self.turn_end_id))
+        return text.rpartition(f"{start}user\n")[2].partition(end)[0]
+
     def _traces(self, conversation: Conversation) -> list[bool]:
         """Of each message, whether its trace would be shown."""
         turns = conversation.messages
@@ -272,3 +281,20 @@ class ChatTemplate:
     def _fixed(self) -> dict[str, np.ndarray]:
         texts = ("\n", "assistant\n", "\n\nASSISTANT:")
         return dict(zip(texts, self.tokenizer.encode_batch(texts), strict=True))
+
+
+def template_of(tokenizer: TextTokenizer) -> ChatTemplate:
+    """How the model of this tokenizer is asked: by the template that lies beside it, where it is one of ours; else as
+    tuning would, by ChatML where the tokenizer has the turn tokens, by the plain template where it has not.
+    """
+    file = tokenizer.folder / CHAT_TEMPLATE
+    written = file.read_text(encoding="utf-8") if file.is_file() else None
+    known, problems = [], []
+    for name, history in itertools.product(TEMPLATES, HISTORY):
+        try:
+            known.append(ChatTemplate(tokenizer, name, history))
+        except InputError as problem:
+            problems.append(problem)
+    if not known:
+        raise problems[0]
+    return next((template for template in known if template.jinja == written), known[0])

@@ -133,6 +133,23 @@ class ConversationData(TrainingData):
             arrays = {**self._rows(streams, len(numbers), key.sequence_length), "source": sources}
             yield {name: torch.from_numpy(array) for name, array in arrays.items()}
 
+    def held_out_prompts(self, count: int, longest: int) -> list[list[int]]:
+        """What stands before the first answer of the first held-out conversations, in ids: at most `count` of all
+        sources in turn, none longer than `longest` tokens.
+        """
+        found: list[list[int]] = []
+        bounds = [np.concatenate([[0], one.ends["held_out"]]) for one in self.rendered]
+        for number in range(max(map(len, bounds)) - 1):
+            for one, ends in zip(self.rendered, bounds, strict=True):
+                if number + 1 >= len(ends) or len(found) == count:
+                    continue
+                marked = np.empty(int(ends[number + 1] - ends[number]), np.uint32)
+                one.held_out.copy(int(ends[number]), marked)
+                prompt = marked[: np.flatnonzero(marked & TRAINED)[0]] & IDS
+                if 0 < len(prompt) <= longest:
+                    found.append(prompt.tolist())
+        return found
+
     def _rows(
         self, streams: Sequence[tuple[TokenStream, list[tuple[int, int]]]], rows: int, length: int
     ) -> dict[str, np.ndarray]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import numpy as np
 
@@ -21,6 +22,7 @@ class BitsPerByte:
     """
 
     name = "bpb"
+    asks: Literal["scores"] = "scores"
 
     def __init__(self) -> None:
         self._text: EvaluationText | None = None
@@ -28,7 +30,8 @@ class BitsPerByte:
         self._context = 0
 
     def requests(self, context: TaskContext) -> list[ScoreRequest]:
-        if context.data is None:
+        data = context.data or context.own_data
+        if data is None:
             raise InputError(
                 "task bpb: no data given; name a token set with held-out documents, or text files, with --data"
             )
@@ -36,7 +39,7 @@ class BitsPerByte:
             raise InputError(
                 f"--shots: found {context.shots}, but bpb reads plain text and takes no examples; leave it out"
             )
-        self._text = open_texts(context.data, context.tokenizer, context.limit)
+        self._text = open_texts(data, context.tokenizer, context.limit)
         self._context = context.context_length
         requests = []
         for number, document in enumerate(self._text.documents):
@@ -45,17 +48,17 @@ class BitsPerByte:
                 self._document_of.append(number)
         return requests
 
-    def measure(self, scores: list[Score]) -> dict[str, Any]:
+    def measure(self, found: Sequence[Score]) -> dict[str, Any]:
         assert self._text is not None
         bits = np.zeros(len(self._text.documents))
-        for number, answer in zip(self._document_of, scores, strict=True):
+        for number, answer in zip(self._document_of, found, strict=True):
             bits[number] -= answer.log_probabilities.sum() / math.log(2)
         bits_per_byte, error = ratio(bits, np.array(self._text.bytes, dtype=np.float64))
         return {
             "bits_per_byte": bits_per_byte,
             "standard_error": error,
             "loss": float(bits.sum() * math.log(2) / self._text.tokens),
-            "accuracy": float(np.concatenate([answer.greedy for answer in scores]).mean()),
+            "accuracy": float(np.concatenate([answer.greedy for answer in found]).mean()),
             "documents": len(self._text.documents),
             "documents_available": self._text.available,
             "rows_dropped": self._text.dropped,
@@ -64,6 +67,15 @@ class BitsPerByte:
             "context": self._context,
             "data": self._text.name,
         }
+
+    def lines(self, values: dict[str, Any]) -> list[str]:
+        error = "n/a" if values["standard_error"] is None else f"{values['standard_error']:.4f}"
+        return [
+            f"bpb: {values['bits_per_byte']:.4f} bits per byte, standard error {error}; {values['loss']:.4f} nats "
+            "per token",
+            f"    on {values['tokens']:,} tokens, {values['bytes']:,} bytes, of {values['data']}",
+            f"    {values['documents']:,} of its {values['documents_available']:,} documents",
+        ]
 
 
 def windows(document: np.ndarray, eos_id: int | None, context: int) -> list[np.ndarray]:

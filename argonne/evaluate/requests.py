@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
 import numpy as np
+
+from argonne.serve.engine import Completion
+from argonne.serve.options import SamplingOptions
+from argonne.tokens.tokenizer import TextTokenizer
 
 
 @dataclass(frozen=True)
@@ -27,23 +33,51 @@ class Score:
 
 
 @dataclass(frozen=True)
-class TaskContext:
-    """What a task may look at when it writes its requests."""
+class AnswerRequest:
+    """Ask for what follows `ids`, (n,) integers with n >= 1, up to one of `stops`."""
 
-    tokenizer: Any
+    ids: np.ndarray
+    options: SamplingOptions
+    stops: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TaskContext:
+    """What a task may look at when it writes its requests. data: what was named for it; own_data: the token set that
+    the run was trained on. tokens: an answer's at most, where that was said.
+    """
+
+    tokenizer: TextTokenizer
     context_length: int
-    data: Any = None
+    data: str | Path | None = None
+    own_data: str | None = None
     shots: int | None = None
     limit: int | None = None
+    tokens: int | None = None
 
 
-class Task(Protocol):
-    """One measurement. `requests` is called once, then `measure` with the answers in the same order."""
+class ScoredTask(Protocol):
+    """A measurement of log-probabilities. `requests` is called once, then `measure` with the answers in the same
+    order: numbers, counts and standard errors. `lines`: the same for a person.
+    """
 
     name: str
+    asks: Literal["scores"]
 
-    def requests(self, context: TaskContext) -> list[ScoreRequest]: ...
+    def requests(self, context: TaskContext) -> Sequence[ScoreRequest]: ...
+    def measure(self, found: Sequence[Score]) -> dict[str, Any]: ...
+    def lines(self, values: dict[str, Any]) -> list[str]: ...
 
-    def measure(self, scores: list[Score]) -> dict[str, Any]:
-        """Numbers, counts and standard errors."""
-        ...
+
+class AnsweredTask(Protocol):
+    """The same for a measurement of what the model writes."""
+
+    name: str
+    asks: Literal["answers"]
+
+    def requests(self, context: TaskContext) -> Sequence[AnswerRequest]: ...
+    def measure(self, found: Sequence[Completion]) -> dict[str, Any]: ...
+    def lines(self, values: dict[str, Any]) -> list[str]: ...
+
+
+Task = ScoredTask | AnsweredTask

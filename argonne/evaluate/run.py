@@ -12,6 +12,7 @@ import numpy as np
 from argonne import layout
 from argonne.errors import InputError
 from argonne.evaluate import baselines
+from argonne.evaluate.answers import answer
 from argonne.evaluate.requests import TaskContext
 from argonne.evaluate.scorer import score
 from argonne.evaluate.tasks import make_tasks
@@ -29,15 +30,16 @@ def evaluate(
     shots: int | None = None,
     *,
     limit: int | None = None,
+    tokens: int | None = None,
     device: str = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Measure a model. The answer can be written as JSON: {"model", "parameters", "tasks": {name: numbers, counts,
     standard errors}}.
 
-    `data`: a token set (its held-out part) or text files; unset, the held-out part of what a run trained on. `limit`:
-    tokens at most (a million by default). `progress` is called with (requests done, requests in all). Raises InputError
-    for anything that cannot be measured.
+    `data`: a token set (its held-out part), text files, or the questions of probes; unset, the held-out part of what a
+    run trained on. `limit`: tokens of text at most (a million by default). `tokens`: of an answer at most. `progress`
+    is called with (requests done, requests in all). Raises InputError for anything that cannot be measured.
     """
     from argonne.model.load import load_model
     from argonne.parallel.mesh import choose_device
@@ -48,12 +50,20 @@ def evaluate(
         raise InputError(f"{loaded.folder}: no tokenizer in it; copy the tokenizer's files there")
     tokenizer = load_tokenizer(loaded.tokenizer_folder)
     context = TaskContext(
-        tokenizer, int(loaded.model.config.max_position_embeddings), data or _own_data(Path(model_path)), shots, limit
+        tokenizer,
+        int(loaded.model.config.max_position_embeddings),
+        data,
+        _own_data(Path(model_path)) if data is None and "bpb" in tasks else None,
+        shots,
+        limit,
+        tokens,
     )
     results = {}
     for task in chosen:
-        requests = task.requests(context)
-        results[task.name] = task.measure(score(loaded.model, requests, progress=progress))
+        if task.asks == "scores":
+            results[task.name] = task.measure(score(loaded.model, task.requests(context), progress=progress))
+        else:
+            results[task.name] = task.measure(answer(loaded.model, task.requests(context), progress=progress))
     parameters = loaded.model.num_parameters()
     return {"model": str(model_path), "folder": str(loaded.folder), "parameters": parameters, "tasks": results}
 
@@ -107,12 +117,6 @@ def _text(tokenizer: TextTokenizer, ids: np.ndarray) -> bytes:
 def render(results: dict[str, Any]) -> str:
     """The results for a person, a line a task."""
     lines = [f"{results['model']}: {results['parameters']:,} parameters"]
-    for name, values in results["tasks"].items():
-        error = "n/a" if values["standard_error"] is None else f"{values['standard_error']:.4f}"
-        lines.append(
-            f"{name}: {values['bits_per_byte']:.4f} bits per byte, standard error {error}; {values['loss']:.4f} nats "
-            "per token"
-        )
-        lines.append(f"    on {values['tokens']:,} tokens, {values['bytes']:,} bytes, of {values['data']}")
-        lines.append(f"    {values['documents']:,} of its {values['documents_available']:,} documents")
+    for task in make_tasks(list(results["tasks"])):
+        lines += task.lines(results["tasks"][task.name])
     return "\n".join(lines)

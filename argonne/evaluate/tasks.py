@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 
 from argonne.errors import InputError
 from argonne.evaluate.bits_per_byte import BitsPerByte
+from argonne.evaluate.probes import Probes
 from argonne.evaluate.requests import Task
 
 
 def tasks() -> dict[str, Callable[[], Task]]:
-    return {"bpb": BitsPerByte}
+    return {"bpb": BitsPerByte, "probes": Probes}
 
 
 def make_tasks(names: Sequence[str]) -> list[Task]:

@@ -15,6 +15,7 @@ from typing import Any
 from argonne import files, layout
 from argonne.errors import InputError
 from argonne.recipe import differences
+from argonne.report import probes_page
 from argonne.report import report_page as page
 from argonne.report.records import Metrics, read_metrics, smoothed
 from argonne.report.report_plots import Curve, Mark, Panel
@@ -171,9 +172,18 @@ def _panels(runs: list[ReportedRun]) -> list[Panel]:
         "since the record before": ("tokens_per_second",),
         "mean of the session": ("tokens_per_second_mean",),
     }
+    shares = {
+        "end their turn": ("stopped",),
+        "repetition": ("repetition",),
+        "question's language": ("same_language",),
+        "think, and close it": ("closed",),
+    }
+    lengths = {"answer": ("length",), "thought": ("trace_length",)}
     panels = [
         _loss_panel(runs, marks),
         Panel("Held-out bits per byte", "", plain("held_out", "bits_per_byte")),
+        Panel("Probes", "share of the answers", _told_apart(runs, "probes", shares), from_zero=True),
+        Panel("Length of the answers", "tokens", _told_apart(runs, "probes", lengths), from_zero=True),
         Panel("Learning rate", "", plain("step", "lr"), from_zero=True),
         Panel("Gradient norm", "before clipping", plain("step", "grad_norm"), marks, logarithmic=True),
         Panel("Throughput", "tokens/s", _told_apart(runs, "step", speeds), marks, from_zero=True),
@@ -192,7 +202,7 @@ def _curve(run: ReportedRun, number: int, event: str, names: tuple[str, ...], la
     """The curve of one field of one run, or none where the field never held a number."""
     steps, values = run.metrics.series(event, *names)
     name, looks = f"curve-{number}-{event}-{'-'.join(names)}", {"colour": number, **looks}
-    return [Curve(name, steps, values, label=label, points=event == "held_out", **looks)] if steps else []
+    return [Curve(name, steps, values, label=label, points=event in ("held_out", "probes"), **looks)] if steps else []
 
 
 def _loss_panel(runs: list[ReportedRun], marks: list[Mark]) -> Panel:
@@ -234,8 +244,11 @@ def _details(run: ReportedRun, named: bool) -> list[str]:
             prompt, text = str(row.get("prompt", "")), str(row.get("text", ""))
             shown = page.preformatted(text.removeprefix(prompt), lead=prompt)
             parts.append(page.folded(f"step {row['step']:,}", shown, is_open=number in (0, len(samples) - 1)))
+    if columns := probes_page.of_run(run.metrics.of("probes")):
+        parts += [page.heading(f"{prefix}Answers to the probes"), probes_page.measures(columns)]
+        parts.append(probes_page.answers(columns))
     parts.append(page.heading(f"{prefix}Events"))
-    events = [row for row in run.metrics.records if row["event"] not in ("step", "sample")]
+    events = [row for row in run.metrics.records if row["event"] not in ("step", "sample", "probes")]
     rows = [[_clock(row), f"{row['step']:,}", row["event"], _event_text(row)] for row in events]
     parts.append(
         page.folded(

@@ -4,7 +4,7 @@ samples and serving.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,18 @@ def complete_ids(
     model: Any, prompts: Sequence[Sequence[int]], options: SamplingOptions, eos_ids: Sequence[int]
 ) -> list[Completion]:
     """All prompts in one batch, to their ends."""
+    work = completing(model, prompts, options, eos_ids)
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            return list(end.value)
+
+
+def completing(
+    model: Any, prompts: Sequence[Sequence[int]], options: SamplingOptions, eos_ids: Sequence[int]
+) -> Generator[None, None, list[Completion]]:
+    """The same as work that yields after every token."""
     rows: list[list[int]] = [[] for _ in prompts]
     ended = [False] * len(prompts)
     for step in stream_ids(model, prompts, options, eos_ids):
@@ -98,6 +110,7 @@ def complete_ids(
                 ended[number] = True
             elif token is not None:
                 rows[number].append(token)
+        yield
     limit = "length" if options.max_new_tokens <= _room(model, prompts) else "context"
     return [Completion(row, "eos" if end else limit) for row, end in zip(rows, ended, strict=True)]
 
@@ -122,15 +135,9 @@ def prompt_ids(tokenizer: TextTokenizer, prompt: str) -> list[int]:
 
 def stream_text(model: Any, tokenizer: TextTokenizer, prompt: str, options: SamplingOptions) -> Iterator[str]:
     """Pieces of the continuation, as soon as they are certain; never half a character, never the EOS."""
-    return stream_answer(model, tokenizer, prompt_ids(tokenizer, prompt), options, stop_ids(model, tokenizer))
-
-
-def stream_answer(
-    model: Any, tokenizer: TextTokenizer, prompt: Sequence[int], options: SamplingOptions, stops: Sequence[int]
-) -> Iterator[str]:
-    """The same after a prompt of ids, to one of `stops`."""
-    text = TextStream(tokenizer, list(prompt))
-    for (token,) in stream_ids(model, [prompt], options, stops):
+    ids, stops = prompt_ids(tokenizer, prompt), stop_ids(model, tokenizer)
+    text = TextStream(tokenizer, ids)
+    for (token,) in stream_ids(model, [ids], options, stops):
         if token is not None and token not in stops and (piece := text.push(token)):
             yield piece
     if piece := text.finish():

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from argonne.config import LogSection
 from argonne.errors import Stopped, first_line
-from argonne.layout import METRICS, REPORT
+from argonne.files import read_json
+from argonne.layout import CHAT_TEMPLATE, FINAL_MODEL, MANIFEST, METRICS, REPORT
 from argonne.model.build import config_from_fields
 from argonne.plan.shape import weights_on_disk
 from argonne.publish.native import has_native_twin
@@ -35,9 +36,18 @@ def finish_or_stop(outcome: Outcome, run: Path) -> None:
     kind, out = "native" if has_native_twin(config) else "hf", shlex.quote(f"exports/{run.resolve().name}")
     drawn = f"; its page: {page}" if page.exists() else ""
     print(f"{run} is complete{drawn}. Next:", file=sys.stderr)
+    talks = (run / FINAL_MODEL / CHAT_TEMPLATE).is_file()
+    before = (read_json(run / MANIFEST).get("parent") or {}).get("model") if talks else None
+    beside = f" --before {shlex.quote(before)}" if before else ""
     following = {
-        f"generate {name} --prompt 'Once upon a time'": "let it write",
-        f"eval {name} --tasks bpb{held_out}": "bits per byte on text it has not seen",
+        **(
+            {f"eval {name} --tasks probes{beside} --page {name}/probes.html": "its answers, before and after"}
+            if talks
+            else {
+                f"generate {name} --prompt 'Once upon a time'": "let it write",
+                f"eval {name} --tasks bpb{held_out}": "bits per byte on text it has not seen",
+            }
+        ),
         f"report {name}": "the page again; name several runs to compare them",
         f"export {name} --as {kind} --out {out}": "for other people's tools",
     }

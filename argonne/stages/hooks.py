@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,11 @@ from argonne.model.save import save_model_folder
 from argonne.parallel.mesh import Mesh
 from argonne.parallel.parallelise import Parallelised
 from argonne.recipe import to_toml, to_tree
-from argonne.serve.engine import prompt_ids, stop_ids, stream_answer
+from argonne.serve.engine import stream_text
 from argonne.serve.options import SamplingOptions
 from argonne.stages.start import Start, architecture_fields
 from argonne.tokens.tokenizer import TextTokenizer
-from argonne.train.aside import Work
+from argonne.train.aside import Sampled, Work
 from argonne.train.data import Data
 from argonne.train.optim import resolve_precision
 from argonne.train.run import RunFolder
@@ -39,17 +39,14 @@ class Shown:
     """What a stage's telemetry shows: work that yields between forward passes; None = nothing."""
 
     held_out: Callable[[Parallelised], Work[dict[str, Any]]] | None = None
-    sample: Callable[[nn.Module], Work[str]] | None = None
+    sample: Callable[[nn.Module], Work[Sampled]] | None = None
 
 
 def show_text(recipe: Recipe, data: Data, micro_rows: int) -> Shown:
     """Held-out loss with bits per byte, and the continuation of `checkpoint.sample_prompt`."""
-    tokenizer, prompt = data.tokenizer, recipe.checkpoint.sample_prompt
     return Shown(
         held_out=(lambda model: held_out_loss(model, recipe, data, micro_rows)) if recipe.eval.windows else None,
-        sample=lambda model: sample_text(
-            model, recipe, tokenizer, prompt_ids(tokenizer, prompt), stop_ids(model, tokenizer)
-        ),
+        sample=(lambda model: sample_text(model, recipe, data.tokenizer)) if recipe.checkpoint.sample_prompt else None,
     )
 
 
@@ -93,17 +90,16 @@ def held_out_loss(model: Parallelised, recipe: Recipe, data: Data, micro_rows: i
     return found
 
 
-def sample_text(
-    model: nn.Module, recipe: Recipe, tokenizer: TextTokenizer, prompt: Sequence[int], stops: Sequence[int]
-) -> Work[str]:
-    """What the model writes after a prompt of ids, in nucleus sampling from the recipe's seed."""
-    keep = recipe.checkpoint
-    options = SamplingOptions(keep.sample_tokens, temperature=0.8, top_k=0, top_p=0.95, seed=recipe.seed)
+def sample_text(model: nn.Module, recipe: Recipe, tokenizer: TextTokenizer) -> Work[Sampled]:
+    """What the model writes after the prompt, in nucleus sampling from the recipe's seed."""
+    prompt, tokens = recipe.checkpoint.sample_prompt, recipe.checkpoint.sample_tokens
+    options = SamplingOptions(tokens, temperature=0.8, top_k=0, top_p=0.95, seed=recipe.seed)
     pieces = []
-    for piece in stream_answer(model, tokenizer, prompt, options, stops):
+    for piece in stream_text(model, tokenizer, prompt, options):
         pieces.append(piece)
         yield
-    return "".join(pieces)
+    text = "".join(pieces)
+    return Sampled("sample", {"prompt": prompt, "text": text}, f"**{prompt}**{text}", f"sample: {prompt}{text}")
 
 
 def export_final(model: Parallelised, run: Path, data: Data) -> None:

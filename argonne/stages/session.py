@@ -185,6 +185,7 @@ def _train(session: Session, run: RunFolder, mesh: Mesh, watch: StopWatch) -> Ou
                 state=lambda step: run_state(step, recipe, data, run, progress, mesh, start),
                 held_out=shown.held_out,
                 sample=shown.sample,
+                before_first_step=start.weights is not None,
                 banner=lambda model: banner(model, run, recipe, mesh),
             ),
             metrics=metrics,

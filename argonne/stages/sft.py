@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from argonne.config import Recipe
-from argonne.data.chat import ChatTemplate, Conversation, Message
-from argonne.data.chat_data import open_conversations
+from argonne.data.chat import ChatTemplate
+from argonne.data.chat_data import ConversationData, open_conversations
 from argonne.errors import InputError
+from argonne.evaluate.probes import QUESTIONS, Question, in_words, look_at, questions_of, summary
 from argonne.layout import CONVERSATIONS
 from argonne.model.load import resolve_model
-from argonne.stages.hooks import Shown, sample_text, show_text
+from argonne.serve.engine import completing
+from argonne.serve.options import SamplingOptions
+from argonne.stages.hooks import Shown, show_text
 from argonne.stages.pretrain import objective
 from argonne.stages.stage import Stage, StageData
 from argonne.tokens.tokenizer import TextTokenizer, load_tokenizer
+from argonne.train.aside import Sampled, Work
 from argonne.train.data import Data
 
 
@@ -57,14 +65,38 @@ def tokenizer_of(recipe: Recipe) -> TextTokenizer:
 
 
 def show_answers(recipe: Recipe, data: Data, micro_rows: int) -> Shown:
-    """Held-out loss, and the answer to `checkpoint.sample_prompt`, asked as a user would."""
-    template = data.chat
-    assert isinstance(template, ChatTemplate)
-    question = Conversation((Message("user", recipe.checkpoint.sample_prompt),))
-    prompt = template.prompt(question).tolist()
+    """Held-out loss, and greedy answers to the probes' questions: `checkpoint.sample_prompt`, the fixed ones, held-out
+    ones.
+    """
+    assert isinstance(data, ConversationData)
+    template, prompt, tokens = data.chat, recipe.checkpoint.sample_prompt, recipe.checkpoint.sample_tokens
+    if not prompt:
+        return Shown(show_text(recipe, data, micro_rows).held_out)
+    room = recipe.data.sequence_length - tokens
+    asked = [
+        question
+        for question in questions_of(template, [prompt, *QUESTIONS])
+        + [Question(template.question(ids), tuple(ids)) for ids in data.held_out_prompts(recipe.chat.probes, room)]
+        if len(question.prompt) <= room
+    ]
     return Shown(
-        held_out=show_text(recipe, data, micro_rows).held_out,
-        sample=lambda model: sample_text(model, recipe, template.tokenizer, prompt, template.stop_ids),
+        show_text(recipe, data, micro_rows).held_out,
+        (lambda model: answers(model, template, asked, tokens)) if asked else None,
+    )
+
+
+def answers(model: nn.Module, template: ChatTemplate, asked: Sequence[Question], tokens: int) -> Work[Sampled]:
+    """The answers to all questions in one batch, with their measures."""
+    options = SamplingOptions(tokens, temperature=0.0, top_p=1.0)
+    found = yield from completing(model, [question.prompt for question in asked], options, template.stop_ids)
+    probes = [look_at(question.text, done, template) for question, done in zip(asked, found, strict=True)]
+    values = summary(probes)
+    listed = "\n\n".join(f"**{probe.question}**\n\n{probe.answer}" for probe in probes)
+    return Sampled(
+        "probes",
+        {**values, "probes": [dataclasses.asdict(probe) for probe in probes]},
+        f"{in_words(values)}\n\n{listed}",
+        f"probes: {in_words(values)}\n  ? {probes[0].question}\n  {probes[0].answer}",
     )
 
 

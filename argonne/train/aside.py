@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, closing
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +24,16 @@ from argonne.train.guard import StopWatch
 
 Result = TypeVar("Result")
 Work = Generator[None, None, Result]
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What the model wrote: `event` with `values` for metrics.jsonl, `page` for samples.md, `line` for the terminal."""
+
+    event: str
+    values: dict[str, Any]
+    page: str
+    line: str
 
 
 class LeftBehind(Exception):

@@ -138,9 +138,9 @@ class RunFolder:
     def update_manifest(self, **facts: Any) -> None:
         write_json(self.path / MANIFEST, self.manifest() | facts)
 
-    def add_sample(self, step: int, prompt: str, text: str) -> None:
+    def add_sample(self, step: int, text: str) -> None:
         with open(self.path / SAMPLES, "a", encoding="utf-8") as file:
-            file.write(f"## Step {step}\n\n**{prompt}**{text}\n\n")
+            file.write(f"## Step {step}\n\n{text}\n\n")
 
 
 @contextmanager

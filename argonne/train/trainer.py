@@ -22,7 +22,7 @@ from argonne.parallel.mesh import Mesh
 from argonne.parallel.parallelise import Parallelised
 from argonne.recipe import to_tree
 from argonne.train import checkpoint
-from argonne.train.aside import LeftBehind, Work, beside
+from argonne.train.aside import LeftBehind, Sampled, Work, beside
 from argonne.train.data import Batch, Batches, Data
 from argonne.train.guard import HangWatch, NonFinitePolicy, StopWatch, parse_duration
 from argonne.train.micro_batch import back_off, is_out_of_memory
@@ -52,14 +52,15 @@ class Hooks:
     failure is recorded, never fatal.
 
     state(step): what state.json holds. held_out, sample: work that yields between forward passes, on the plain model in
-    eval mode.
+    eval mode. before_first_step: they are asked then too, since the run starts from weights.
     """
 
     export: Callable[[Parallelised], None]
     checkpoint_files: Callable[[Path], None]
     state: Callable[[int], dict[str, Any]]
     held_out: Callable[[Parallelised], Work[dict[str, Any]]] | None = None
-    sample: Callable[[nn.Module], Work[str]] | None = None
+    sample: Callable[[nn.Module], Work[Sampled]] | None = None
+    before_first_step: bool = False
     banner: Callable[[nn.Module], list[str]] = lambda model: []
 
 
@@ -167,6 +168,9 @@ class Trainer:
                 raise RuntimeError(f"the rate of the first step is {found}, the schedule says {expected}")
         profiler = start_profiler(self.run.path, self.line.log) if profile and self.mesh.is_main else None
         try:
+            if step == 0 and self.hooks.before_first_step:
+                self._held_out()
+                self._sample()
             agreed = self._fetch(self.progress.step)
             while agreed is not None:
                 self._hang_watch.alive()
@@ -358,17 +362,17 @@ class Trainer:
         return found if known is None or found.loss < known.loss else None
 
     def _sample(self) -> None:
-        prompt, hook, forward = self.recipe.checkpoint.sample_prompt, self.hooks.sample, self.parallelised.forward
-        if hook is None or not prompt or forward == "never":
+        hook, forward = self.hooks.sample, self.parallelised.forward
+        if hook is None or forward == "never":
             return
-        text = self._aside("sampling", lambda: hook(self.parallelised.plain), together=forward == "together")
-        if text is not None and self.mesh.is_main:
+        found = self._aside("sampling", lambda: hook(self.parallelised.plain), together=forward == "together")
+        if found is not None and self.mesh.is_main:
             try:
-                self.run.add_sample(self.progress.step, prompt, text)
+                self.run.add_sample(self.progress.step, found.page)
             except OSError as error:
                 self.line.log(f"warning: samples.md: {error}; the sample is in metrics.jsonl")
-            self.metrics.write("sample", self.progress.step, prompt=prompt, text=text)
-            self.line.log(f"sample: {prompt}{text}")
+            self.metrics.write(found.event, self.progress.step, **found.values)
+            self.line.log(found.line)
 
     def _end(self, reason: str) -> Outcome:
         """Leave a complete checkpoint, and say why the session ends: "complete", or what asked it to stop."""

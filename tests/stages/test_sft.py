@@ -11,9 +11,12 @@ import pytest
 
 from argonne.config import Recipe
 from argonne.errors import InputError
+from argonne.evaluate.probes import QUESTIONS
+from argonne.evaluate.run import evaluate
 from argonne.layout import CONVERSATIONS, Kind, kind_of
 from argonne.recipe import load_recipe
 from argonne.report.records import read_metrics
+from argonne.report.report import write_report
 from argonne.stages.pretrain import RunResult, run
 from argonne.stages.sft import SFT
 from argonne.tokens.tokenizer import load_tokenizer
@@ -142,6 +145,35 @@ def test_chains_of_thought_keep_only_answers_that_think_and_end(chat: Chat, tmp_
     with pytest.raises(InputError, match=r"(?s)max_drop_fraction"):
         tune(chat("nano-3.0-cot-sft", source, **{"chat.max_drop_fraction": "0.01"}), tmp_path / "strict")
     assert tune(chat("nano-3.0-cot-sft", source), tmp_path / "run").outcome.complete
+
+
+def test_the_same_questions_are_answered_before_during_and_after(chat: Chat, base: Path, tmp_path: Path) -> None:
+    recipe = chat(**{"chat.probes": "3", "checkpoint.sample_prompt": '"What is 3 + 4?"', "eval.every_steps": "6"})
+    tune(recipe, tmp_path / "run")
+    metrics = read_metrics(tmp_path / "run")
+    records = metrics.of("probes")
+    assert [record["step"] for record in records] == [0, 3, 6]
+    questions = [[probe["question"] for probe in record["probes"]] for record in records]
+    assert questions[0] == questions[1] == questions[2]
+    assert questions[0][:2] == ["What is 3 + 4?", QUESTIONS[0]]
+    assert all(asked.startswith("What is") for asked in questions[0][-3:])  # held-out ones
+    assert len(questions[0]) == 1 + 8 + 3
+    assert [record["step"] for record in metrics.of("held_out")] == [0, 6]
+    own = evaluate(tmp_path / "run", ["probes"], tokens=4)["tasks"]["probes"]["greedy"]["probes"]
+    assert [probe["answer"] for probe in own] == [probe["answer"] for probe in records[-1]["probes"][1:9]]
+    untrained = evaluate(base, ["probes"], tokens=4)["tasks"]["probes"]["greedy"]["probes"]
+    assert [probe["answer"] for probe in untrained] == [probe["answer"] for probe in records[0]["probes"][1:9]]
+    assert "## Step 3" in (tmp_path / "run" / "samples.md").read_text()
+    page = write_report([tmp_path / "run"]).read_text()
+    assert "<th>step 0</th><th>step 3</th><th>step 6</th>" in page
+
+
+def test_probes_that_are_no_longer_wanted_leave_no_record(chat: Chat, tmp_path: Path) -> None:
+    quiet = {"checkpoint.sample_prompt": '""', "checkpoint.sample_tokens": "100", "train.steps": "2"}
+    tune(chat(**quiet), tmp_path / "run")
+    assert not read_metrics(tmp_path / "run").of("probes")
+    tune(chat(**{"chat.probes": "0", "train.steps": "2"}), tmp_path / "none held out")
+    assert all(len(record["probes"]) == 9 for record in read_metrics(tmp_path / "none held out").of("probes"))
 
 
 FLIPS = {
