@@ -28,7 +28,8 @@ import numpy as np
 
 from argonne.data import jinja
 from argonne.errors import InputError
-from argonne.tokens.tokenizer import TURN_TOKENS, TextTokenizer
+from argonne.layout import TURN_TOKENS
+from argonne.tokens.tokenizer import TextTokenizer
 
 VERSION = 1
 TEMPLATES = ("chatml", "plain")
