@@ -188,6 +188,17 @@ def publish_directory(temporary: Path, target: Path) -> None:
     fsync_path(target.parent)
 
 
+@contextmanager
+def one_at_a_time(lock: Path) -> Iterator[None]:
+    """Inside, no other process is: it waits. The lock is as old as the process; its empty file stays."""
+    import fcntl
+
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def hash_list_of(folder: Path) -> Path:
     """Where the hashes of a sealed folder lie, or would."""
     return folder / QUICK_LIST if (folder / QUICK_LIST).exists() else folder / HASH_LIST

@@ -56,6 +56,10 @@ TOKENIZER_FILES = (
     *(TOKENIZER_FILE, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", VOCABULARY, MERGES),
     CHAT_TEMPLATE,
 )
+# What a conversation is made of, as tokens: turns, and what an answer holds beside words
+TURN_TOKENS = ("<|im_start|>", "<|im_end|>")
+THINK_TOKENS = ("<think>", "</think>")
+CONTENT_TOKENS = (*THINK_TOKENS, "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 
 # A token set: manifest.json, tokenizer/ and shards; while it is made, its plan and a record of each unit
 UNITS_PLAN = "plan.json"

@@ -28,8 +28,8 @@ import numpy as np
 
 from argonne.data import jinja
 from argonne.errors import InputError
-from argonne.layout import CHAT_TEMPLATE
-from argonne.tokens.tokenizer import TURN_TOKENS, TextTokenizer
+from argonne.layout import CHAT_TEMPLATE, TURN_TOKENS
+from argonne.tokens.tokenizer import TextTokenizer
 
 VERSION = 1
 TEMPLATES = ("chatml", "plain")

@@ -8,12 +8,11 @@ text alone. Memory: one batch of rows.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -120,7 +119,7 @@ def render_files(
     """
     found = documents.find_files([pattern], outside=cache if cache.exists() else None)
     cache.mkdir(parents=True, exist_ok=True)
-    with _alone(cache):
+    with files.one_at_a_time(cache / ".lock"):
         fingerprint = _fingerprint(found, template, options, cache)
         folder = cache / fingerprint[:24]
         if not (folder / RENDERED).exists():
@@ -144,14 +143,6 @@ def render_files(
     streams = [_stream(folder, side, tree["units"]) for side in SIDES]
     ends = {side: _ends(folder / f"{side}.ends") for side in SIDES}
     return RenderedSet(folder, fingerprint, streams[0], streams[1], ends, account)
-
-
-@contextmanager
-def _alone(cache: Path) -> Iterator[None]:
-    """The lock lives as long as the process."""
-    with open(cache / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _fingerprint(found: list[InputFile], template: ChatTemplate, options: RenderOptions, cache: Path) -> str:

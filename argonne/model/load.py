@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from argonne.model.modeling_argonne import ArgonneForCausalLM
 
 FAMILY = ("argonne", "argonne2")
+VOCABULARY_TABLES = ("model.embed_tokens.", "lm_head.")  # what has a row for each token
 
 
 @contextmanager
@@ -290,17 +291,23 @@ def read_checkpoint_tensors(checkpoint: Path, prefix: str = "") -> dict[str, tor
     return state
 
 
-def load_weights_into(model: ArgonneForCausalLM, folder: Path) -> None:
+def load_weights_into(model: ArgonneForCausalLM, folder: Path, new_ids: range = range(0)) -> None:
     """Copy the weights of a checkpoint or model folder into a model of the same architecture. A longer learned position
     table is refused.
+
+    new_ids: tokens that the weights never saw. Their rows of the embedding, and of a head of its own, which are missing
+    or spare in the weights, become the mean of the rows before them.
     """
     is_checkpoint = layout.kind_of(folder) is Kind.CHECKPOINT
     state = read_checkpoint_weights(folder) if is_checkpoint else _from_folder(folder, None).state_dict()
     own = dict(model.named_parameters())
+    growing = {name for name in own if new_ids and name.startswith(VOCABULARY_TABLES)}
     problems = [
         f"{name} is {tuple(state[name].shape) if name in state else 'missing'}, expected {tuple(parameter.shape)}"
         for name, parameter in own.items()
-        if name not in state or state[name].shape != parameter.shape
+        if name not in state
+        or state[name].shape[name in growing :] != parameter.shape[name in growing :]
+        or (name in growing and not new_ids.start <= len(state[name]) <= len(parameter))
     ]
     if problems:
         raise InputError(
@@ -308,4 +315,16 @@ def load_weights_into(model: ArgonneForCausalLM, folder: Path) -> None:
         )
     with torch.no_grad():
         for name, parameter in own.items():
-            parameter.copy_(state[name])
+            if name not in growing:
+                parameter.copy_(state[name])
+                continue
+            parameter[: len(state[name])] = state[name]
+            # Spare rows of the weights too: no text ever asked for them. In an embedding they are the noise of the
+            # first step, in a head, or one table for both, pushed away from every answer since: an average token
+            # begins better.
+            parameter[new_ids.start : new_ids.stop] = mean_row(state[name][: new_ids.start])
+
+
+def mean_row(table: torch.Tensor) -> torch.Tensor:
+    """The mean of the rows in float64, without a copy of the whole table in it."""
+    return torch.stack([part.double().sum(0) for part in table.split(4096)]).sum(0) / len(table)

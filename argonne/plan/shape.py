@@ -12,15 +12,16 @@ Document masks are ignored, so with them the figure is an upper bound.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from argonne import files, layout, presets
-from argonne.config import DataSection, ModelSection, Recipe
+from argonne.config import CHAT_STAGES, DataSection, ModelSection, Recipe
 from argonne.errors import InputError
 from argonne.keys import without_idle_keys
+from argonne.layout import CONTENT_TOKENS, THINK_TOKENS, TURN_TOKENS
 
 ARCHITECTURE = tuple(
     item.name for item in dataclasses.fields(ModelSection) if item.name not in ("preset", "init_from", "initializer")
@@ -155,7 +156,34 @@ def as_trained(recipe: Recipe) -> Recipe:
             f"model.init_from: {start} has no {layout.MODEL_CONFIG} to take the sizes from; give the right folder, or "
             "model.preset too"
         )
-    return fitted(recipe, vocabulary_of(recipe.data), weights)
+    if recipe.stage not in CHAT_STAGES:
+        return fitted(recipe, vocabulary_of(recipe.data), weights)
+    places = [Path(recipe.data.tokenizer)] if recipe.data.tokenizer else _model_places(start or "")
+    folder = next(filter(None, map(layout.tokenizer_of, places)), None)
+    if folder is None:
+        return fitted(recipe, None, weights)
+    ids = _ids_of(folder)
+    before = 1 + max(ids.values())
+    vocabulary = before + len(missing_chat_tokens(recipe, ids))
+    return fitted(recipe, vocabulary, weights and with_new_tokens(weights, range(before, vocabulary)))
+
+
+def missing_chat_tokens(recipe: Recipe, known: Container[str]) -> list[str]:
+    """What a stage of conversations adds to a tokenizer in which no turn could end, or no trace where there are some:
+    then whatever a conversation may hold, so that no later stage has to add any.
+    """
+    needed = (*TURN_TOKENS, *(THINK_TOKENS if recipe.stage == "cot-sft" else ()))
+    if recipe.stage not in CHAT_STAGES or recipe.chat.template != "chatml" or all(token in known for token in needed):
+        return []
+    return [token for token in (*TURN_TOKENS, *CONTENT_TOKENS) if token not in known]
+
+
+def with_new_tokens(weights: Mapping[str, Any], ids: range) -> dict[str, Any]:
+    """The fields of the weights once their table has rows for these ids. One that is shorter than what comes before
+    them is no table of this tokenizer, and stays as it is, to be refused.
+    """
+    rows = weights["vocab_size"]
+    return {**weights, "vocab_size": max(rows, ids.stop) if rows >= ids.start else rows}
 
 
 def fitted(recipe: Recipe, vocabulary: int | None, weights: Mapping[str, Any] | None) -> Recipe:
@@ -207,11 +235,15 @@ def is_open(recipe: Recipe, name: str) -> bool:
 
 def weights_on_disk(path: str) -> dict[str, Any] | None:
     """The architecture of a model folder, a checkpoint, or a run (its final model, else its last checkpoint)."""
-    place = Path(path).expanduser()
-    for folder in (place, layout.model_of_run(place)):
-        if folder is not None and (folder / layout.MODEL_CONFIG).is_file():
+    for folder in _model_places(path):
+        if (folder / layout.MODEL_CONFIG).is_file():
             return architecture_of(files.read_json(folder / layout.MODEL_CONFIG), folder)
     return None
+
+
+def _model_places(path: str) -> list[Path]:
+    place = Path(path).expanduser()
+    return [folder for folder in (place, layout.model_of_run(place)) if folder is not None]
 
 
 def architecture_of(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -247,12 +279,15 @@ def vocabulary_of(data: DataSection) -> int | None:
     beside = [Path(source.path.split(":", 1)[-1]).parent / layout.TOKENIZER for source in data.sources]
     places = [layout.tokenizer_of(place) for place in ([Path(data.tokenizer)] if data.tokenizer else beside)]
     folder = next(filter(None, places), None)
-    if folder is None:
-        return None
-    if (folder / layout.TOKENIZER_FILE).is_file():
-        tree = files.read_json(folder / layout.TOKENIZER_FILE)
-        entries, added = tree["model"]["vocab"], [token["id"] for token in tree.get("added_tokens", [])]
-    else:
-        entries, added = files.read_json(folder / layout.VOCABULARY), []
-    # A unigram model lists its entries, the others give each its id.
-    return 1 + max([*added, *(entries.values() if isinstance(entries, dict) else range(len(entries)))])
+    return None if folder is None else 1 + max(_ids_of(folder).values())
+
+
+def _ids_of(folder: Path) -> dict[str, int]:
+    """Every token of a tokenizer's folder, added ones too, and its id."""
+    if not (folder / layout.TOKENIZER_FILE).is_file():
+        return dict(files.read_json(folder / layout.VOCABULARY))
+    tree = files.read_json(folder / layout.TOKENIZER_FILE)
+    entries = tree["model"]["vocab"]
+    if not isinstance(entries, dict):  # a unigram model lists its entries, the others give each its id
+        entries = {entry[0]: number for number, entry in enumerate(entries)}
+    return {**entries, **{token["content"]: token["id"] for token in tree.get("added_tokens", [])}}

@@ -19,6 +19,7 @@ from argonne.model.kernels import KernelUnavailable
 from argonne.parallel.launch import let_the_cause_speak_first, run_workers
 from argonne.parallel.mesh import Mesh, open_mesh, worker_count
 from argonne.recipe import to_tree
+from argonne.stages.chat_tokens import ADDED_TOKENS
 from argonne.stages.hooks import banner, checkpoint_files, export_final, run_state
 from argonne.stages.setup import Session, build, changes, open_run, record_start
 from argonne.stages.start import Start
@@ -169,6 +170,8 @@ def _train(session: Session, run: RunFolder, mesh: Mesh, watch: StopWatch) -> Ou
         metrics = MetricsLog(run.path, recipe.log, enabled=mesh.is_main)
         event = "resume" if start.checkpoint is not None and start.own else "start"
         metrics.begin(event, progress.step, to_tree(recipe), run.run_id, parent=start.parent)
+        if start.new_tokens is not None and mesh.is_main:
+            metrics.write(ADDED_TOKENS, progress.step, **run.manifest()[ADDED_TOKENS])
         for path, (old, new) in opened.changed.items():
             metrics.write("change", progress.step, key=path, old=old, new=new)
         shown = session.stage.shows(recipe, data, built.loader.micro_rows)

@@ -29,6 +29,7 @@ from argonne.plan import Device, Setup, choose_setup, plan_of_run, running_devic
 from argonne.plan.build import total_steps as planned_steps
 from argonne.plan.shape import fitted
 from argonne.recipe import differences, to_toml, to_tree
+from argonne.stages.chat_tokens import ADDED_TOKENS, added_tokens, told
 from argonne.stages.stage import Stage, StageData
 from argonne.stages.start import Start, check_tokenizer, find_start
 from argonne.train.allocator import LARGE_RUN, return_freed_memory
@@ -118,7 +119,8 @@ def open_run(session: Session, run: RunFolder, mesh: Mesh, log: Callable[[str], 
     if isinstance(found, InputError):
         raise found
     data = cast(StageData, found)
-    check_tokenizer(start, data.tokenizer.fingerprint, data.tokenizer_folder, session.allow)
+    check_tokenizer(start, data.tokenizer, session.allow)
+    start = dataclasses.replace(start, new_tokens=data.tokenizer.added if start.weights else None)
     recipe = fitted(given, data.vocab_size, start.architecture)
     total_steps = planned_steps(recipe, data.tokens_before, lambda: data.tokens_per_epoch) or 0
     if start.own and total_steps < start.progress["step"]:
@@ -156,6 +158,7 @@ def record_start(
     step = int(start.progress.get("step", 0))
     history += [f"{HISTORY}{step}, {path}: {old!r} -> {new!r}" for path, (old, new) in opened.changed.items()]
     write_text(run.path / CONFIG, "\n".join([to_toml(recipe, opened.idle), *history, ""]))
+    added = added_tokens(run, recipe, start, data.tokenizer.added) if data.chat is not None else None
     run.write_manifest(
         {
             "stage": recipe.stage,
@@ -163,12 +166,15 @@ def record_start(
             "total_steps": total_steps,
             "data_fingerprint": data.fingerprint,
             "tokenizer_fingerprint": data.tokenizer.fingerprint,
+            **({ADDED_TOKENS: added} if added else {}),
             "world_size": mesh.world_size,
             "device": str(mesh.device),
             "micro_rows": micro_rows,
             "parent": start.parent,
         }
     )
+    if added is not None:
+        log(told(added, start.new_tokens is not None))
     for text in data.description:
         log(text)
     rows, length = data.rows(step), data.sequence_length(step)

@@ -15,13 +15,12 @@ from argonne.data.chat_data import ConversationData, open_conversations
 from argonne.errors import InputError
 from argonne.evaluate.probes import QUESTIONS, Question, in_words, look_at, questions_of, summary
 from argonne.layout import CONVERSATIONS
-from argonne.model.load import resolve_model
 from argonne.serve.engine import completing
 from argonne.serve.options import SamplingOptions
+from argonne.stages.chat_tokens import chat_tokenizer
 from argonne.stages.hooks import Shown, show_text
 from argonne.stages.pretrain import objective
 from argonne.stages.stage import Stage, StageData
-from argonne.tokens.tokenizer import TextTokenizer, load_tokenizer
 from argonne.train.aside import Sampled, Work
 from argonne.train.data import Data
 
@@ -34,7 +33,7 @@ def conversations(recipe: Recipe, state: dict[str, Any] | None, run_folder: Path
     cache = Path(chat.cache) if chat.cache else run_folder / CONVERSATIONS
     return open_conversations(
         data.sources,
-        tokenizer=tokenizer_of(recipe),
+        tokenizer=chat_tokenizer(recipe, run_folder),
         template=chat.template,
         loss_on=chat.loss_on,
         history_reasoning=chat.history_reasoning,
@@ -49,19 +48,6 @@ def conversations(recipe: Recipe, state: dict[str, Any] | None, run_folder: Path
         state=state,
         allow=allow,
     )
-
-
-def tokenizer_of(recipe: Recipe) -> TextTokenizer:
-    """The tokenizer that the recipe names, or else that of the weights."""
-    if recipe.data.tokenizer:
-        return load_tokenizer(recipe.data.tokenizer)
-    found = None if recipe.model.init_from is None else resolve_model(recipe.model.init_from).tokenizer_folder
-    if found is None:
-        raise InputError(
-            "data.tokenizer: not set, and there are no weights that bring one; give --init-from MODEL, or the "
-            "tokenizer's folder"
-        )
-    return load_tokenizer(found)
 
 
 def show_answers(recipe: Recipe, data: Data, micro_rows: int) -> Shown:

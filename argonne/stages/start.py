@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from argonne.config import ModelSection, Recipe
+from argonne.config import CHAT_STAGES, ModelSection, Recipe
 from argonne.errors import InputError
 from argonne.files import verify_directory
 from argonne.layout import LEGACY_SUFFIXES, followed
@@ -21,8 +21,8 @@ from argonne.legacy.training import TrainingFile, read_training_file
 from argonne.model.build import build_model, config_from_fields
 from argonne.model.load import load_weights_into, resolve_model
 from argonne.model.modeling_argonne import ArgonneForCausalLM
-from argonne.plan.shape import ARCHITECTURE, left_to
-from argonne.tokens.tokenizer import load_tokenizer
+from argonne.plan.shape import ARCHITECTURE, left_to, with_new_tokens
+from argonne.tokens.tokenizer import AddedTokens, TextTokenizer, load_tokenizer
 from argonne.train.checkpoint import list_checkpoints, newest_complete, read_state
 from argonne.train.run import RunFolder
 
@@ -32,7 +32,9 @@ SETTLED = ("precision", "device", "attention")
 
 @dataclass(frozen=True)
 class Start:
-    """`checkpoint` carries the whole state; `own`: it is this run's. `weights` are weights alone, with their config."""
+    """`checkpoint` carries the whole state; `own`: it is this run's. `weights` are weights alone, with their config;
+    `new_tokens`: what the run's tokenizer has beyond theirs.
+    """
 
     description: str
     checkpoint: Path | None = None
@@ -45,6 +47,7 @@ class Start:
     parent: dict[str, Any] | None = None
     tokenizer_fingerprint: str | None = None
     family_file: TrainingFile | None = None
+    new_tokens: AddedTokens | None = None
 
     def settled(self, given: Recipe) -> Recipe:
         """The recipe with what it leaves open, and what would change the arithmetic, as the checkpoint settled it."""
@@ -60,9 +63,12 @@ class Start:
 
     @property
     def architecture(self) -> dict[str, Any] | None:
-        """The model fields of the weights that training starts with; None for fresh ones."""
+        """The model fields of the weights that training starts with, rows of new tokens included; None for fresh
+        ones.
+        """
         if self.recipe_tree is None:
-            return self.weights_config
+            known = self.weights_config
+            return with_new_tokens(known, self.new_tokens.ids) if known and self.new_tokens else known
         return {item.name: self.recipe_tree["model"].get(item.name) for item in dataclasses.fields(ModelSection)}
 
     def _stored_model(self, given: Recipe) -> ModelSection:
@@ -98,6 +104,8 @@ def find_start(
         if resume_from is not None:
             _check_same_start(newest.path, followed(resume_from))
         return _whole_state(newest.path, own=True)
+    if resume_from is not None:
+        _check_same_data(recipe, resume_from)
     if resume_from is not None and resume_from.suffix in LEGACY_SUFFIXES:
         path = resume_from.resolve()
         file = read_training_file(path, architecture_fields(recipe.model))
@@ -147,6 +155,18 @@ def _check_same_start(newest: Path, resume_from: Path) -> None:
         )
 
 
+def _check_same_data(recipe: Recipe, resume_from: Path) -> None:
+    """A whole state goes on in its own kind of data: a place in running text is none among conversations."""
+    legacy = resume_from.suffix in LEGACY_SUFFIXES
+    stage = "pretrain" if legacy else str(read_state(followed(resume_from).resolve())["recipe"]["stage"])
+    if (stage in CHAT_STAGES) != (recipe.stage in CHAT_STAGES):
+        weights = f"`argonne import {resume_from} --out DIR`, then --init-from DIR" if legacy else "give --init-from it"
+        raise InputError(
+            f"--resume-from {resume_from}: is the whole state of a run of stage {stage}, and {recipe.stage} reads "
+            f"another kind of data; to start from its weights, {weights}"
+        )
+
+
 def _whole_state(path: Path, *, own: bool) -> Start:
     state = read_state(path)
     if not own and (problems := verify_directory(path)):
@@ -181,15 +201,25 @@ def carried_data(state: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
     return {**state, "step": 0, "samples": 0, "tokens": 0, "phases": [], "positions": places}
 
 
-def check_tokenizer(start: Start, found: str, data_tokenizer: Path, allow: frozenset[str]) -> None:
-    """Refuse data of another tokenizer than the weights were trained with: every id would mean something else."""
-    trained = start.tokenizer_fingerprint
-    if trained is not None and trained != found and "data.tokenizer" not in allow:
+def check_tokenizer(start: Start, tokenizer: TextTokenizer, allow: frozenset[str]) -> None:
+    """Refuse data of another tokenizer than the weights were trained with: every id would mean something else. One that
+    only adds tokens behind theirs means the same; weights alone get rows for them, a whole state cannot.
+    """
+    trained, found, added = start.tokenizer_fingerprint, tokenizer.fingerprint, tokenizer.added
+    if trained in (None, found) or "data.tokenizer" in allow:
+        return
+    if added is not None and added.base == trained:
+        if start.weights is not None:
+            return
         raise InputError(
-            f"data: its tokenizer {data_tokenizer} (fingerprint {found[:12]}) is not the one the weights were trained "
-            f"with ({trained[:12]}); prepare the text with the model's own tokenizer, or pass --allow data.tokenizer "
-            "where the ids mean the same"
+            f"--resume-from: its weights have no rows for {', '.join(added.names)}, which this stage adds, and its "
+            "optimizer no state for them; give the same as --init-from, which takes the weights alone"
         )
+    raise InputError(
+        f"data: its tokenizer {tokenizer.folder} (fingerprint {found[:12]}) is not the one the weights were trained "
+        f"with ({trained[:12]}); prepare the text with the model's own tokenizer, or pass --allow data.tokenizer "
+        "where the ids mean the same"
+    )
 
 
 def architecture_fields(model: ModelSection) -> dict[str, Any]:
@@ -209,5 +239,5 @@ def build_weights(recipe: Recipe, start: Start) -> ArgonneForCausalLM:
         raise InputError(f"model: {error}") from None
     model = build_model(config, initializer=recipe.model.initializer, seed=recipe.seed, dtype=dtype)
     if start.weights is not None:
-        load_weights_into(model, Path(start.weights))
+        load_weights_into(model, Path(start.weights), start.new_tokens.ids if start.new_tokens else range(0))
     return model

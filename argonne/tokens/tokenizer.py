@@ -14,6 +14,7 @@ import json
 import shutil
 import unicodedata
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from threading import RLock
@@ -23,15 +24,22 @@ import numpy as np
 
 from argonne import files
 from argonne.errors import InputError
-from argonne.layout import MERGES, TOKENIZER_CONFIG, TOKENIZER_FILE, TOKENIZER_FILES, VOCABULARY, tokenizer_of
+from argonne.layout import (
+    CONTENT_TOKENS,
+    MERGES,
+    TOKENIZER_CONFIG,
+    TOKENIZER_FILE,
+    TOKENIZER_FILES,
+    TURN_TOKENS,
+    VOCABULARY,
+    tokenizer_of,
+)
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 ADDED_TOKENS = ("library", "plain")
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>")
-TURN_TOKENS = ("<|im_start|>", "<|im_end|>")
-CONTENT_TOKENS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 SPARE_TOKENS = tuple(f"<|spare_{number}|>" for number in range(16))
 BARE_TOKENS = ("<|start_of_text|>", "<pad>", "<|end_of_text|>", "<unk>", "<mask>")
 SPLIT_PATTERN = (
@@ -39,10 +47,24 @@ SPLIT_PATTERN = (
 )
 
 
+@dataclass(frozen=True)
+class AddedTokens:
+    """Tokens that were put behind the entries of a tokenizer. base, base_folder: that tokenizer. ids: those of `names`,
+    in order.
+    """
+
+    base: str
+    base_folder: Path
+    names: tuple[str, ...]
+    ids: range
+
+
 class TextTokenizer:
     """A loaded tokenizer. `added_tokens = "plain"` makes every added token plain text inside a document, not only the
-    control tokens.
+    control tokens. `added`: what this run put behind its entries, None where it took the tokenizer as it was.
     """
+
+    added: AddedTokens | None = None
 
     def __init__(
         self, parsed: ParsedTokenizer, config: dict[str, Any], folder: Path, added_tokens: str = "library"
@@ -93,6 +115,10 @@ class TextTokenizer:
                 )
         return None
 
+    def specification(self) -> dict[str, Any]:
+        """All of tokenizer.json, without truncation and padding; read anew at each call."""
+        return self._parsed.specification()
+
     @property
     def fingerprint(self) -> str:
         """sha256 of the canonical tokenizer.json: equal ids for equal text, wherever the folder lies."""
@@ -111,6 +137,11 @@ class TextTokenizer:
 
     def token_to_id(self, token: str) -> int | None:
         return self._whole.token_to_id(token)
+
+    @property
+    def entries(self) -> dict[str, int]:
+        """Every token, added ones too, and its id."""
+        return dict(self._whole.get_vocab(with_added_tokens=True))
 
     @cached_property
     def token_bytes(self) -> np.ndarray:
@@ -245,39 +276,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path, *, bare: b
         (temporary / TOKENIZER_FILE).write_text(json.dumps(specification, ensure_ascii=False))
         (temporary / TOKENIZER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     return out
-
-
-def add_chat_tokens(
-    tokenizer: TextTokenizer, out: Path, tokens: Sequence[str] = (*TURN_TOKENS, *CONTENT_TOKENS)
-) -> tuple[TextTokenizer, list[str]]:
-    """(the tokenizer with `tokens`, loaded from its new folder `out`; those that were added, in order of their ids).
-
-    New ids follow the highest, every other stays. Turn tokens are control tokens ("special": true) afterwards, the
-    others are not. Raises InputError where `out` exists, or the library gives other ids.
-    """
-    specification = tokenizer._parsed.specification()
-    entries = {entry["content"]: entry for entry in specification.setdefault("added_tokens", [])}
-    added = [token for token in tokens if tokenizer.token_to_id(token) is None]
-    for token in tokens:
-        known = tokenizer.token_to_id(token)
-        token_id = tokenizer.vocab_size + added.index(token) if known is None else known
-        entry = {"id": token_id, "content": token, "single_word": False, "lstrip": False, "rstrip": False}
-        entry = entries.setdefault(token, {**entry, "normalized": False, "special": token in TURN_TOKENS})
-        entry["special"] = entry["special"] or token in TURN_TOKENS
-    specification["added_tokens"] = sorted(entries.values(), key=lambda entry: int(entry["id"]))
-    config = {name: value for name, value in tokenizer.config.items() if name != "added_tokens_decoder"}
-    with files.atomic_directory(out) as temporary:
-        (temporary / TOKENIZER_FILE).write_text(json.dumps(specification, ensure_ascii=False))
-        files.write_json(temporary / TOKENIZER_CONFIG, {**config, "tokenizer_class": "PreTrainedTokenizerFast"})
-        made = load_tokenizer(temporary, tokenizer.added_tokens)
-        found = [made.token_to_id(token) for token in added]
-        if found != list(range(tokenizer.vocab_size, tokenizer.vocab_size + len(added))):
-            raise InputError(
-                f"{tokenizer.folder}: {', '.join(added)} would get the ids {found}, expected those from "
-                f"{tokenizer.vocab_size} on; its vocabulary has holes: use a tokenizer without, or one that has them"
-            )
-    made.folder = out
-    return made, added
 
 
 class ParsedTokenizer:

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from argonne.data.chat import HISTORY, ChatTemplate, Conversation, Message, ToolCall
 from argonne.errors import InputError
-from argonne.tokens.tokenizer import TextTokenizer, add_chat_tokens, load_tokenizer, train_tokenizer
+from argonne.tokens.chat_tokens import add_chat_tokens
+from argonne.tokens.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 from tests.data.chats import TEXTS, as_messages, as_tools, conversations, spans
 from tests.tokensets import words
 

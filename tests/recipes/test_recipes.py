@@ -91,6 +91,22 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     },
     "argonne-3.0-continue": {"train.tokens": 55_211_688_156, "schedule.decay": 0.15},
 }
+TUNED = {
+    "batch.tokens_per_step": 24 * 2 * 1024,
+    "data.sequence_length": 1024,
+    "optim.lr": 2e-5,
+    "optim.betas": (0.9, 0.95),
+    "optim.weight_decay": 0.01,
+    "optim.grad_clip": 1.0,
+    "schedule.kind": "cosine",
+    "schedule.warmup": 100,
+    "schedule.min_ratio": 0.1,
+    "train.epochs": 1,
+    "chat.template": "chatml",
+}
+THINKING = {**TUNED, "batch.tokens_per_step": 12 * 1024}
+PUBLISHED |= {f"argonne-{generation}-sft": TUNED for generation in ("1.0", "1.5", "2.0", "2.5", "3.0")}
+PUBLISHED |= {f"argonne-{generation}-cot-sft": THINKING for generation in ("1.0", "1.5", "2.0", "2.5", "3.0")}
 NANO = {
     "argonne-1": "nano-1.0",
     "argonne-2": "nano-2.5",
@@ -131,6 +147,15 @@ def test_every_recipe_opens_with_a_comment_and_sets_no_key_twice(name: str) -> N
 def test_a_recipe_says_what_its_release_used(name: str, key: str, value: Any) -> None:
     section, field = key.split(".")
     assert getattr(getattr(load_recipe(name), section), field) == value
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if name.endswith("-sft")])
+def test_a_recipe_of_conversations_starts_from_its_own_generation(name: str) -> None:
+    recipe = load_recipe(name)
+    start = str(recipe.model.init_from).removeprefix("runs/")
+    assert load_recipe(start).model.preset == recipe.model.preset
+    assert load_recipe(start).stage in ("sft" if recipe.stage == "cot-sft" else "pretrain", "midtrain")
+    assert recipe.data.sequence_length <= (recipe.model.max_position_embeddings or 0)
 
 
 def test_argonne_1_0_changes_rate_and_batch_at_the_same_step() -> None:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 
 from argonne.errors import InputError
-from argonne.tokens.tokenizer import (
-    CONTENT_TOKENS,
-    TURN_TOKENS,
-    TextTokenizer,
-    add_chat_tokens,
-    load_tokenizer,
-    train_tokenizer,
-)
+from argonne.layout import CONTENT_TOKENS, TURN_TOKENS
+from argonne.tokens.chat_tokens import add_chat_tokens, kept_chat_tokens
+from argonne.tokens.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 from tests.tokensets import words
 
 
@@ -72,3 +69,56 @@ def test_a_vocabulary_with_a_hole_is_refused(bare: TextTokenizer, tmp_path: Path
     with pytest.raises(InputError, match="its vocabulary has holes"):
         add_chat_tokens(load_tokenizer(tmp_path / "holes"), tmp_path / "chat")
     assert not (tmp_path / "chat").exists()
+
+
+def test_what_a_folder_keeps_is_written_once_and_found_again(bare: TextTokenizer, tmp_path: Path) -> None:
+    first = kept_chat_tokens(bare, tmp_path / "kept")
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "kept").iterdir()}
+    again = kept_chat_tokens(bare, tmp_path / "kept")
+    assert (again.fingerprint, again.added) == (first.fingerprint, first.added)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "kept").iterdir()} == written
+    assert again.added is not None
+    assert again.added.names == (*TURN_TOKENS, *CONTENT_TOKENS)
+    assert again.added.ids == range(bare.vocab_size, again.vocab_size)
+
+
+def test_a_folder_that_extends_another_tokenizer_is_written_anew(bare: TextTokenizer, tmp_path: Path) -> None:
+    other = load_tokenizer(train_tokenizer([words(50)], 290, tmp_path / "other", bare=True))
+    kept_chat_tokens(other, tmp_path / "kept")
+    made = kept_chat_tokens(bare, tmp_path / "kept")
+    assert made.added is not None
+    assert made.added.base == bare.fingerprint
+    assert made.encode(words(300)) == bare.encode(words(300))
+
+
+def test_processes_that_ask_at_once_find_the_same(bare: TextTokenizer, tmp_path: Path) -> None:
+    with ProcessPoolExecutor(4, mp_context=get_context("spawn")) as pool:
+        asked = [pool.submit(made_in, bare.folder, tmp_path / "kept") for _ in range(12)]
+        found = [each.result() for each in asked]
+    assert len(set(found)) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".kept.lock", "kept"]
+
+
+def made_in(base: Path, folder: Path) -> tuple[str, int]:
+    """Its fingerprint, and when its file was written."""
+    made = kept_chat_tokens(load_tokenizer(base), folder)
+    return made.fingerprint, (folder / "tokenizer.json").stat().st_mtime_ns
+
+
+@pytest.mark.parametrize("kind", ["Unigram", "WordLevel", "WordPiece"])
+def test_other_kinds_of_vocabularies_get_them_too(kind: str, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models
+
+    entries = ["<unk>", "</s>", "a", "b", "▁a"]
+    ids = {entry: number for number, entry in enumerate(entries)}
+    made = {
+        "Unigram": lambda: models.Unigram([(entry, -1.0) for entry in entries], unk_id=0),
+        "WordLevel": lambda: models.WordLevel(ids, unk_token="<unk>"),
+        "WordPiece": lambda: models.WordPiece(ids, unk_token="<unk>"),
+    }[kind]()
+    (tmp_path / "base").mkdir()
+    Tokenizer(made).save(str(tmp_path / "base" / "tokenizer.json"))
+    base = load_tokenizer(tmp_path / "base")
+    after, added = add_chat_tokens(base, tmp_path / "chat")
+    assert [after.token_to_id(token) for token in added] == list(range(5, 13))
+    assert after.encode("a") == base.encode("a")
