@@ -175,7 +175,7 @@ def _train(session: Session, run: RunFolder, mesh: Mesh, watch: StopWatch) -> Ou
         for path, (old, new) in opened.changed.items():
             metrics.write("change", progress.step, key=path, old=old, new=new)
         shown = session.stage.shows(recipe, data, built.loader.micro_rows)
-        trainer = Trainer(
+        return Trainer(
             recipe,
             run,
             mesh,
@@ -195,8 +195,7 @@ def _train(session: Session, run: RunFolder, mesh: Mesh, watch: StopWatch) -> Ou
             watch=watch,
             progress=progress,
             total_steps=opened.total_steps,
-        )
-        return trainer.fit(session.stop_after_step, profile=session.profile)
+        ).fit(session.stop_after_step, profile=session.profile)
     except KernelUnavailable as error:  # the model imports no error of ours, and this is wrong input
         raise InputError(f"train.attention: {error}") from None
     finally:
