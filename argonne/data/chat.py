@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -80,10 +80,13 @@ class Message:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns in order, and the functions that may be called, each as the text of a JSON object."""
+    """Turns in order, and the functions that may be called, each as the text of a JSON object. context: of how many of
+    the first turns nothing is trained.
+    """
 
     messages: tuple[Message, ...]
     tools: tuple[str, ...] = ()
+    context: int = field(default=0, repr=False)
 
     @property
     def uses_tools(self) -> bool:
@@ -177,7 +180,7 @@ class ChatTemplate:
         listed, context = [], []
         for conversation in conversations:
             traces, trained = self._traces(conversation), self.targets(conversation, loss_on)
-            answers = sum(turn.role == "assistant" for turn in conversation.messages)
+            answers = sum(turn.role == "assistant" for turn in conversation.messages[conversation.context :])
             context.append(answers - sum(trained) if loss_on == "assistant" else 0)
             pieces = self._pieces(conversation, traces, trained)
             listed.append([(what, loss_on == "all" or value) for what, value in pieces])
@@ -193,7 +196,8 @@ class ChatTemplate:
         for number, (turn, trace) in enumerate(zip(turns, traces, strict=True)):
             answers = turn.role == "assistant"
             hidden = (hidden and turn.role != "user") or (answers and turn.has_trace and not trace)
-            found.append(answers and not hidden and (loss_on != "last" or number == last))
+            told = number >= conversation.context and (loss_on != "last" or number == last)
+            found.append(answers and not hidden and told)
         return found
 
     def words(self, ids: Sequence[int] | np.ndarray) -> str:

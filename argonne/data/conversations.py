@@ -40,8 +40,8 @@ ADVICE = {
 }
 
 
-class _Fault(Exception):
-    """Why a row is no conversation."""
+class Fault(Exception):
+    """Why a row is no conversation, or no pair of them."""
 
 
 def parse_row(row: Any) -> Conversation | Refused:
@@ -53,10 +53,10 @@ def parse_row(row: Any) -> Conversation | Refused:
         role = ""
         for turn in messages:
             if role not in BEFORE[turn.role]:
-                raise _Fault("roles-out-of-order")
+                raise Fault("roles-out-of-order")
             role = turn.role
-        return Conversation(messages, tuple(_tools(row.get("tools"))))
-    except _Fault as fault:
+        return Conversation(messages, tuple(tools_of(row.get("tools"))))
+    except Fault as fault:
         return Refused(str(fault))
 
 
@@ -90,23 +90,23 @@ def fault_of_trace(turn: Message) -> str | None:
 def _messages(row: Mapping[str, Any]) -> list[Message]:
     for name in ("messages", "conversations", "conversation"):
         if isinstance(row.get(name), Sequence) and not isinstance(row[name], str):
-            return _system(row) + [_message(turn) for turn in row[name] if not _says_nothing(turn)]
+            return system_of(row) + [message_of(turn) for turn in row[name] if not _says_nothing(turn)]
     if row.get("prompt") is not None and row.get("completion") is not None:
         sides = (("user", row["prompt"]), ("assistant", row["completion"]))
         return [
             turn
             for role, side in sides
-            for turn in (map(_message, side) if isinstance(side, list) else [Message(role, _text(side))])
+            for turn in (map(message_of, side) if isinstance(side, list) else [Message(role, text_of(side))])
         ]
     if row.get("instruction") is not None and row.get("output") is not None:
-        asked = [_text(row["instruction"]), _text(row.get("input") or "")]
+        asked = [text_of(row["instruction"]), text_of(row.get("input") or "")]
         question = Message("user", "\n\n".join(part for part in asked if part))
-        return [*_system(row), question, Message("assistant", _text(row["output"]))]
-    raise _Fault("unknown-shape")
+        return [*system_of(row), question, Message("assistant", text_of(row["output"]))]
+    raise Fault("unknown-shape")
 
 
-def _system(row: Mapping[str, Any]) -> list[Message]:
-    return [Message("system", _text(row["system"]))] if row.get("system") else []
+def system_of(row: Mapping[str, Any]) -> list[Message]:
+    return [Message("system", text_of(row["system"]))] if row.get("system") else []
 
 
 def _says_nothing(turn: Any) -> bool:
@@ -114,40 +114,40 @@ def _says_nothing(turn: Any) -> bool:
     return isinstance(turn, Mapping) and turn.get("role", turn.get("from")) == "system" and not _content(turn)
 
 
-def _message(turn: Any) -> Message:
+def message_of(turn: Any) -> Message:
     if not isinstance(turn, Mapping):
-        raise _Fault("unknown-shape")
+        raise Fault("unknown-shape")
     said = turn.get("role") or turn.get("from")
     role = ROLES.get(said) if isinstance(said, str) else None
     if role is None:
-        raise _Fault("unknown-role")
+        raise Fault("unknown-role")
     if said == "function_call":
         return Message(role, "", None, (_tool_call(_parsed(_content(turn))),))
     content = _content(turn)
     trace = next((turn[name] for name in TRACE_FIELDS if turn.get(name)), None)
     calls = _parsed(turn.get("tool_calls") or [])
     if role == "user" and not content:
-        raise _Fault("empty-question")
+        raise Fault("empty-question")
     if not isinstance(calls, list):
-        raise _Fault("broken-tool-call")
-    return Message(role, content, None if trace is None else _text(trace), tuple(map(_tool_call, calls)))
+        raise Fault("broken-tool-call")
+    return Message(role, content, None if trace is None else text_of(trace), tuple(map(_tool_call, calls)))
 
 
 def _content(turn: Mapping[str, Any]) -> str:
     """The text of a turn; parts of the kind "text" are joined."""
     content = next((turn[name] for name in ("content", "value") if turn.get(name) is not None), "")
     if isinstance(content, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
-        return "".join(_text(part.get("text")) for part in content)
-    return _text(content)
+        return "".join(text_of(part.get("text")) for part in content)
+    return text_of(content)
 
 
-def _text(value: Any) -> str:
+def text_of(value: Any) -> str:
     if not isinstance(value, str):
-        raise _Fault("not-text")
+        raise Fault("not-text")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise _Fault("invalid-utf8") from None
+        raise Fault("invalid-utf8") from None
     return value
 
 
@@ -158,14 +158,14 @@ def _tool_call(call: Any) -> ToolCall:
     inner = (call.get("function") or call) if isinstance(call, Mapping) else {}
     arguments = inner.get("arguments") or {}
     if not isinstance(inner.get("name"), str) or not isinstance(_parsed(arguments), Mapping):
-        raise _Fault("broken-tool-call")
-    return ToolCall(_text(inner["name"]), _text(arguments) if isinstance(arguments, str) else _json(arguments))
+        raise Fault("broken-tool-call")
+    return ToolCall(text_of(inner["name"]), text_of(arguments) if isinstance(arguments, str) else _json(arguments))
 
 
-def _tools(tools: Any) -> list[str]:
+def tools_of(tools: Any) -> list[str]:
     tools = _parsed(tools or [])
     if not isinstance(tools, list) or not all(isinstance(_parsed(tool), Mapping) for tool in tools):
-        raise _Fault("broken-tools")
+        raise Fault("broken-tools")
     return [_json(_parsed(tool)) for tool in tools]
 
 
@@ -181,7 +181,7 @@ def _parsed(value: Any) -> Any:
 
 def _json(value: Any) -> str:
     """As the `tojson` of chat templates writes it."""
-    return _text(json.dumps(value, ensure_ascii=False))
+    return text_of(json.dumps(value, ensure_ascii=False))
 
 
 def without_nulls(value: Any) -> Any:
