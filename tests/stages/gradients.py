@@ -46,7 +46,7 @@ def make(generation: str) -> ArgonneForCausalLM:
 
 
 def opened(
-    source: Path, tokenizer: TextTokenizer, length: int = 256, seed: int = 1, max_rows: int | None = None
+    source: Path, tokenizer: TextTokenizer, length: int = 256, seed: int = 1, loss_on: str = "assistant"
 ) -> ConversationData:
     """Conversations as a run reads them. The first step is a whole epoch: each conversation once."""
 
@@ -54,13 +54,14 @@ def opened(
         return open_conversations(
             [SourceSection(path=str(source), max_epochs=9)],
             tokenizer=tokenizer,
+            loss_on=loss_on,
             sequence_length=length,
             cache=source.parent / "cache",
             batch=BatchSection(tokens_per_step=rows * length),
             seed=seed,
         )
 
-    return open_with(max_rows or open_with(1).tokens_per_epoch // length)
+    return open_with(open_with(1).tokens_per_epoch // length)
 
 
 def rendered(rows: Sequence[Mapping[str, Any]], tokenizer: TextTokenizer, length: int = 256) -> list[Rendered]:
