@@ -59,6 +59,17 @@ IDLE = {
 }
 
 
+def _without_idle(base: dict[str, str], overrides: dict[str, str]) -> dict[str, str]:
+    """Both together, without what `base` alone says of things that the overrides switch off."""
+    asked = {**base, **overrides}
+    idle = [
+        key
+        for key, off in IDLE.items()
+        if key not in overrides and all(asked.get(name) in values for name, values in off.items())
+    ]
+    return {key: value for key, value in asked.items() if key not in idle}
+
+
 @pytest.fixture(scope="session")
 def nano(tokens: Path) -> Callable[..., Recipe]:
     """Makes recipes of very small runs on `tokens`: `nano(**{"optim.lr": "1e-3"})`."""
@@ -88,13 +99,60 @@ def nano(tokens: Path) -> Callable[..., Recipe]:
             "eval.every_steps": "6",
             "eval.windows": "4",
         }
-        asked = {**base, **overrides}
-        idle = [
-            key
-            for key, off in IDLE.items()
-            if key not in overrides and all(asked.get(name) in values for name, values in off.items())
-        ]
-        return load_recipe("nano-3.0", {key: value for key, value in asked.items() if key not in idle})
+        return load_recipe("nano-3.0", _without_idle(base, overrides))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def base(nano: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small pretrained model with a tokenizer that has the turn tokens."""
+    from argonne.stages.pretrain import run
+
+    folder = tmp_path_factory.mktemp("base")
+    recipe = nano(
+        **{
+            "model.max_position_embeddings": "128",
+            "train.steps": "2",
+            "schedule.warmup": "0",
+            "schedule.decay": "0",
+            "schedule.min_ratio": "none",
+            "checkpoint.sample_prompt": "",
+        }
+    )
+    run(recipe, folder / "run")
+    return folder / "run"
+
+
+@pytest.fixture
+def chat(base: Path, tmp_path: Path) -> Callable[..., Recipe]:
+    """Makes recipes of small fine-tuning runs, on 60 conversations where no other file is given:
+    `chat("nano-3.0-cot-sft", path, **{"optim.lr": "1e-3"})`.
+    """
+    from argonne.recipe import load_recipe
+    from tests.tuning import conversations, write
+
+    source = write(tmp_path / "chat.jsonl", conversations(60))
+
+    def make(name: str = "nano-3.0-sft", path: Path = source, **overrides: str) -> Recipe:
+        given = {
+            "model.init_from": json.dumps(str(base)),
+            "data.sources": f"[{{ path = {json.dumps(str(path))}, max_epochs = 9 }}]",
+            "data.sequence_length": "128",
+            "batch.tokens_per_step": "512",
+            "train.epochs": "none",
+            "train.steps": "6",
+            "train.threads": "1",
+            "schedule.warmup": "1",
+            "checkpoint.every_steps": "3",
+            "checkpoint.sample_tokens": "4",
+            "eval.every_steps": "3",
+            "eval.windows": "2",
+            "chat.hold_out": "0.1",
+            "log.every_steps": "1",
+            "log.tensorboard": "false",
+        }
+        return load_recipe(name, _without_idle(given, overrides))
 
     return make
 

@@ -119,12 +119,11 @@ def train_model(options: argparse.Namespace) -> None:
             load_tokenizer(options_of(recipe.data, folder).tokenizer or "")
     watch = StopWatch(recipe.stop, started=options.started)
     with watch.listening():  # already while torch is loaded
+        from argonne.stages.choice import stage_of
         from argonne.stages.ending import finish_or_stop
-        from argonne.stages.pretrain import PRETRAIN, run
+        from argonne.stages.pretrain import run
 
-        stage = PRETRAIN
-        if recipe.stage in CHAT_STAGES:
-            from argonne.stages.sft import SFT as stage
         names = ("resume_from", "allow", "profile", "data_from_start", "rewind", "take_over")
-        result = run(recipe, folder, stage=stage, watch=watch, **{name: getattr(options, name) for name in names})
+        how = {name: getattr(options, name) for name in names}
+        result = run(recipe, folder, stage=stage_of(recipe), watch=watch, **how)
         finish_or_stop(result.outcome, folder)

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import math
 import os
+import uuid
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -216,9 +218,12 @@ class PackedRows:
 
     @staticmethod
     def _keep(path: Path | None, array: np.ndarray) -> None:
-        """Others see the whole file or none."""
+        """Others see the whole file or none. Threads may write the same one at once, and ranks in containers that have
+        the same process id. What the start of another run takes for a leftover is packed again by whoever asks.
+        """
         if path is not None:
-            temporary = path.with_name(f"{files.TEMPORARY}{os.getpid()}-{path.name}")
-            np.save(temporary, array)
-            files.fsync_path(temporary)
-            os.replace(temporary, path)
+            temporary = path.with_name(f"{files.TEMPORARY}{uuid.uuid4().hex}-{path.name}")
+            with suppress(FileNotFoundError):
+                np.save(temporary, array)
+                files.fsync_path(temporary)
+                os.replace(temporary, path)

@@ -104,9 +104,7 @@ def _turns(value: Any) -> tuple[Message, ...]:
         if len(parts) < 3 or parts[0].strip():
             raise Fault("no-prompt")
         roles = {"Human": "user", "Assistant": "assistant"}
-        return tuple(
-            Message(roles[role], said.strip()) for role, said in zip(parts[1::2], parts[2::2], strict=True)
-        )
+        return tuple(Message(roles[role], said.strip()) for role, said in zip(parts[1::2], parts[2::2], strict=True))
     if not isinstance(value, Sequence):
         raise Fault("unknown-shape")
     return tuple(message_of(turn) for turn in value)

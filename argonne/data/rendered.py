@@ -122,9 +122,9 @@ def render_files(
     with files.one_at_a_time(cache / ".lock"):
         fingerprint = _fingerprint(found, template, options, cache)
         folder = cache / fingerprint[:24]
+        folder.mkdir(exist_ok=True)
+        files.collect_temporaries(folder)  # also those of packing
         if not (folder / RENDERED).exists():
-            folder.mkdir(exist_ok=True)
-            files.collect_temporaries(folder)
             _render_all(found, template, options, folder, stream)
     tree = files.read_json(folder / RENDERED)
     account = Account()
@@ -149,6 +149,8 @@ def _fingerprint(found: list[InputFile], template: ChatTemplate, options: Render
     """What is rendered how: names, sizes and hashes of the files (read once for each time of change), not where they
     lie.
     """
+    for left in cache.glob(f"{files.TEMPORARY}{HASHES}-*"):  # by a killed writer; this one is alone
+        left.unlink()
     known = files.read_json(cache / HASHES) if (cache / HASHES).exists() else {}
     before = dict(known)
     listed = []

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from argonne.config import Recipe
+from argonne.plan.shape import as_trained
 from argonne.recipe import to_toml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,9 +39,10 @@ class Mother:
         return dict(json.loads(line))
 
     def start(self, recipe: Recipe, run: Path, *, ranks: int = 1, **options: Any) -> list[int]:
-        """Fork the victims of one session; returns their process ids. `options`: `crash`, `plant` and `stop_after`."""
+        """Fork the victims of one session; returns their process ids. `options`: `crash`, `plant`, `record`
+        and `stop_after`."""
         file = run.parent / "recipe.toml"
-        file.write_text(to_toml(recipe))
+        file.write_text(to_toml(as_trained(recipe)))
         job = {
             "recipe": str(file),
             "run": str(run),
@@ -105,8 +107,8 @@ def mother(_mother: Mother) -> Iterator[Mother]:
 def finish(mother: Mother) -> Callable[..., None]:
     """Runs a session to its end and fails with the victim's own words."""
 
-    def run_to_the_end(recipe: Recipe, run: Path, *, ranks: int = 1) -> None:
-        mother.start(recipe, run, ranks=ranks)
+    def run_to_the_end(recipe: Recipe, run: Path, *, ranks: int = 1, **options: Any) -> None:
+        mother.start(recipe, run, ranks=ranks, **options)
         codes = mother.wait()
         log = run.parent / f"{run.name}.log"
         assert codes == [0] * ranks, log.read_text()[-4000:]

@@ -10,9 +10,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from argonne.config import Recipe
 from argonne.files import TEMPORARY
+from argonne.layout import CONVERSATIONS
 from tests.crash.conftest import Mother
 
 SAVING = f"{TEMPORARY}checkpoint_step_"
@@ -28,10 +30,13 @@ class Kills:
     sessions: int = 0
 
 
-def saves_begun(run: Path) -> list[int]:
-    """Steps of saves that have begun and are not complete: their temporary folder is there."""
-    names = (path.name for path in run.glob(f"{SAVING}*"))
-    return sorted(int(name.removeprefix(SAVING).split("-")[0]) for name in names)
+def sealed_units(run: Path) -> dict[str, list[tuple[int, int]]]:
+    """Inode and time of change of each file of each rendered unit of conversations: other ones if it is made again."""
+    units = (run / CONVERSATIONS).glob("*/unit-*")
+    return {
+        unit.name: [(stat.st_ino, stat.st_mtime_ns) for stat in (path.stat() for path in sorted(unit.iterdir()))]
+        for unit in units
+    }
 
 
 class Watcher:
@@ -39,7 +44,8 @@ class Watcher:
 
     def __init__(self, run: Path, pids: list[int]) -> None:
         self._metrics, self._run, self._pids = run / "metrics.jsonl", run, pids
-        self._offset = self._metrics.stat().st_size if self._metrics.exists() else 0
+        self._left = set(run.glob(f"{SAVING}*"))  # by the dead: collected once the session has begun
+        self._begin = self._offset = self._metrics.stat().st_size if self._metrics.exists() else 0
         self._step = 0
         self._saved = 0
 
@@ -62,6 +68,18 @@ class Watcher:
                 self._saved = int(json.loads(line)["step"])
         return self._step
 
+    def saves_begun(self) -> list[int]:
+        """Steps of this session's saves that have begun and are not complete: their temporary folder is there."""
+        names = (path.name for path in self._run.glob(f"{SAVING}*") if path not in self._left)
+        return sorted(int(name.removeprefix(SAVING).split("-")[0]) for name in names)
+
+    def records(self) -> list[dict[str, Any]]:
+        """What this session has recorded; a line that a kill has cut is left out."""
+        if not self._metrics.exists():
+            return []
+        whole = self._metrics.read_bytes()[self._begin :].rpartition(b"\n")[0]
+        return [json.loads(line) for line in whole.splitlines() if line]
+
     def _wait(self, seen: Callable[[], bool]) -> bool:
         while not seen():
             if self._ended():
@@ -79,7 +97,11 @@ class Watcher:
 
     def wait_for_save(self, after: int) -> bool:
         """Return once a save beyond step `after` has begun; False when the session ended before."""
-        return self._wait(lambda: any(step > after for step in saves_begun(self._run)))
+        return self._wait(lambda: any(step > after for step in self.saves_begun()))
+
+    def wait_for_units(self, count: int) -> bool:
+        """Return once `count` units of conversations are rendered; False when the session ended before."""
+        return self._wait(lambda: len(sealed_units(self._run)) >= count)
 
 
 def _state(pid: int) -> str:
@@ -119,7 +141,7 @@ def kill_until_complete(
         assert 1 not in codes, (run.parent / f"{run.name}.log").read_text()[-4000:]
         if -signal.SIGKILL in codes:
             done.total += 1
-            done.inside_saves += bool(saves_begun(run))
+            done.inside_saves += bool(watcher.saves_begun())
     return done
 
 

@@ -1,8 +1,8 @@
 """A process that has torch and the package loaded and forks victims: a victim starts in a fraction of a second.
 
 Run as `python -m tests.crash.mother`. It reads one job a line from stdin (JSON: recipe, run, log, ranks, stop_after,
-crash, plant), answers `{"pids": [..]}` when the victims run and `{"codes": [..]}` when all have ended (negative: the
-signal). It never trains itself, so that nothing but modules is inherited.
+crash, plant, record), answers `{"pids": [..]}` when the victims run and `{"codes": [..]}` when all have ended
+(negative: the signal). It never trains itself, so that nothing but modules is inherited.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ MODULES = (
     "torch._dynamo",
     "torch.distributed.checkpoint",
     "torch.nn.parallel",
-    "argonne.stages.pretrain",
+    "argonne.stages.choice",
+    "argonne.stages.sft",
     "argonne.train.trainer",
     "argonne.train.checkpoint",
     "argonne.model.build",
@@ -123,14 +124,18 @@ def _train(job: dict[str, Any]) -> int:
     if job.get("command"):
         return _command(job)
     from argonne.recipe import load_recipe
-    from argonne.stages import pretrain
+    from argonne.stages.choice import stage_of
+    from argonne.stages.pretrain import run
     from tests.crash import faults, plants
 
     if job.get("crash"):
         faults.arm(Path(job["run"]), **job["crash"])
     if job.get("plant"):
         getattr(plants, job["plant"])()
-    result = pretrain.run(load_recipe(job["recipe"], {}), Path(job["run"]), stop_after_step=job.get("stop_after"))
+    if job.get("record"):
+        plants.record_batches(Path(job["record"]))
+    recipe = load_recipe(job["recipe"], {})
+    result = run(recipe, Path(job["run"]), stage=stage_of(recipe), stop_after_step=job.get("stop_after"))
     return 0 if result.outcome.complete else 3
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 MICRO_BATCHES = 1  # a step of the nano recipe on two ranks: 8 rows, 4 a rank, 4 a micro-batch
 
@@ -95,3 +98,33 @@ def full_disk_once_at_step_8() -> None:
         plain(run, step, *rest, **named)
 
     checkpoint.save_checkpoint = save
+
+
+def small_units_and_blocks() -> None:
+    """A small file of conversations is rendered in many units and packed in many blocks, as a large one is."""
+    from argonne.data import packing
+    from argonne.prepare import documents
+
+    documents.unit_bytes = lambda files: 700
+    packing.BLOCK = 16
+
+
+def record_batches(folder: Path) -> None:
+    """Every batch that is trained leaves its rows, those that only fill up left out, in `folder`: a file a step, number
+    of ranks and rank.
+    """
+    from argonne.data.loader import Batch, Loader
+
+    plain = Loader.batch
+
+    def batch(self: Loader, step: int) -> Batch:
+        found = plain(self, step)
+        names = found.micro_batches[0]
+        arrays = {name: np.concatenate([micro[name].numpy() for micro in found.micro_batches]) for name in names}
+        file = folder / f"{step}-{self.size}-{self.rank}.npz"
+        temporary = file.with_suffix(f".{os.getpid()}.npz")
+        np.savez(temporary, **{name: values[arrays["source"] >= 0] for name, values in arrays.items()})
+        temporary.replace(file)
+        return found
+
+    Loader.batch = batch

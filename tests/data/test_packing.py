@@ -15,6 +15,7 @@ from argonne.data.mixture import Mixture, Phase, PhaseSource
 from argonne.data.packing import PackedRows, best_fit
 from argonne.data.windows import Position, RowKey
 from argonne.errors import InputError
+from argonne.files import collect_temporaries
 
 T = 32
 KEY = RowKey(T, "shuffled", "packed", 7)
@@ -138,6 +139,38 @@ def test_an_epoch_that_has_begun_is_not_packed_anew_for_shorter_rows() -> None:
     assert source.rows_left(longer, place) == source.epoch_rows(KEY, 0) - 2
     with pytest.raises(InputError, match="begun with rows of 32 tokens"):
         source.rows_left(RowKey(16, "shuffled", "packed", 7), place)
+
+
+def test_writers_of_one_block_with_one_process_id_do_not_disturb_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As two threads are, or ranks in two containers that share a cache."""
+    lengths, plain, met = [5, 9, 13] * 20, np.save, []
+
+    def save_after_another(path: Path, array: np.ndarray) -> None:
+        plain(path, array)
+        if not met:
+            met.append(path)
+            packed(lengths, tmp_path).epoch_rows(KEY, 0)
+
+    monkeypatch.setattr(np, "save", save_after_another)
+    rows = packed(lengths, tmp_path).epoch_rows(KEY, 0)
+    assert packed(lengths, tmp_path).epoch_rows(KEY, 0) == packed(lengths).epoch_rows(KEY, 0) == rows
+    assert not list(tmp_path.glob(".tmp-*"))
+
+
+def test_a_block_whose_temporary_was_collected_by_another_run_is_packed_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths, plain = [5, 9, 13] * 20, np.save
+
+    def save_and_lose(path: Path, array: np.ndarray) -> None:
+        plain(path, array)
+        collect_temporaries(tmp_path)
+
+    monkeypatch.setattr(np, "save", save_and_lose)
+    wanted = range(packed(lengths).epoch_rows(KEY, 0))
+    assert rows_of(packed(lengths, tmp_path), list(wanted)) == rows_of(packed(lengths), list(wanted))
 
 
 def test_a_mixture_of_conversations_keeps_shares_and_limits() -> None:

@@ -301,6 +301,20 @@ def test_after_a_kill_no_finished_unit_is_rendered_again_and_the_bytes_are_the_s
     assert made == list(range(len(list(opened.folder.glob("unit-*")))))
 
 
+def test_what_killed_writers_left_in_a_cache_is_collected_when_it_is_opened_again(
+    tokenizer: TextTokenizer, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "a.jsonl", [row("Well?", "Yes.")])
+    opened = render(path, tokenizer)
+    left = [opened.folder / ".tmp-1-packed-x-000000.npy", opened.folder.parent / ".tmp-hashes-of-input.json-1"]
+    foreign = opened.folder.parent / ".tmp-of-another"
+    for file in (*left, foreign):
+        file.touch()
+    render(path, tokenizer)
+    assert [file.exists() for file in left] == [False, False]
+    assert foreign.exists()
+
+
 def test_two_processes_at_once_render_once(tokenizer: TextTokenizer, tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [row("Well?", words(5, n)) for n in range(60)])
     command = [sys.executable, "-c", KILLED, str(path), str(tokenizer.folder), "-1"]

@@ -14,7 +14,6 @@ from argonne.errors import InputError
 from argonne.evaluate.probes import QUESTIONS
 from argonne.evaluate.run import evaluate
 from argonne.layout import CONVERSATIONS, Kind, kind_of
-from argonne.recipe import load_recipe
 from argonne.report.records import read_metrics
 from argonne.report.report import write_report
 from argonne.stages.pretrain import RunResult, run
@@ -22,75 +21,9 @@ from argonne.stages.sft import SFT
 from argonne.tokens.tokenizer import load_tokenizer
 from argonne.train.checkpoint import LAST
 from tests.train.helpers import curve, stored
+from tests.tuning import conversations, write
 
-Nano = Callable[..., Recipe]
 Chat = Callable[..., Recipe]
-
-
-def conversations(count: int, *, think: bool = False) -> list[dict[str, Any]]:
-    """Sums, each asked twice in one conversation; with or without a trace."""
-    rows = []
-    for number in range(count):
-        turns = []
-        for other in (number % 7, number % 5):
-            trace = f"<think>\n{number} and {other} make {number + other}\n</think>\n\n" if think else ""
-            turns += [
-                {"role": "user", "content": f"What is {number} + {other}?"},
-                {"role": "assistant", "content": f"{trace}It is {number + other}."},
-            ]
-        rows.append({"messages": turns[: 2 if think else 4]})
-    return rows
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-@pytest.fixture(scope="module")
-def base(nano: Nano, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small pretrained model with a tokenizer that has the turn tokens."""
-    folder = tmp_path_factory.mktemp("base")
-    recipe = nano(
-        **{
-            "model.max_position_embeddings": "128",
-            "train.steps": "2",
-            "schedule.warmup": "0",
-            "schedule.decay": "0",
-            "schedule.min_ratio": "none",
-            "checkpoint.sample_prompt": "",
-        }
-    )
-    run(recipe, folder / "run")
-    return folder / "run"
-
-
-@pytest.fixture
-def chat(base: Path, tmp_path: Path) -> Chat:
-    """Makes recipes of small fine-tuning runs on 60 conversations."""
-    source = write(tmp_path / "chat.jsonl", conversations(60))
-
-    def make(name: str = "nano-3.0-sft", path: Path = source, **overrides: str) -> Recipe:
-        given = {
-            "model.init_from": json.dumps(str(base)),
-            "data.sources": f"[{{ path = {json.dumps(str(path))}, max_epochs = 9 }}]",
-            "data.sequence_length": "128",
-            "batch.tokens_per_step": "512",
-            "train.epochs": "none",
-            "train.steps": "6",
-            "train.threads": "1",
-            "schedule.warmup": "1",
-            "checkpoint.every_steps": "3",
-            "checkpoint.sample_tokens": "4",
-            "eval.every_steps": "3",
-            "eval.windows": "2",
-            "chat.hold_out": "0.1",
-            "log.every_steps": "1",
-            "log.tensorboard": "false",
-        }
-        return load_recipe(name, {**given, **overrides})
-
-    return make
 
 
 def tune(recipe: Recipe, folder: Path, **how: Any) -> RunResult:
