@@ -11,8 +11,10 @@ from argonne.declare import key
 from argonne.operation import CheckpointSection, EvalSection, LogSection, ParallelSection, StopSection
 
 # Stages that read conversations, and those that read running text.
-CHAT_STAGES = ("sft", "cot-sft")
-CHAT = "stage = sft | cot-sft"
+CHAT_STAGES = ("sft", "cot-sft", "dpo")
+CHAT = "stage = sft | cot-sft | dpo"
+TUNED = "stage = sft | cot-sft"
+PREFERENCE = "stage = dpo"
 TEXT = "stage = pretrain | midtrain"
 
 
@@ -154,13 +156,13 @@ class DataSection:
 
 @dataclass(frozen=True)
 class ChatSection:
-    """How conversations become rows (stages sft and cot-sft)."""
+    """How conversations become rows (stages sft, cot-sft and dpo)."""
 
     template: str = key(
         "chatml", "Qwen's ChatML, or USER: and ASSISTANT:", ("chatml", "plain"), needs=CHAT, changes="order"
     )
     loss_on: str = key(
-        "assistant", "all answers, the last one, or everything", ("assistant", "last", "all"), needs=CHAT
+        "assistant", "all answers, the last one, or everything", ("assistant", "last", "all"), needs=TUNED
     )
     history_reasoning: str = key(
         "drop", "traces of earlier turns, in training and serving", ("drop", "keep"), needs=CHAT, changes="order"
@@ -192,6 +194,37 @@ class ChatSection:
         needs=CHAT,
         changes="files",
         free=True,
+    )
+
+
+@dataclass(frozen=True)
+class DpoSection:
+    """How pairs are compared (stage dpo)."""
+
+    loss: str = key(
+        "sigmoid",
+        "which loss of a pair; argonne/train/preference.py has their formulas",
+        ("sigmoid", "robust", "ipo", "hinge", "apo-zero", "apo-down"),
+        needs=PREFERENCE,
+    )
+    beta: float = key(0.1, "how much a margin counts", bounds="more than 0", needs=PREFERENCE)
+    smoothing: float = key(
+        0.0,
+        "share of the pairs whose answers are thought to be exchanged",
+        bounds="from 0 to below 0.5",
+        needs=f"{PREFERENCE} and dpo.loss = sigmoid | robust",
+    )
+    scores: str = key(
+        "sum",
+        "an answer's score: the sum of its tokens' log-probabilities, or their mean",
+        ("sum", "mean"),
+        needs=PREFERENCE,
+    )
+    chosen_weight: float = key(
+        0.0,
+        "weight of the chosen answer's mean negative log-likelihood, added to the loss",
+        bounds="at least 0",
+        needs=PREFERENCE,
     )
 
 
@@ -306,7 +339,9 @@ class TrainSection:
         changes="speed",
         free=True,
     )
-    z_loss: float = key(0.0, "weight of the squared log-partition penalty", bounds="at least 0")
+    z_loss: float = key(
+        0.0, "weight of the squared log-partition penalty", bounds="at least 0", needs=f"{TEXT} | sft | cot-sft"
+    )
     deterministic: bool = key(False, "bit-identical results on a GPU, slower", changes="speed")
     threads: int = key(
         0, "CPU threads a worker; 0 = cores divided by workers", bounds="at least 0", changes="speed", free=True
@@ -329,6 +364,7 @@ class Recipe:
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)
     chat: ChatSection = field(default_factory=ChatSection)
+    dpo: DpoSection = field(default_factory=DpoSection)
     batch: BatchSection = field(default_factory=BatchSection)
     optim: OptimSection = field(default_factory=OptimSection)
     schedule: ScheduleSection = field(default_factory=ScheduleSection)

@@ -12,6 +12,7 @@ BOUNDS: Mapping[str, Callable[[float], bool]] = {
     "at least 0": lambda value: value >= 0,
     "more than 0": lambda value: value > 0,
     "from 0 to below 1": lambda value: 0 <= value < 1,
+    "from 0 to below 0.5": lambda value: 0 <= value < 0.5,
     "from 0 to 1": lambda value: 0 <= value <= 1,
 }
 

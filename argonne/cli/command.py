@@ -36,6 +36,7 @@ PAGES = (
         "continue": "pretrain further from given weights, with a schedule of its own",
         "sft": "fine-tune on conversations: a base model becomes a chat model",
         "cot-sft": "fine-tune on answers that think first",
+        "dpo": "tune on pairs of a better and a worse answer",
     }),
     ("watch", "look at what there is", {
         "runs": "what is running, stopped, failed and complete",
@@ -52,7 +53,7 @@ PAGES = (
     }),
 )  # fmt: skip
 ALL_VERBS = {verb: text for _, _, verbs in PAGES for verb, text in verbs.items()}
-RECIPE_VERBS = ("pretrain", "continue", "sft", "cot-sft", "plan")
+RECIPE_VERBS = ("pretrain", "continue", "sft", "cot-sft", "dpo", "plan")
 Verbs = Callable[..., "Parser"]
 
 

@@ -1,4 +1,4 @@
-"""pretrain, continue, sft, cot-sft: from data to a model."""
+"""pretrain, continue, sft, cot-sft, dpo: from data to a model."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ STAGES = {
     "continue": ("pretrain", "midtrain"),
     "sft": ("sft",),
     "cot-sft": ("cot-sft",),
+    "dpo": ("dpo",),
 }
 # Flags that are recipe keys under a shorter name.
 SHORT = {"init_from": "model.init_from", "wall_time": "stop.wall_time", "deadline": "stop.deadline"}

@@ -89,6 +89,10 @@ class Conversation:
     context: int = field(default=0, repr=False)
 
     @property
+    def characters(self) -> int:
+        return sum(len(turn.content) for turn in self.messages)
+
+    @property
     def uses_tools(self) -> bool:
         return bool(self.tools) or any(turn.role == "tool" or turn.tool_calls for turn in self.messages)
 

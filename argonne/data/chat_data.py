@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from argonne.data.phases import Source
 from argonne.data.rendered import TRAINED, RenderedSet, RenderOptions, render_files
 from argonne.data.windows import IGNORED, Position, RowKey
 from argonne.errors import InputError
-from argonne.tokens.shards import TokenSet, TokenStream
+from argonne.tokens.shards import TokenSet
 from argonne.tokens.tokenizer import TextTokenizer
 
 IDS = ~TRAINED
@@ -35,6 +35,7 @@ class ConversationData(TrainingData):
     chat: ChatTemplate
 
     block = 64  # of a small source 4,096 rows are hundreds of epochs, and each would be packed
+    together = 1  # conversations that lie in one row side by side: an item of the packing
 
     def __init__(
         self,
@@ -47,9 +48,14 @@ class ConversationData(TrainingData):
         super().__init__(data, sources, mixture, template.tokenizer)
         self.chat, self.rendered = template, list(rendered)
         self._held_out = [
-            PackedRows(source.name, source.tokens.fingerprint, one.ends["held_out"])
+            PackedRows(source.name, source.tokens.fingerprint, self.items_of(one, "held_out"))
             for source, one in zip(sources, rendered, strict=True)
         ]
+
+    @classmethod
+    def items_of(cls, rendered: RenderedSet, side: str) -> np.ndarray:
+        """(items,) positions in a stream just after each item."""
+        return rendered.ends[side][cls.together - 1 :: cls.together]
 
     @property
     def description(self) -> list[str]:
@@ -79,7 +85,7 @@ class ConversationData(TrainingData):
 
     def sample(self) -> str:
         """The first conversation as it is trained: what is a target stands between « and »."""
-        stop = min(int(self.rendered[0].ends["train"][0]), SAMPLE_TOKENS)
+        stop = min(int(self.items_of(self.rendered[0], "train")[0]), SAMPLE_TOKENS)
         marked = np.empty(stop, np.uint32)
         self._streams[0].copy(0, marked)
         edges = np.flatnonzero(np.diff(marked & TRAINED, prepend=np.uint32(0))).tolist()
@@ -101,8 +107,7 @@ class ConversationData(TrainingData):
         before = self.mixture.samples_before(step)
         self.mixture.check_rows(phase, before + phase.rows)
         located = self._located(phase, before + first, count)
-        streams = [(self._streams[source], runs) for source, runs in located]
-        arrays = self._rows(streams, rows, phase.sequence_length)
+        arrays = self._rows(located, "train", rows, phase.sequence_length)
         sources = np.full(rows, FILLER_SOURCE, np.int64)
         sources[:count] = [source for source, _ in located]
         fills: dict[str, int | np.ndarray] = {
@@ -126,19 +131,19 @@ class ConversationData(TrainingData):
         for start in range(0, count, rows):
             numbers = taken[start : start + rows]
             sources = np.searchsorted(bounds, numbers, side="right") - 1
-            streams = []
+            located = []
             for source, number in zip(sources.tolist(), (numbers - bounds[sources]).tolist(), strict=True):
                 found, _ = self._held_out[source].locate(key, Position(), np.array([number]))
-                streams.append((self.rendered[source].held_out, found.runs[0]))
-            arrays = {**self._rows(streams, len(numbers), key.sequence_length), "source": sources}
+                located.append((source, found.runs[0]))
+            arrays = {**self._rows(located, "held_out", len(numbers), key.sequence_length), "source": sources}
             yield {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def held_out_prompts(self, count: int, longest: int) -> list[list[int]]:
-        """What stands before the first answer of the first held-out conversations, in ids: at most `count` of all
-        sources in turn, none longer than `longest` tokens.
+        """What stands before the first answer of the first held-out items, in ids: at most `count` of all sources in
+        turn, none longer than `longest` tokens.
         """
         found: list[list[int]] = []
-        bounds = [np.concatenate([[0], one.ends["held_out"]]) for one in self.rendered]
+        bounds = [np.concatenate([[0], self.items_of(one, "held_out")]) for one in self.rendered]
         for number in range(max(map(len, bounds)) - 1):
             for one, ends in zip(self.rendered, bounds, strict=True):
                 if number + 1 >= len(ends) or len(found) == count:
@@ -151,15 +156,16 @@ class ConversationData(TrainingData):
         return found
 
     def _rows(
-        self, streams: Sequence[tuple[TokenStream, list[tuple[int, int]]]], rows: int, length: int
+        self, located: Sequence[tuple[int, list[tuple[int, int]]]], side: str, rows: int, length: int
     ) -> dict[str, np.ndarray]:
-        """The arrays of rows that are made of runs of the streams, filled up to `rows`."""
+        """The arrays of rows, each of one source and made of runs of its stream, an item each, filled up to `rows`."""
         inputs = np.full((rows, length), self.tokenizer.pad_id or 0, np.int64)
         labels = np.full((rows, length), IGNORED, np.int64)
         positions = np.tile(np.arange(length), (rows, 1))
-        for row, (stream, runs) in enumerate(streams):
-            filled = 0
-            for begin, size in runs:
+        for row, (source, runs) in enumerate(located):
+            filled, one = 0, self.rendered[source]
+            stream = one.train if side == "train" else one.held_out
+            for begin, size in self._conversations(one.ends[side], runs):
                 marked, end = np.empty(size, np.uint32), filled + size
                 stream.copy(begin, marked)
                 inputs[row, filled:end] = marked & IDS
@@ -168,13 +174,21 @@ class ConversationData(TrainingData):
                 positions[row, filled:end] = np.arange(size)
                 filled = end
             positions[row, filled:] = np.arange(length - filled)
-        inputs[len(streams) :] = 0
+        inputs[len(located) :] = 0
         tokens = np.count_nonzero(labels != IGNORED, axis=1)
         return {"input_ids": inputs, "shift_labels": labels, "position_ids": positions, "tokens": tokens}
+
+    def _conversations(self, ends: np.ndarray, runs: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """(first token, tokens) of each conversation of a row's items."""
+        return runs
+
+
+Opened = TypeVar("Opened", bound=ConversationData)
 
 
 def open_conversations(
     sources: Sequence[SourceSection],
+    kind: type[Opened] = ConversationData,  # type: ignore[assignment] # what it is, where nothing is said
     *,
     tokenizer: TextTokenizer,
     template: str = "chatml",
@@ -190,9 +204,9 @@ def open_conversations(
     seed: int,
     state: dict[str, Any] | None = None,
     allow: frozenset[str] = frozenset(),
-) -> ConversationData:
-    """Render and pack the conversations of the sources (files, folders, globs) and lay out the phases: those of `state`
-    as they were, then what the recipe says now.
+) -> Opened:
+    """Render and pack the conversations of the sources (files, folders, globs), or the pairs of them that `kind` reads,
+    and lay out the phases: those of `state` as they were, then what the recipe says now.
 
     Raises InputError for a source that cannot be read, of which nothing or too little can be trained on, or that
     contradicts `state`.
@@ -200,7 +214,8 @@ def open_conversations(
     if not sources:
         raise InputError("data.sources: empty; name files of conversations (.jsonl, .parquet, .arrow)")
     chat = ChatTemplate(tokenizer, template, history_reasoning)
-    options = RenderOptions(sequence_length, loss_on, too_long, reasoning_required, hold_out)
+    pairs = kind.together > 1
+    options = RenderOptions(sequence_length, loss_on, too_long, reasoning_required, hold_out, pairs)
     opened: list[Source] = []
     rendered: list[RenderedSet] = []
     for section in sources:
@@ -223,11 +238,11 @@ def open_conversations(
     )
     windows = {
         source.tokens.fingerprint: PackedRows(
-            source.name, source.tokens.fingerprint, one.ends["train"], one.folder, source.max_epochs
+            source.name, source.tokens.fingerprint, kind.items_of(one, "train"), one.folder, source.max_epochs
         )
         for source, one in zip(opened, rendered, strict=True)
     }
     laid = phases.lay_out(data, batch, seed, opened, windows, state, allow)
     limits = {source.tokens.fingerprint: source.max_epochs for source in opened if math.isfinite(source.max_epochs)}
     mixture = Mixture(laid, windows, limits, phases.carried_positions(state))
-    return ConversationData(data, opened, mixture, chat, rendered)
+    return kind(data, opened, mixture, chat, rendered)

@@ -35,6 +35,10 @@ ADVICE = {
     "an assistant",
     "unknown-role": f"roles are {', '.join(ROLES)}",
     "too-long": "raise data.sequence_length, or choose another chat.too_long",
+    "chosen-is-rejected": "a pair needs two different answers",
+    "prompt-does-not-match": "messages of chosen and rejected begin with the prompt, or with the answer",
+    "no-prompt": "give `prompt`, or conversations that begin alike",
+    "answers-of-one-rank": "ranked answers need a best and a worst one",
     "no-think": "an answer needs one <think>...</think> before its text",
     "tools-in-plain-template": 'use chat.template = "chatml"',
 }

@@ -30,6 +30,10 @@ class Pair:
     chosen: Conversation
     rejected: Conversation
 
+    @property
+    def characters(self) -> int:
+        return self.chosen.characters + self.rejected.characters
+
 
 def parse_pair(row: Any) -> Pair | Refused:
     """The pair of a row, or the reason why there is none."""

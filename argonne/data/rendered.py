@@ -2,8 +2,8 @@
 
 A unit (a run of bytes, row groups or record batches) becomes a sealed folder under its final name or nothing: a restart
 goes on with the next. `train.bin` and `held_out.bin` hold a uint32 a token, its highest bit set where the token is a
-target; `.ends` the positions after each conversation. Which conversations are held out is decided by a hash of their
-text alone. Memory: one batch of rows.
+target; `.ends` the positions after each conversation: of a preference pair after the chosen one and after the rejected.
+Which are held out is decided by a hash of their text alone, of pairs of their prompt's. Memory: one batch of rows.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal, TextIO, TypeVar
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from argonne import files
 from argonne.data import chat
 from argonne.data.chat import THINK, THINK_END, ChatTemplate, Conversation, Rendered
 from argonne.data.conversations import ADVICE, fault_of_trace, parse_row, up_to_last_answer, without_nulls
+from argonne.data.pairs import Pair, parse_pair
 from argonne.errors import InputError
 from argonne.prepare import documents
 from argonne.prepare.documents import InputFile, Unit
@@ -37,17 +38,22 @@ EXAMPLES = 3
 ROWS_A_BATCH, CHARACTERS_A_BATCH = 1024, 1 << 20
 RENDERED, UNIT_RECORD, HASHES = "rendered.json", "record.json", "hashes-of-input.json"
 SIDES = ("train", "held_out")
+_HIDDEN = "answers not trained, because their trace is not shown to later turns"
+Item = TypeVar("Item", Conversation, Pair)
 
 
 @dataclass(frozen=True)
 class RenderOptions:
-    """What decides which rows become which tokens, beside the template."""
+    """What decides which rows become which tokens, beside the template. pairs: a row is a preference pair, its chosen
+    and its rejected conversation one after the other.
+    """
 
     sequence_length: int
     loss_on: str = "assistant"
     too_long: str = "drop"
     reasoning_required: bool = False
     hold_out: float = 0.0
+    pairs: bool = False
 
     def __post_init__(self) -> None:
         for name, known in (("loss_on", chat.LOSS_ON), ("too_long", TOO_LONG)):
@@ -165,7 +171,8 @@ def _fingerprint(found: list[InputFile], template: ChatTemplate, options: Render
     if known != before:
         files.write_json(cache / HASHES, known)
     how = [template.template, template.history_reasoning, template.tokenizer.fingerprint, template.turn_end_id]
-    return files.fingerprint([VERSION, chat.VERSION, listed, how, asdict(options)])
+    chosen = {name: value for name, value in asdict(options).items() if name != "pairs" or value}
+    return files.fingerprint([VERSION, chat.VERSION, listed, how, chosen])
 
 
 def _render_all(
@@ -204,13 +211,16 @@ def render_unit(file: InputFile, unit: Unit, template: ChatTemplate, options: Re
     lengths: dict[str, list[int]] = {side: [] for side in SIDES}
     with ExitStack() as stack:
         outputs = [stack.enter_context(open(folder / f"{side}.bin", "wb")) for side in SIDES]
-        for batch in _batches(documents.read_rows(file, unit)):
-            for held, rendered in _usable(batch, template, options, account):
+        rows = documents.read_rows(file, unit)
+        pairs = options.pairs
+        usable = _usable_pairs(rows, template, options, account) if pairs else _usable(rows, template, options, account)
+        for held, conversations in usable:
+            for rendered in conversations:
                 outputs[held].write((rendered.ids | np.where(rendered.trained, TRAINED, np.uint32(0))).tobytes())
                 lengths[SIDES[held]].append(len(rendered.ids))
-                account.used += 1
-                account.held_out += held
                 account.trained_tokens += 0 if held else int(np.count_nonzero(rendered.trained[1:]))
+            account.used += 1
+            account.held_out += held
     for side, sizes in lengths.items():
         np.cumsum(sizes, dtype=np.int64).tofile(folder / f"{side}.ends")
     account.tokens, account.held_out_tokens = (sum(lengths[side]) for side in SIDES)
@@ -220,13 +230,15 @@ def render_unit(file: InputFile, unit: Unit, template: ChatTemplate, options: Re
     return account
 
 
-def _batches(rows: Iterable[tuple[int, Any]]) -> Iterator[list[tuple[int, Conversation | Refused]]]:
-    batch: list[tuple[int, Conversation | Refused]] = []
+def _batches(
+    rows: Iterable[tuple[int, Any]], parse: Callable[[Any], Item | Refused]
+) -> Iterator[list[tuple[int, Item | Refused]]]:
+    batch: list[tuple[int, Item | Refused]] = []
     characters = 0
     for number, row in rows:
-        found = parse_row(row if isinstance(row, Refused) else without_nulls(row))
+        found = parse(row if isinstance(row, Refused) else without_nulls(row))
         batch.append((number, found))
-        characters += 0 if isinstance(found, Refused) else sum(len(turn.content) for turn in found.messages)
+        characters += 0 if isinstance(found, Refused) else found.characters
         if len(batch) >= ROWS_A_BATCH or characters >= CHARACTERS_A_BATCH:
             yield batch
             batch, characters = [], 0
@@ -234,35 +246,64 @@ def _batches(rows: Iterable[tuple[int, Any]]) -> Iterator[list[tuple[int, Conver
 
 
 def _usable(
-    batch: list[tuple[int, Conversation | Refused]], template: ChatTemplate, options: RenderOptions, account: Account
-) -> Iterator[tuple[bool, Rendered]]:
-    """(is it held out, ids) of the conversations of a batch that can be trained on."""
-    kept: list[tuple[int, Conversation]] = []
-    for number, row in batch:
-        account.rows += 1
-        found = _checked(row, template, options)
-        if isinstance(found, Refused):
-            account.drop(found.reason, number)
-            continue
-        if not isinstance(row, Refused) and len(found.messages) < len(row.messages):
-            account.notes["rows whose last turns, which nothing answers, were left out"] += 1
-        kept.append((number, found))
-    rendered = template.render_batch([conversation for _, conversation in kept], options.loss_on)
-    for (number, conversation), whole in zip(kept, rendered, strict=True):
-        fitted = whole
-        if len(whole.ids) > options.sequence_length:
-            cut = _fitted(conversation, whole, template, options)
-            if cut is None:
-                account.drop("too-long", number)
+    rows: Iterable[tuple[int, Any]], template: ChatTemplate, options: RenderOptions, account: Account
+) -> Iterator[tuple[bool, tuple[Rendered, ...]]]:
+    """(is it held out, ids) of the conversations that can be trained on."""
+    for batch in _batches(rows, parse_row):
+        kept: list[tuple[int, Conversation]] = []
+        for number, row in batch:
+            account.rows += 1
+            found = _checked(row, template, options)
+            if isinstance(found, Refused):
+                account.drop(found.reason, number)
                 continue
-            account.notes[f"rows shortened ({options.too_long})"] += 1
-            fitted = cut
-        if not fitted.trained[1:].any():
-            account.drop("nothing-trained", number)
-            continue
-        if fitted.context_only:
-            account.notes["answers not trained, because their trace is not shown to later turns"] += fitted.context_only
-        yield is_held_out(conversation, options.hold_out), fitted
+            if not isinstance(row, Refused) and len(found.messages) < len(row.messages):
+                account.notes["rows whose last turns, which nothing answers, were left out"] += 1
+            kept.append((number, found))
+        rendered = template.render_batch([conversation for _, conversation in kept], options.loss_on)
+        for (number, conversation), whole in zip(kept, rendered, strict=True):
+            fitted = whole
+            if len(whole.ids) > options.sequence_length:
+                cut = _fitted(conversation, whole, template, options)
+                if cut is None:
+                    account.drop("too-long", number)
+                    continue
+                account.notes[f"rows shortened ({options.too_long})"] += 1
+                fitted = cut
+            if not fitted.trained[1:].any():
+                account.drop("nothing-trained", number)
+                continue
+            if fitted.context_only:
+                account.notes[_HIDDEN] += fitted.context_only
+            yield is_held_out(conversation, options.hold_out), (fitted,)
+
+
+def _usable_pairs(
+    rows: Iterable[tuple[int, Any]], template: ChatTemplate, options: RenderOptions, account: Account
+) -> Iterator[tuple[bool, tuple[Rendered, ...]]]:
+    """(is it held out, ids of the chosen and of the rejected conversation) of pairs that can be trained on. Equal
+    prompts fall on one side.
+    """
+    for batch in _batches(rows, parse_pair):
+        kept: list[tuple[int, Pair]] = []
+        for number, found in batch:
+            account.rows += 1
+            if isinstance(found, Refused):
+                account.drop(found.reason, number)
+            elif template.template == "plain" and found.chosen.uses_tools | found.rejected.uses_tools:
+                account.drop("tools-in-plain-template", number)
+            else:
+                kept.append((number, found))
+        rendered = iter(template.render_batch([side for _, pair in kept for side in (pair.chosen, pair.rejected)]))
+        for number, pair in kept:
+            sides = next(rendered), next(rendered)
+            if sum(len(side.ids) for side in sides) > options.sequence_length:
+                account.drop("too-long", number)
+            elif not all(side.trained[1:].any() for side in sides):
+                account.drop("nothing-trained", number)
+            else:
+                prompt = Conversation(pair.chosen.messages[: pair.chosen.context], pair.chosen.tools)
+                yield is_held_out(prompt, options.hold_out), sides
 
 
 def _checked(row: Conversation | Refused, template: ChatTemplate, options: RenderOptions) -> Conversation | Refused:

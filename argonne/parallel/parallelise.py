@@ -50,6 +50,10 @@ class Casts(Protocol):
     def scale(self, loss: Tensor) -> Tensor: ...
 
 
+class Evaluate(Protocol):
+    def __call__(self, micro: MicroBatch, other: Objective | None = None, /) -> Loss: ...
+
+
 @dataclass(frozen=True)
 class Parallelised:
     """A model on its mesh, as the loop drives it.
@@ -57,7 +61,8 @@ class Parallelised:
     model: what is stepped. plain: the module whose tensors a checkpoint holds, under their one name on every mesh.
     forward_backward(micro_batches, count): gradients of (loss total of the global batch / count), and this rank's sums.
     gradient_norm(parameters): the 2-norm over the whole model, a plain 0-dim tensor, equal on every rank.
-    evaluate(micro): the objective without gradients; the same answer on every rank that takes part.
+    evaluate(micro, other): the objective, or another one, without gradients; the same answer on every rank that takes
+    part.
     forward: whether `plain` can be called by one rank "alone", by all "together" (a forward pass is a collective), or
     "never".
     """
@@ -66,7 +71,7 @@ class Parallelised:
     plain: nn.Module
     forward_backward: Callable[[Sequence[MicroBatch], int], Sums]
     gradient_norm: Callable[[Sequence[Tensor]], Tensor]
-    evaluate: Callable[[MicroBatch], Loss]
+    evaluate: Evaluate
     forward: Literal["alone", "together", "never"] = "alone"
 
 
@@ -124,9 +129,9 @@ def in_one_call(
             sums.add(loss, micro)
         return sums
 
-    def evaluate(on_host: MicroBatch) -> Loss:
+    def evaluate(micro: MicroBatch, other: Objective | None = None) -> Loss:
         with torch.no_grad(), casts.autocast():
-            return loss_of(plain, placed(on_host, mesh.device), objective)
+            return loss_of(plain, placed(micro, mesh.device), other or objective)
 
     return Parallelised(stepped, plain, forward_backward, total_norm, evaluate, forward)
 

@@ -36,10 +36,13 @@ from argonne.train.saving import Progress
 
 @dataclass(frozen=True)
 class Shown:
-    """What a stage's telemetry shows: work that yields between forward passes; None = nothing."""
+    """What a stage's telemetry shows: work that yields between forward passes (None = nothing), and a warning about the
+    record of a step.
+    """
 
     held_out: Callable[[Parallelised], Work[dict[str, Any]]] | None = None
     sample: Callable[[nn.Module], Work[Sampled]] | None = None
+    judge: Callable[[int, dict[str, Any]], str | None] = lambda step, record: None
 
 
 def show_text(recipe: Recipe, data: Data, micro_rows: int) -> Shown:

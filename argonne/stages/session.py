@@ -189,6 +189,7 @@ def _train(session: Session, run: RunFolder, mesh: Mesh, watch: StopWatch) -> Ou
                 held_out=shown.held_out,
                 sample=shown.sample,
                 before_first_step=start.weights is not None,
+                judge=shown.judge,
                 banner=lambda model: banner(model, run, recipe, mesh),
             ),
             metrics=metrics,

@@ -11,7 +11,7 @@ from torch import nn
 
 from argonne.config import Recipe
 from argonne.data.chat import ChatTemplate
-from argonne.data.chat_data import ConversationData, open_conversations
+from argonne.data.chat_data import ConversationData, Opened, open_conversations
 from argonne.errors import InputError
 from argonne.evaluate.probes import QUESTIONS, Question, in_words, look_at, questions_of, summary
 from argonne.layout import CONVERSATIONS
@@ -26,13 +26,21 @@ from argonne.train.data import Data
 
 
 def conversations(recipe: Recipe, state: dict[str, Any] | None, run_folder: Path, allow: frozenset[str]) -> StageData:
-    """Conversations rendered with the model's tokenizer, once for all workers of a machine, and packed."""
+    return open_chat(recipe, ConversationData, state, run_folder, allow)
+
+
+def open_chat(
+    recipe: Recipe, kind: type[Opened], state: dict[str, Any] | None, run_folder: Path, allow: frozenset[str]
+) -> Opened:
+    """Conversations, or pairs of them, rendered with the model's tokenizer, once for all workers of a machine, and
+    packed.
+    """
     chat, data = recipe.chat, recipe.data
     if not data.sources:
         raise InputError("data.sources: empty; name a file, a folder or a glob of conversations, jsonl or parquet")
-    cache = Path(chat.cache) if chat.cache else run_folder / CONVERSATIONS
     return open_conversations(
         data.sources,
+        kind,
         tokenizer=chat_tokenizer(recipe, run_folder),
         template=chat.template,
         loss_on=chat.loss_on,
@@ -42,12 +50,16 @@ def conversations(recipe: Recipe, state: dict[str, Any] | None, run_folder: Path
         sequence_length=data.sequence_length,
         hold_out=chat.hold_out,
         max_drop_fraction=chat.max_drop_fraction,
-        cache=cache,
+        cache=cache_of(recipe, run_folder),
         batch=recipe.batch,
         seed=recipe.seed,
         state=state,
         allow=allow,
     )
+
+
+def cache_of(recipe: Recipe, run_folder: Path) -> Path:
+    return Path(recipe.chat.cache) if recipe.chat.cache else run_folder / CONVERSATIONS
 
 
 def show_answers(recipe: Recipe, data: Data, micro_rows: int) -> Shown:

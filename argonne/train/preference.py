@@ -112,10 +112,9 @@ def preference(options: Preference) -> Objective:
         scores, known = (sums / size, reference / size) if options.scores == "mean" else (sums, reference)
         c, r = (scores - known).unbind(-1)
         there = torch.arange(sums.shape[1], device=sums.device) < micro["pairs"][:, None]
-        losses = loss_of(c, r, options.beta, options.smoothing)
+        compared = loss_of(c, r, options.beta, options.smoothing)
         likelihood = -sums[..., 0] / size[..., 0]
-        if options.chosen_weight:
-            losses = losses + options.chosen_weight * likelihood
+        losses = compared + options.chosen_weight * likelihood if options.chosen_weight else compared
         losses = torch.where(there, losses, 0)
         count = there.sum()
 
@@ -123,13 +122,15 @@ def preference(options: Preference) -> Objective:
             return torch.where(there, values.detach(), 0).sum(), count
 
         metrics = {
-            "accuracy": mean_of((c > r).to(c.dtype)),  # of the margin against the reference
+            # Of the margin against the reference; one that is 0 is a coin thrown.
+            "accuracy": mean_of((c > r).to(c.dtype) + 0.5 * (c == r)),
             "margin": mean_of(options.beta * (c - r)),
-            "reward_chosen": mean_of(options.beta * c),
-            "reward_rejected": mean_of(options.beta * r),
-            "log_p_chosen": mean_of(sums[..., 0]),
-            "log_p_rejected": mean_of(sums[..., 1]),
-            "loss_chosen": mean_of(likelihood),
+            "reward/chosen": mean_of(options.beta * c),
+            "reward/rejected": mean_of(options.beta * r),
+            "log_p/chosen": mean_of(sums[..., 0]),
+            "log_p/rejected": mean_of(sums[..., 1]),
+            "loss/pair": mean_of(compared),
+            "loss/chosen": mean_of(likelihood),
         }
         return Loss(losses.sum(), losses.detach().sum(dim=1), metrics)
 

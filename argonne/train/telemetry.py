@@ -135,9 +135,9 @@ class Telemetry:
                 self.metrics.warn(step, message, loss=about, usual=usual, sources=read)
         return found
 
-    def log_step(self, step: int, save_seconds: float) -> None:
-        """Write the record of `step`: its own loss, norm and rate (so that a resumed run writes the same), and the
-        speed since the record before it beside the session's mean.
+    def log_step(self, step: int, save_seconds: float) -> dict[str, Any]:
+        """Write the record of `step`, and return it: its own loss, norm and rate (so that a resumed run writes the
+        same), and the speed since the record before it beside the session's mean.
         """
         reading = self._last
         if reading is None or reading.step != step:
@@ -174,6 +174,7 @@ class Telemetry:
         self.metrics.write("step", step, **record)
         left = (now[1] - self._begun[1]) / max(1, step - self.first_step) * (self.total_steps - step)
         self.line.log(step_line({"step": step, **record}, self.total_steps, left))
+        return record
 
     def _sources(self, step: int, parts: list[list[list[float]]]) -> dict[str, dict[str, float | None]]:
         """Tokens and passes of each source up to `step`, and its loss since the last record (null for a single source:
@@ -388,5 +389,11 @@ def step_line(record: dict[str, Any], total_steps: int, seconds_left: float) -> 
         f"step {record['step']:>{len(str(total_steps))}}/{total_steps}  loss {record['loss']:.4f}  lr "
         f"{record['lr']:.3g}  grad {record['grad_norm']:.3f}  {human(record['tokens_per_second'])} tok/s (mean "
         f"{human(record['tokens_per_second_mean'])})  mfu {mfu}  {record['memory_gb']:.2f} GB  tokens "
-        f"{human(record['tokens'])}  left {human_time(seconds_left)}"
+        f"{human(record['tokens'])}  left {human_time(seconds_left)}{in_line(record.get('metrics'))}"
     )
+
+
+def in_line(metrics: dict[str, float | None] | None) -> str:
+    """Those whose names have no parts, for a person."""
+    shown = {name: value for name, value in (metrics or {}).items() if "/" not in name and value is not None}
+    return "".join(f"  {name} {value:.4g}" for name, value in shown.items())

@@ -31,7 +31,7 @@ from argonne.train.profiling import start_profiler
 from argonne.train.run import COMPLETE, STOPPED, RunFolder
 from argonne.train.saving import Best, Progress, Saver
 from argonne.train.schedule import applied_rate, learning_rate, set_learning_rate
-from argonne.train.telemetry import MetricsLog, ProgressBar, StepResult, Telemetry
+from argonne.train.telemetry import MetricsLog, ProgressBar, StepResult, Telemetry, in_line
 
 Result = TypeVar("Result")
 
@@ -53,6 +53,7 @@ class Hooks:
 
     state(step): what state.json holds. held_out, sample: work that yields between forward passes, on the plain model in
     eval mode. before_first_step: they are asked then too, since the run starts from weights.
+    judge(step, record of a logged step): a warning.
     """
 
     export: Callable[[Parallelised], None]
@@ -61,6 +62,7 @@ class Hooks:
     held_out: Callable[[Parallelised], Work[dict[str, Any]]] | None = None
     sample: Callable[[nn.Module], Work[Sampled]] | None = None
     before_first_step: bool = False
+    judge: Callable[[int, dict[str, Any]], str | None] = lambda step, record: None
     banner: Callable[[nn.Module], list[str]] = lambda model: []
 
 
@@ -289,7 +291,9 @@ class Trainer:
             for text in self.hooks.banner(self.parallelised.plain):
                 self.line.log(text)
         if step % recipe.log.every_steps == 0 or step in (first_of_session + 1, self.total_steps):
-            self.telemetry.log_step(step, self.saver.blocked_seconds)
+            record = self.telemetry.log_step(step, self.saver.blocked_seconds)
+            if told := self.hooks.judge(step, record):
+                self.metrics.warn(step, told)
         if step == self.total_steps:
             return
         evaluate, save = (
@@ -314,6 +318,7 @@ class Trainer:
         bits = f", {found['bits_per_byte']:.4f} bits per byte" if found.get("bits_per_byte") is not None else ""
         self.line.log(
             f"step {step}: held-out loss {found['loss']:.4f}{bits} ({found[self.data.unit]:,} {self.data.unit})"
+            f"{in_line(found.get('metrics'))}"
         )
         self._measured = Best(step, float(found["loss"]))
 
