@@ -6,7 +6,7 @@ import math
 import statistics
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
@@ -195,7 +195,25 @@ def _panels(runs: list[ReportedRun]) -> list[Panel]:
         Panel("Held-out loss per source", "nats per token", by_source("held_out", "loss")),
         Panel("Passes per source", "epochs", by_source("step", "passes"), from_zero=True),
     ]
+    panels[2:2] = _metric_panels(runs)
     return [panel for panel in panels if panel.curves]
+
+
+def _metric_panels(runs: list[ReportedRun]) -> list[Panel]:
+    """What an objective counts beside its loss: a panel a name, or a name's part before the slash."""
+    groups: dict[str, dict[str, tuple[str, ...]]] = {}
+    for name in dict.fromkeys(
+        name for run in runs for record in run.metrics.records for name in record.get("metrics") or {}
+    ):
+        group, _, part = name.partition("/")
+        groups.setdefault(group, {})[part or "training"] = ("metrics", name)
+    panels = []
+    for group, fields in groups.items():
+        curves = _told_apart(runs, "step", fields)
+        held = {f"held-out{'' if part == 'training' else f' {part}'}": names for part, names in fields.items()}
+        later = [replace(curve, colour=curve.colour + len(fields)) for curve in _told_apart(runs, "held_out", held)]
+        panels.append(Panel(group.replace("_", " ").capitalize(), "", curves + (later if len(runs) == 1 else [])))
+    return panels
 
 
 def _curve(run: ReportedRun, number: int, event: str, names: tuple[str, ...], label: str, **looks: Any) -> list[Curve]:
