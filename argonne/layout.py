@@ -40,6 +40,7 @@ MODEL_CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 WEIGHTS = "*.safetensors"
 EXPORT_RECORD, EXPORT_VERSION = "argonne_export.json", 1  # how an export was proven, and what other engines compute
+MERGE_RECORD = "argonne_merge.json"  # of which models it is the average
 MODEL_CARD = "README.md"
 LEGACY_SUFFIXES = (".pt", ".pth")
 LEGACY_WEIGHTS = ("*.bin", "*.pt", "*.pth")

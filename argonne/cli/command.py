@@ -34,6 +34,7 @@ PAGES = (
     ("train", "from tokens to a model", {
         "pretrain": "train from fresh weights, or from given ones",
         "continue": "pretrain further from given weights, with a schedule of its own",
+        "midtrain": "train given weights on longer rows, with another RoPE base",
         "sft": "fine-tune on conversations: a base model becomes a chat model",
         "cot-sft": "fine-tune on answers that think first",
         "dpo": "tune on pairs of a better and a worse answer",
@@ -49,11 +50,12 @@ PAGES = (
     }),
     ("move", "hand it on", {
         "import": "turn an earlier checkpoint of the family into a complete model folder",
+        "merge": "average the weights of models of one shape",
         "export": "write a model for other people's tools, proven by its logits before it is put in place",
     }),
 )  # fmt: skip
 ALL_VERBS = {verb: text for _, _, verbs in PAGES for verb, text in verbs.items()}
-RECIPE_VERBS = ("pretrain", "continue", "sft", "cot-sft", "dpo", "plan")
+RECIPE_VERBS = ("pretrain", "continue", "midtrain", "sft", "cot-sft", "dpo", "plan")
 Verbs = Callable[..., "Parser"]
 
 

@@ -1,4 +1,4 @@
-"""import, export: move a model in and out."""
+"""import, export, merge: move a model in and out, average several."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from argonne.cli.command import Verbs, json_flag, model_argument, out_flag, show
+from argonne import layout
+from argonne.cli.command import Verbs, json_flag, model_argument, out_flag, progress_bar, show
 from argonne.errors import InputError
 
 
@@ -41,6 +42,16 @@ def add_verbs(verb: Verbs, arguments: Sequence[str]) -> None:
     )
     out_flag(export)
     json_flag(export)
+    merge = verb("merge", merge_models)
+    merge.add_argument("parts", nargs="+", metavar="MODEL:WEIGHT", help="models and their weights, which sum to 1")
+    merge.add_argument("--out", type=Path, metavar="DIR", help="folder for the average; with --sweep of the best")
+    merge.add_argument(
+        "--sweep", metavar="TASK", help="measure a grid of weights of two models (MODEL MODEL) on a task"
+    )
+    merge.add_argument("--grid", type=int, default=10, metavar="N", help="steps of the grid (default: 10)")
+    merge.add_argument("--data", type=Path, metavar="DIR", help="what the task reads, as in eval")
+    merge.add_argument("--limit", type=int, metavar="N", help="of the task, as in eval")
+    json_flag(merge)
 
 
 def import_legacy(options: argparse.Namespace) -> None:
@@ -48,6 +59,45 @@ def import_legacy(options: argparse.Namespace) -> None:
 
     how = {"attention": options.attention, "dtype": options.dtype}
     show(import_checkpoint(options.path, options.out, **how), as_json=options.json)
+
+
+def merge_models(options: argparse.Namespace) -> None:
+    if options.sweep is None:
+        _merge(options)
+        return
+    if options.grid < 1:
+        raise InputError(f"--grid: found {options.grid}, expected at least 1 step")
+    for name in options.parts:
+        layout.check_model_name(name)
+    from argonne.evaluate.sweep import sweep, sweep_lines
+    from argonne.publish.merge import open_mixer
+
+    mixer = open_mixer(options.parts)
+    with progress_bar("averages") as progress:
+        found = sweep(mixer, options.sweep, options.grid, options.data, limit=options.limit, progress=progress)
+    lines = sweep_lines(found, (options.parts[0], options.parts[1]))
+    if options.out is not None:
+        found |= mixer.save(options.out, [found["best"], 1 - found["best"]])
+        lines.append(f"the best is written to {options.out}")
+    show(found, "\n".join(lines), as_json=options.json)
+
+
+def _merge(options: argparse.Namespace) -> None:
+    if options.out is None:
+        raise InputError("--out: not given; name the folder for the average, or measure a grid with --sweep TASK")
+    for flag in ("data", "limit"):
+        if getattr(options, flag) is not None:
+            raise InputError(f"--{flag}: is for --sweep TASK; add that, or leave it out")
+    if options.out.exists():
+        raise InputError(f"{options.out} exists already; choose another name or remove it")
+    for word in options.parts:
+        layout.check_model_name(word.rpartition(":")[0] or word)
+    from argonne.publish.merge import open_mixer, parse_parts
+
+    parts = parse_parts(options.parts)
+    done = open_mixer([part.name for part in parts]).save(options.out, [part.weight for part in parts])
+    made = ", ".join(f"{part['weight']:g} x {part['model']}" for part in done["merged"])
+    show(done, f"{options.out}: {made}", as_json=options.json)
 
 
 def export_model(options: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""pretrain, continue, sft, cot-sft, dpo: from data to a model."""
+"""pretrain, continue, midtrain, sft, cot-sft, dpo: from data to a model."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from argonne.errors import InputError
 STAGES = {
     "pretrain": ("pretrain", "midtrain"),
     "continue": ("pretrain", "midtrain"),
+    "midtrain": ("midtrain",),
     "sft": ("sft",),
     "cot-sft": ("cot-sft",),
     "dpo": ("dpo",),

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from argonne.errors import InputError
-from argonne.evaluate.requests import Score, ScoreRequest, TaskContext
+from argonne.evaluate.requests import Headline, Score, ScoreRequest, TaskContext
 from argonne.evaluate.texts import EvaluationText, open_texts
 
 
@@ -23,6 +23,7 @@ class BitsPerByte:
 
     name = "bpb"
     asks: Literal["scores"] = "scores"
+    headline: Headline = ("bits_per_byte", "lower")
 
     def __init__(self) -> None:
         self._text: EvaluationText | None = None

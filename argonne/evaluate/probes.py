@@ -15,7 +15,7 @@ import numpy as np
 
 from argonne.data.chat import THINK, THINK_END, ChatTemplate, Conversation, Message, template_of
 from argonne.errors import InputError
-from argonne.evaluate.requests import AnswerRequest, TaskContext
+from argonne.evaluate.requests import AnswerRequest, Headline, TaskContext
 from argonne.serve.engine import Completion
 from argonne.serve.options import SamplingOptions
 
@@ -150,6 +150,7 @@ class Probes:
 
     name = "probes"
     asks: Literal["answers"] = "answers"
+    headline: Headline = None
 
     def __init__(self) -> None:
         self._template: ChatTemplate | None = None

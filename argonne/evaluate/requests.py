@@ -56,6 +56,10 @@ class TaskContext:
     tokens: int | None = None
 
 
+# The number by which models are compared, and whether "lower" or "higher" is better; None where there is none.
+Headline = tuple[str, str] | None
+
+
 class ScoredTask(Protocol):
     """A measurement of log-probabilities. `requests` is called once, then `measure` with the answers in the same
     order: numbers, counts and standard errors. `lines`: the same for a person.
@@ -63,6 +67,7 @@ class ScoredTask(Protocol):
 
     name: str
     asks: Literal["scores"]
+    headline: Headline
 
     def requests(self, context: TaskContext) -> Sequence[ScoreRequest]: ...
     def measure(self, found: Sequence[Score]) -> dict[str, Any]: ...
@@ -74,6 +79,7 @@ class AnsweredTask(Protocol):
 
     name: str
     asks: Literal["answers"]
+    headline: Headline
 
     def requests(self, context: TaskContext) -> Sequence[AnswerRequest]: ...
     def measure(self, found: Sequence[Completion]) -> dict[str, Any]: ...

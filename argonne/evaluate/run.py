@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from argonne.evaluate.tasks import make_tasks
 from argonne.evaluate.texts import byte_count, open_texts
 from argonne.tokens.formats import open_tokens
 from argonne.tokens.tokenizer import TextTokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from argonne.model.load import LoadedModel
 
 BASELINE_TOKENS = 50_000_000
 
@@ -44,8 +47,24 @@ def evaluate(
     from argonne.model.load import load_model
     from argonne.parallel.mesh import choose_device
 
-    chosen = make_tasks(tasks)
+    make_tasks(tasks)  # before a model is loaded
     loaded = load_model(model_path, device=choose_device(device))
+    return measure(loaded, str(model_path), tasks, data, shots, limit=limit, tokens=tokens, progress=progress)
+
+
+def measure(
+    loaded: LoadedModel,
+    name: str,
+    tasks: Sequence[str],
+    data: str | Path | None = None,
+    shots: int | None = None,
+    *,
+    limit: int | None = None,
+    tokens: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """The same of a model that is loaded; `name`: what it is called, and the run it may be."""
+    chosen = make_tasks(tasks)
     if loaded.tokenizer_folder is None:
         raise InputError(f"{loaded.folder}: no tokenizer in it; copy the tokenizer's files there")
     tokenizer = load_tokenizer(loaded.tokenizer_folder)
@@ -53,7 +72,7 @@ def evaluate(
         tokenizer,
         int(loaded.model.config.max_position_embeddings),
         data,
-        _own_data(Path(model_path)) if data is None and "bpb" in tasks else None,
+        _own_data(Path(name)) if data is None and "bpb" in tasks else None,
         shots,
         limit,
         tokens,
@@ -65,7 +84,7 @@ def evaluate(
         else:
             results[task.name] = task.measure(answer(loaded.model, task.requests(context), progress=progress))
     parameters = loaded.model.num_parameters()
-    return {"model": str(model_path), "folder": str(loaded.folder), "parameters": parameters, "tasks": results}
+    return {"model": name, "folder": str(loaded.folder), "parameters": parameters, "tasks": results}
 
 
 def _own_data(run: Path) -> str | None:

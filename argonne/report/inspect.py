@@ -146,11 +146,17 @@ def _exported(path: Path) -> Facts:
             problems.append(f"{file}: {error}")
     if not any(path.glob(layout.WEIGHTS)):
         problems.append(f"{path}: no safetensors file, so it holds no weights")
+    mixed = path / layout.MERGE_RECORD
+    merged = [
+        f"{part['weight']:g} x {part['model']} (run {part['run_id']}, step {part['step']})"
+        for part in (read_json(mixed)["merged"] if mixed.is_file() else [])
+    ]
     engines = {engine: f"{of['verdict']} ({of['why']})" for engine, of in record.get("engines", {}).items()}
     return {
         "kind": "exported model",
         "path": str(path),
         **({"class": record["class"], "engines": engines} if record else {}),
+        **({"average_of": merged} if merged else {}),
         "parameters": parameters,
         "model": _shape(path),
         "has_tokenizer": layout.tokenizer_of(path) is not None,
