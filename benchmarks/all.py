@@ -18,6 +18,8 @@ MODULES = (
     "prepare_tokens",
     "read_windows",
     "open_tokens",
+    "packing",
+    "render",
 )
 
 

@@ -44,6 +44,7 @@ class Benchmark:
     is 1.00x.
 
     `limit`: the contestant that does the least there is to do; each rate is given as a share of its rate too.
+    `needs`: a file without which nothing is measured. `flags`: of the module's own, for the command in the table.
     """
 
     name: str
@@ -54,6 +55,8 @@ class Benchmark:
     relative_to: str
     higher_is_better: bool = True
     limit: str | None = None
+    needs: Path | None = None
+    flags: str = ""
 
 
 def reset_peak_memory() -> None:
@@ -94,6 +97,9 @@ def main(benchmark: Benchmark, arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     points = options.point or list(benchmark.points)
+    if benchmark.needs is not None and not benchmark.needs.exists():
+        print(f"{benchmark.name}: not measured, {benchmark.needs} is not there", file=sys.stderr)
+        return 0
     if options.child:
         print(_ANSWER + json.dumps(benchmark.contestants[options.child](points[0])))
         return 0
@@ -104,7 +110,7 @@ def main(benchmark: Benchmark, arguments: Sequence[str] | None = None) -> int:
     facts = {"machine": machine(), "rounds": options.rounds}
     record = {
         "benchmark": benchmark.name,
-        "command": f"python -m {benchmark.module} --rounds {options.rounds} --write",
+        "command": f"python -m {benchmark.module}{benchmark.flags} --rounds {options.rounds} --write",
         "points": {point: {**facts, "results": results[point]} for point in points},
     }
     print(markdown(benchmark, record))

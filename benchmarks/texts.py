@@ -25,11 +25,12 @@ def tokenizer_folder() -> Path:
     if not folder.exists():
         from argonne.tokens.tokenizer import train_tokenizer
 
-        train_tokenizer(_documents(), 16384, folder)
+        train_tokenizer(documents(), 16384, folder)
     return folder
 
 
-def _documents() -> list[str]:
+def documents() -> list[str]:
+    """The documents in memory."""
     import pyarrow.parquet as parquet
 
     books = SHARED / "data/pretrain/books.parquet"
@@ -58,7 +59,7 @@ def parquet_file(share: float = 1.0, copies: int = 1) -> Path:
 
     path = Path(tempfile.gettempdir()) / f"argonne-benchmark-text-{share:g}-{copies}" / "text.parquet"
     if not path.exists():
-        found = _documents()
+        found = documents()
         found = found[: int(share * len(found))]
         base, generator = list(found), random.Random(0)
         for _ in range(copies - 1):

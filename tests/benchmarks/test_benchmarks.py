@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import harness, start_up, train_step
+from benchmarks import harness, packing, render, start_up, train_step
 from benchmarks.all import MODULES
 from benchmarks.harness import Benchmark, Column, markdown, measure, save, write_table
 from benchmarks.own_loop import make_recipe, timed_steps
@@ -159,3 +159,54 @@ def test_llama_and_2x_have_the_same_number_of_parameters() -> None:
 
 def test_a_command_is_timed_to_its_end() -> None:
     assert 0 < start_up.seconds([Path(sys.executable).name, "-c", "pass"])["seconds"] < 60
+
+
+def test_a_benchmark_without_its_data_says_so_and_is_no_failure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert harness.main(make_benchmark(needs=tmp_path / "none.jsonl"), ["--rounds", "1"]) == 0
+    assert "toy: not measured, " in capsys.readouterr().err
+
+
+@pytest.fixture
+def few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small rows and a few generated conversations for the benchmark of packing."""
+    monkeypatch.setattr(render, "documents", lambda: [f"{number} is a number. " * 20 for number in range(9)])
+    render.write(tmp_path / "few.jsonl", 40)
+    for name, value in {"CONVERSATIONS": tmp_path / "few.jsonl", "CACHE": tmp_path, "EVERY": 1, "ROWS": 2}.items():
+        monkeypatch.setattr(packing, name, value)
+
+
+@pytest.mark.usefixtures("few")
+def test_padding_and_packing_go_once_through_the_same_conversations_within_the_same_budget() -> None:
+    account = packing.open_data().rendered[0].account
+    padded, packed = list(packing.padded()), list(packing.packed())
+    assert sum(count for _, count in padded) == account.trained_tokens
+    assert sum(count for _, count in packed[:-1]) < account.trained_tokens <= sum(count for _, count in packed)
+    for micro, count in (*padded, *packed):
+        assert micro["input_ids"].numel() <= packing.ROWS * packing.LENGTH
+        assert int((micro["shift_labels"] >= 0).sum()) == count
+    assert len(padded) > len(packed)
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("contestant", packing.BENCHMARK.contestants)
+def test_both_ways_to_batch_conversations_run(contestant: str) -> None:
+    found = packing.BENCHMARK.contestants[contestant]("oasst")
+    assert found["rate"] > 0
+    assert 0 < found["share"] < 100
+
+
+def test_messages_become_rows_by_both_ways_at_the_number_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer_folder: Path
+) -> None:
+    monkeypatch.setattr(render, "documents", lambda: [f"{number} is a number. " * 20 for number in range(9)])
+    monkeypatch.setattr(render, "tokenizer_folder", lambda: tokenizer_folder)
+    render.write(tmp_path / "few.jsonl", 30)
+    monkeypatch.setattr(render, "source", lambda count: tmp_path / "few.jsonl")
+    made = render.benchmark(30)
+    assert list(made.points) == ["30"]
+    for contestant in list(made.contestants)[:3]:
+        found = made.contestants[contestant]("30")
+        assert found["rate"] == pytest.approx(30 / found["seconds"])
+    assert made.flags == " --conversations 30"

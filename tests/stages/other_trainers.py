@@ -72,8 +72,8 @@ def run(model_folder: str, conversations: str, folder: Path) -> dict[str, Any]:
     }
 
     def labelled(row: Any) -> dict[str, Any]:
-        how = {"return_dict": True, "return_assistant_tokens_mask": True}
-        out = tokenizer.apply_chat_template(row["messages"], **how)
+        how: dict[str, Any] = {"return_dict": True, "return_assistant_tokens_mask": True}
+        out: Any = tokenizer.apply_chat_template(row["messages"], **how)
         marked = zip(out["input_ids"], out["assistant_masks"], strict=True)
         return {"input_ids": out["input_ids"], "labels": [token if trained else -100 for token, trained in marked]}
 
