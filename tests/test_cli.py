@@ -302,7 +302,7 @@ complete_line() {
 }
 complete_line argonne pretr
 complete_line argonne prepare --hold
-complete_line argonne pretrain nano-3.0-d
+complete_line argonne pretrain nano-3.0-de
 """
 
 

@@ -163,15 +163,14 @@ def test_a_prompt_of_ids_reads_as_the_question_that_was_asked(tokenizer: TextTok
 
 
 def test_the_command_shows_two_models_side_by_side_as_text_and_page(
-    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     questions = tmp_path / "questions.txt"
     questions.write_text("Who is <b>there</b>?\n\nWhy not?\n")
     page = tmp_path / "out" / "probes.html"
     model = str(model_folder)
     command = ["eval", model, "--tasks", "probes", "--before", model, "--tokens", "4", "--data", str(questions)]
-    monkeypatch.setattr("sys.argv", ["argonne", *command, "--page", str(page)])
-    assert main() == 0
+    assert main([*command, "--page", str(page)]) == 0
     said = capsys.readouterr().out
     assert said.count("? Why not?") == 1
     assert "before greedy" in said
@@ -180,8 +179,7 @@ def test_the_command_shows_two_models_side_by_side_as_text_and_page(
     assert "Who is &lt;b&gt;there&lt;/b&gt;?" in html
     assert html.count('<td class="question">') == 2
     assert "<th>after greedy</th>" in html
-    monkeypatch.setattr("sys.argv", ["argonne", *command, "--json"])
-    assert main() == 0
+    assert main([*command, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["before"]["tasks"]["probes"]["greedy"] == found["tasks"]["probes"]["greedy"]
 

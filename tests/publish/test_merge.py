@@ -134,16 +134,13 @@ def test_a_grid_is_measured_and_its_ends_are_the_models(save: Save, tmp_path: Pa
     assert found["best"] == best["weight"]
 
 
-def test_the_command_averages_and_sweeps(
-    save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_averages_and_sweeps(save: Save, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b = save("a", seed=1), save("b", seed=2)
     text = tmp_path / "text.txt"
     text.write_text("".join(TEXTS))
 
     def argonne(*words: str) -> int:
-        monkeypatch.setattr("sys.argv", ["argonne", *words])
-        return main()
+        return main(list(words))
 
     assert argonne("merge", f"{a}:0.85", f"{b}:0.15", "--out", str(tmp_path / "out")) == 0
     assert json.loads((tmp_path / "out" / "argonne_merge.json").read_text())["merged"][1]["weight"] == 0.15
