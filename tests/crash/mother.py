@@ -24,7 +24,7 @@ MODULES = (
     "torch._dynamo",
     "torch.distributed.checkpoint",
     "torch.nn.parallel",
-    "argonne.stages.choice",
+    "argonne.cli.train",
     "argonne.stages.sft",
     "argonne.train.trainer",
     "argonne.train.checkpoint",
@@ -123,8 +123,8 @@ def _train(job: dict[str, Any]) -> int:
     """0 (complete) or 3 (stopped)."""
     if job.get("command"):
         return _command(job)
+    from argonne.cli.train import stage_of
     from argonne.recipe import load_recipe
-    from argonne.stages.choice import stage_of
     from argonne.stages.pretrain import run
     from tests.crash import faults, plants
 
