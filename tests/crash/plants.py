@@ -68,13 +68,13 @@ def failing_sample() -> None:
     def fail(*arguments: Any, **named: Any) -> str:
         raise ValueError("planted")
 
-    hooks.stream_answer = fail
+    hooks.stream_text = fail
 
 
 def hanging_sample() -> None:
     from argonne.stages import hooks
 
-    hooks.stream_answer = lambda *arguments, **named: threading.Event().wait() and ""
+    hooks.stream_text = lambda *arguments, **named: threading.Event().wait() and ""
 
 
 def no_links() -> None:

@@ -261,7 +261,7 @@ def test_an_exception_in_sampling_is_recorded_and_changes_nothing(
         torch.rand(7)  # whatever it drew before it failed
         raise ValueError("planted")
 
-    monkeypatch.setattr(hooks, "stream_answer", fail)
+    monkeypatch.setattr(hooks, "stream_text", fail)
     assert run(nano(), tmp_path / "run").outcome.complete
     messages = [record["message"] for record in read_metrics(tmp_path / "run").of("warning")]
     assert messages == ["sampling failed: ValueError: planted"] * 3
@@ -273,7 +273,7 @@ def test_a_hang_in_sampling_is_given_up_and_changes_nothing(
 ) -> None:
     run(nano(), tmp_path / "whole")
     release = threading.Event()
-    monkeypatch.setattr(hooks, "stream_answer", lambda *arguments, **options: release.wait() and "")
+    monkeypatch.setattr(hooks, "stream_text", lambda *arguments, **options: release.wait() and "")
     try:
         assert run(nano(**{"log.telemetry_limit": '"0.1s"'}), tmp_path / "run").outcome.complete
     finally:
