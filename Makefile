@@ -19,8 +19,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install
 	$(BIN)/argonne demo --out demo
 
+# Two tests at a time, with one thread each: a test of several ranks uses both cores alone.
 test: install lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-all: install lint
 	$(BIN)/python -m pytest -m 'not gpu'

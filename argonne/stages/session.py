@@ -21,7 +21,7 @@ from argonne.parallel.mesh import Mesh, open_mesh, worker_count
 from argonne.recipe import to_tree
 from argonne.stages.chat_tokens import ADDED_TOKENS
 from argonne.stages.hooks import banner, checkpoint_files, export_final, run_state
-from argonne.stages.setup import Session, build, changes, open_run, record_start
+from argonne.stages.setup import Built, Opened, Session, build, changes, open_run, record_start
 from argonne.stages.start import Start
 from argonne.train.checkpoint import list_checkpoints, read_state
 from argonne.train.guard import StopWatch, parse_duration
@@ -174,7 +174,6 @@ def _train(session: Session, run: RunFolder, mesh: Mesh, watch: StopWatch) -> Ou
             metrics.write(ADDED_TOKENS, progress.step, **run.manifest()[ADDED_TOKENS])
         for path, (old, new) in opened.changed.items():
             metrics.write("change", progress.step, key=path, old=old, new=new)
-        shown = session.stage.shows(recipe, data, built.loader.micro_rows)
         return Trainer(
             recipe,
             run,
@@ -182,16 +181,7 @@ def _train(session: Session, run: RunFolder, mesh: Mesh, watch: StopWatch) -> Ou
             built.trained,
             data,
             built.loader,
-            Hooks(
-                export=lambda model: export_final(model, run.path, data),
-                checkpoint_files=lambda folder: checkpoint_files(folder, recipe, data),
-                state=lambda step: run_state(step, recipe, data, run, progress, mesh, start),
-                held_out=shown.held_out,
-                sample=shown.sample,
-                before_first_step=start.weights is not None,
-                judge=shown.judge,
-                banner=lambda model: banner(model, run, recipe, mesh),
-            ),
+            _hooks(session, opened, built, run, mesh),
             metrics=metrics,
             watch=watch,
             progress=progress,
@@ -203,6 +193,22 @@ def _train(session: Session, run: RunFolder, mesh: Mesh, watch: StopWatch) -> Ou
         if metrics is not None:
             metrics.close()
         data.close()
+
+
+def _hooks(session: Session, opened: Opened, built: Built, run: RunFolder, mesh: Mesh) -> Hooks:
+    """What the loop calls back: the stage's telemetry, and what is written of the run."""
+    recipe, data, start = built.recipe, opened.data, opened.start
+    shown = session.stage.shows(recipe, data, built.loader.micro_rows)
+    return Hooks(
+        export=lambda model: export_final(model, run.path, data),
+        checkpoint_files=lambda folder: checkpoint_files(folder, recipe, data),
+        state=lambda step: run_state(step, recipe, data, run, built.progress, mesh, start),
+        held_out=shown.held_out,
+        sample=shown.sample,
+        before_first_step=start.weights is not None,
+        judge=shown.judge,
+        banner=lambda model: banner(model, run, recipe, mesh),
+    )
 
 
 def _check_finished(session: Session, step: int) -> None:
