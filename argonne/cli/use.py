@@ -12,6 +12,14 @@ from argonne.cli.command import Verbs, add_keys, chosen, json_flag, model_argume
 from argonne.errors import InputError
 from argonne.serve.options import SamplingOptions
 
+# Flags of eval that act on some tasks only.
+NEEDS = {
+    "before": ("probes",),
+    "page": ("probes",),
+    "tokens": ("probes", "gsm8k", "sums"),
+    "samples": ("gsm8k", "sums"),
+}
+
 
 def add_verbs(verb: Verbs, arguments: Sequence[str]) -> None:
     generate = verb("generate", generate_text)
@@ -21,12 +29,13 @@ def add_verbs(verb: Verbs, arguments: Sequence[str]) -> None:
     generate.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     evaluate = verb("eval", evaluate_model)
     model_argument(evaluate)
-    evaluate.add_argument("--tasks", default="bpb", help="comma-separated: bpb, probes")
+    evaluate.add_argument("--tasks", default="bpb", help="comma-separated: bpb, gsm8k, sums, probes")
     evaluate.add_argument(
         "--data",
         type=Path,
         metavar="DIR",
-        help="bpb: a token set or text (default: the run's own held-out part); probes: a file, one question a line",
+        help="bpb: a token set or text (default: the run's own held-out part); gsm8k: its test file; probes: a file "
+        "with one question a line",
     )
     evaluate.add_argument(
         "--baselines", action="store_true", help="with bpb: uniform, unigram, bigram and xz on the same text beside it"
@@ -34,12 +43,13 @@ def add_verbs(verb: Verbs, arguments: Sequence[str]) -> None:
     evaluate.add_argument(
         "--limit",
         type=int,
-        metavar="TOKENS",
-        help="bpb: whole documents of at most so many tokens (default: 1,000,000)",
+        metavar="N",
+        help="bpb: whole documents of at most so many tokens (default: 1,000,000); gsm8k, sums: so many questions",
     )
     evaluate.add_argument("--before", metavar="MODEL", help="probes: another model's answers beside these")
     evaluate.add_argument("--page", type=Path, metavar="FILE", help="probes: the answers side by side as HTML")
-    evaluate.add_argument("--tokens", type=int, metavar="N", help="probes: tokens of an answer at most (default: 200)")
+    evaluate.add_argument("--tokens", type=int, metavar="N", help="tokens of an answer at most")
+    evaluate.add_argument("--samples", type=int, default=0, metavar="K", help="gsm8k, sums: K sampled answers too")
     evaluate.add_argument("--shots", type=int, metavar="N", help="examples in the prompt")
     json_flag(evaluate)
 
@@ -58,10 +68,11 @@ def generate_text(options: argparse.Namespace) -> None:
 
 def evaluate_model(options: argparse.Namespace) -> None:
     tasks = options.tasks.split(",")
-    for flag in ("before", "page", "tokens"):
-        if getattr(options, flag) is not None and "probes" not in tasks:
+    for flag, needed in NEEDS.items():
+        if getattr(options, flag) and not {*needed} & {*tasks}:
             raise InputError(
-                f"--{flag}: is for --tasks probes, found --tasks {options.tasks}; add probes, or leave it out"
+                f"--{flag}: is for --tasks {' or '.join(needed)}, found --tasks {options.tasks}; add one, or leave "
+                "it out"
             )
     models = [options.before, options.model] if options.before else [options.model]
     for name in models:
@@ -72,7 +83,7 @@ def evaluate_model(options: argparse.Namespace) -> None:
     for name in models:
         asked = tasks if name == options.model else ["probes"]
         with progress_bar("requests") as progress:
-            how = {"limit": options.limit, "tokens": options.tokens, "progress": progress}
+            how = {"limit": options.limit, "tokens": options.tokens, "samples": options.samples, "progress": progress}
             results.append(evaluate(name, asked, options.data, options.shots, **how))
     found = {**results[-1], "before": results[0]} if options.before else results[0]
     others = _baselines(found, options.limit) if options.baselines else None

@@ -4,10 +4,10 @@ scores that the weights gave it with which training starts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,25 +17,42 @@ from argonne.data.chat_data import ConversationData
 from argonne.data.rendered import SIDES
 from argonne.data.windows import Position, RowKey
 from argonne.errors import InputError
-from argonne.parallel.mesh import Mesh
-from argonne.parallel.objective import Head, Loss, MicroBatch
-from argonne.parallel.parallelise import Parallelised
 from argonne.prepare.progress import ProgressBar
 
 VERSION = 1
 TOKENS_A_PASS = 16_384  # of a forward pass of the reference: fixed, so that the scores do not depend on the training
 
 
+class Ranks(Protocol):
+    """What the pass of the reference needs of the mesh."""
+
+    @property
+    def is_main(self) -> bool: ...
+    @property
+    def data_rank(self) -> int: ...
+    @property
+    def data_size(self) -> int: ...
+    def broadcast(self, value: Any) -> Any: ...
+    def gather(self, value: Any) -> list[Any]: ...
+    def barrier(self) -> None: ...
+
+
+class Scores(Protocol):
+    """(rows, P, 2) summed log-probabilities of the answers of each pair of a micro-batch, by a model on its mesh."""
+
+    def __call__(self, model: Any, micro: Mapping[str, torch.Tensor]) -> np.ndarray: ...
+
+
 @dataclass(frozen=True)
 class Reference:
     """Where the scores are kept, and under what. model: the identity of the weights. begun: training has begun, so that
-    the model is no longer the one that would have to give them. scores(head, hidden, micro) -> (rows, P, 2) sums.
+    the model is no longer the one that would have to give them.
     """
 
     cache: Path
     model: str
     begun: bool
-    scores: Callable[[Head, torch.Tensor, MicroBatch], torch.Tensor]
+    scores: Scores
 
 
 class PairData(ConversationData):
@@ -48,7 +65,7 @@ class PairData(ConversationData):
     reference: Reference
     known: dict[str, list[np.ndarray]] | None = None  # side -> (pairs, 2) float32 of each source
 
-    def attach(self, model: Parallelised, mesh: Mesh) -> None:  # type: ignore[override] # what the session gives
+    def attach(self, model: object, mesh: Ranks) -> None:  # type: ignore[override] # more than rank 0 alone takes part
         """Take the reference's scores from the cache, or make them once: every rank a share of the rows."""
         key = files.fingerprint([VERSION, self.reference.model, [one.fingerprint for one in self.rendered]])[:24]
         place = self.reference.cache / f"reference-{key}"
@@ -76,7 +93,7 @@ class PairData(ConversationData):
         count = range(len(self.rendered))
         return {side: [np.load(place / f"{side}-{number}.npy") for number in count] for side in SIDES}
 
-    def _score(self, model: Parallelised, mesh: Mesh) -> dict[str, list[np.ndarray]]:
+    def _score(self, model: object, mesh: Ranks) -> dict[str, list[np.ndarray]]:
         """One pass over all rows, in an order that only the data decides."""
         length = self.data.sequence_length
         found = {
@@ -93,19 +110,13 @@ class PairData(ConversationData):
                 name: torch.from_numpy(array)
                 for name, array in self._rows(located, side, len(located), length, known=False).items()
             }
-
-            def objective(head: Head, hidden: torch.Tensor, placed: MicroBatch) -> Loss:
-                sums = self.reference.scores(head, hidden, placed)
-                return Loss(sums.sum(), sums)
-
-            rows = model.evaluate(micro, objective).rows
-            assert rows is not None
-            for (source, runs), scores in zip(located, rows.float().cpu().numpy(), strict=True):
+            found_scores = self.reference.scores(model, micro)
+            for (source, runs), scores in zip(located, found_scores, strict=True):
                 pairs = self._pairs(source, side, runs)
                 found[side][source][pairs] = scores[: len(pairs)]
-            pairs_done = sum(int(np.isfinite(array[:, 0]).sum()) for arrays in found.values() for array in arrays)
-            passes = min(mesh.data_size, len(batches) - start)
-            bar.add(passes * TOKENS_A_PASS, pairs_done - bar.documents, passes * TOKENS_A_PASS, 0)
+            at_once = batches[start : start + mesh.data_size]
+            pairs_done = sum(len(runs) for _, rows in at_once for _, runs in rows)
+            bar.add(len(at_once) * TOKENS_A_PASS, pairs_done, len(at_once) * TOKENS_A_PASS, 0)
         bar.close()
         gathered = mesh.gather(found)
         for side in SIDES:

@@ -44,7 +44,8 @@ class AnswerRequest:
 @dataclass(frozen=True)
 class TaskContext:
     """What a task may look at when it writes its requests. data: what was named for it; own_data: the token set that
-    the run was trained on. tokens: an answer's at most, where that was said.
+    the run was trained on. tokens: an answer's at most, where that was said. samples: sampled answers to each question
+    beside the greedy one.
     """
 
     tokenizer: TextTokenizer
@@ -54,6 +55,7 @@ class TaskContext:
     shots: int | None = None
     limit: int | None = None
     tokens: int | None = None
+    samples: int = 0
 
 
 # The number by which models are compared, and whether "lower" or "higher" is better; None where there is none.

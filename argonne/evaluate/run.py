@@ -34,22 +34,26 @@ def evaluate(
     *,
     limit: int | None = None,
     tokens: int | None = None,
+    samples: int = 0,
     device: str = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Measure a model. The answer can be written as JSON: {"model", "parameters", "tasks": {name: numbers, counts,
     standard errors}}.
 
-    `data`: a token set (its held-out part), text files, or the questions of probes; unset, the held-out part of what a
-    run trained on. `limit`: tokens of text at most (a million by default). `tokens`: of an answer at most. `progress`
-    is called with (requests done, requests in all). Raises InputError for anything that cannot be measured.
+    `data`: a token set (its held-out part), text files, or the questions of a task; unset, the held-out part of what a
+    run trained on. `limit`: tokens of text, or questions, at most. `tokens`: of an answer at most. `samples`: of each
+    question, beside the greedy answer. `progress` is called with (requests done, requests in all). Raises InputError
+    for anything that cannot be measured.
     """
     from argonne.model.load import load_model
     from argonne.parallel.mesh import choose_device
 
     make_tasks(tasks)  # before a model is loaded
     loaded = load_model(model_path, device=choose_device(device))
-    return measure(loaded, str(model_path), tasks, data, shots, limit=limit, tokens=tokens, progress=progress)
+    return measure(
+        loaded, str(model_path), tasks, data, shots, limit=limit, tokens=tokens, samples=samples, progress=progress
+    )
 
 
 def measure(
@@ -61,6 +65,7 @@ def measure(
     *,
     limit: int | None = None,
     tokens: int | None = None,
+    samples: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """The same of a model that is loaded; `name`: what it is called, and the run it may be."""
@@ -76,6 +81,7 @@ def measure(
         shots,
         limit,
         tokens,
+        samples,
     )
     results = {}
     for task in chosen:

@@ -7,12 +7,14 @@ from collections.abc import Callable, Sequence
 
 from argonne.errors import InputError
 from argonne.evaluate.bits_per_byte import BitsPerByte
+from argonne.evaluate.gsm8k import WordProblems
 from argonne.evaluate.probes import Probes
 from argonne.evaluate.requests import Task
+from argonne.evaluate.sums import Sums
 
 
 def tasks() -> dict[str, Callable[[], Task]]:
-    return {"bpb": BitsPerByte, "probes": Probes}
+    return {"bpb": BitsPerByte, "gsm8k": WordProblems, "sums": Sums, "probes": Probes}
 
 
 def make_tasks(names: Sequence[str]) -> list[Task]:

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from argonne import files
@@ -13,7 +14,8 @@ from argonne.config import Recipe
 from argonne.data.pair_data import PairData, Reference
 from argonne.layout import WEIGHTS
 from argonne.model.load import resolve_model
-from argonne.parallel.objective import Head, MicroBatch, Objective
+from argonne.parallel.objective import Head, Loss, MicroBatch, Objective
+from argonne.parallel.parallelise import Parallelised
 from argonne.stages.hooks import Shown
 from argonne.stages.sft import cache_of, open_chat, show_answers
 from argonne.stages.stage import Stage, StageData
@@ -49,8 +51,16 @@ def _identity(recipe: Recipe, run_folder: Path) -> str:
     return found
 
 
-def scores(head: Head, hidden: Tensor, micro: MicroBatch) -> Tensor:
-    return pair_scores(head, hidden, micro)[0]
+def scores(model: Parallelised, micro: MicroBatch) -> np.ndarray:
+    """(rows, P, 2) float32 scores of a micro-batch's pairs."""
+
+    def objective(head: Head, hidden: Tensor, placed: MicroBatch) -> Loss:
+        sums = pair_scores(head, hidden, placed)[0]
+        return Loss(sums.sum(), sums)
+
+    rows = model.evaluate(micro, objective).rows
+    assert rows is not None
+    return rows.float().cpu().numpy()
 
 
 def options_of(recipe: Recipe) -> Preference:
