@@ -22,6 +22,18 @@ def conversations(count: int, *, think: bool = False) -> list[dict[str, Any]]:
     return rows
 
 
+def pairs(count: int) -> list[dict[str, Any]]:
+    """Sums; a short answer is better than a long one."""
+    return [
+        {
+            "prompt": f"What is {number} + 1?",
+            "chosen": f"{number + 1}",
+            "rejected": f"The answer is {number + 1}, I think",
+        }
+        for number in range(count)
+    ]
+
+
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

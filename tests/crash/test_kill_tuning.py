@@ -25,13 +25,13 @@ from tests.crash.killing import Watcher, sealed_units
 from tests.crash.phases import epoch_ends, kill_in_each_phase, kill_while_rendering
 from tests.parallel.test_data_parallel import assert_close
 from tests.train.helpers import curve, stored
-from tests.tuning import conversations, write
+from tests.tuning import conversations, pairs, write
 
 Chat = Callable[..., Recipe]
 Finish = Callable[..., None]
 SMALL = "small_units_and_blocks"
 SHORT, LONG = 32, 100  # steps
-CONVERSATIONS_A_STEP = {"sft": 0.56, "cot-sft": 1.0}
+CONVERSATIONS_A_STEP = {"sft": 0.56, "cot-sft": 1.0, "dpo": 0.56}
 FIRST_UNIT = f"{TEMPORARY}unit-00000"
 
 
@@ -47,7 +47,8 @@ QUIET = {"checkpoint.sample_prompt": '""', "eval.windows": "0", "chat.hold_out":
 def recipe_of(chat: Chat, folder: Path, stage: str, steps: int = SHORT, **overrides: str) -> Recipe:
     """A run of about eight epochs of several steps."""
     count = int(steps * CONVERSATIONS_A_STEP[stage])
-    source = write(folder / "source.jsonl", conversations(count, think=stage == "cot-sft"))
+    rows = pairs(count) if stage == "dpo" else conversations(count, think=stage == "cot-sft")
+    source = write(folder / "source.jsonl", rows)
     given = {"train.steps": str(steps), "batch.micro": "2", "checkpoint.every_steps": "2"}
     return chat(f"nano-3.0-{stage}", source, **{**given, **overrides})
 
@@ -91,7 +92,7 @@ def test_a_kill_in_each_phase_of_a_fine_tuning_run_leaves_no_trace(
 
 @pytest.mark.campaign
 @pytest.mark.parametrize("ranks", [1, 2], ids=["1 rank", "2 ranks"])
-@pytest.mark.parametrize("stage", ["sft", "cot-sft"])
+@pytest.mark.parametrize("stage", ["sft", "cot-sft", "dpo"])
 def test_a_campaign_of_thirty_kills_of_a_fine_tuning_run_leaves_no_trace(
     mother: Mother, finish: Finish, chat: Chat, tmp_path: Path, stage: str, ranks: int
 ) -> None:
@@ -136,15 +137,17 @@ def _kinds(operations: Sequence[str]) -> dict[str, list[int]]:
 
 
 PARTS = {"a unit is rendered": "unit-#", "the whole is closed": "ends|rendered", "rows are packed": "packed"}
+REFERENCE = {"the reference's scores are kept": "reference"}
 
 
-def test_a_crash_while_conversations_are_rendered_or_packed_renders_nothing_twice(
-    mother: Mother, chat: Chat, tmp_path: Path
+@pytest.mark.parametrize(("stage", "parts"), [("sft", PARTS), ("dpo", REFERENCE)])
+def test_a_crash_before_the_first_step_renders_and_scores_nothing_twice(
+    mother: Mother, chat: Chat, tmp_path: Path, stage: str, parts: dict[str, str]
 ) -> None:
-    recipe = recipe_of(chat, tmp_path, "sft", **QUIET)
+    recipe = recipe_of(chat, tmp_path, stage, **QUIET)
     kinds = _kinds(_crash(mother, recipe, tmp_path / "whole", 0, "kill").splitlines())
     draw = random.Random(1)
-    for part, pattern in PARTS.items():
+    for part, pattern in parts.items():
         among = sorted(kind for kind in kinds if re.search(pattern, kind))
         chosen = [draw.choice(kinds[kind]) for kind in draw.sample(among, 2)]
         visited = _crash_and_go_on(mother, recipe, tmp_path, chosen, "kill")
@@ -152,11 +155,12 @@ def test_a_crash_while_conversations_are_rendered_or_packed_renders_nothing_twic
 
 
 @pytest.mark.campaign
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
 @pytest.mark.parametrize("mode", ["kill", "power cut"])
-def test_a_crash_at_each_kind_of_operation_of_rendering_and_packing_renders_nothing_twice(
-    mother: Mother, chat: Chat, tmp_path: Path, mode: str
+def test_a_crash_at_each_kind_of_operation_before_the_first_step_renders_nothing_twice(
+    mother: Mother, chat: Chat, tmp_path: Path, mode: str, stage: str
 ) -> None:
-    recipe = recipe_of(chat, tmp_path, "sft", **QUIET)
+    recipe = recipe_of(chat, tmp_path, stage, **QUIET)
     kinds = _kinds(_crash(mother, recipe, tmp_path / "whole", 0, mode).splitlines())
     draw = random.Random(2)
     chosen = [number for numbers in kinds.values() for number in draw.sample(numbers, min(3, len(numbers)))]

@@ -23,28 +23,17 @@ from argonne.stages.dpo import DPO
 from argonne.stages.pretrain import RunResult, run
 from argonne.train.checkpoint import LAST
 from tests.train.helpers import curve, stored
+from tests.tuning import pairs as made
 from tests.tuning import write
 
 Chat = Callable[..., Recipe]
 Pairs = Callable[..., Recipe]
 
 
-def rows(count: int) -> list[dict[str, Any]]:
-    """Sums; a short answer is better than a long one."""
-    return [
-        {
-            "prompt": f"What is {number} + 1?",
-            "chosen": f"{number + 1}",
-            "rejected": f"The answer is {number + 1}, I think",
-        }
-        for number in range(count)
-    ]
-
-
 @pytest.fixture
 def pairs(chat: Chat, tmp_path: Path) -> Pairs:
     """Makes recipes of small preference runs on 60 pairs."""
-    source = write(tmp_path / "pairs.jsonl", rows(60))
+    source = write(tmp_path / "pairs.jsonl", made(60))
 
     def make(path: Path = source, **overrides: str) -> Recipe:
         return chat("nano-3.0-dpo", path, **{"dpo.chosen_weight": "0.0", **overrides})
