@@ -1,7 +1,7 @@
 """Run as a script in a fresh process by test_other_trainers.py: what users of TRL and transformers do with the final
 model of a fine-tuning run, offline and with argonne blocked. Prints one JSON object.
 
-Usage: python other_trainers.py MODEL CONVERSATIONS FOLDER
+Usage: python other_trainers.py MODEL CONVERSATIONS FOLDER REFERENCE PAIRS
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
-from trl import SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 MICRO_ROWS, MICRO_BATCHES = 2, 4
 
@@ -104,6 +104,34 @@ def four_steps(trainer: Any, folder: Path) -> dict[str, str]:
     return {"whole": str(folder / "whole" / "end"), "resumed": str(folder / "again" / "end"), "half": str(half)}
 
 
+def preference(model_folder: str, reference_folder: str, pairs: str, folder: Path) -> dict[str, float]:
+    """The loss of one step of DPO against another model. As texts with the turn end for the end of text, so that a
+    completion has no newline behind it.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    tokenizer.eos_token = "<|im_end|>"
+    data = load_dataset("json", data_files=pairs, split="train", cache_dir=str(folder / "cache"))
+
+    def asked(row: Any) -> dict[str, Any]:
+        turns = [{"role": "user", "content": row["prompt"]}]
+        return {**row, "prompt": tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)}
+
+    def model(where: str) -> Any:
+        return AutoModelForCausalLM.from_pretrained(where, trust_remote_code=True, dtype=torch.float32)
+
+    one = {"per_device_train_batch_size": len(data), "gradient_accumulation_steps": 1, "max_steps": 1}
+    trainer = DPOTrainer(
+        model=model(model_folder),
+        ref_model=model(reference_folder),
+        args=DPOConfig(**{**settings(folder / "dpo"), **one}, max_length=None, beta=0.1),
+        train_dataset=data.map(asked),
+        processing_class=tokenizer,
+    )
+    return {"loss": float(trainer.train().training_loss), "pairs": len(data)}
+
+
 if __name__ == "__main__":
     sys.modules["argonne"] = None  # type: ignore[assignment]
-    print("@@" + json.dumps(run(sys.argv[1], sys.argv[2], Path(sys.argv[3]))))
+    made = run(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
+    made["trl, pairs"] = preference(sys.argv[1], sys.argv[4], sys.argv[5], Path(sys.argv[3]))
+    print("@@" + json.dumps(made))

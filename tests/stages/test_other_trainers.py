@@ -10,6 +10,7 @@ same where nobody types a control token, which transformers parses.
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -18,20 +19,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from argonne.config import Recipe
+from argonne.config import BatchSection, Recipe, SourceSection
+from argonne.data.chat_data import open_conversations
 from argonne.data.loader import Loader
+from argonne.data.pair_data import PairData
 from argonne.layout import FINAL_MODEL
 from argonne.model.load import load_model
 from argonne.recipe import load_recipe
 from argonne.stages.pretrain import run
 from argonne.stages.sft import SFT
 from argonne.tokens.tokenizer import load_tokenizer
+from argonne.train.preference import Preference, pair_scores, preference
 from tests.data.test_rendered import row, write
 from tests.stages.gradients import in_micro_batches, opened
 from tests.stages.other_trainers import MICRO_BATCHES, MICRO_ROWS
 from tests.tokensets import words
 from tests.train.helpers import stored
+from tests.tuning import pairs
 
 pytestmark = pytest.mark.campaign
 Nano = Callable[..., Recipe]
@@ -78,12 +84,19 @@ def theirs(final: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": "",
     }
-    command = [sys.executable, str(Path(__file__).with_name("other_trainers.py")), str(final), str(source), str(folder)]
+    base = final.parents[1] / "base" / FINAL_MODEL
+    two = [str(base), str(write_pairs(folder))]
+    script = str(Path(__file__).with_name("other_trainers.py"))
+    command = [sys.executable, script, str(final), str(source), str(folder), *two]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, check=False)
     answers = [line.removeprefix("@@") for line in done.stdout.splitlines() if line.startswith("@@")]
     assert answers, done.stderr[-3000:]
     found: dict[str, Any] = json.loads(answers[0])
     return found
+
+
+def write_pairs(folder: Path) -> Path:
+    return write(folder / "pairs.jsonl", pairs(8))
 
 
 @pytest.mark.parametrize(
@@ -102,6 +115,41 @@ def test_the_loss_of_a_step_is_that_of_packed_rows(
     ours, _ = in_micro_batches(model, batch.micro_batches, batch.count)
     assert batch.count == theirs[name]["tokens"]
     assert theirs[name]["loss"] == pytest.approx(ours, rel=1e-6)
+
+
+def test_the_loss_of_pairs_is_that_of_packed_ones(final: Path, theirs: dict[str, Any], tmp_path: Path) -> None:
+    data = open_conversations(
+        [SourceSection(path=str(write_pairs(tmp_path)), max_epochs=1)],
+        PairData,
+        tokenizer=load_tokenizer(final),
+        sequence_length=256,
+        cache=tmp_path / "cache",
+        batch=BatchSection(tokens_per_step=256 * 3),
+        seed=0,
+    )
+    rows = data.rows(0)
+    micro = {name: torch.from_numpy(array.values) for name, array in data.read(0, 0, rows, rows).items()}
+    assert int(micro["pairs"].sum()) == theirs["trl, pairs"]["pairs"]
+    losses = {}
+
+    def forward(model: Any, objective: Any) -> None:
+        with torch.no_grad():
+            given = {name: micro[name] for name in ("input_ids", "position_ids")}
+            model(**given, use_cache=False, objective=objective)
+
+    def reference(head: Any, hidden: torch.Tensor) -> torch.Tensor:
+        micro["reference"] = pair_scores(head, hidden, micro)[0]
+        return hidden.sum()
+
+    def policy(head: Any, hidden: torch.Tensor) -> torch.Tensor:
+        losses["pairs"] = preference(Preference(beta=0.1))(head, hidden, micro).total
+        return hidden.sum()
+
+    forward(load_model(final.parents[1] / "base").model, reference)
+    forward(load_model(final).model, policy)
+    ours = float(losses["pairs"]) / int(micro["pairs"].sum())
+    assert abs(ours - math.log(2)) > 1e-3  # policy and reference differ
+    assert theirs["trl, pairs"]["loss"] == pytest.approx(ours, rel=1e-5)
 
 
 def test_transformers_resumes_it_from_a_checkpoint_as_if_it_had_not_stopped(theirs: dict[str, Any]) -> None:
