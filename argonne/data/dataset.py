@@ -61,6 +61,10 @@ class TrainingData:
         return {**self.__dict__, "work": None, "_verification": None}
 
     @property
+    def document_mask(self) -> bool:
+        return self.data.document_mask
+
+    @property
     def source_names(self) -> list[str]:
         """Names in the order of `data.sources`; `Batch.sources` holds indices into this list."""
         return [source.name for source in self.sources]

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 
-from argonne.config import CHAT_STAGES, Recipe, TrainSection
+from argonne.config import Recipe, TrainSection
 from argonne.data.loader import Loader
 from argonne.errors import InputError
 from argonne.files import read_json, write_json, write_text
@@ -200,8 +200,7 @@ def build(session: Session, opened: Opened, run: RunFolder, mesh: Mesh, log: Cal
     choice = choose_setup(recipe, device, mesh.world_size, overrun="memory" in session.allow)
     model = stage.weights(recipe, start).to(mesh.device).train()  # type: ignore[arg-type] # nn.Module.to takes a device
     dtype = compute_dtype(recipe.train.precision, mesh.device)
-    cut = recipe.data.document_mask or recipe.stage in CHAT_STAGES
-    kernels = check_attention(model, recipe.train.attention, dtype, documents=cut)
+    kernels = check_attention(model, recipe.train.attention, dtype, documents=data.document_mask)
     configure_model(model, recipe, choice)
     objective = stage.objective(recipe, data)
     progress = Progress(**start.progress)

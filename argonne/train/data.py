@@ -27,7 +27,8 @@ class Data(Protocol):
     """The data of one run. `step` counts optimizer steps from 0; rows and samples are those of the whole global batch.
 
     unit: what a loss is divided by ("tokens", "pairs", ...), the name of the array that holds each row's count.
-    reads_model: reading needs the current weights, so that nothing is read ahead. chat: None for running text.
+    reads_model: reading needs the current weights, so that nothing is read ahead. document_mask: rows hold documents
+    that do not see one another. chat: None for running text.
     """
 
     tokenizer: TextTokenizer
@@ -36,6 +37,8 @@ class Data(Protocol):
     unit: str
     reads_model: bool
 
+    @property
+    def document_mask(self) -> bool: ...
     @property
     def chat(self) -> ChatStops | None: ...
     @property
