@@ -107,6 +107,8 @@ TUNED = {
 THINKING = {**TUNED, "batch.tokens_per_step": 12 * 1024}
 PUBLISHED |= {f"argonne-{generation}-sft": TUNED for generation in ("1.0", "1.5", "2.0", "2.5", "3.0")}
 PUBLISHED |= {f"argonne-{generation}-cot-sft": THINKING for generation in ("1.0", "1.5", "2.0", "2.5", "3.0")}
+PAIRS = {"optim.lr": 2e-6, "dpo.beta": 0.1, "dpo.smoothing": 0.05, "dpo.chosen_weight": 0.05, "dpo.scores": "sum"}
+PUBLISHED |= {f"argonne-{generation}-dpo": PAIRS for generation in ("1.0", "1.5", "2.0", "2.5", "3.0")}
 NANO = {
     "argonne-1": "nano-1.0",
     "argonne-2": "nano-2.5",
@@ -149,12 +151,12 @@ def test_a_recipe_says_what_its_release_used(name: str, key: str, value: Any) ->
     assert getattr(getattr(load_recipe(name), section), field) == value
 
 
-@pytest.mark.parametrize("name", [name for name in recipe_names() if name.endswith("-sft")])
+@pytest.mark.parametrize("name", [name for name in recipe_names() if name.endswith(("-sft", "-dpo"))])
 def test_a_recipe_of_conversations_starts_from_its_own_generation(name: str) -> None:
     recipe = load_recipe(name)
     start = str(recipe.model.init_from).removeprefix("runs/")
     assert load_recipe(start).model.preset == recipe.model.preset
-    assert load_recipe(start).stage in ("sft" if recipe.stage == "cot-sft" else "pretrain", "midtrain")
+    assert load_recipe(start).stage in ("pretrain" if recipe.stage == "sft" else "sft", "midtrain")
     assert recipe.data.sequence_length <= (recipe.model.max_position_embeddings or 0)
 
 

@@ -164,8 +164,12 @@ ELSEWHERE = {
     "data.bos": "tests/prepare/test_from_text.py",
     **{
         f"chat.{name}": "tests/stages/test_sft.py"
-        for name in ("template", "loss_on", "history_reasoning", "too_long", "hold_out", "max_drop_fraction", "cache")
+        for name in (
+            *("template", "loss_on", "history_reasoning", "too_long", "hold_out", "max_drop_fraction", "cache"),
+            "probes",
+        )
     },
+    **{f"dpo.{name}": "tests/stages/test_dpo.py" for name in ("loss", "beta", "smoothing", "scores", "chosen_weight")},
     "train.device": "tests/parallel/test_mesh.py",
     "train.compile": "tests/train/test_recovery.py",
     "train.return_memory": "tests/train/test_allocator.py",
