@@ -20,6 +20,7 @@ from argonne.errors import InputError
 from argonne.prepare.progress import ProgressBar
 
 VERSION = 1
+REFERENCES = "references"  # in the cache
 TOKENS_A_PASS = 16_384  # of a forward pass of the reference: fixed, so that the scores do not depend on the training
 
 
@@ -68,7 +69,7 @@ class PairData(ConversationData):
     def attach(self, model: object, mesh: Ranks) -> None:  # type: ignore[override] # more than rank 0 alone takes part
         """Take the reference's scores from the cache, or make them once: every rank a share of the rows."""
         key = files.fingerprint([VERSION, self.reference.model, [one.fingerprint for one in self.rendered]])[:24]
-        place = self.reference.cache / f"reference-{key}"
+        place = self.reference.cache / REFERENCES / key
         found = mesh.broadcast(self._load(place) if mesh.is_main and place.exists() else None)
         if isinstance(found, InputError):
             raise found
@@ -81,10 +82,12 @@ class PairData(ConversationData):
                 )
             self.known = self._score(model, mesh)
             if mesh.is_main:
-                with files.atomic_directory(place, replace=True) as temporary:
-                    for side, arrays in self.known.items():
-                        for number, array in enumerate(arrays):
-                            np.save(temporary / f"{side}-{number}.npy", array)
+                with files.one_at_a_time(place.parent / ".lock"):
+                    files.collect_temporaries(place.parent)
+                    with files.atomic_directory(place, replace=True) as temporary:
+                        for side, arrays in self.known.items():
+                            for number, array in enumerate(arrays):
+                                np.save(temporary / f"{side}-{number}.npy", array)
         mesh.barrier()
 
     def _load(self, place: Path) -> dict[str, list[np.ndarray]] | InputError:

@@ -98,7 +98,7 @@ def test_cached_scores_of_the_reference_are_those_of_a_live_one(pairs: Pairs, ba
     recipe = pairs()
     tune(recipe, tmp_path / "run", stop_after_step=2)
     data = opened(recipe, tmp_path / "run")
-    place = next((tmp_path / "run" / CONVERSATIONS).glob("reference-*"))
+    place = next((tmp_path / "run" / CONVERSATIONS).glob("references/[0-9a-f]*"))
     data.known = {side: [np.load(place / f"{side}-0.npy")] for side in ("train", "held_out")}
     reference = load_model(base).model
     for step in range(3):
@@ -140,7 +140,7 @@ def test_a_run_whose_scores_are_gone_says_so_instead_of_scoring_itself(pairs: Pa
     import shutil
 
     tune(pairs(), tmp_path / "run", stop_after_step=3)
-    shutil.rmtree(next((tmp_path / "run" / CONVERSATIONS).glob("reference-*")))
+    shutil.rmtree(next((tmp_path / "run" / CONVERSATIONS).glob("references/[0-9a-f]*")))
     with pytest.raises(InputError, match="are gone"):
         tune(pairs(), tmp_path / "run")
 
