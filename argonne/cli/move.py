@@ -48,7 +48,7 @@ def add_verbs(verb: Verbs, arguments: Sequence[str]) -> None:
     merge.add_argument(
         "--sweep", metavar="TASK", help="measure a grid of weights of two models (MODEL MODEL) on a task"
     )
-    merge.add_argument("--grid", type=int, default=10, metavar="N", help="steps of the grid (default: 10)")
+    merge.add_argument("--grid", type=int, metavar="N", help="steps of the grid (default: 10)")
     merge.add_argument("--data", type=Path, metavar="DIR", help="what the task reads, as in eval")
     merge.add_argument("--limit", type=int, metavar="N", help="of the task, as in eval")
     json_flag(merge)
@@ -62,19 +62,25 @@ def import_legacy(options: argparse.Namespace) -> None:
 
 
 def merge_models(options: argparse.Namespace) -> None:
+    if options.out is not None and options.out.exists():
+        raise InputError(f"{options.out} exists already; choose another name or remove it")
     if options.sweep is None:
         _merge(options)
         return
-    if options.grid < 1:
-        raise InputError(f"--grid: found {options.grid}, expected at least 1 step")
+    grid = 10 if options.grid is None else options.grid
+    if grid < 1:
+        raise InputError(f"--grid: found {grid}, expected at least 1 step")
+    if len(options.parts) != 2:
+        raise InputError(f"--sweep: found {len(options.parts)} models, expected two; its grid is a line between them")
     for name in options.parts:
         layout.check_model_name(name)
-    from argonne.evaluate.sweep import sweep, sweep_lines
+    from argonne.evaluate.sweep import headline_of, sweep, sweep_lines
     from argonne.publish.merge import open_mixer
 
+    headline_of(options.sweep)
     mixer = open_mixer(options.parts)
     with progress_bar("averages") as progress:
-        found = sweep(mixer, options.sweep, options.grid, options.data, limit=options.limit, progress=progress)
+        found = sweep(mixer, options.sweep, grid, options.data, limit=options.limit, progress=progress)
     lines = sweep_lines(found, (options.parts[0], options.parts[1]))
     if options.out is not None:
         found |= mixer.save(options.out, [found["best"], 1 - found["best"]])
@@ -85,11 +91,9 @@ def merge_models(options: argparse.Namespace) -> None:
 def _merge(options: argparse.Namespace) -> None:
     if options.out is None:
         raise InputError("--out: not given; name the folder for the average, or measure a grid with --sweep TASK")
-    for flag in ("data", "limit"):
+    for flag in ("grid", "data", "limit"):
         if getattr(options, flag) is not None:
             raise InputError(f"--{flag}: is for --sweep TASK; add that, or leave it out")
-    if options.out.exists():
-        raise InputError(f"{options.out} exists already; choose another name or remove it")
     for word in options.parts:
         layout.check_model_name(word.rpartition(":")[0] or word)
     from argonne.publish.merge import open_mixer, parse_parts

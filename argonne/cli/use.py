@@ -14,6 +14,8 @@ from argonne.serve.options import SamplingOptions
 
 # Flags of eval that act on some tasks only.
 NEEDS = {
+    "data": ("bpb", "gsm8k", "probes"),
+    "limit": ("bpb", "gsm8k", "sums"),
     "before": ("probes",),
     "page": ("probes",),
     "tokens": ("probes", "gsm8k", "sums"),
@@ -74,17 +76,21 @@ def evaluate_model(options: argparse.Namespace) -> None:
                 f"--{flag}: is for --tasks {' or '.join(needed)}, found --tasks {options.tasks}; add one, or leave "
                 "it out"
             )
+    if options.data and len(readers := [name for name in tasks if name in NEEDS["data"]]) > 1:
+        raise InputError(
+            f"--data: {' and '.join(readers)} read different things; measure them in commands of their own"
+        )
     models = [options.before, options.model] if options.before else [options.model]
     for name in models:
         layout.check_model_name(name)  # before torch is loaded
     from argonne.evaluate.run import evaluate, render
 
     results = []
-    for name in models:
-        asked = tasks if name == options.model else ["probes"]
+    for number, name in enumerate(models, 1):
+        asked = tasks if number == len(models) else ["probes"]
         with progress_bar("requests") as progress:
-            how = {"limit": options.limit, "tokens": options.tokens, "samples": options.samples, "progress": progress}
-            results.append(evaluate(name, asked, options.data, options.shots, **how))
+            how = {"tokens": options.tokens, "samples": options.samples, "progress": progress}
+            results.append(evaluate(name, asked, options.data, options.shots, limit=options.limit, **how))
     found = {**results[-1], "before": results[0]} if options.before else results[0]
     others = _baselines(found, options.limit) if options.baselines else None
     text = "\n".join(map(render, results))

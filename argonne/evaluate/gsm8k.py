@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from argonne.data.chat import THINK_END, ChatTemplate, template_of
+from argonne.data.chat import ChatTemplate, template_of
 from argonne.errors import InputError
-from argonne.evaluate.probes import questions_of
+from argonne.evaluate.probes import questions_of, read_lines, trace_of
 from argonne.evaluate.requests import AnswerRequest, Headline, TaskContext
 from argonne.serve.engine import Completion
 from argonne.serve.options import SamplingOptions
@@ -39,9 +39,8 @@ def last_number(text: str) -> Decimal | None:
 
 def answer_of(text: str) -> Decimal | None:
     """The last number of an answer, behind its trace where it has one; None of a trace that was never closed."""
-    if "<think>" in text and THINK_END not in text:
-        return None
-    return last_number(text.rpartition(THINK_END)[2])
+    _, kind, words = trace_of(text)
+    return None if kind == "open" else last_number(words)
 
 
 class WordProblems:
@@ -166,7 +165,7 @@ def _read(path: Path) -> Iterator[tuple[str, Decimal]]:
         raise InputError(
             f"--data {path}: no file; give GSM8K's test file (jsonl), or a folder with {' or '.join(NAMES)}"
         )
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_lines(file, "give GSM8K's test file"), 1):
         try:
             row = json.loads(line)
             question, right = row["question"], last_number(row["answer"])

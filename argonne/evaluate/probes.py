@@ -74,7 +74,7 @@ def questions_of(template: ChatTemplate, texts: Sequence[str]) -> list[Question]
 def look_at(question: str, found: Completion, template: ChatTemplate) -> Probe:
     """An answer with its measures."""
     answer = template.words(found.ids)
-    trace, kind, words = _trace(answer)
+    trace, kind, words = trace_of(answer)
     runs = [tuple(found.ids[start : start + GRAM]) for start in range(len(found.ids) - GRAM + 1)]
     spoken, asked = language_of(words), language_of(question)
     return Probe(
@@ -90,7 +90,7 @@ def look_at(question: str, found: Completion, template: ChatTemplate) -> Probe:
     )
 
 
-def _trace(answer: str) -> tuple[str | None, str | None, str]:
+def trace_of(answer: str) -> tuple[str | None, str | None, str]:
     """(what was thought, closed or open or empty, the words after it) of an answer."""
     before, opened, rest = answer.partition(THINK)
     if not opened:
@@ -161,7 +161,10 @@ class Probes:
         if context.shots is not None:
             raise InputError(f"--shots: found {context.shots}, but probes are asked without examples; leave it out")
         self._template = template = template_of(context.tokenizer)
-        texts = QUESTIONS if context.data is None else _read(Path(context.data))
+        texts: Sequence[str] = QUESTIONS
+        if context.data is not None:
+            lines = read_lines(Path(context.data), "give probes a text file with one question a line")
+            texts = [line.strip() for line in lines if line.strip()]
         self._questions = questions_of(template, texts)
         longest = max(self._questions, key=lambda question: len(question.prompt))
         room = context.context_length - len(longest.prompt)
@@ -198,15 +201,15 @@ class Probes:
         return [f"probes, {mode}: {in_words(values[mode])}" for mode in MODES]
 
 
-def _read(file: Path) -> list[str]:
-    """The questions of a text file, one a line."""
+def read_lines(file: Path, advice: str) -> list[str]:
+    """The lines of a text file. Raises InputError where it cannot be read, or says nothing."""
     try:
-        texts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--data {file}: {error}; give probes a text file with one question a line") from None
-    if not texts:
-        raise InputError(f"--data {file}: no question in it; give probes a text file with one question a line")
-    return texts
+        raise InputError(f"--data {file}: {error}; {advice}") from None
+    if not any(map(str.strip, lines)):
+        raise InputError(f"--data {file}: no question in it; {advice}")
+    return lines
 
 
 def side_by_side(columns: dict[str, Sequence[dict[str, Any]]]) -> str:

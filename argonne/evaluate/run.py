@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from argonne import layout
+from argonne.config import CHAT_STAGES
 from argonne.errors import InputError
 from argonne.evaluate import baselines
 from argonne.evaluate.answers import answer
@@ -36,6 +37,7 @@ def evaluate(
     tokens: int | None = None,
     samples: int = 0,
     device: str = "auto",
+    loaded: LoadedModel | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Measure a model. The answer can be written as JSON: {"model", "parameters", "tasks": {name: numbers, counts,
@@ -43,33 +45,14 @@ def evaluate(
 
     `data`: a token set (its held-out part), text files, or the questions of a task; unset, the held-out part of what a
     run trained on. `limit`: tokens of text, or questions, at most. `tokens`: of an answer at most. `samples`: of each
-    question, beside the greedy answer. `progress` is called with (requests done, requests in all). Raises InputError
-    for anything that cannot be measured.
+    question, beside the greedy answer. `loaded`: the model, where it is open already. `progress` is called with
+    (requests done, requests in all). Raises InputError for anything that cannot be measured.
     """
     from argonne.model.load import load_model
     from argonne.parallel.mesh import choose_device
 
-    make_tasks(tasks)  # before a model is loaded
-    loaded = load_model(model_path, device=choose_device(device))
-    return measure(
-        loaded, str(model_path), tasks, data, shots, limit=limit, tokens=tokens, samples=samples, progress=progress
-    )
-
-
-def measure(
-    loaded: LoadedModel,
-    name: str,
-    tasks: Sequence[str],
-    data: str | Path | None = None,
-    shots: int | None = None,
-    *,
-    limit: int | None = None,
-    tokens: int | None = None,
-    samples: int = 0,
-    progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Any]:
-    """The same of a model that is loaded; `name`: what it is called, and the run it may be."""
     chosen = make_tasks(tasks)
+    loaded = loaded or load_model(model_path, device=choose_device(device))
     if loaded.tokenizer_folder is None:
         raise InputError(f"{loaded.folder}: no tokenizer in it; copy the tokenizer's files there")
     tokenizer = load_tokenizer(loaded.tokenizer_folder)
@@ -77,7 +60,7 @@ def measure(
         tokenizer,
         int(loaded.model.config.max_position_embeddings),
         data,
-        _own_data(Path(name)) if data is None and "bpb" in tasks else None,
+        _own_data(Path(model_path)) if data is None and "bpb" in tasks else None,
         shots,
         limit,
         tokens,
@@ -90,7 +73,7 @@ def measure(
         else:
             results[task.name] = task.measure(answer(loaded.model, task.requests(context), progress=progress))
     parameters = loaded.model.num_parameters()
-    return {"model": name, "folder": str(loaded.folder), "parameters": parameters, "tasks": results}
+    return {"model": str(model_path), "folder": str(loaded.folder), "parameters": parameters, "tasks": results}
 
 
 def _own_data(run: Path) -> str | None:
@@ -100,6 +83,8 @@ def _own_data(run: Path) -> str | None:
     """
     config = run / layout.CONFIG
     tree = tomllib.loads(config.read_text()) if config.is_file() else {}
+    if tree.get("stage") in CHAT_STAGES:
+        return None
     sources: list[str] = [source["path"] for source in tree.get("data", {}).get("sources", [])]
     if len(sources) > 1:
         raise InputError(f"{run}: trained on {len(sources)} token sets ({', '.join(sources)}); choose one with --data")

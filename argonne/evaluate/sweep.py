@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from argonne.errors import InputError
-from argonne.evaluate.run import measure
+from argonne.evaluate.run import evaluate
 from argonne.evaluate.tasks import make_tasks
 from argonne.publish.merge import Mixer
 
@@ -26,23 +26,25 @@ def sweep(
     """The task's number at each of `steps` + 1 weights of the first of two models, from 0 to 1. {"task", "measure",
     "better": "lower" or "higher", "grid": [{"weight", "value"}], "best": weight}.
     """
-    (made,) = make_tasks([task])
-    if made.headline is None:
-        raise InputError(f"--sweep {task}: tells no single number to compare; use another task, such as bpb")
-    if len(mixer.names) != 2:
-        raise InputError(f"--sweep: found {len(mixer.names)} models, expected two; its grid is a line between them")
-    name, better = made.headline
+    name, better = headline_of(task)
     grid = []
     for number in range(steps + 1):
         weight = number / steps
-        loaded = mixer.mix([weight, 1 - weight])
-        found = measure(loaded, str(mixer.names[0]), [task], data, limit=limit)
+        found = evaluate(mixer.names[0], [task], data, limit=limit, loaded=mixer.mix([weight, 1 - weight]))
         grid.append({"weight": weight, "value": found["tasks"][task][name]})
         if progress is not None:
             progress(number + 1, steps + 1)
     choose = min if better == "lower" else max
     best = choose(grid, key=lambda point: point["value"])
     return {"task": task, "measure": name, "better": better, "grid": grid, "best": best["weight"]}
+
+
+def headline_of(task: str) -> tuple[str, str]:
+    """The number by which a task compares models, and which is better. Raises InputError where there is none."""
+    (made,) = make_tasks([task])
+    if made.headline is None:
+        raise InputError(f"--sweep {task}: tells no single number to compare; use another task, such as bpb")
+    return made.headline
 
 
 def sweep_lines(found: dict[str, Any], names: tuple[str, str]) -> list[str]:

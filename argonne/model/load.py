@@ -299,7 +299,8 @@ def load_weights_into(model: ArgonneForCausalLM, folder: Path, new_ids: range = 
     or spare in the weights, become the mean of the rows before them.
     """
     is_checkpoint = layout.kind_of(folder) is Kind.CHECKPOINT
-    state = read_checkpoint_weights(folder) if is_checkpoint else _from_folder(folder, None).state_dict()
+    with no_progress_bar():
+        state = read_checkpoint_weights(folder) if is_checkpoint else _from_folder(folder, None).state_dict()
     own = dict(model.named_parameters())
     growing = {name for name in own if new_ids and name.startswith(VOCABULARY_TABLES)}
     problems = [

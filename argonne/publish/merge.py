@@ -102,7 +102,9 @@ def open_mixer(names: Sequence[str]) -> Mixer:
         _check_tokenizers(names[0], first.tokenizer_folder, name, other.tokenizer_folder)
     for name, each in zip(names, loaded, strict=True):
         check_finite(name, each.model.state_dict())
-    states = [{key: tensor.clone() for key, tensor in each.model.state_dict().items()} for each in loaded]
+    # The first one's place is where averages come to lie.
+    own = {key: tensor.clone() for key, tensor in first.model.state_dict().items()}
+    states = [own, *(dict(each.model.state_dict()) for each in loaded[1:])]
     return Mixer(names, first, states, _template(names, loaded))
 
 

@@ -6,7 +6,7 @@ import math
 import statistics
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
@@ -206,13 +206,12 @@ def _metric_panels(runs: list[ReportedRun]) -> list[Panel]:
         name for run in runs for record in run.metrics.records for name in record.get("metrics") or {}
     ):
         group, _, part = name.partition("/")
-        groups.setdefault(group, {})[part or "training"] = ("metrics", name)
+        groups.setdefault(group, {})[part or group] = ("metrics", name)
     panels = []
     for group, fields in groups.items():
-        curves = _told_apart(runs, "step", fields)
-        held = {f"held-out{'' if part == 'training' else f' {part}'}": names for part, names in fields.items()}
-        later = [replace(curve, colour=curve.colour + len(fields)) for curve in _told_apart(runs, "held_out", held)]
-        panels.append(Panel(group.replace("_", " ").capitalize(), "", curves + (later if len(runs) == 1 else [])))
+        title = group.replace("_", " ")
+        panels.append(Panel(title.capitalize(), "", _told_apart(runs, "step", fields)))
+        panels.append(Panel(f"Held-out {title}", "", _told_apart(runs, "held_out", fields)))
     return panels
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from argonne import files
 from argonne.config import Recipe
-from argonne.data.pair_data import PairData, Reference
+from argonne.data.pair_data import REFERENCES, PairData, Reference
 from argonne.layout import WEIGHTS
 from argonne.model.load import resolve_model
 from argonne.parallel.objective import Head, Loss, MicroBatch, Objective
@@ -20,7 +20,7 @@ from argonne.stages.hooks import Shown
 from argonne.stages.sft import cache_of, open_chat, show_answers
 from argonne.stages.stage import Stage, StageData
 from argonne.train.data import Data
-from argonne.train.preference import Preference, pair_scores, preference
+from argonne.train.preference import loss_at_start, pair_scores, preference
 
 REFERENCE = "reference.json"  # in the run: whose scores it trains against
 SETTLED_STEPS = 20  # after the warmup, until a loss that has not moved is told
@@ -40,15 +40,16 @@ def _identity(recipe: Recipe, run_folder: Path) -> str:
     under their path later may be another.
     """
     kept = run_folder / REFERENCE
-    if kept.is_file():
-        return str(files.read_json(kept)["model"])
-    if recipe.model.init_from is None:
-        return "unknown"  # of --resume-from alone: the run that began knows
-    folder = resolve_model(recipe.model.init_from).folder
-    hashes = [[path.name, files.quick_hash_of_file(path)] for path in sorted(folder.glob(WEIGHTS))]
-    found = files.fingerprint([hashes, recipe.train.precision])
-    files.write_json(kept, {"model": found, "init_from": recipe.model.init_from})
-    return found
+    with files.one_at_a_time(cache_of(recipe, run_folder) / REFERENCES / ".lock"):  # one process reads gigabytes
+        if kept.is_file():
+            return str(files.read_json(kept)["model"])
+        if recipe.model.init_from is None:
+            return "unknown"  # of --resume-from alone: the run that began knows
+        folder = resolve_model(recipe.model.init_from).folder
+        hashes = [[path.name, files.quick_hash_of_file(path)] for path in sorted(folder.glob(WEIGHTS))]
+        found = files.fingerprint([hashes, recipe.train.precision])
+        files.write_json(kept, {"model": found, "init_from": recipe.model.init_from})
+        return found
 
 
 def scores(model: Parallelised, micro: MicroBatch) -> np.ndarray:
@@ -63,12 +64,8 @@ def scores(model: Parallelised, micro: MicroBatch) -> np.ndarray:
     return rows.float().cpu().numpy()
 
 
-def options_of(recipe: Recipe) -> Preference:
-    return Preference(**dataclasses.asdict(recipe.dpo))
-
-
 def objective(recipe: Recipe, data: StageData) -> Objective:
-    return preference(options_of(recipe))
+    return preference(recipe.dpo)
 
 
 @dataclasses.dataclass
@@ -83,7 +80,7 @@ class Watch:
         loss = metrics.get("loss/pair")
         if self.told or loss is None or step < self.recipe.schedule.warmup + SETTLED_STEPS:
             return None
-        self.told, begin = True, options_of(self.recipe).at_start()
+        self.told, begin = True, loss_at_start(dpo)
         if abs(loss - begin) > MOVED * begin:
             return None
         advice = ', take dpo.scores = "sum"' if dpo.scores == "mean" else ""

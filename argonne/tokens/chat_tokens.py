@@ -15,23 +15,16 @@ from argonne.tokens.tokenizer import AddedTokens, TextTokenizer, load_tokenizer
 CHAT_TOKENS = (*TURN_TOKENS, *CONTENT_TOKENS)
 
 
-def add_chat_tokens(
-    tokenizer: TextTokenizer, out: Path, tokens: Sequence[str] = CHAT_TOKENS
-) -> tuple[TextTokenizer, list[str]]:
-    """(the tokenizer with `tokens`, loaded from its new folder `out`; those that were added, in order of their ids).
+def kept_chat_tokens(tokenizer: TextTokenizer, folder: Path, tokens: Sequence[str] = CHAT_TOKENS) -> TextTokenizer:
+    """The tokenizer with `tokens` out of `folder`, into which it is written once: several processes may ask for it. What
+    is new stands in its `added`.
 
     New ids follow the highest, every other stays. Turn tokens are control tokens ("special": true) afterwards, the
-    others are not. Raises InputError where `out` exists, or the library gives other ids.
-    """
-    specification, added = _extended(tokenizer, tokens)
-    return _write(tokenizer, specification, added, out), added
-
-
-def kept_chat_tokens(tokenizer: TextTokenizer, folder: Path, tokens: Sequence[str] = CHAT_TOKENS) -> TextTokenizer:
-    """The tokenizer with `tokens` out of `folder`, into which it is written once: several processes may ask for it.
+    others are not.
 
     What lies there is compared with what would be written, so that every id of the tokenizer that it extends means what
-    it meant. Raises InputError where the folder is damaged; one that extends another tokenizer is replaced.
+    it meant. Raises InputError where the folder is damaged, or the library gives other ids; one that extends another
+    tokenizer is replaced.
     """
     specification, added = _extended(tokenizer, tokens)
     with files.one_at_a_time(folder.with_name(f".{folder.name}.lock")):

@@ -18,12 +18,12 @@ mean ("length-normalised").
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from argonne.config import DpoSection
 from argonne.parallel.objective import Head, Loss, MicroBatch, Objective
 
 # (c, r, beta, smoothing) -> (pairs,) losses.
@@ -66,20 +66,10 @@ LOSSES: dict[str, PairLoss] = {
 }
 
 
-@dataclass(frozen=True)
-class Preference:
-    """Which loss, on which scores. chosen_weight: of the chosen answer's mean negative log-likelihood, added to it."""
-
-    loss: str = "sigmoid"
-    beta: float = 0.1
-    smoothing: float = 0.0
-    scores: str = "sum"
-    chosen_weight: float = 0.0
-
-    def at_start(self) -> float:
-        """The loss of a policy that is its reference, without the weight on the chosen answer."""
-        zero = torch.zeros((), dtype=torch.float64)
-        return float(LOSSES[self.loss](zero, zero, self.beta, self.smoothing))
+def loss_at_start(options: DpoSection) -> float:
+    """The loss of a policy that is its reference, without the weight on the chosen answer."""
+    zero = torch.zeros((), dtype=torch.float64)
+    return float(LOSSES[options.loss](zero, zero, options.beta, options.smoothing))
 
 
 def pair_scores(head: Head, hidden: Tensor, micro: MicroBatch) -> tuple[Tensor, Tensor]:
@@ -99,7 +89,7 @@ def pair_scores(head: Head, hidden: Tensor, micro: MicroBatch) -> tuple[Tensor, 
     return sums[:, :-1].reshape(shape), counts[:, :-1].reshape(shape)
 
 
-def preference(options: Preference) -> Objective:
+def preference(options: DpoSection) -> Objective:
     """The objective over packed pairs, summed over pairs; the batch's `reference` (rows, P, 2) holds the reference's
     summed log-probabilities, `pairs` (rows,) how many pairs each row holds.
     """

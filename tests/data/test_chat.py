@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from argonne.data.chat import HISTORY, ChatTemplate, Conversation, Message, ToolCall
 from argonne.errors import InputError
-from argonne.tokens.chat_tokens import add_chat_tokens
+from argonne.tokens.chat_tokens import kept_chat_tokens
 from argonne.tokens.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 from tests.data.chats import TEXTS, as_messages, as_tools, conversations, spans
 from tests.tokensets import words
@@ -39,7 +39,7 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
 
 @pytest.fixture(scope="module")
 def widened(bare: TextTokenizer, tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
-    return add_chat_tokens(bare, tmp_path_factory.mktemp("widened") / "tokenizer")[0]
+    return kept_chat_tokens(bare, tmp_path_factory.mktemp("widened") / "tokenizer")
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,6 @@ from argonne.evaluate.sums import Problem, Sums, is_unseen, problems
 from argonne.serve.engine import Completion
 from argonne.tokens.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 
-GSM8K = Path(__file__).parents[3] / "shared/data/reasoning/gsm8k_test.jsonl"
 ROWS = [
     {"question": "Two and two?", "answer": "2+2=4\n#### 4"},
     {"question": "A thousand more?", "answer": "So\n#### 1,004"},
@@ -95,9 +94,8 @@ def test_a_file_that_holds_no_questions_is_told(tokenizer: TextTokenizer, tmp_pa
         WordProblems().requests(TaskContext(tokenizer, 4096, data=tmp_path))
 
 
-@pytest.mark.skipif(not GSM8K.exists(), reason="needs shared/data/reasoning/gsm8k_test.jsonl beside the repository")
-def test_every_question_of_gsm8k_has_a_right_number(tokenizer: TextTokenizer) -> None:
-    asked = WordProblems().problems(TaskContext(tokenizer, 4096, data=GSM8K))
+def test_every_question_of_gsm8k_has_a_right_number(tokenizer: TextTokenizer, shared: Path) -> None:
+    asked = WordProblems().problems(TaskContext(tokenizer, 4096, data=shared / "data/reasoning/gsm8k_test.jsonl"))
     assert len(asked) == 1319
     assert asked[0][1] == 18
 
@@ -134,6 +132,9 @@ def test_generated_sums_are_the_same_each_time_and_right_answers_score(tokenizer
 
 
 def test_a_flag_of_other_tasks_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for tasks, flag, value in (("sums", "--data", "x"), ("probes", "--limit", "3"), ("bpb,probes", "--data", "x")):
+        assert main(["eval", str(tmp_path), "--tasks", tasks, flag, value]) == 2
+        assert flag in capsys.readouterr().err
     for flag, value in (("--samples", "3"), ("--tokens", "9"), ("--before", str(tmp_path))):
         assert main(["eval", str(tmp_path), "--tasks", "bpb", flag, value]) == 2
         assert flag in capsys.readouterr().err

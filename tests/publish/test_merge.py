@@ -152,3 +152,5 @@ def test_the_command_averages_and_sweeps(save: Save, tmp_path: Path, capsys: pyt
     assert capsys.readouterr().out.count("#") > 3
     assert (tmp_path / "best" / "config.json").is_file()
     assert argonne("merge", a, b, "--sweep", "probes") == 2
+    assert argonne(*sweep_words, "--out", str(tmp_path / "best")) == 2  # told before anything is measured
+    assert argonne("merge", f"{a}:0.5", f"{b}:0.5", "--grid", "3", "--out", str(tmp_path / "other")) == 2

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 
-from argonne.config import BatchSection, Recipe, SourceSection
+from argonne.config import BatchSection, DpoSection, Recipe, SourceSection
 from argonne.data.chat_data import open_conversations
 from argonne.data.loader import Loader
 from argonne.data.pair_data import PairData
@@ -31,7 +31,7 @@ from argonne.recipe import load_recipe
 from argonne.stages.pretrain import run
 from argonne.stages.sft import SFT
 from argonne.tokens.tokenizer import load_tokenizer
-from argonne.train.preference import Preference, pair_scores, preference
+from argonne.train.preference import pair_scores, preference
 from tests.data.test_rendered import row, write
 from tests.stages.gradients import in_micro_batches, opened
 from tests.stages.other_trainers import MICRO_BATCHES, MICRO_ROWS
@@ -142,7 +142,7 @@ def test_the_loss_of_pairs_is_that_of_packed_ones(final: Path, theirs: dict[str,
         return hidden.sum()
 
     def policy(head: Any, hidden: torch.Tensor) -> torch.Tensor:
-        losses["pairs"] = preference(Preference(beta=0.1))(head, hidden, micro).total
+        losses["pairs"] = preference(DpoSection(beta=0.1))(head, hidden, micro).total
         return hidden.sum()
 
     forward(load_model(final.parents[1] / "base").model, reference)

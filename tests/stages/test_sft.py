@@ -109,6 +109,11 @@ def test_probes_that_are_no_longer_wanted_leave_no_record(chat: Chat, tmp_path: 
     assert all(len(record["probes"]) == 9 for record in read_metrics(tmp_path / "none held out").of("probes"))
 
 
+def test_answers_that_cannot_fit_into_the_context_are_refused_before_the_first_step(chat: Chat, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"checkpoint\.sample_tokens: 120 tokens"):
+        tune(chat(**{"checkpoint.sample_tokens": "120"}), tmp_path / "run")
+
+
 FLIPS = {
     "chat.template": '"plain"',
     "chat.loss_on": '"last"',

@@ -12,8 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from argonne.config import DpoSection
 from argonne.model.loss import IGNORED, Head, LossOptions
-from argonne.train.preference import LOSSES, Preference, pair_scores, preference
+from argonne.train.preference import LOSSES, loss_at_start, pair_scores, preference
 
 
 def s(x: float) -> float:
@@ -93,10 +94,10 @@ def test_the_gradient_by_beta_goes_to_its_limit_as_beta_goes_to_zero(kind: str) 
 
 
 def test_the_loss_at_the_start_is_that_of_a_policy_that_is_its_reference() -> None:
-    assert Preference().at_start() == pytest.approx(math.log(2))
-    assert Preference(loss="hinge").at_start() == 1.0
-    assert Preference(loss="ipo", beta=0.5).at_start() == 1.0
-    assert Preference(loss="apo-zero").at_start() == 1.0
+    assert loss_at_start(DpoSection()) == pytest.approx(math.log(2))
+    assert loss_at_start(DpoSection(loss="hinge")) == 1.0
+    assert loss_at_start(DpoSection(loss="ipo", beta=0.5)) == 1.0
+    assert loss_at_start(DpoSection(loss="apo-zero")) == 1.0
 
 
 VOCABULARY, WIDTH = 11, 6
@@ -132,7 +133,7 @@ ROWS = [[([1, 2, 3], [4]), ([5], [6, 7])], [([8, 9], [1, 1, 2])], []]
 def test_packed_pairs_are_scored_as_each_pair_alone(scores: str, weight: float) -> None:
     micro, chosen_head = micro_of(ROWS, 16), head()
     hidden = torch.randn(3, 16, WIDTH, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    options = Preference(smoothing=0.05, scores=scores, chosen_weight=weight)
+    options = DpoSection(smoothing=0.05, scores=scores, chosen_weight=weight)
     found = preference(options)(chosen_head, hidden, micro)
     log_p = torch.log_softmax(chosen_head.logits(hidden), -1)
     total, margins = 0.0, []
@@ -161,7 +162,7 @@ def test_packed_pairs_are_scored_as_each_pair_alone(scores: str, weight: float) 
 def test_a_row_without_pairs_gives_no_loss_and_no_gradient() -> None:
     micro = micro_of([[([1], [2])], []], 8)
     hidden = torch.randn(2, 8, WIDTH, dtype=torch.float64, requires_grad=True)
-    preference(Preference(chosen_weight=0.1))(head(), hidden, micro).total.backward()
+    preference(DpoSection(chosen_weight=0.1))(head(), hidden, micro).total.backward()
     assert hidden.grad is not None
     assert float(hidden.grad[1].abs().max()) == 0.0
     assert bool(torch.isfinite(hidden.grad).all())

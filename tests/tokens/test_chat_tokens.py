@@ -11,7 +11,7 @@ import pytest
 
 from argonne.errors import InputError
 from argonne.layout import CONTENT_TOKENS, TURN_TOKENS
-from argonne.tokens.chat_tokens import add_chat_tokens, kept_chat_tokens
+from argonne.tokens.chat_tokens import kept_chat_tokens
 from argonne.tokens.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 from tests.tokensets import words
 
@@ -20,6 +20,13 @@ from tests.tokensets import words
 def bare(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
     texts = (words(200, seed) for seed in range(5))
     return load_tokenizer(train_tokenizer(texts, 300, tmp_path_factory.mktemp("bare") / "bare", bare=True))
+
+
+def extended(tokenizer: TextTokenizer, folder: Path) -> tuple[TextTokenizer, list[str]]:
+    """(the tokenizer with the chat tokens, those that are new to it)."""
+    made = kept_chat_tokens(tokenizer, folder)
+    assert made.added is not None
+    return made, list(made.added.names)
 
 
 def check(before: TextTokenizer, after: TextTokenizer, added: list[str]) -> None:
@@ -32,21 +39,21 @@ def check(before: TextTokenizer, after: TextTokenizer, added: list[str]) -> None
 
 
 def test_a_bare_tokenizer_gets_the_chat_tokens_behind_its_ids(bare: TextTokenizer, tmp_path: Path) -> None:
-    made, added = add_chat_tokens(bare, tmp_path / "chat")
+    made, added = extended(bare, tmp_path / "chat")
     check(bare, made, added)
     assert load_tokenizer(tmp_path / "chat").fingerprint == made.fingerprint
 
 
 def test_gpt2_gets_the_chat_tokens_behind_its_ids(shared: Path, tmp_path: Path) -> None:
     before = load_tokenizer(shared / "tokenizers" / "gpt2")
-    made, added = add_chat_tokens(before, tmp_path / "chat")
+    made, added = extended(before, tmp_path / "chat")
     check(before, made, added)
     assert made.token_to_id("<|im_start|>") == 50257
 
 
 def test_transformers_reads_the_same_ids(bare: TextTokenizer, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    made, added = add_chat_tokens(bare, tmp_path / "chat")
+    made, added = extended(bare, tmp_path / "chat")
     theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path / "chat"), local_files_only=True)
     assert theirs.convert_tokens_to_ids(added) == [made.token_to_id(token) for token in added]
     assert len(theirs) == made.vocab_size
@@ -54,7 +61,7 @@ def test_transformers_reads_the_same_ids(bare: TextTokenizer, tmp_path: Path) ->
 
 def test_a_tokenizer_that_has_them_stays_as_it_is(tokenizer_folder: Path, tmp_path: Path) -> None:
     before = load_tokenizer(tokenizer_folder)
-    made, added = add_chat_tokens(before, tmp_path / "chat")
+    made, added = extended(before, tmp_path / "chat")
     assert (added, made.vocab_size) == ([], before.vocab_size)
 
 
@@ -67,7 +74,7 @@ def test_a_vocabulary_with_a_hole_is_refused(bare: TextTokenizer, tmp_path: Path
     (tmp_path / "holes").mkdir()
     (tmp_path / "holes" / "tokenizer.json").write_text(json.dumps(tree))
     with pytest.raises(InputError, match="its vocabulary has holes"):
-        add_chat_tokens(load_tokenizer(tmp_path / "holes"), tmp_path / "chat")
+        extended(load_tokenizer(tmp_path / "holes"), tmp_path / "chat")
     assert not (tmp_path / "chat").exists()
 
 
@@ -119,6 +126,6 @@ def test_other_kinds_of_vocabularies_get_them_too(kind: str, tmp_path: Path) -> 
     (tmp_path / "base").mkdir()
     Tokenizer(made).save(str(tmp_path / "base" / "tokenizer.json"))
     base = load_tokenizer(tmp_path / "base")
-    after, added = add_chat_tokens(base, tmp_path / "chat")
+    after, added = extended(base, tmp_path / "chat")
     assert [after.token_to_id(token) for token in added] == list(range(5, 13))
     assert after.encode("a") == base.encode("a")
