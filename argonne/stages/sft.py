@@ -73,17 +73,15 @@ def show_answers(recipe: Recipe, data: Data, micro_rows: int) -> Shown:
     context = recipe.model.max_position_embeddings or recipe.data.sequence_length
     room = context - tokens
     asked = questions_of(template, [prompt, *QUESTIONS])
-    if longest := max((question for question in asked if len(question.prompt) > room), key=_length, default=None):
+    longest = max(asked, key=lambda question: len(question.prompt))
+    if len(longest.prompt) > room:
         raise InputError(
-            f"checkpoint.sample_tokens: {tokens} tokens of answer and {len(longest.prompt)} of {longest.text[:60]!r} do "
-            f'not fit into the context of {context:,}; give answers fewer, or checkpoint.sample_prompt = "" for none'
+            f"checkpoint.sample_tokens: {tokens} tokens of answer and {len(longest.prompt)} of {longest.text[:60]!r} "
+            f"do not fit into the context of {context:,}; give answers fewer, or "
+            'checkpoint.sample_prompt = "" for none'
         )
     asked += [Question(template.question(ids), tuple(ids)) for ids in data.held_out_prompts(recipe.chat.probes, room)]
     return Shown(show_text(recipe, data, micro_rows).held_out, lambda model: answers(model, template, asked, tokens))
-
-
-def _length(question: Question) -> int:
-    return len(question.prompt)
 
 
 def answers(model: nn.Module, template: ChatTemplate, asked: Sequence[Question], tokens: int) -> Work[Sampled]:

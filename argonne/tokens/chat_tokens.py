@@ -16,8 +16,8 @@ CHAT_TOKENS = (*TURN_TOKENS, *CONTENT_TOKENS)
 
 
 def kept_chat_tokens(tokenizer: TextTokenizer, folder: Path, tokens: Sequence[str] = CHAT_TOKENS) -> TextTokenizer:
-    """The tokenizer with `tokens` out of `folder`, into which it is written once: several processes may ask for it. What
-    is new stands in its `added`.
+    """The tokenizer with `tokens` out of `folder`, into which it is written once: several processes may ask for it.
+    What is new stands in its `added`.
 
     New ids follow the highest, every other stays. Turn tokens are control tokens ("special": true) afterwards, the
     others are not.
