@@ -13,6 +13,7 @@ from argonne.errors import InputError
 def add_verbs(verb: Verbs, arguments: Sequence[str]) -> None:
     demo = verb("demo", show_demo)
     demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for everything it makes")
+    demo.add_argument("--seed", type=int, default=444, metavar="N", help="of weights, lessons and their order")
     json_flag(verb("models", list_models))
     plan = verb("plan", plan_run)
     recipe_argument(plan)
@@ -25,7 +26,7 @@ def add_verbs(verb: Verbs, arguments: Sequence[str]) -> None:
 def show_demo(options: argparse.Namespace) -> None:
     from argonne.stages.demo import run_demo
 
-    run_demo(options.out)
+    run_demo(options.out, seed=options.seed)
 
 
 def list_models(options: argparse.Namespace) -> None:

@@ -46,6 +46,7 @@ PAGES = (
     }),
     ("use", "use and measure a model", {
         "generate": "continue a prompt",
+        "chat": "talk to a chat model in the terminal",
         "eval": "measure a model, with counts and standard errors",
     }),
     ("move", "hand it on", {

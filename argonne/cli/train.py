@@ -7,14 +7,10 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from argonne.cli.command import Verbs, parse_overrides, recipe_argument
-from argonne.config import CHAT_STAGES, Recipe
+from argonne.config import CHAT_STAGES
 from argonne.errors import InputError
-
-if TYPE_CHECKING:
-    from argonne.stages.stage import Stage
 
 # What a verb trains.
 STAGES = {
@@ -130,20 +126,5 @@ def train_model(options: argparse.Namespace) -> None:
 
         names = ("resume_from", "allow", "profile", "data_from_start", "rewind", "take_over")
         how = {name: getattr(options, name) for name in names}
-        result = run(recipe, folder, stage=stage_of(recipe), watch=watch, **how)
+        result = run(recipe, folder, watch=watch, **how)
         finish_or_stop(result.outcome, folder)
-
-
-def stage_of(recipe: Recipe) -> Stage:
-    """The stage that `recipe.stage` names; only its own files are opened."""
-    if recipe.stage == "dpo":
-        from argonne.stages.dpo import DPO
-
-        return DPO
-    if recipe.stage in CHAT_STAGES:
-        from argonne.stages.sft import SFT
-
-        return SFT
-    from argonne.stages.pretrain import PRETRAIN
-
-    return PRETRAIN

@@ -1,4 +1,4 @@
-"""generate, eval: use and measure a model."""
+"""generate, chat, eval: use and measure a model."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from argonne.serve.options import SamplingOptions
 # Flags of eval that act on some tasks only.
 NEEDS = {
     "data": ("bpb", "gsm8k", "probes"),
-    "limit": ("bpb", "gsm8k", "sums"),
+    "limit": ("bpb", "gsm8k", "sums", "turns"),
     "before": ("probes",),
     "page": ("probes",),
-    "tokens": ("probes", "gsm8k", "sums"),
-    "samples": ("gsm8k", "sums"),
+    "tokens": ("probes", "gsm8k", "sums", "turns"),
+    "samples": ("gsm8k", "sums", "turns"),
 }
 
 
@@ -29,9 +29,14 @@ def add_verbs(verb: Verbs, arguments: Sequence[str]) -> None:
     generate.add_argument("--prompt", required=True, metavar="TEXT")
     add_keys(generate, SamplingOptions)
     generate.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    chat = verb("chat", chat_with)
+    model_argument(chat)
+    chat.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
+    add_keys(chat, SamplingOptions)
+    chat.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     evaluate = verb("eval", evaluate_model)
     model_argument(evaluate)
-    evaluate.add_argument("--tasks", default="bpb", help="comma-separated: bpb, gsm8k, sums, probes")
+    evaluate.add_argument("--tasks", default="bpb", help="comma-separated: bpb, gsm8k, sums, turns, probes")
     evaluate.add_argument(
         "--data",
         type=Path,
@@ -66,6 +71,16 @@ def generate_text(options: argparse.Namespace) -> None:
     for piece in pieces:
         print(piece, end="", flush=True)
     print()
+
+
+def chat_with(options: argparse.Namespace) -> None:
+    layout.check_model_name(options.model)  # before torch is loaded
+    sampling = chosen(SamplingOptions, options)
+    from argonne.serve.chat import Chat, talk
+    from argonne.serve.engine import open_engine
+
+    chat = Chat(open_engine(options.model, device=options.device), sampling, options.system)
+    talk(chat, input, lambda text: print(text, end="", flush=True))
 
 
 def evaluate_model(options: argparse.Namespace) -> None:

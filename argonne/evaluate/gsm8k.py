@@ -26,6 +26,7 @@ NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?|-?\$?\.\d+")
 TOKENS = 512  # of an answer
 NAMES = ("test.jsonl", "gsm8k_test.jsonl")  # in a folder
 SHOWN = 5  # answers that the results keep
+Answer = Decimal | str
 
 
 def last_number(text: str) -> Decimal | None:
@@ -54,15 +55,23 @@ class WordProblems:
 
     def __init__(self) -> None:
         self._template: ChatTemplate | None = None
-        self._right: list[Decimal] = []
+        self._right: list[Answer] = []
         self._questions: list[str] = []
         self._samples = self._trimmed = 0
 
-    def problems(self, context: TaskContext) -> list[tuple[str, Decimal]]:
-        """(question, right number) of each."""
+    def problems(self, context: TaskContext) -> Sequence[tuple[str, Answer]]:
+        """(question, right answer) of each."""
         if context.data is None:
             raise InputError(f"task {self.name}: no data given; name its test file or the folder of it with --data")
         return list(_read(Path(context.data)))
+
+    def given(self, text: str) -> Answer | None:
+        """What an answer's text gives as the answer."""
+        return answer_of(text)
+
+    def details(self, texts: Sequence[str]) -> dict[str, Any]:
+        """What else can be told of the greedy answers."""
+        return {}
 
     def requests(self, context: TaskContext) -> list[AnswerRequest]:
         if context.shots is not None:
@@ -99,7 +108,7 @@ class WordProblems:
         assert self._template is not None
         size = self._samples + 1
         texts = [self._template.words(completion.ids) for completion in found]
-        greedy = [answer_of(text) == right for text, right in zip(texts[::size], self._right, strict=True)]
+        greedy = [self.given(text) == right for text, right in zip(texts[::size], self._right, strict=True)]
         values: dict[str, Any] = {
             "exact_match": float(np.mean(greedy)),
             "standard_error": _error(greedy),
@@ -107,9 +116,10 @@ class WordProblems:
             "questions": len(greedy),
             "too_long": self._trimmed,
             "stopped": float(np.mean([completion.stop == "eos" for completion in found[::size]])),
+            **self.details(texts[::size]),
         }
         if self._samples:
-            answers = [[answer_of(text) for text in texts[at + 1 : at + size]] for at in range(0, len(texts), size)]
+            answers = [[self.given(text) for text in texts[at + 1 : at + size]] for at in range(0, len(texts), size)]
             pairs = list(zip(answers, self._right, strict=True))
             most = [_majority(given) == right for given, right in pairs]
             each = [float(np.mean([one == right for one in given])) for given, right in pairs]
@@ -119,6 +129,7 @@ class WordProblems:
                 "standard_error": float(np.std(each, ddof=1) / math.sqrt(len(each))) if len(each) > 1 else None,
                 "majority": float(np.mean(most)),
                 "majority_standard_error": _error(most),
+                **self.details([text for at, text in enumerate(texts) if at % size]),
             }
         shown = zip(self._questions, texts[::size], self._right, greedy, strict=True)
         values["answers"] = [
@@ -153,8 +164,8 @@ def _error(correct: Sequence[bool]) -> float | None:
     return math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else None
 
 
-def _majority(answers: Sequence[Decimal | None]) -> Decimal | None:
-    """The number that is given most often, the first of several; answers without one do not vote."""
+def _majority(answers: Sequence[Answer | None]) -> Answer | None:
+    """The answer that is given most often, the first of several; answers without one do not vote."""
     counted = Counter(answer for answer in answers if answer is not None)
     return counted.most_common(1)[0][0] if counted else None
 

@@ -6,16 +6,21 @@ Training and evaluation never meet: a problem's two numbers decide by a hash on 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from random import Random
+from typing import Any
 
-from argonne.evaluate.gsm8k import WordProblems
+import numpy as np
+
+from argonne.evaluate.gsm8k import WordProblems, answer_of, last_number
+from argonne.evaluate.probes import trace_of
 from argonne.evaluate.requests import TaskContext
 
 KINDS = {"sum": 0.5, "difference": 0.3, "word": 0.2}
 UNSEEN = 10  # one of so many pairs of numbers is kept for evaluation
+SENTENCE = "The answer is {}."
 QUESTIONS = 500
 PLACES = ("ones", "tens", "hundreds", "thousands")
 NAMES = ("Tom", "Ann", "Sam", "Eva", "Max", "Lea")
@@ -40,7 +45,7 @@ class Problem:
 
     @property
     def steps(self) -> str:
-        """Place by place, from the ones, with carry or borrow."""
+        """Place by place, from the ones, with carry or borrow; then the result."""
         lines, carry = [f"{self.left}{'+' if self.sign > 0 else '-'}{self.right}"], 0
         for place in range(len(str(self.left if self.sign < 0 else max(self.left, self.right)))):
             a, b = (number // 10**place % 10 for number in (self.left, self.right))
@@ -57,7 +62,7 @@ class Problem:
                 carry = borrow
         if carry and self.sign > 0:
             lines.append(f"{PLACES[len(str(max(self.left, self.right)))]} {carry}")
-        return "\n".join(lines)
+        return "\n".join([*lines, f"= {self.result}"])
 
 
 def problems(seed: int, *, unseen: bool) -> Iterator[Problem]:
@@ -80,9 +85,9 @@ def problems(seed: int, *, unseen: bool) -> Iterator[Problem]:
         yield Problem(kind, question, a, b, sign)
 
 
-def is_unseen(a: int, b: int) -> bool:
-    low, high = sorted((a, b))
-    digest = hashlib.blake2b(f"{low},{high}".encode(), digest_size=4).digest()
+def is_unseen(*parts: object) -> bool:
+    """Whether a problem of these numbers or words, in any order, is kept for evaluation."""
+    digest = hashlib.blake2b(",".join(sorted(map(str, parts))).encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little") % UNSEEN == 0
 
 
@@ -95,4 +100,29 @@ class Sums(WordProblems):
         made = problems(0, unseen=True)
         return [
             (one.question, Decimal(one.result)) for one, _ in zip(made, range(context.limit or QUESTIONS), strict=False)
+        ]
+
+    def details(self, texts: Sequence[str]) -> dict[str, Any]:
+        """Shares of the answers: a trace that is closed and not empty, one whose last number is the answer's, and the
+        answer in a sentence.
+        """
+        traces = [trace_of(text) for text in texts]
+        return {
+            "closed": float(np.mean([kind == "closed" for _, kind, _ in traces])),
+            "consistent": float(
+                np.mean(
+                    [
+                        kind == "closed" and last_number(thought or "") == answer_of(text) is not None
+                        for text, (thought, kind, _) in zip(texts, traces, strict=True)
+                    ]
+                )
+            ),
+            "sentences": float(np.mean([words.strip().startswith("The answer is ") for _, _, words in traces])),
+        }
+
+    def lines(self, values: dict[str, Any]) -> list[str]:
+        return [
+            *super().lines(values),
+            f"    {values['closed']:.1%} think and close it, the last result is the answer in "
+            f"{values['consistent']:.1%}; {values['sentences']:.1%} answer in a sentence",
         ]

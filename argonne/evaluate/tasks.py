@@ -11,10 +11,11 @@ from argonne.evaluate.gsm8k import WordProblems
 from argonne.evaluate.probes import Probes
 from argonne.evaluate.requests import Task
 from argonne.evaluate.sums import Sums
+from argonne.evaluate.turns import Turns
 
 
 def tasks() -> dict[str, Callable[[], Task]]:
-    return {"bpb": BitsPerByte, "gsm8k": WordProblems, "sums": Sums, "probes": Probes}
+    return {"bpb": BitsPerByte, "gsm8k": WordProblems, "sums": Sums, "turns": Turns, "probes": Probes}
 
 
 def make_tasks(names: Sequence[str]) -> list[Task]:

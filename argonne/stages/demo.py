@@ -1,5 +1,5 @@
-"""`argonne demo`: every stage at laptop size, with the same functions as the verbs, on text that every
-Python carries.
+"""`argonne demo`: the whole way at laptop size, with the same functions as the verbs, on text that every Python carries
+and on generated lessons.
 """
 
 from __future__ import annotations
@@ -7,172 +7,303 @@ from __future__ import annotations
 import json
 import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
-from argonne import layout
+from argonne import files, layout
 from argonne.errors import InputError
+from argonne.stages import lessons
 from argonne.stages.corpus import MODULES, write_corpus
 
-RECIPE = "nano-3.0-demo"
 VOCABULARY = 2048
 HOLD_OUT = 0.05
-PROMPTS = ("Return a list of", "The following example")
+SEED = 444
+FACTS = 0.3  # of the tokens of pretraining and midtraining
+PASSES = 20.0  # over a source, at most
+MERGE = {"cot-sft": 0.5, "dpo": 0.5}
+ANSWER_TOKENS = 100  # the longest worked steps take 90
+TEXT_TOKENS = 50_000  # of held-out documentation
+QUESTIONS = 500
+SAMPLED = (
+    100  # of the questions are answered once more, at temperature 0.8: a free answer, of which one has no best form
+)
+MEASURED = "measured"
+# Asked of the model after each stage; the page shows the answers side by side.
+PROBES = ("Hello, my name is Ada.", "What is 347 + 285?", "What is 520 - 64?", "Say ball twice.", "What is json.dumps?")
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A stage of the way. `folder`: its run; `start`: the run whose weights it begins with."""
+
+    folder: str
+    verb: str
+    recipe: str
+    start: str | None
+    title: str
+
+
+LESSONS = (
+    Lesson("pretrain", "pretrain", "nano-3.0-demo", None, "Pretraining on documentation and facts"),
+    Lesson("midtrain", "midtrain", "nano-3.0-demo-midtrain", "pretrain", "Midtraining: four times the context"),
+    Lesson("sft", "sft", "nano-3.0-demo-sft", "midtrain", "Chat: conversations, loss on the answers"),
+    Lesson("cot-sft", "cot-sft", "nano-3.0-demo-cot-sft", "sft", "Thinking first: worked steps before each answer"),
+    Lesson("dpo", "dpo", "nano-3.0-demo-dpo", "cot-sft", "Preferences: an answer in a sentence is better"),
+)
+WAY = 4 + len(LESSONS)
 
 
 def run_demo(
     out: Path,
     *,
-    overrides: Mapping[str, str] | None = None,
+    seed: int = SEED,
+    scale: float = 1.0,
     modules: Sequence[str] = MODULES,
     log: Callable[[str], None] | None = None,
-) -> None:
-    """Collect a corpus, train a tokenizer, prepare, pretrain with a stop and a resume, measure, generate and write a
-    report, all below `out`.
+) -> dict[str, dict[str, Any]]:
+    """Corpus, tokenizer, pretraining with a stop and a resume, midtraining, chat, worked steps, preferences, an
+    average, and what each of them changed, all below `out`. Returns the measures of each stage.
 
-    Interrupted, it goes on where it was. `overrides`: recipe keys, as on the command line. Raises InputError where
-    `out` is something else.
+    Interrupted, it goes on where it was. `scale`: of steps, lessons and questions. Raises InputError where `out` is
+    something else, or was begun with another seed or scale.
     """
-    demo = _Demo(Path(out), dict(overrides or {}), modules, log or partial(print, flush=True))
-    demo.corpus()
+    demo = _Demo(Path(out), seed, scale, modules, log or partial(print, flush=True))
     demo.prepare()
-    demo.train()
-    demo.measure()
-    demo.generate()
+    for lesson in LESSONS:
+        demo.teach(lesson)
+    demo.merge()
     demo.report()
+    return demo.measured
 
 
 class _Demo:
-    def __init__(
-        self, out: Path, overrides: dict[str, str], modules: Sequence[str], log: Callable[[str], None]
-    ) -> None:
-        if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "corpus.jsonl").exists())):
+    def __init__(self, out: Path, seed: int, scale: float, modules: Sequence[str], log: Callable[[str], None]) -> None:
+        if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "demo.json").exists())):
             raise InputError(f"{out}: exists and is no demo folder; choose another with --out")
-        self.out, self.modules, self.log, self.started = out, modules, log, time.monotonic()
-        self.tokens, self.run = out / "tokens", out / "run"
-        source = f"[{{ path = {json.dumps(str(self.tokens))}, max_epochs = 20.0 }}]"
-        self.overrides = {"data.sources": source, **overrides}
+        asked = {"seed": seed, "scale": scale}
+        if out.exists() and any(out.iterdir()) and (found := files.read_json(out / "demo.json")) != asked:
+            raise InputError(f"{out}: was begun with {found}, now {asked}; choose another folder with --out")
+        out.mkdir(parents=True, exist_ok=True)
+        files.write_json(out / "demo.json", asked)
+        self.out, self.seed, self.scale, self.modules, self.log = out, seed, scale, modules, log
+        self.started, self.number = time.monotonic(), 0
+        self.measured: dict[str, dict[str, Any]] = {}
 
-    def heading(self, number: int, text: str, command: str = "") -> None:
-        self.log(f"\n[{number}/6] {text}   ({time.monotonic() - self.started:.0f} s so far)")
-        if command:
-            self.log(f"      $ {command}")
+    def path(self, name: str) -> str:
+        return str(self.out / name)
 
-    def corpus(self) -> None:
-        self.heading(1, "A corpus: the documentation that this Python carries")
-        path = self.out / "corpus.jsonl"
+    def scaled(self, count: int) -> int:
+        return max(1, round(count * self.scale))
+
+    def heading(self, text: str) -> None:
+        self.number += 1
+        self.log(f"\n[{self.number}/{WAY}] {text}   ({time.monotonic() - self.started:.0f} s so far)")
+
+    def command(self, *words: str) -> None:
+        self.log(f"      $ argonne {shlex.join(words)}")
+
+    def write(self, name: str, rows: Sequence[lessons.Row]) -> None:
+        """A file that is there as it would be written keeps its date, so that an interrupted demo goes on."""
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        path = self.out / name
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            files.write_text(path, text)
+
+    # ------------------------------------------------------------------------------------------------- text to tokens
+
+    def prepare(self) -> None:
+        from argonne.prepare.options import PrepareOptions, TokenizerOptions
+        from argonne.prepare.planning import train_tokenizer_on_files
+        from argonne.prepare.prepare import prepare
+        from argonne.tokens.formats import open_tokens
+        from argonne.tokens.tokenizer import load_tokenizer
+
+        self.heading("A corpus: the documentation that this Python carries, and facts of single digits")
         found = write_corpus(self.out / "corpus.jsonl.new", modules=self.modules)
-        if path.exists() and path.read_bytes() == found.path.read_bytes():
-            found.path.unlink()  # the one that is there keeps its date, so that an interrupted demo goes on
-        else:
-            found.path.replace(path)
+        self.write("corpus.jsonl", [json.loads(line) for line in found.path.read_text(encoding="utf-8").splitlines()])
+        found.path.unlink()
+        self.write("facts.jsonl", list(islice(lessons.facts(self.seed), self.scaled(2000))))
         self.log(
             f"      {found.documents:,} documents, {found.bytes / 1e6:.2f} MB of text, from {found.modules} modules "
             f"(parsed, not imported)\n      left out: {found.too_short} very short, {found.repeated} repeated, "
             f"{len(found.missing)} modules this Python lacks"
         )
-
-    def prepare(self) -> None:
-        from argonne.prepare.options import PrepareOptions
-        from argonne.prepare.prepare import prepare
-        from argonne.tokens.formats import open_tokens
-
-        source, target = str(self.out / "corpus.jsonl"), str(self.tokens)
-        flags = f"--train-tokenizer {VOCABULARY} --hold-out {HOLD_OUT}"
-        command = f"argonne prepare --input {shlex.quote(source)} {flags} --out {shlex.quote(target)}"
-        self.heading(2, f"A tokenizer of {VOCABULARY:,} entries, and the text as tokens", command)
-        prepare(PrepareOptions(input=(source,), out=self.tokens, train_tokenizer=VOCABULARY, hold_out=HOLD_OUT))
-        made = open_tokens(self.tokens)
+        self.heading(f"A tokenizer of {VOCABULARY:,} entries, and the text as tokens")
+        inputs, tokenizer = (self.path("corpus.jsonl"), self.path("facts.jsonl")), self.out / layout.TOKENIZER
+        size = ("--vocab-size", str(VOCABULARY), "--out", str(tokenizer))
+        self.command("tokenizer", "train", "--input", *inputs, *size)
+        if not tokenizer.exists():
+            train_tokenizer_on_files(TokenizerOptions(input=inputs, vocab_size=VOCABULARY, out=tokenizer))
+        for source, name, held_out in ((inputs[0], "documentation", HOLD_OUT), (inputs[1], "facts", 0.0)):
+            told = ("--input", source, "--tokenizer", str(tokenizer), "--hold-out", str(held_out))
+            self.command("prepare", *told, "--out", self.path(name))
+            prepare(PrepareOptions(input=(source,), out=self.out / name, tokenizer=tokenizer, hold_out=held_out))
+        made = open_tokens(self.out / "documentation")
         self.log(
-            f"      {made.train.tokens:,} tokens to train on, {made.held_out.tokens:,} held out "
+            f"      {made.train.tokens:,} tokens of documentation to train on, {made.held_out.tokens:,} held out "
             f"({made.held_out.documents} documents)"
         )
+        self.quoted = partial(lessons.quotations, made, load_tokenizer(tokenizer))
 
-    def train(self) -> None:
+    # ------------------------------------------------------------------------------------------------- the stages
+
+    def overrides(self, lesson: Lesson) -> dict[str, str]:
+        """What the recipe is told on the command line: where things lie, the seed, and a shorter run at a scale."""
+        from argonne.recipe import load_recipe
+
+        told = {"data.sources": self.sources(lesson), "seed": str(self.seed)}
+        if lesson.start is not None:
+            told["model.init_from"] = json.dumps(self.path(lesson.start))
+        if self.scale != 1.0:
+            steps = load_recipe(lesson.recipe, {}).train.steps or 1
+            told |= {"train.steps": str(max(4, self.scaled(steps))), "schedule.warmup": "1"}
+        return told
+
+    def sources(self, lesson: Lesson) -> str:
+        def table(name: str, weight: float = 1.0) -> str:
+            return f"{{ path = {json.dumps(self.path(name))}, weight = {weight:g}, max_epochs = {PASSES:g} }}"
+
+        if lesson.verb in ("pretrain", "midtrain"):
+            return f"[{table('documentation', 1 - FACTS)}, {table('facts', FACTS)}]"
+        return f"[{table(self.lesson_file(lesson))}]"
+
+    def lesson_file(self, lesson: Lesson) -> str:
+        """Write what a chat stage learns from; its name."""
+        seed = self.seed + LESSONS.index(lesson)
+        if lesson.verb == "sft":
+            counts = [self.scaled(count) for count in (2400, 300, 1300)]
+            name, rows = "chat.jsonl", lessons.chat_rows(self.quoted(seed), counts, seed)
+        elif lesson.verb == "cot-sft":
+            counts = [self.scaled(count) for count in (5000, 1400, 15_000)]
+            name, rows = "thoughts.jsonl", lessons.thought_rows(self.quoted(seed), counts, seed)
+        else:
+            name, rows = "pairs.jsonl", lessons.pair_rows(self.scaled(700), seed)
+        self.write(name, rows)
+        return name
+
+    def teach(self, lesson: Lesson) -> None:
+        """Run one stage as its verb does, then measure what came of it."""
         from argonne.recipe import load_recipe
         from argonne.stages.pretrain import run
 
-        recipe = load_recipe(RECIPE, self.overrides)
-        steps = recipe.train.steps or 0
-        keys = " ".join(f"--{path} {shlex.quote(value)}" for path, value in self.overrides.items())
-        command = f"argonne pretrain {RECIPE} --run {shlex.quote(str(self.run))} {keys}"
-        self.heading(
-            3,
-            f"Pretraining: {steps} steps of {recipe.batch.tokens_per_step:,} tokens; stopped in the middle, then "
-            "resumed",
-            command,
+        self.heading(lesson.title)
+        told, folder = self.overrides(lesson), self.out / lesson.folder
+        recipe = load_recipe(lesson.recipe, told)
+        self.command(
+            lesson.verb,
+            lesson.recipe,
+            *("--run", str(folder)),
+            *(word for key, value in told.items() for word in (f"--{key}", value)),
         )
-        middle = steps // 2
-        result = run(recipe, self.run, stop_after_step=middle)
+        stop = (recipe.train.steps or 0) // 2 if lesson.start is None else None
+        result = run(recipe, folder, stop_after_step=stop)
         if not result.outcome.complete:
             self.log(
                 f"      Stopped on purpose after step {result.outcome.step}. Everything is in the checkpoint; the same "
                 "command goes on:"
             )
-            run(recipe, self.run)
+            run(recipe, folder)
+        self.measure(lesson.folder)
+        if lesson.start is None:
+            self.baselines()
 
-    def measure(self) -> None:
-        from argonne.evaluate.run import baseline_results, evaluate
+    def merge(self) -> None:
+        from argonne.publish.merge import open_mixer
+
+        self.heading("The average of two models' weights")
+        out = self.out / "model"
+        self.command("merge", *(f"{self.path(name)}:{weight:g}" for name, weight in MERGE.items()), "--out", str(out))
+        if not out.exists():
+            open_mixer([self.path(name) for name in MERGE]).save(out, list(MERGE.values()))
+        self.measure("model")
+
+    # ------------------------------------------------------------------------------------------------- measures
+
+    def measure(self, name: str) -> None:
+        """What a stage's model can do, kept beside its answers in `measured/`; said in a line."""
+        from argonne.evaluate.run import evaluate
+        from argonne.model.load import load_model
+
+        model, kept = self.path(name), self.out / MEASURED / f"{name}.json"
+        probes = self.out / "questions.txt"
+        files.write_text(probes, "\n".join(PROBES) + "\n")
+        limit = str(self.scaled(QUESTIONS))
+        self.command("eval", model, "--tasks", "sums,turns", "--limit", limit, "--tokens", str(ANSWER_TOKENS))
+        self.command("eval", model, "--tasks", "sums", "--limit", str(self.scaled(SAMPLED)), "--samples", "1")
+        self.command("eval", model, "--data", self.path("documentation"), "--limit", str(TEXT_TOKENS))
+        self.command("eval", model, "--tasks", "probes", "--data", str(probes), "--tokens", str(ANSWER_TOKENS))
+        if not kept.exists():
+            loaded = load_model(model)
+            ask = partial(evaluate, model, loaded=loaded)
+            found = ask(["sums", "turns"], limit=int(limit), tokens=ANSWER_TOKENS)["tasks"]
+            sampled = ask(["sums"], limit=self.scaled(SAMPLED), tokens=ANSWER_TOKENS, samples=1)["tasks"]["sums"]
+            found["sums"]["sampled"] = sampled["sampled"]
+            found |= ask(["bpb"], self.path("documentation"), limit=TEXT_TOKENS)["tasks"]
+            found |= ask(["probes"], probes, tokens=ANSWER_TOKENS)["tasks"]
+            kept.parent.mkdir(exist_ok=True)
+            files.write_json(kept, found)
+        found = self.measured[name] = files.read_json(kept)
+        sums, turns = found["sums"], found["turns"]
+        self.log(
+            f"      {found['bpb']['bits_per_byte']:.3f} bits per byte of unseen documentation; right: "
+            f"{sums['exact_match']:.1%} of {sums['questions']} unseen problems, {turns['exact_match']:.1%} of "
+            f"{turns['questions']} unseen turns"
+        )
+        if sums["closed"]:
+            self.log(
+                f"      thinks and closes it: {sums['closed']:.1%}; its last result is the answer: "
+                f"{sums['consistent']:.1%}; answers in a sentence: {sums['sentences']:.1%}, sampled "
+                f"{sums['sampled']['sentences']:.1%}"
+            )
+
+    def baselines(self) -> None:
+        from argonne.evaluate.run import baseline_results
         from argonne.tokens.tokenizer import load_tokenizer
 
-        command = f"argonne eval {shlex.quote(str(self.run))} --tasks bpb"
-        self.heading(4, "How well it predicts text it has never seen, in bits per byte (lower is better)", command)
-        found = evaluate(self.run, ["bpb"], self.tokens)["tasks"]["bpb"]
-        others = baseline_results(self.tokens, load_tokenizer(self.tokens / layout.TOKENIZER))
-        self.log(f"      on {found['documents']:,} held-out documents, {found['bytes']:,} bytes:")
-        for name, value in (
-            (f"all {VOCABULARY:,} tokens as likely", others["uniform"]),
-            ("token frequencies (unigram)", others["unigram"]),
-            ("xz -9", others["xz"]),
-            ("xz -9 behind the training text", others["xz_after_training_text"]),
-            ("bigram model, same tokens", others["bigram"]),
+        tokens = self.out / "documentation"
+        others = baseline_results(tokens, load_tokenizer(tokens / layout.TOKENIZER), limit=TEXT_TOKENS)
+        self.log("      beside it, in bits per byte of the same text (lower is better):")
+        for name, key in (
+            (f"all {VOCABULARY:,} tokens as likely", "uniform"),
+            ("token frequencies (unigram)", "unigram"),
+            ("xz -9", "xz"),
+            ("xz -9 behind the training text", "xz_after_training_text"),
+            ("bigram model, same tokens", "bigram"),
         ):
-            self.log(f"      {name:34} {value:6.3f}")
-        error = found["standard_error"]
-        spread = "" if error is None else f"  (standard error {error:.3f})"
-        self.log(f"      {'this model':34} {found['bits_per_byte']:6.3f}{spread}")
-
-    def generate(self) -> None:
-        from argonne.serve.engine import open_engine
-        from argonne.serve.options import SamplingOptions
-
-        command = f"argonne generate {shlex.quote(str(self.run))} --prompt {shlex.quote(PROMPTS[0])}"
-        self.heading(
-            5, "What it writes (a model of this size has learned the look of the text, not its sense)", command
-        )
-        engine = open_engine(self.run)
-        for prompt, text in zip(
-            PROMPTS, engine.complete(PROMPTS, SamplingOptions(max_new_tokens=60, seed=1)), strict=True
-        ):
-            self.log("\n".join(f"      | {line}" for line in f"{prompt}{text}".splitlines()))
-            self.log("")
+            self.log(f"      {name:34} {others[key]:6.3f}")
+        self.log(f"      {'this model':34} {self.measured[LESSONS[0].folder]['bpb']['bits_per_byte']:6.3f}")
 
     def report(self) -> None:
         from argonne.report.report import write_report
+        from argonne.report.way_page import write_way_page
 
-        self.heading(6, "The report", f"argonne report {shlex.quote(str(self.run))}")
-        page = write_report([self.run])
-        self.log(f"      open {page} in a browser: loss, rate, gradient norm, throughput, samples, configuration")
+        self.heading("The report: what each stage changed")
+        pages = {lesson.folder: write_report([self.out / lesson.folder]) for lesson in LESSONS}
+        page = self.out / layout.REPORT
+        write_way_page(page, self.measured, {lesson.folder: lesson.title for lesson in LESSONS}, pages)
+        self.log(f"      open {page} in a browser: the measures and the answers after each stage, side by side")
         self.log(f"\nDone in {time.monotonic() - self.started:.0f} s. What to try next:")
-        run, sources = shlex.quote(str(self.run)), shlex.quote(self.overrides["data.sources"])
-        for command, meaning in (
-            (f"argonne generate {run} --prompt 'class ' --temperature 0.5", "your own prompt"),
-            (f"argonne inspect {run}", "what the run is: hashes verified, where it came from"),
+        for words, meaning in (
+            (("chat", self.path("model")), "talk to it"),
+            (("generate", self.path("pretrain"), "--prompt", "class "), "the text that the base model writes"),
+            (("inspect", self.path("cot-sft")), "what a run is: hashes verified, where it came from"),
+            (("report", self.path("sft"), self.path("cot-sft")), "two runs in the same axes"),
             (
-                "argonne prepare --input 'YOUR/*.txt' --train-tokenizer 2048 --hold-out 0.05 --out tokens/mine",
+                ("merge", *(f"{self.path(name)}:{weight:g}" for name, weight in MERGE.items()), "--sweep", "sums"),
+                "other averages",
+            ),
+            (
+                ("prepare", "--input", "YOUR/*.txt", "--train-tokenizer", "2048", "--out", "tokens/mine"),
                 "your own text, then:",
             ),
             (
-                'argonne pretrain nano-3.0 --run runs/mine --data.sources \'[{ path = "tokens/mine", max_epochs = 20 '
-                "}]' --train.steps 1000",
-                "a longer run; stop it with Ctrl-C or kill, start it again and it goes on exactly where it was",
+                ("pretrain", "nano-3.0", "--run", "runs/mine", "--data.sources", "tokens/mine"),
+                "a run of your own; stop it with Ctrl-C or kill, start it again and it goes on exactly where it was",
             ),
-            (f"argonne report {run} runs/mine --out both.html", "two runs in the same axes"),
-            (
-                f"argonne pretrain nano-2.5 --run runs/older --data.sources {sources}",
-                "an earlier architecture on the same text",
-            ),
-            ("argonne models", "the architectures of all generations, with their exact sizes"),
+            (("models",), "the architectures of all generations, with their exact sizes"),
         ):
-            self.log(f"  {command}\n      {meaning}")
+            self.log(f"  argonne {shlex.join(words)}\n      {meaning}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from argonne.config import Recipe
+from argonne.config import CHAT_STAGES, Recipe
 from argonne.data.dataset import open_training_data
 from argonne.parallel.objective import Objective
 from argonne.stages.session import run_session
@@ -43,7 +43,7 @@ def run(
     recipe: Recipe,
     run_folder: Path,
     *,
-    stage: Stage = PRETRAIN,
+    stage: Stage | None = None,
     resume_from: Path | None = None,
     allow: Iterable[str] = (),
     stop_after_step: int | None = None,
@@ -56,6 +56,7 @@ def run(
     """Train `recipe` in `run_folder`, resuming by itself where the run exists. Raises InputError for anything wrong
     with recipe, data or run. Every stage that has a verb is run here.
 
+    `stage`: one's own, instead of the one that the recipe names.
     `watch`: it knows of requests to stop since the command began. `profile`: write a trace of a few steps.
     `rewind`: go back to this step's checkpoint of the run. `take_over`: the process of another machine that has the run
     is dead. `data_from_start`: with a `.pt` of the family as `resume_from`, begin the data at its start whatever the
@@ -64,7 +65,7 @@ def run(
     session = Session(
         recipe=recipe,
         folder=run_folder,
-        stage=stage,
+        stage=stage or stage_of(recipe),
         resume_from=resume_from,
         allow=frozenset(allow),
         stop_after_step=stop_after_step,
@@ -75,3 +76,16 @@ def run(
         take_over=take_over,
     )
     return RunResult(run_folder, run_session(session))
+
+
+def stage_of(recipe: Recipe) -> Stage:
+    """The stage that `recipe.stage` names; only its own files are opened."""
+    if recipe.stage == "dpo":
+        from argonne.stages.dpo import DPO
+
+        return DPO
+    if recipe.stage in CHAT_STAGES:
+        from argonne.stages.sft import SFT
+
+        return SFT
+    return PRETRAIN

@@ -123,7 +123,6 @@ def _train(job: dict[str, Any]) -> int:
     """0 (complete) or 3 (stopped)."""
     if job.get("command"):
         return _command(job)
-    from argonne.cli.train import stage_of
     from argonne.recipe import load_recipe
     from argonne.stages.pretrain import run
     from tests.crash import faults, plants
@@ -135,7 +134,7 @@ def _train(job: dict[str, Any]) -> int:
     if job.get("record"):
         plants.record_batches(Path(job["record"]))
     recipe = load_recipe(job["recipe"], {})
-    result = run(recipe, Path(job["run"]), stage=stage_of(recipe), stop_after_step=job.get("stop_after"))
+    result = run(recipe, Path(job["run"]), stop_after_step=job.get("stop_after"))
     return 0 if result.outcome.complete else 3
 
 

@@ -105,7 +105,8 @@ def test_worked_steps_give_the_result_digit_by_digit(a: int, b: int, sign: int) 
     if sign < 0:
         a, b = max(a, b), min(a, b)
     problem = Problem("sum", "", a, b, sign)
-    lines = problem.steps.splitlines()[1:]
+    *lines, last = problem.steps.splitlines()[1:]
+    assert last == f"= {problem.result}"
     digits = "".join(line.split()[1].rpartition("=")[2][-1] for line in reversed(lines))
     assert int(digits) == problem.result
     assert lines[0].split()[0] == "ones"
@@ -142,3 +143,22 @@ def test_a_flag_of_other_tasks_is_refused(tmp_path: Path, capsys: pytest.Capture
 
 def test_numbers_are_read_whole() -> None:
     assert last_number("1,234,567 and -0.25") == Decimal("-0.25")
+
+
+def test_a_trace_counts_as_closed_and_as_leading_to_the_answer(tokenizer: TextTokenizer) -> None:
+    texts = (
+        "<think>\n= 5\n</think>\nThe answer is 5.",
+        "<think>\n= 5\n</think>\n6",
+        "<think>\n</think>\n5",
+        "<think>\n= 5",
+        "5",
+    )
+    found = measured(Sums(), tokenizer, list(texts), limit=5)
+    assert (found["closed"], found["consistent"], found["sentences"]) == (0.4, 0.2, 0.2)
+    assert "40.0% think and close it" in "\n".join(Sums().lines(found))
+
+
+def test_sampled_answers_are_looked_at_apart_from_the_greedy_ones(tokenizer: TextTokenizer) -> None:
+    texts = ["5", "The answer is 5.", "7", "<think>\n7\n</think>\nThe answer is 7."]
+    found = measured(Sums(), tokenizer, texts, limit=2, samples=1)
+    assert (found["sentences"], found["sampled"]["sentences"], found["sampled"]["closed"]) == (0.0, 1.0, 0.5)

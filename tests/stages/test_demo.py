@@ -1,62 +1,79 @@
-"""The demo with few modules and few steps: what it makes, what it says, that it goes on after an interruption. And its
-corpus.
+"""The demo at a tenth, with few modules: what it makes, what it says, that it goes on after an interruption. Its floors,
+at full size with three seeds. And its corpus.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from argonne.cli.command import build_parser, parse_overrides
 from argonne.errors import InputError
+from argonne.recipe import load_recipe
 from argonne.report.records import read_metrics
 from argonne.stages.corpus import MODULES, write_corpus
-from argonne.stages.demo import run_demo
+from argonne.stages.demo import LESSONS, run_demo
 
 FEW = ("json", "csv", "argparse", "textwrap", "string", "shutil", "logging", "pathlib", "statistics", "typing")
-SHORT = {
-    "train.steps": "8",
-    "schedule.warmup": "2",
-    "batch.tokens_per_step": "512",
-    "eval.every_steps": "4",
-    "log.every_steps": "1",
-}
+STAGES = [*(lesson.folder for lesson in LESSONS), "model"]
+Finished = tuple[Path, str, dict[str, dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A finished demo's folder and everything it said."""
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """A finished demo's folder, everything it said, and what it measured."""
     out = tmp_path_factory.mktemp("demo") / "a folder"
     said: list[str] = []
-    run_demo(out, overrides=SHORT, modules=FEW, log=said.append)
-    return out, "\n".join(said)
+    measured = run_demo(out, scale=0.1, modules=FEW, log=said.append)
+    return out, "\n".join(said), measured
 
 
-def test_the_demo_leaves_a_model_a_report_and_the_data(finished: tuple[Path, str]) -> None:
-    out, _ = finished
-    for name in (
-        "corpus.jsonl",
-        "tokens/manifest.json",
-        "tokens/tokenizer/tokenizer.json",
-        "run/report.html",
-        "run/COMPLETE",
-        "run/final_model/config.json",
-    ):
+def test_the_demo_goes_the_whole_way_and_leaves_a_model_and_a_report(finished: Finished) -> None:
+    out, _, measured = finished
+    assert list(measured) == STAGES
+    for name in ("corpus.jsonl", "tokenizer/tokenizer.json", "documentation/manifest.json", "model/config.json"):
         assert (out / name).is_file(), name
+    for lesson in LESSONS:
+        assert (out / lesson.folder / "COMPLETE").is_file()
+        assert (out / lesson.folder / "report.html").is_file()
+    assert json.loads((out / "model" / "config.json").read_text())["max_position_embeddings"] == 1024
 
 
-def test_it_stops_and_resumes_once_on_the_way(finished: tuple[Path, str]) -> None:
-    metrics = read_metrics(finished[0] / "run")
-    assert [record["step"] for record in metrics.of("stop")] == [4]
-    assert [record["step"] for record in metrics.of("resume")] == [4]
-    assert metrics.series("step", "loss")[0] == list(range(1, 9))
-    assert "Stopped on purpose after step 4" in finished[1]
+def test_each_stage_begins_with_the_weights_of_the_one_before(finished: Finished) -> None:
+    out, _, _ = finished
+    for lesson in LESSONS[1:]:
+        parent = json.loads((out / lesson.folder / "manifest.json").read_text())["parent"]
+        before = json.loads((out / str(lesson.start) / "manifest.json").read_text())
+        assert parent["run_id"] == before["run_id"]
 
 
-def test_it_sets_the_models_bits_per_byte_beside_the_baselines(finished: tuple[Path, str]) -> None:
+def test_it_stops_and_resumes_once_on_the_way(finished: Finished) -> None:
+    metrics = read_metrics(finished[0] / "pretrain")
+    assert [record["step"] for record in metrics.of("stop")] == [20]
+    assert [record["step"] for record in metrics.of("resume")] == [20]
+    assert metrics.records[-1]["step"] == 40
+    assert "Stopped on purpose after step 20" in finished[1]
+
+
+def test_what_each_stage_changed_stands_side_by_side_on_the_page(finished: Finished) -> None:
+    out, _, measured = finished
+    page = (out / "report.html").read_text()
+    head = re.findall(r"<th>(.*?)</th>", page)
+    assert head == ["", *STAGES, "question", *STAGES]
+    for found in measured.values():
+        assert f"{found['bpb']['bits_per_byte']:.3f}<" in page
+        assert f"{found['sums']['sampled']['sentences']:.1%}<" in page
+    for lesson in LESSONS:
+        assert (out / re.findall(rf'href="([^"]*{lesson.folder}/[^"]*)"', page)[0]).is_file()
+
+
+def test_it_sets_the_models_bits_per_byte_beside_the_baselines(finished: Finished) -> None:
     figures = {
         name: float(value) for name, value in re.findall(r"^ {6}(\S.*?) {2,}(\d+\.\d{3})", finished[1], re.MULTILINE)
     }
@@ -69,33 +86,29 @@ def test_it_sets_the_models_bits_per_byte_beside_the_baselines(finished: tuple[P
     )
 
 
-def test_it_names_the_verb_of_each_stage_and_says_what_to_try_next(finished: tuple[Path, str]) -> None:
-    for verb in ("prepare", "pretrain", "eval", "generate", "report"):
-        assert f"$ argonne {verb} " in finished[1]
-    assert "What to try next" in finished[1]
-
-
-def test_the_commands_it_shows_are_understood_by_the_command_line(finished: tuple[Path, str]) -> None:
-    import shlex
-
-    from argonne.cli.command import build_parser, parse_overrides
-    from argonne.recipe import load_recipe
-
+def test_the_commands_it_shows_are_understood_by_the_command_line(finished: Finished) -> None:
     commands = [shlex.split(line) for line in re.findall(r"^ +(?:\$ )?argonne (.+)$", finished[1], re.MULTILINE)]
-    assert len(commands) >= 10
+    verbs = {command[0] for command in commands}
+    assert {lesson.verb for lesson in LESSONS} | {"tokenizer", "prepare", "merge", "eval", "chat", "report"} < verbs
     for command in commands:
         options, rest = build_parser(command).parse_known_args(command)
-        if options.verb == "pretrain":
+        if "recipe" in options:
             load_recipe(options.recipe, parse_overrides(rest))
         else:
             assert rest == []
 
 
-def test_a_second_demo_in_the_same_folder_finds_everything_done(finished: tuple[Path, str]) -> None:
-    out, _ = finished
-    before = (out / "run" / "metrics.jsonl").read_bytes()
-    run_demo(out, overrides=SHORT, modules=FEW, log=lambda text: None)
-    assert (out / "run" / "metrics.jsonl").read_bytes() == before
+def test_a_second_demo_in_the_same_folder_finds_everything_done(finished: Finished) -> None:
+    out, _, measured = finished
+    names = [path for path in out.rglob("*") if path.name in ("metrics.jsonl", "model.safetensors")]
+    before = {path: path.read_bytes() for path in names}
+    assert run_demo(out, scale=0.1, modules=FEW, log=lambda text: None) == measured
+    assert {path: path.read_bytes() for path in names} == before
+
+
+def test_a_demo_that_was_begun_otherwise_is_not_gone_on_with(finished: Finished) -> None:
+    with pytest.raises(InputError, match=r"was begun with .*0\.1.* now .*'seed': 3"):
+        run_demo(finished[0], seed=3, scale=0.1)
 
 
 def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path: Path) -> None:
@@ -103,6 +116,26 @@ def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is no demo folder"):
         run_demo(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_way_at_full_size_ends_with_a_model_that_reasons(seed: int, tmp_path: Path) -> None:
+    found = run_demo(tmp_path / "demo", seed=seed)
+    for name, tasks in found.items():
+        sums, turns = tasks["sums"], tasks["turns"]
+        shares = {key: sums[key] for key in ("exact_match", "closed", "consistent", "sentences")}
+        sampled = sums["sampled"]["sentences"]
+        print(seed, name, shares, sampled, turns["exact_match"], tasks["bpb"]["bits_per_byte"])
+    assert max(found[name]["sums"]["exact_match"] for name in ("pretrain", "midtrain", "sft")) <= 0.05
+    for name in ("cot-sft", "dpo", "model"):
+        assert found[name]["sums"]["exact_match"] >= 0.80
+        assert min(found[name]["sums"][key] for key in ("closed", "consistent")) >= 0.95
+        assert found[name]["turns"]["exact_match"] >= 0.85
+    assert 0.35 <= found["cot-sft"]["sums"]["sampled"]["sentences"] <= 0.65
+    assert found["dpo"]["sums"]["sampled"]["sentences"] >= 0.95
+    assert found["dpo"]["sums"]["exact_match"] >= found["cot-sft"]["sums"]["exact_match"] - 0.05
 
 
 # --------------------------------------------------------------------------------------------------------- corpus

@@ -1,0 +1,90 @@
+"""A conversation with a model, turn by turn: what `argonne chat` shows in a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from argonne.data.chat import Conversation, Message, template_of
+from argonne.errors import InputError
+from argonne.serve.engine import Engine, stream_ids
+from argonne.serve.options import SamplingOptions
+from argonne.serve.text_stream import TextStream
+
+HELP = "/new begins another conversation, /quit ends; Ctrl-C stops an answer"
+
+
+class Chat:
+    """Keeps the conversation and answers under it. `dropped`: turns that no longer fit into the model's context."""
+
+    def __init__(self, engine: Engine, options: SamplingOptions, system: str | None = None) -> None:
+        self.engine, self.options, self.template = engine, options, template_of(engine.tokenizer)
+        self.system = (Message("system", system),) if system else ()
+        self.turns: list[Message] = []
+        self.dropped = 0
+
+    def prompt(self) -> list[int]:
+        """The conversation in ids, its oldest question and answer left out until the answer has half the context, or
+        as much as it may take.
+        """
+        context = int(self.engine.model.config.max_position_embeddings)
+        while True:
+            ids = self.template.prompt(Conversation((*self.system, *self.turns)))
+            room = min(self.options.max_new_tokens, context // 2)
+            if len(ids) + room <= context or len(self.turns) < 3:
+                return [int(token) for token in ids]
+            self.turns, self.dropped = self.turns[2:], self.dropped + 2
+
+    def answer(self, said: str) -> Iterator[str]:
+        """Pieces of the answer to what was said, as soon as they are certain. Left early, what was shown counts as the
+        answer.
+        """
+        before = self.turns, self.dropped
+        self.turns = [*self.turns, Message("user", said)]
+        ids, stops, pieces = self.prompt(), self.template.stop_ids, []
+        text = TextStream(self.engine.tokenizer, ids)
+        try:
+            for (token,) in stream_ids(self.engine.model, [ids], self.options, stops):
+                if token is not None and token not in stops and (piece := text.push(token)):
+                    pieces.append(piece)
+                    yield piece
+            if piece := text.finish():
+                pieces.append(piece)
+                yield piece
+        except InputError:
+            self.turns, self.dropped = before  # too long a question: the conversation stands as it did
+            raise
+        finally:
+            if self.turns and self.turns[-1].role == "user":
+                self.turns.append(Message("assistant", "".join(pieces)))
+
+
+def talk(chat: Chat, read: Callable[[str], str], write: Callable[[str], None]) -> None:
+    """Questions and answers until `/quit` or the end of input. `read` shows its prompt and gives a line, or raises
+    EOFError.
+    """
+    write(f"{HELP}\n")
+    while True:
+        try:
+            said = read("\n> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            write("\n")
+            return
+        if said == "/quit":
+            return
+        if said == "/new":
+            chat.turns.clear()
+            write("a new conversation\n")
+        elif said.startswith("/"):
+            write(f"{said.split()[0]} is not known: {HELP}\n")
+        elif said:
+            before = chat.dropped
+            try:
+                for piece in chat.answer(said):
+                    write(piece)
+            except KeyboardInterrupt:
+                write(" [stopped]")
+            except InputError as error:
+                write(str(error))
+            write("\n")
+            if chat.dropped > before:
+                write(f"[{chat.dropped - before} earlier turns no longer fit into the context and were left out]\n")
