@@ -95,7 +95,7 @@ def check_the_run_is_what_the_readme_says(run: Path) -> None:
 @pytest.mark.timeout(3600)
 def test_the_readme_runs_word_by_word_with_the_demo(tmp_path: Path) -> None:
     take(GUIDES[0].read_text(), fresh_clone(tmp_path), RECURSING["README.md"])
-    check_the_run_is_what_the_readme_says(tmp_path / "demo" / "run")
+    check_the_run_is_what_the_readme_says(tmp_path / "demo" / "pretrain")
 
 
 PLANTED = {

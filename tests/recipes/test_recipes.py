@@ -156,7 +156,8 @@ def test_a_recipe_of_conversations_starts_from_its_own_generation(name: str) -> 
     recipe = load_recipe(name)
     start = str(recipe.model.init_from).removeprefix("runs/")
     assert load_recipe(start).model.preset == recipe.model.preset
-    assert load_recipe(start).stage in ("pretrain" if recipe.stage == "sft" else "sft", "midtrain")
+    befores = {"sft": ("pretrain", "midtrain"), "cot-sft": ("sft",), "dpo": ("sft", "cot-sft")}
+    assert load_recipe(start).stage in befores[recipe.stage]
     assert recipe.data.sequence_length <= (recipe.model.max_position_embeddings or 0)
 
 

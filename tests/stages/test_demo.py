@@ -1,5 +1,5 @@
-"""The demo at a tenth, with few modules: what it makes, what it says, that it goes on after an interruption. Its floors,
-at full size with three seeds. And its corpus.
+"""The demo at a tenth, with few modules: what it makes, what it says, that it goes on after an interruption. Its
+floors, at full size with three seeds. And its corpus.
 """
 
 from __future__ import annotations
