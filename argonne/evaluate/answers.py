@@ -1,15 +1,14 @@
-"""Requests to answers: batches of like length on the engine that serves."""
+"""Requests to answers, on the engine that serves."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import groupby
 from typing import Any
 
 from argonne.evaluate.requests import AnswerRequest
-from argonne.serve.engine import Completion, complete_ids
+from argonne.serve.engine import Completion, decoder_for
 
-ROWS = 32
+ROWS = 64
 
 
 def answer(
@@ -19,21 +18,18 @@ def answer(
     rows: int = ROWS,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Completion]:
-    """Answer every request, in the order given. `rows`: of a batch, which holds requests of the same options alone.
-    `progress` is called with (requests done, requests in all).
+    """Answer every request, in the order given, at most `rows` at once. `progress` is called with (requests done,
+    requests in all).
     """
-
-    def kind(number: int) -> tuple[Any, ...]:
-        return requests[number].options, requests[number].stops
-
-    answers: dict[int, Completion] = {}
-    order = sorted(range(len(requests)), key=lambda number: (repr(kind(number)), -len(requests[number].ids)))
-    for (options, stops), group in groupby(order, kind):
-        numbers = list(group)
-        for start in range(0, len(numbers), rows):
-            batch = numbers[start : start + rows]
-            prompts = [requests[number].ids.tolist() for number in batch]
-            answers.update(zip(batch, complete_ids(model, prompts, options, stops), strict=True))
-            if progress is not None:
-                progress(len(answers), len(requests))
-    return [answers[number] for number in range(len(requests))]
+    prompts = [request.ids.tolist() for request in requests]
+    decoder = decoder_for(model, prompts, [request.options.max_new_tokens for request in requests], rows)
+    answers = [
+        decoder.submit(prompt, request.options, request.stops)
+        for prompt, request in zip(prompts, requests, strict=True)
+    ]
+    done = 0
+    while decoder.busy:
+        done += sum(changed.stop is not None for changed in decoder.step())
+        if progress is not None:
+            progress(done, len(answers))
+    return [Completion(found.ids, str(found.stop)) for found in answers]

@@ -8,7 +8,6 @@ from argonne.data.chat import Conversation, Message, template_of
 from argonne.errors import InputError
 from argonne.serve.engine import Engine, stream_ids
 from argonne.serve.options import SamplingOptions
-from argonne.serve.text_stream import TextStream
 
 HELP = "/new begins another conversation, /quit ends; Ctrl-C stops an answer"
 
@@ -41,13 +40,8 @@ class Chat:
         before = self.turns, self.dropped
         self.turns = [*self.turns, Message("user", said)]
         ids, stops, pieces = self.prompt(), self.template.stop_ids, []
-        text = TextStream(self.engine.tokenizer, ids)
         try:
-            for (token,) in stream_ids(self.engine.model, [ids], self.options, stops):
-                if token is not None and token not in stops and (piece := text.push(token)):
-                    pieces.append(piece)
-                    yield piece
-            if piece := text.finish():
+            for piece in stream_ids(self.engine.model, self.engine.tokenizer, ids, self.options, stops):
                 pieces.append(piece)
                 yield piece
         except InputError:

@@ -1,6 +1,4 @@
-"""Generation: a key-value cache, batches of prompts, streaming. One engine for `argonne generate`, the trainer's
-samples and serving.
-"""
+"""Prompts to texts: one engine for `argonne generate` and `chat`, the trainer's samples, evaluation and serving."""
 
 from __future__ import annotations
 
@@ -9,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from argonne.errors import InputError
-from argonne.serve.options import SamplingOptions
-from argonne.serve.sampling import Sampler
+from argonne.serve.decoder import Answer, Decoder
+from argonne.serve.options import SamplingOptions, Shaping
 from argonne.serve.text_stream import TextStream
 from argonne.tokens.tokenizer import TextTokenizer, load_tokenizer
+
+ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -28,68 +26,16 @@ class Completion:
     stop: str
 
 
-def stream_ids(
-    model: Any, prompts: Sequence[Sequence[int]], options: SamplingOptions, eos_ids: Sequence[int]
-) -> Iterator[list[int | None]]:
-    """Continue every prompt by one token a step: yields a list with each row's new id, None for a row that has ended.
-
-    A row ends after its EOS (which is yielded) or where options or the model's context end. Dropout is off meanwhile,
-    and the model's mode is put back after. Raises InputError for an empty prompt or one that fills the model's context.
-    """
-    room = _room(model, prompts)
-    device = next(model.parameters()).device
-    sampler = Sampler(options, len(prompts))
-    stops = frozenset(eos_ids)
-    longest = max(map(len, prompts))
-    filler = next(iter(stops), 0)
-    ids = torch.tensor([[filler] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    padded = not bool(mask.all())
-    running = [True] * len(prompts)
-    cache: Any = None
-    training = model.training
-    model.eval()
-    try:
-        for _ in range(min(options.max_new_tokens, room)):
-            positions = (mask.cumsum(dim=1) - 1).clamp_min(0)[:, -ids.shape[1] :]
-            with torch.no_grad():
-                out = model(
-                    input_ids=ids,
-                    attention_mask=mask if padded else None,
-                    position_ids=positions,
-                    past_key_values=cache,
-                    use_cache=True,
-                    logits_to_keep=1,
-                )
-            cache = out.past_key_values
-            chosen = sampler.choose(out.logits[:, -1])
-            found = chosen.tolist()
-            yield [token if alive else None for token, alive in zip(found, running, strict=True)]
-            running = [alive and token not in stops for token, alive in zip(found, running, strict=True)]
-            if not any(running):
-                return
-            ids = chosen[:, None]
-            mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
-    finally:
-        model.train(training)
-
-
-def _room(model: Any, prompts: Sequence[Sequence[int]]) -> int:
-    """Tokens that fit behind the longest prompt."""
-    if not prompts or not all(prompts):
-        raise InputError("prompt: found no token, expected at least one; give some text")
-    longest, context = max(map(len, prompts)), int(model.config.max_position_embeddings)
-    if longest >= context:
-        raise InputError(
-            f"prompt: found {longest:,} tokens, expected fewer than the model's context of {context:,}; shorten it"
-        )
-    return context - longest
+def decoder_for(model: Any, prompts: Sequence[Sequence[int]], most: Sequence[int], rows: int = ROWS) -> Decoder:
+    """One that has room for these prompts with so many new tokens, in passes of the same number of rows throughout."""
+    longest = max((len(prompt) + count for prompt, count in zip(prompts, most, strict=True)), default=1)
+    return Decoder(model, rows=max(1, min(rows, len(prompts))), context=longest, deterministic=True)
 
 
 def complete_ids(
     model: Any, prompts: Sequence[Sequence[int]], options: SamplingOptions, eos_ids: Sequence[int]
 ) -> list[Completion]:
-    """All prompts in one batch, to their ends."""
+    """All prompts, to their ends; the seed of each is the one before plus 1."""
     work = completing(model, prompts, options, eos_ids)
     while True:
         try:
@@ -101,18 +47,61 @@ def complete_ids(
 def completing(
     model: Any, prompts: Sequence[Sequence[int]], options: SamplingOptions, eos_ids: Sequence[int]
 ) -> Generator[None, None, list[Completion]]:
-    """The same as work that yields after every token."""
-    rows: list[list[int]] = [[] for _ in prompts]
-    ended = [False] * len(prompts)
-    for step in stream_ids(model, prompts, options, eos_ids):
-        for number, token in enumerate(step):
-            if token in eos_ids:
-                ended[number] = True
-            elif token is not None:
-                rows[number].append(token)
+    """The same as work that yields after every step."""
+    decoder = decoder_for(model, prompts, [options.max_new_tokens] * len(prompts))
+    answers = [decoder.submit(prompt, options.with_seed(row), eos_ids) for row, prompt in enumerate(prompts)]
+    while decoder.busy:
+        decoder.step()
         yield
-    limit = "length" if options.max_new_tokens <= _room(model, prompts) else "context"
-    return [Completion(row, "eos" if end else limit) for row, end in zip(rows, ended, strict=True)]
+    return [Completion(answer.ids, str(answer.stop)) for answer in answers]
+
+
+class Spoken:
+    """The text of an answer while it grows: never half a character, never what may become a stop text."""
+
+    def __init__(self, decoder: Decoder, answer: Answer, tokenizer: TextTokenizer) -> None:
+        self._decoder, self.answer = decoder, answer
+        self._stream, self._read, self._held = TextStream(tokenizer, answer.prompt), 0, ""
+
+    def more(self) -> str:
+        """The text that is certain since the last call. Ends the answer where a stop text stands in it."""
+        answer, stops = self.answer, self.answer.chooser.shaping.stop
+        for token in answer.ids[self._read :]:
+            self._held += self._stream.push(token)
+        self._read = len(answer.ids)
+        if answer.stop is not None:
+            self._held += self._stream.finish()
+        found = [place for text in stops if (place := self._held.find(text)) >= 0]
+        if found:
+            self._decoder.end(answer, "stop")
+            answer.stop = "stop"
+            told, self._held = self._held[: min(found)], ""
+            return told
+        kept = 0 if answer.stop is not None else max((_overlap(self._held, text) for text in stops), default=0)
+        told, self._held = self._held[: len(self._held) - kept], self._held[len(self._held) - kept :]
+        return told
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Characters at the end of `text` with which `stop` begins."""
+    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
+
+
+def stream_ids(
+    model: Any,
+    tokenizer: TextTokenizer,
+    prompt: Sequence[int],
+    options: SamplingOptions,
+    stops: Sequence[int],
+    shaping: Shaping | None = None,
+) -> Iterator[str]:
+    """Pieces of the continuation of one prompt, as soon as they are certain."""
+    decoder = decoder_for(model, [prompt], [options.max_new_tokens])
+    answer = decoder.submit(prompt, options, stops, shaping=shaping)
+    spoken = Spoken(decoder, answer, tokenizer)
+    while answer.stop is None:
+        decoder.step()
+        yield spoken.more()
 
 
 def stop_ids(model: Any, tokenizer: TextTokenizer) -> list[int]:
@@ -134,14 +123,8 @@ def prompt_ids(tokenizer: TextTokenizer, prompt: str) -> list[int]:
 
 
 def stream_text(model: Any, tokenizer: TextTokenizer, prompt: str, options: SamplingOptions) -> Iterator[str]:
-    """Pieces of the continuation, as soon as they are certain; never half a character, never the EOS."""
-    ids, stops = prompt_ids(tokenizer, prompt), stop_ids(model, tokenizer)
-    text = TextStream(tokenizer, ids)
-    for (token,) in stream_ids(model, [ids], options, stops):
-        if token is not None and token not in stops and (piece := text.push(token)):
-            yield piece
-    if piece := text.finish():
-        yield piece
+    """Pieces of the continuation, one a token ("" while a character is incomplete); never the EOS."""
+    return stream_ids(model, tokenizer, prompt_ids(tokenizer, prompt), options, stop_ids(model, tokenizer))
 
 
 @dataclass(frozen=True)
@@ -156,7 +139,7 @@ class Engine:
         return stream_text(self.model, self.tokenizer, prompt, options)
 
     def complete(self, prompts: Sequence[str], options: SamplingOptions) -> list[str]:
-        """Continuations of several prompts, computed as one batch."""
+        """Continuations of several prompts, computed together."""
         rows = [prompt_ids(self.tokenizer, prompt) for prompt in prompts]
         done = complete_ids(self.model, rows, options, stop_ids(self.model, self.tokenizer))
         texts = []

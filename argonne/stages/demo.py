@@ -24,7 +24,7 @@ HOLD_OUT = 0.05
 SEED = 444
 FACTS = 0.3  # of the tokens of pretraining and midtraining
 PASSES = 20.0  # over a source, at most
-MERGE = {"cot-sft": 0.5, "dpo": 0.5}
+MERGE = {"cot-sft": 0.3, "dpo": 0.7}
 ANSWER_TOKENS = 100  # the longest worked steps take 90
 TEXT_TOKENS = 50_000  # of held-out documentation
 QUESTIONS = 500
@@ -175,10 +175,10 @@ class _Demo:
         """Write what a chat stage learns from; its name."""
         seed = self.seed + LESSONS.index(lesson)
         if lesson.verb == "sft":
-            counts = [self.scaled(count) for count in (2400, 300, 1300)]
+            counts = [self.scaled(count) for count in (2700, 300, 1000)]
             name, rows = "chat.jsonl", lessons.chat_rows(self.quoted(seed), counts, seed)
         elif lesson.verb == "cot-sft":
-            counts = [self.scaled(count) for count in (5000, 1400, 15_000)]
+            counts = [self.scaled(count) for count in (7000, 1400, 14_000)]
             name, rows = "thoughts.jsonl", lessons.thought_rows(self.quoted(seed), counts, seed)
         else:
             name, rows = "pairs.jsonl", lessons.pair_rows(self.scaled(700), seed)

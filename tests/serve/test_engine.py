@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from argonne.errors import InputError
 from argonne.model.build import build_model, config_from_fields
 from argonne.presets import preset
-from argonne.serve.engine import complete_ids, prompt_ids, stop_ids, stream_ids, stream_text
+from argonne.serve.engine import complete_ids, prompt_ids, stop_ids, stream_text
 from argonne.serve.options import SamplingOptions
-from argonne.serve.sampling import Sampler
+from argonne.serve.sampling import Chooser
 from argonne.serve.text_stream import TextStream
 from argonne.tokens.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 
@@ -81,10 +81,7 @@ def test_a_batch_of_prompts_of_different_lengths_gives_what_each_gives_alone(mod
     for options in (GREEDY, SamplingOptions(max_new_tokens=12, temperature=1.0, top_k=20, seed=3)):
         together = complete_ids(model, prompts, options, eos_ids=[])
         for row, prompt in enumerate(prompts):
-            alone = SamplingOptions(
-                options.max_new_tokens, options.temperature, options.top_k, options.top_p, options.seed + row
-            )
-            assert complete_ids(model, [prompt], alone, eos_ids=[])[0] == together[row]
+            assert complete_ids(model, [prompt], options.with_seed(row), eos_ids=[])[0] == together[row]
 
 
 class ForcedEos(torch.nn.Module):
@@ -116,9 +113,9 @@ def test_a_row_that_has_ended_says_no_more_while_the_others_go_on(model: Any) ->
     (first, second) = complete_ids(model, [[5, 9], [70, 71]], GREEDY, eos_ids=[])
     end = next(token for token in first.ids[1:] if token not in second.ids)
     place = first.ids.index(end)
-    steps = list(stream_ids(model, [[5, 9], [70, 71]], GREEDY, eos_ids=[end]))
-    assert [step[0] for step in steps] == [*first.ids[: place + 1], *[None] * (len(steps) - place - 1)]
-    assert [step[1] for step in steps] == second.ids
+    ended, other = complete_ids(model, [[5, 9], [70, 71]], GREEDY, eos_ids=[end])
+    assert (ended.ids, ended.stop) == (first.ids[:place], "eos")
+    assert other == second
 
 
 def test_generation_ends_where_the_context_is_full(model: Any) -> None:
@@ -195,8 +192,8 @@ def test_options_out_of_range_are_named(wrong: dict[str, Any]) -> None:
 
 def draws(options: SamplingOptions, logits: torch.Tensor, count: int = 4000) -> torch.Tensor:
     """Share of each id among `count` draws from one row of logits."""
-    sampler = Sampler(options, 1)
-    found = torch.stack([sampler.choose(logits[None]) for _ in range(count)]).flatten()
+    chooser = Chooser(options)
+    found = torch.tensor([chooser.choose(logits, [])[0] for _ in range(count)])
     return torch.bincount(found, minlength=len(logits)).double() / count
 
 

@@ -1,0 +1,265 @@
+"""Many answers at once: each is what it is alone, whoever joins and leaves; cached, chunked and shared reading equal
+the plain recompute.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from argonne.errors import InputError
+from argonne.serve.decoder import Answer, Decoder
+from argonne.serve.options import SamplingOptions, Shaping
+from argonne.serve.sampling import Chooser
+from tests.serve.test_engine import make_model
+
+GENERATIONS = ["nano-1.0", "nano-2.5", "nano-3.0"]
+GREEDY = SamplingOptions(max_new_tokens=24, temperature=0.0)
+
+
+def model_of(generation: str, dtype: torch.dtype = torch.float32) -> Any:
+    window = {"sliding_window": 8} if generation == "nano-3.0" else {}
+    return make_model(generation, max_position_embeddings=256, **window).to(dtype).eval()
+
+
+def prompts(count: int, longest: int, seed: int = 0) -> list[list[int]]:
+    draw = random.Random(seed)
+    return [[draw.randrange(300) for _ in range(draw.randint(1, longest))] for _ in range(count)]
+
+
+def finish(decoder: Decoder) -> None:
+    while decoder.busy:
+        decoder.step()
+
+
+def recomputed(model: Any, prompt: list[int], count: int) -> list[torch.Tensor]:
+    """The logits behind each token of a greedy continuation, without a cache."""
+    ids, found = list(prompt), []
+    for _ in range(count):
+        with torch.no_grad():
+            found.append(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1])
+        ids.append(int(found[-1].argmax()))
+    return found
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_batched_chunked_cached_decoding_is_the_plain_recompute_in_float64(generation: str) -> None:
+    model = model_of(generation, torch.float64)
+    asked = prompts(7, 60)
+    decoder = Decoder(model, rows=4, chunk=16)
+    answers = [decoder.submit(prompt, GREEDY, []) for prompt in asked]
+    finish(decoder)
+    for prompt, answer in zip(asked, answers, strict=True):
+        assert answer.ids == [int(logits.argmax()) for logits in recomputed(model, prompt, 24)]
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_in_fp32_an_answer_leaves_the_recompute_only_where_two_logits_are_as_good(generation: str) -> None:
+    model = model_of(generation)
+    asked = prompts(40, 60, seed=1)
+    decoder = Decoder(model, rows=16, chunk=32)
+    answers = [decoder.submit(prompt, GREEDY, []) for prompt in asked]
+    finish(decoder)
+    differ = 0
+    for prompt, answer in zip(asked, answers, strict=True):
+        logits = recomputed(model, prompt, 24)
+        place = next((at for at, one in enumerate(logits) if int(one.argmax()) != answer.ids[at]), None)
+        if place is not None:
+            best = logits[place].topk(2).values
+            assert float(best[0] - best[1]) <= 1e-4 * float(best[0].abs())
+            differ += 1
+    assert differ <= 0.01 * len(asked)
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_answers_that_share_a_prompt_are_those_that_read_it_themselves(generation: str) -> None:
+    model = model_of(generation)
+    (prompt,) = prompts(1, 60, seed=2)
+    how = SamplingOptions(max_new_tokens=12, temperature=1.0)
+    together = Decoder(model, rows=4, chunk=16, deterministic=True)
+    first = together.submit(prompt, how, [])
+    shared = [first, *(together.submit(prompt, how.with_seed(n), [], like=first) for n in (1, 2, 3))]
+    finish(together)
+    for number, answer in enumerate(shared):
+        alone = Decoder(model, rows=4, chunk=16, deterministic=True)
+        found = alone.submit(prompt, how.with_seed(number), [])
+        finish(alone)
+        assert found.ids == answer.ids
+    assert len({tuple(answer.ids) for answer in shared}) > 1
+
+
+class Counted(torch.nn.Module):
+    """A model that keeps the shape of each pass."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.inner, self.config, self.shapes = model, model.config, []
+
+    def forward(self, **inputs: Any) -> Any:
+        self.shapes.append(tuple(inputs["input_ids"].shape))
+        return self.inner(**inputs)
+
+
+def test_a_shared_prompt_is_read_once() -> None:
+    model = Counted(model_of("nano-2.5"))
+    decoder = Decoder(model, rows=4, chunk=16)
+    first = decoder.submit([5] * 40, GREEDY, [])
+    for _ in range(3):
+        decoder.submit([5] * 40, GREEDY, [], like=first)
+    finish(decoder)
+    assert [shape for shape in model.shapes if shape[1] > 1] == [(1, 16), (1, 16), (1, 8)]
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_an_answer_is_bit_for_bit_the_same_whoever_its_neighbours_are(generation: str) -> None:
+    model = model_of(generation)
+    asked = prompts(20, 70, seed=3)
+    options = [
+        SamplingOptions(max_new_tokens=5 + number, temperature=float(number % 2), seed=number) for number in range(20)
+    ]
+
+    def run(order: list[int], seed: int) -> dict[int, Answer]:
+        decoder, draw = Decoder(model, rows=8, chunk=32, deterministic=True), random.Random(seed)
+        answers: dict[int, Answer] = {}
+        for number in order:
+            answers[number] = decoder.submit(asked[number], options[number], [7], shaping=Shaping(logprobs=3))
+            for _ in range(draw.randrange(4)):
+                decoder.step()
+        finish(decoder)
+        return answers
+
+    alone = {number: run([number], 0)[number] for number in range(20)}
+    for seed in range(3):
+        order = random.Random(seed).sample(range(20), 20)
+        for number, answer in run(order, seed).items():
+            assert answer.ids == alone[number].ids
+            assert answer.logprobs == alone[number].logprobs  # floats, bit for bit
+
+
+def test_a_long_prompt_does_not_stall_the_others() -> None:
+    decoder = Decoder(model_of("nano-2.5"), rows=4, chunk=16)
+    quick = decoder.submit([5, 6], SamplingOptions(max_new_tokens=20, temperature=0.0), [])
+    decoder.step()
+    decoder.submit([7] * 200, GREEDY, [])
+    before = len(quick.ids)
+    for _ in range(5):
+        decoder.step()
+    assert len(quick.ids) == before + 5
+
+
+def test_a_cancelled_answer_frees_its_slot_at_once() -> None:
+    decoder = Decoder(model_of("nano-2.5"), rows=1)
+    running, waiting = (decoder.submit([5, 6], GREEDY, []) for _ in range(2))
+    decoder.step()
+    assert (decoder.running, decoder.waiting) == (1, 1)
+    decoder.end(running)
+    assert (running.stop, decoder.running) == ("cancelled", 0)
+    decoder.step()
+    assert waiting.ids
+    decoder.end(waiting)
+    assert not decoder.busy
+    third = decoder.submit([5, 6], GREEDY, [])
+    decoder.end(third)
+    assert (third.stop, decoder.busy) == ("cancelled", False)
+
+
+def test_the_pass_shrinks_when_answers_leave_unless_it_is_deterministic() -> None:
+    for deterministic, last in ((False, 1), (True, 8)):
+        model = Counted(model_of("nano-2.5"))
+        decoder = Decoder(model, rows=8, deterministic=deterministic)
+        answers = [
+            decoder.submit([5, number], SamplingOptions(max_new_tokens=30 if number == 7 else 3, temperature=0.0), [])
+            for number in range(8)
+        ]
+        finish(decoder)
+        assert model.shapes[-1] == (last, 1)
+        (alone,) = [answer for answer in answers if len(answer.ids) == 30]
+        assert alone.ids == [int(one.argmax()) for one in recomputed(model.inner, [5, 7], 30)]
+
+
+def test_a_prompt_that_is_empty_or_fills_the_context_is_refused() -> None:
+    decoder = Decoder(model_of("nano-2.5"), context=64)
+    with pytest.raises(InputError, match="found no token"):
+        decoder.submit([], GREEDY, [])
+    with pytest.raises(InputError, match="found 64 tokens, expected fewer than the model's context of 64"):
+        decoder.submit([1] * 64, GREEDY, [])
+
+
+# ------------------------------------------------------------------------------------------------------- shaping
+
+
+def chosen(logits: list[float], options: SamplingOptions, generated: list[int], **more: Any) -> int:
+    return Chooser(options, **more).choose(torch.tensor(logits), generated)[0]
+
+
+def test_a_repetition_penalty_counts_what_was_generated() -> None:
+    strict = SamplingOptions(temperature=0.0, repetition_penalty=2.0)
+    assert chosen([1.0, 3.0, 2.0], strict, []) == 1
+    assert chosen([1.0, 3.0, 2.0], strict, [1]) == 2
+    assert chosen([-1.0, -3.0, -1.5], strict, [0]) == 2
+
+
+def test_a_logit_bias_is_added() -> None:
+    greedy = SamplingOptions(temperature=0.0)
+    assert chosen([1.0, 3.0, 2.0], greedy, [], shaping=Shaping(logit_bias={0: 5.0})) == 0
+    assert chosen([1.0, 3.0, 2.0], greedy, [], shaping=Shaping(logit_bias={1: -100.0})) == 2
+
+
+def test_min_p_drops_what_is_far_less_likely_than_the_best() -> None:
+    logits = torch.tensor([0.6, 0.25, 0.1, 0.05]).log()
+    chooser = Chooser(SamplingOptions(temperature=1.0, top_p=1.0, min_p=0.3))
+    assert {chooser.choose(logits, [])[0] for _ in range(400)} == {0, 1}
+
+
+def test_logprobs_are_the_models_own_whatever_the_sampling() -> None:
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    chooser = Chooser(SamplingOptions(temperature=0.1), Shaping(logprobs=2, logit_bias={3: 50.0}))
+    token, found = chooser.choose(logits, [])
+    assert found is not None
+    assert (token, round(found.chosen, 4)) == (3, round(float(logits[3]), 4))
+    assert [place for place, _ in found.likeliest] == [0, 1]
+
+
+class Even:
+    """Even ids only."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def allowed(self, vocabulary: int) -> torch.Tensor:
+        return torch.arange(vocabulary) % 2 == 0
+
+    def accept(self, token: int) -> None:
+        self.seen.append(token)
+
+
+def test_a_constraint_masks_and_is_told_what_was_chosen() -> None:
+    even = Even()
+    decoder = Decoder(model_of("nano-2.5"), rows=2)
+    answer = decoder.submit([5, 6], GREEDY, [], constraint=even)
+    finish(decoder)
+    assert even.seen == answer.ids
+    assert all(token % 2 == 0 for token in answer.ids)
+
+
+def test_the_likeliest_few_are_those_of_the_whole_vocabulary() -> None:
+    logits = torch.randn(5000, generator=torch.Generator().manual_seed(0)).mul(4).round()  # many are equal
+    for options in (
+        SamplingOptions(temperature=1.0, top_p=0.9),
+        SamplingOptions(temperature=1.0, top_k=40, top_p=1.0),
+        SamplingOptions(temperature=0.7, top_p=0.5, min_p=0.1),
+    ):
+        few, whole = Chooser(options), Chooser(options)
+        probabilities = torch.softmax(logits / options.temperature, 0)
+        values, ids = few._likeliest(probabilities)
+        everything = probabilities.sort(descending=True, stable=True)
+        if len(values) < 5000:
+            # Up to the last value, of which there may be more outside, both lists are one.
+            size = int((values > values[-1]).sum())
+            assert ids[:size].tolist() == everything.indices[:size].tolist()
+        found = everything.values, everything.indices
+        whole._likeliest = lambda given, found=found: found  # type: ignore[misc]
+        assert [few.choose(logits, [])[0] for _ in range(50)] == [whole.choose(logits, [])[0] for _ in range(50)]
