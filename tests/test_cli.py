@@ -302,7 +302,7 @@ complete_line() {
 }
 complete_line argonne pretr
 complete_line argonne prepare --hold
-complete_line argonne pretrain nano-3.0-de
+complete_line argonne pretrain nano-3.0-con
 """
 
 
@@ -310,4 +310,4 @@ complete_line argonne pretrain nano-3.0-de
 def test_bash_completes_verbs_flags_and_recipes() -> None:
     script = COMPLETE.replace("PY", sys.executable)
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["pretrain", "--hold-out", "nano-3.0-demo"]
+    assert done.stdout.split() == ["pretrain", "--hold-out", "nano-3.0-continue"]
