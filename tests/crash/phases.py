@@ -40,7 +40,8 @@ def kill_while_rendering(
     sealed = sealed_units(run)
     for number in range(kills):
         pids = mother.start(recipe, run, ranks=ranks, **options)
-        assert Watcher(run, pids).wait_for_units(len(sealed) + draw.randint(1, 2))
+        wanted = len(sealed) + draw.randint(1, 2)
+        assert Watcher(run, pids).wait_for_units(wanted), f"{wanted} units are more than there are"
         _kill(mother, pids, run, draw)
         assert not list((run / CONVERSATIONS).glob(f"*/{RENDERED}")), f"rendered before kill {number + 1}"
         now = sealed_units(run)

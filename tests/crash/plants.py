@@ -112,11 +112,15 @@ def small_units_and_blocks() -> None:
 
 
 def small_units_blocks_and_passes() -> None:
-    """As `small_units_and_blocks`; and the reference scores few rows at once, and tells the log when a pass begins."""
+    """As `small_units_and_blocks`, smaller since pairs are short; and the reference scores one row at a time, and tells
+    the log when it begins one.
+    """
     from argonne.data import pair_data
+    from argonne.prepare import documents
     from argonne.stages import dpo
 
     small_units_and_blocks()
+    documents.unit_bytes = lambda files: 300
     pair_data.TOKENS_A_PASS = 1
     plain = dpo.scores
 
