@@ -111,7 +111,7 @@ def test_a_base_is_merged_below_and_a_circle_is_refused(path: Path, tmp_path: Pa
         ("data.text_column", "content", "acts only with data.input"),
         ("data.prefetch", "all", "acts only with data.input"),
         ("data.max_drop_fraction", "0.5", "acts only with data.input"),
-        ("eval.tasks", '["nonsense"]', "none yet"),
+        ("eval.task_limit", "7", "acts only with eval.tasks"),
         ("checkpoint.keep_best", "true", "acts only with eval.every_steps != 0"),
         ("model.rope_theta", "1e5", None),
     ],

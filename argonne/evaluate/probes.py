@@ -160,7 +160,7 @@ class Probes:
     def requests(self, context: TaskContext) -> list[AnswerRequest]:
         if context.shots is not None:
             raise InputError(f"--shots: found {context.shots}, but probes are asked without examples; leave it out")
-        self._template = template = template_of(context.tokenizer)
+        self._template = template = context.template or template_of(context.tokenizer)
         texts: Sequence[str] = QUESTIONS
         if context.data is not None:
             lines = read_lines(Path(context.data), "give probes a text file with one question a line")

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -16,6 +16,18 @@ from argonne.serve.options import SamplingOptions
 from argonne.serve.sampling import Sampler
 from argonne.serve.text_stream import TextStream
 from argonne.tokens.tokenizer import TextTokenizer, load_tokenizer
+
+Result = TypeVar("Result")
+
+
+def to_the_end(work: Generator[None, None, Result]) -> Result:
+    """What the work returns, all of it done at once."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            result: Result = end.value
+            return result
 
 
 @dataclass(frozen=True)
@@ -90,12 +102,7 @@ def complete_ids(
     model: Any, prompts: Sequence[Sequence[int]], options: SamplingOptions, eos_ids: Sequence[int]
 ) -> list[Completion]:
     """All prompts in one batch, to their ends."""
-    work = completing(model, prompts, options, eos_ids)
-    while True:
-        try:
-            next(work)
-        except StopIteration as end:
-            return list(end.value)
+    return to_the_end(completing(model, prompts, options, eos_ids))
 
 
 def completing(
