@@ -142,3 +142,13 @@ def test_a_flag_of_other_tasks_is_refused(tmp_path: Path, capsys: pytest.Capture
 
 def test_numbers_are_read_whole() -> None:
     assert last_number("1,234,567 and -0.25") == Decimal("-0.25")
+
+
+@pytest.mark.parametrize(
+    ("data", "told"), [((), "no data given"), (("--data", "missing.jsonl"), "missing.jsonl: no file")]
+)
+def test_a_test_file_that_is_not_there_ends_with_2(
+    data: tuple[str, ...], told: str, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["eval", str(base), "--tasks", "gsm8k", *data]) == 2
+    assert told in capsys.readouterr().err
