@@ -229,7 +229,7 @@ def few_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     small = {"model.hidden_size": "32", "model.num_hidden_layers": "2", "model.intermediate_size": "64"}
-    values = {"LENGTH": 128, "ROWS": 2, "WORDS": 400, "STEPS": 2, "CACHE": tmp_path / "cache"}
+    values = {"LENGTH": 256, "ROWS": 2, "WORDS": 400, "STEPS": 2, "CACHE": tmp_path / "cache"}
     shapes = {"whole": {**small, "train.loss": "full", "model.vocab_size": "400"}}
     for name, value in {**values, "PAIRS": tmp_path / "pairs.jsonl", "SHAPES": shapes}.items():
         monkeypatch.setattr(reference, name, value)
