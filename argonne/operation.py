@@ -69,9 +69,16 @@ class EvalSection:
     )
     tasks: tuple[str, ...] = key(
         (),
-        "tasks measured at the end",
+        'tasks measured at each checkpoint: "sums", "gsm8k:DATA", "bpb:DATA"',
         changes="files",
-        needs="tasks within a run (none yet: use argonne eval)",
+        free=True,
+    )
+    task_limit: int = key(
+        100,
+        "questions of each task at most; of bpb, contexts full of text",
+        bounds="at least 1",
+        changes="files",
+        needs="eval.tasks",
         free=True,
     )
 

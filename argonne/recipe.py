@@ -46,9 +46,20 @@ def load_recipe(name_or_path: str, overrides: Mapping[str, Any] | None = None) -
     text = "" if is_packaged(name_or_path) else Path(name_or_path).read_text()
     given = set() if text.startswith(OLD_RECORD) else set(leaves(tomllib.loads(text)))
     for path, value in (overrides or {}).items():
+        if path == "data.sources" and not isinstance(value, str):
+            value = _as_often(tree, value)
         _set(tree, path, parse_value(path, value) if isinstance(value, str) else value)
         given = given - {path} if value in ("none", "unset") else given | {path}
     return resolve(_chosen(dataclasses.replace(build(Recipe, tree), given=frozenset(given))))
+
+
+def _as_often(tree: Tree, sources: list[Tree]) -> list[Tree]:
+    """Sources given as mere paths, read as often as the recipe says of its own, where it says one thing of all."""
+    known = tree.get("data", {}).get("sources", [])
+    tables = [source for source in known if isinstance(source, dict)] if isinstance(known, list) else []
+    says = {source.get("max_epochs") for source in tables}
+    often = {"max_epochs": says.pop()} if len(says) == 1 and None not in says else {}
+    return [{**often, **source} for source in sources]
 
 
 def _chosen(recipe: Recipe) -> Recipe:

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from argonne import keys, recipe
+from argonne.cli.command import parse_overrides
 from argonne.config import CheckpointSection, Recipe
 from argonne.errors import InputError
 
@@ -111,7 +112,7 @@ def test_a_base_is_merged_below_and_a_circle_is_refused(path: Path, tmp_path: Pa
         ("data.text_column", "content", "acts only with data.input"),
         ("data.prefetch", "all", "acts only with data.input"),
         ("data.max_drop_fraction", "0.5", "acts only with data.input"),
-        ("eval.tasks", '["nonsense"]', "none yet"),
+        ("eval.task_limit", "7", "acts only with eval.tasks"),
         ("checkpoint.keep_best", "true", "acts only with eval.every_steps != 0"),
         ("model.rope_theta", "1e5", None),
     ],
@@ -125,6 +126,17 @@ def test_bad_values_are_refused_with_the_key_and_what_would_do(
     with pytest.raises(InputError) as caught:
         recipe.load_recipe(str(path), {key: value})
     assert message in str(caught.value)
+
+
+def test_sources_given_as_paths_are_read_as_often_as_the_recipes_own(tmp_path: Path) -> None:
+    given = parse_overrides(["--data.sources", "a:0.7", "b"])
+    assert [source.max_epochs for source in recipe.load_recipe("nano-3.0-dpo", given).data.sources] == [3.0, 3.0]
+    whole = parse_overrides(["--data.sources", '[{ path = "a" }]'])
+    assert recipe.load_recipe("nano-3.0-dpo", whole).data.sources[0].max_epochs == 1.0
+    own = tmp_path / "own.toml"
+    two = '[{ path = "a", max_epochs = 2.0 }, { path = "b", max_epochs = 9.0 }]'
+    own.write_text(f'base = "nano-3.0-dpo"\n[data]\nsources = {two}\n')
+    assert [source.max_epochs for source in recipe.load_recipe(str(own), given).data.sources] == [1.0, 1.0]
 
 
 def test_a_rate_of_zero_in_a_table_is_refused(path: Path) -> None:

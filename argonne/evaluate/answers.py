@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 from argonne.evaluate.requests import AnswerRequest
@@ -11,15 +11,15 @@ from argonne.serve.engine import Completion, decoder_for
 ROWS = 64
 
 
-def answer(
+def answering(
     model: Any,
     requests: Sequence[AnswerRequest],
     *,
     rows: int = ROWS,
     progress: Callable[[int, int], None] | None = None,
-) -> list[Completion]:
-    """Answer every request, in the order given, at most `rows` at once. `progress` is called with (requests done,
-    requests in all).
+) -> Generator[None, None, list[Completion]]:
+    """Answers to every request, in the order given, at most `rows` at once, as work that yields after every step.
+    `progress` is called with (requests done, requests in all).
     """
     prompts = [request.ids.tolist() for request in requests]
     decoder = decoder_for(model, prompts, [request.options.max_new_tokens for request in requests], rows)
@@ -32,4 +32,5 @@ def answer(
         done += sum(changed.stop is not None for changed in decoder.step())
         if progress is not None:
             progress(done, len(answers))
+        yield
     return [Completion(found.ids, str(found.stop)) for found in answers]

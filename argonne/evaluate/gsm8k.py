@@ -76,7 +76,7 @@ class WordProblems:
     def requests(self, context: TaskContext) -> list[AnswerRequest]:
         if context.shots is not None:
             raise InputError(f"--shots: found {context.shots}, but {self.name} is asked as a user would; leave it out")
-        template, tokens = template_of(context.tokenizer), context.tokens or TOKENS
+        template, tokens = context.template or template_of(context.tokenizer), context.tokens or TOKENS
         self._template, self._samples = template, context.samples
         asked = self.problems(context)[: context.limit]
         if not asked:

@@ -124,6 +124,7 @@ def summary(probes: Sequence[Probe]) -> dict[str, Any]:
         "length": mean([probe.tokens for probe in probes]),
         "repetition": mean([probe.repetition for probe in probes]),
         "same_language": mean([probe.same_language for probe in probes]),
+        "languages_told": sum(probe.same_language is not None for probe in probes),
         "traces": sum(probe.trace is not None for probe in probes),
         "closed": mean([probe.trace == "closed" for probe in probes]),
         "trace_length": mean([probe.trace_tokens for probe in probes]),
@@ -136,9 +137,11 @@ def in_words(values: dict[str, Any]) -> str:
     def share(name: str) -> str:
         return "n/a" if values[name] is None else f"{values[name]:.0%}"
 
+    counted = f" (of {values['languages_told']} that tell one)" if values["languages_told"] else ""
     told = (
         f"{values['answers']} answers, {share('stopped')} end their turn, {values['length']:.0f} tokens each, "
         f"{share('repetition')} repeated, {share('same_language')} in the question's language"
+        f"{counted}"
     )
     if values["traces"]:
         told += f"; {share('closed')} think and close it, {values['trace_length']:.0f} tokens of thought"
@@ -160,7 +163,7 @@ class Probes:
     def requests(self, context: TaskContext) -> list[AnswerRequest]:
         if context.shots is not None:
             raise InputError(f"--shots: found {context.shots}, but probes are asked without examples; leave it out")
-        self._template = template = template_of(context.tokenizer)
+        self._template = template = context.template or template_of(context.tokenizer)
         texts: Sequence[str] = QUESTIONS
         if context.data is not None:
             lines = read_lines(Path(context.data), "give probes a text file with one question a line")

@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from argonne.data.chat import ChatTemplate
 from argonne.serve.engine import Completion
 from argonne.serve.options import SamplingOptions
 from argonne.tokens.tokenizer import TextTokenizer
@@ -45,7 +46,7 @@ class AnswerRequest:
 class TaskContext:
     """What a task may look at when it writes its requests. data: what was named for it; own_data: the token set that
     the run was trained on. tokens: an answer's at most, where that was said. samples: sampled answers to each question
-    beside the greedy one.
+    beside the greedy one. template: how the model is asked; None: as what lies beside the tokenizer says.
     """
 
     tokenizer: TextTokenizer
@@ -56,6 +57,7 @@ class TaskContext:
     limit: int | None = None
     tokens: int | None = None
     samples: int = 0
+    template: ChatTemplate | None = None
 
 
 # The number by which models are compared, and whether "lower" or "higher" is better; None where there is none.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +13,12 @@ from argonne import layout
 from argonne.config import CHAT_STAGES
 from argonne.errors import InputError
 from argonne.evaluate import baselines
-from argonne.evaluate.answers import answer
-from argonne.evaluate.requests import TaskContext
-from argonne.evaluate.scorer import score
+from argonne.evaluate.answers import answering
+from argonne.evaluate.requests import Task, TaskContext
+from argonne.evaluate.scorer import scoring
 from argonne.evaluate.tasks import make_tasks
 from argonne.evaluate.texts import byte_count, open_texts
+from argonne.serve.engine import to_the_end
 from argonne.tokens.formats import open_tokens
 from argonne.tokens.tokenizer import TextTokenizer, load_tokenizer
 
@@ -66,14 +67,20 @@ def evaluate(
         tokens,
         samples,
     )
-    results = {}
-    for task in chosen:
-        if task.asks == "scores":
-            results[task.name] = task.measure(score(loaded.model, task.requests(context), progress=progress))
-        else:
-            results[task.name] = task.measure(answer(loaded.model, task.requests(context), progress=progress))
+    results = {
+        task.name: to_the_end(measuring(loaded.model, task, task.requests(context), progress)) for task in chosen
+    }
     parameters = loaded.model.num_parameters()
     return {"model": str(model_path), "folder": str(loaded.folder), "parameters": parameters, "tasks": results}
+
+
+def measuring(
+    model: Any, task: Task, requests: Sequence[Any], progress: Callable[[int, int], None] | None = None
+) -> Generator[None, None, dict[str, Any]]:
+    """What a task finds of the answers to its requests, as work that yields between forward passes."""
+    if task.asks == "scores":
+        return task.measure((yield from scoring(model, requests, progress=progress)))
+    return task.measure((yield from answering(model, requests, progress=progress)))
 
 
 def _own_data(run: Path) -> str | None:

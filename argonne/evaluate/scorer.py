@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,14 +15,15 @@ IGNORED = -100
 LOGITS_A_BATCH = 1 << 27
 
 
-def score(
+def scoring(
     model: Any,
     requests: Sequence[ScoreRequest],
     *,
     tokens_a_batch: int | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> list[Score]:
-    """Answer every request, in the order given. The model's mode is put back after.
+) -> Generator[None, None, list[Score]]:
+    """Answers to every request, in the order given, as work that yields after every batch. The model's mode is put back
+    after.
 
     `tokens_a_batch`: by default at most 4,096, and fewer where the vocabulary is so large that the logits would not fit
     into half a GB. `progress` is called with (requests done, requests in all). Raises InputError where a request is
@@ -42,6 +43,7 @@ def score(
     try:
         for batch in _batches(requests, tokens_a_batch):
             answers.update(zip(batch, _score_batch(model, [requests[number] for number in batch]), strict=True))
+            yield
             if progress is not None:
                 progress(len(answers), len(requests))
     finally:

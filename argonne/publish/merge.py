@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -87,10 +88,14 @@ def open_mixer(names: Sequence[str]) -> Mixer:
     """
     if len(names) < 2:
         raise InputError(f"merge: found {len(names)} model, expected two or more")
+    if len({resolve_model(name).folder.resolve() for name in names}) < len(names):
+        raise InputError(f"merge: {', '.join(names)}: a model is named twice; give its weight once, as a sum")
     loaded = [load_model(name) for name in names]
-    first = loaded[0]
+    known = [(name, each.tokenizer_folder) for name, each in zip(names, loaded, strict=True) if each.tokenizer_folder]
+    # The average has the tokenizer of the first model that has one.
+    first = dataclasses.replace(loaded[0], tokenizer_folder=known[0][1] if known else None)
     fields = resolve_model(names[0]).fields
-    for name, other in zip(names[1:], loaded[1:], strict=True):
+    for name in names[1:]:
         its = resolve_model(name).fields
         differing = [field for field in fields if fields[field] != its[field]]
         if differing:
@@ -99,7 +104,8 @@ def open_mixer(names: Sequence[str]) -> Mixer:
                 f"{name}: {field} is {its[field]}, but {fields[field]} in {names[0]}; only models of one shape have an "
                 "average"
             )
-        _check_tokenizers(names[0], first.tokenizer_folder, name, other.tokenizer_folder)
+    for name, folder in known[1:]:
+        _check_tokenizers(*known[0], name, folder)
     for name, each in zip(names, loaded, strict=True):
         check_finite(name, each.model.state_dict())
     # The first one's place is where averages come to lie.
@@ -108,9 +114,7 @@ def open_mixer(names: Sequence[str]) -> Mixer:
     return Mixer(names, first, states, _template(names, loaded))
 
 
-def _check_tokenizers(first: str, its: Path | None, name: str, other: Path | None) -> None:
-    if its is None or other is None:
-        return
+def _check_tokenizers(first: str, its: Path, name: str, other: Path) -> None:
     prints = [load_tokenizer(folder).fingerprint for folder in (its, other)]
     if prints[0] != prints[1]:
         raise InputError(

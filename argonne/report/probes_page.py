@@ -17,6 +17,7 @@ MEASURES = {
     "length": ("tokens an answer", ",.0f"),
     "repetition": ("runs of four tokens repeated", ".0%"),
     "same_language": ("in the question's language", ".0%"),
+    "languages_told": ("answers that tell a language", ",.0f"),
     "closed": ("think, and close it", ".0%"),
     "trace_length": ("tokens of thought", ",.0f"),
 }

@@ -2,8 +2,8 @@
 
 A session begins with a record `start` or `resume`. A run that was killed goes on from its last checkpoint: what it had
 written beyond that step is void, though it took its time. The last record of an (event, step) is the one that counts;
-warnings of one step are told apart by their message. A line that was cut by a kill is left out and named in `problems`;
-nothing else is ever skipped.
+warnings of one step are told apart by their message, tasks by their name. A line that was cut by a kill is left out and
+named in `problems`; nothing else is ever skipped.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from argonne.errors import InputError
 
 Record = dict[str, Any]
 BEGINS = ("start", "resume")
+APART = {"warning": "message", "task": "task"}  # event -> what tells several of one step apart
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def read_metrics(path: Path) -> Metrics:
             earlier = moment
         if event in BEGINS:
             kept = {key: held for key, held in kept.items() if held["step"] <= step}
-        key = (event, step, str(record.get("message", "")) if event == "warning" else "")
+        key = (event, step, str(record.get(APART[event], "")) if event in APART else "")
         kept.pop(key, None)
         kept[key] = record
     ordered = sorted(kept.values(), key=lambda record: record["step"])

@@ -212,6 +212,7 @@ def _metric_panels(runs: list[ReportedRun]) -> list[Panel]:
         title = group.replace("_", " ")
         panels.append(Panel(title.capitalize(), "", _told_apart(runs, "step", fields)))
         panels.append(Panel(f"Held-out {title}", "", _told_apart(runs, "held_out", fields)))
+        panels.append(Panel(title.capitalize(), "task, at each checkpoint", _told_apart(runs, "task", fields)))
     return panels
 
 
@@ -219,7 +220,11 @@ def _curve(run: ReportedRun, number: int, event: str, names: tuple[str, ...], la
     """The curve of one field of one run, or none where the field never held a number."""
     steps, values = run.metrics.series(event, *names)
     name, looks = f"curve-{number}-{event}-{'-'.join(names)}", {"colour": number, **looks}
-    return [Curve(name, steps, values, label=label, points=event in ("held_out", "probes"), **looks)] if steps else []
+    return (
+        [Curve(name, steps, values, label=label, points=event in ("held_out", "probes", "task"), **looks)]
+        if steps
+        else []
+    )
 
 
 def _loss_panel(runs: list[ReportedRun], marks: list[Mark]) -> Panel:
@@ -265,7 +270,7 @@ def _details(run: ReportedRun, named: bool) -> list[str]:
         parts += [page.heading(f"{prefix}Answers to the probes"), probes_page.measures(columns)]
         parts.append(probes_page.answers(columns))
     parts.append(page.heading(f"{prefix}Events"))
-    events = [row for row in run.metrics.records if row["event"] not in ("step", "sample", "probes")]
+    events = [row for row in run.metrics.records if row["event"] not in ("step", "sample", "probes", "task")]
     rows = [[_clock(row), f"{row['step']:,}", row["event"], _event_text(row)] for row in events]
     parts.append(
         page.folded(

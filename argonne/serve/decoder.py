@@ -126,7 +126,7 @@ class Decoder:
             self.model.eval()
         try:
             with torch.no_grad():
-                return [*self._read_prompts(), *self._decode()]
+                return list(dict.fromkeys([*self._read_prompts(), *self._decode()]))
         finally:
             if training:
                 self.model.train()

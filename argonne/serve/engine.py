@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from argonne.errors import InputError
 from argonne.serve.decoder import Answer, Decoder
@@ -14,6 +14,17 @@ from argonne.serve.text_stream import TextStream
 from argonne.tokens.tokenizer import TextTokenizer, load_tokenizer
 
 ROWS = 32
+Result = TypeVar("Result")
+
+
+def to_the_end(work: Generator[None, None, Result]) -> Result:
+    """What the work returns, all of it done at once."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            result: Result = end.value
+            return result
 
 
 @dataclass(frozen=True)
@@ -36,12 +47,7 @@ def complete_ids(
     model: Any, prompts: Sequence[Sequence[int]], options: SamplingOptions, eos_ids: Sequence[int]
 ) -> list[Completion]:
     """All prompts, to their ends; the seed of each is the one before plus 1."""
-    work = completing(model, prompts, options, eos_ids)
-    while True:
-        try:
-            next(work)
-        except StopIteration as end:
-            return list(end.value)
+    return to_the_end(completing(model, prompts, options, eos_ids))
 
 
 def completing(

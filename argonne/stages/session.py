@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import cast
 
 import torch
+from torch import nn
 
 from argonne.errors import Ended, InputError, Stopped, first_line
 from argonne.files import fingerprint
@@ -23,12 +24,15 @@ from argonne.stages.chat_tokens import ADDED_TOKENS
 from argonne.stages.hooks import banner, checkpoint_files, export_final, run_state
 from argonne.stages.setup import Built, Opened, Session, build, changes, open_run, record_start
 from argonne.stages.start import Start
+from argonne.train.aside import Sampled, Work
 from argonne.train.checkpoint import list_checkpoints, read_state
 from argonne.train.guard import StopWatch, parse_duration
 from argonne.train.run import COMPLETE, STOPPED, RunFolder
 from argonne.train.telemetry import MetricsLog
 from argonne.train.trainer import Hooks, Outcome, Trainer
 
+# Measured beside training, by name.
+Tasks = dict[str, Callable[[nn.Module], Work[Sampled]]]
 # What every worker imports.
 PRELOADED = ("torch.distributed", "transformers", "argonne.stages.session")
 
@@ -160,8 +164,13 @@ def _train(session: Session, run: RunFolder, mesh: Mesh, watch: StopWatch) -> Ou
         opened = open_run(session, run, mesh, log)
     recipe, start, data = opened.recipe, opened.start, opened.data
     metrics: MetricsLog | None = None
+    tasks: Tasks = {}
     try:
         with watch.interrupting():
+            if recipe.eval.tasks:
+                from argonne.stages.measured import tasks_of
+
+                tasks = tasks_of(recipe, data)
             built = build(session, opened, run, mesh, log)
         recipe, progress = built.recipe, built.progress
         if mesh.is_main:
@@ -181,7 +190,7 @@ def _train(session: Session, run: RunFolder, mesh: Mesh, watch: StopWatch) -> Ou
             built.trained,
             data,
             built.loader,
-            _hooks(session, opened, built, run, mesh),
+            _hooks(session, opened, built, tasks, run, mesh),
             metrics=metrics,
             watch=watch,
             progress=progress,
@@ -195,16 +204,17 @@ def _train(session: Session, run: RunFolder, mesh: Mesh, watch: StopWatch) -> Ou
         data.close()
 
 
-def _hooks(session: Session, opened: Opened, built: Built, run: RunFolder, mesh: Mesh) -> Hooks:
+def _hooks(session: Session, opened: Opened, built: Built, tasks: Tasks, run: RunFolder, mesh: Mesh) -> Hooks:
     """What the loop calls back: the stage's telemetry, and what is written of the run."""
     recipe, data, start = built.recipe, opened.data, opened.start
     shown = session.stage.shows(recipe, data, built.loader.micro_rows)
+    samples = {"sampling": shown.sample} if shown.sample is not None else {}
     return Hooks(
         export=lambda model: export_final(model, run.path, data),
         checkpoint_files=lambda folder: checkpoint_files(folder, recipe, data),
         state=lambda step: run_state(step, recipe, data, run, built.progress, mesh, start),
         held_out=shown.held_out,
-        sample=shown.sample,
+        samples={**samples, **tasks},
         before_first_step=start.weights is not None,
         judge=shown.judge,
         banner=lambda model: banner(model, run, recipe, mesh),

@@ -178,10 +178,9 @@ def record_start(
     for text in data.description:
         log(text)
     rows, length = data.rows(step), data.sequence_length(step)
-    log(
-        f"model: {parameters:,} parameters, {recipe.model.num_hidden_layers} layers, "
-        f"{recipe.model.preset or 'from ' + str(recipe.model.init_from)}"
-    )
+    # The weights say what the model is: of a preset beside them only some defaults are left.
+    origin = f"from {recipe.model.init_from}" if recipe.model.init_from else recipe.model.preset or "sizes of its own"
+    log(f"model: {parameters:,} parameters, {recipe.model.num_hidden_layers} layers, {origin}")
     log(
         f"batch: {rows * length:,} tokens a step = {rows} rows x {length}, {micro_rows} rows a micro-batch on "
         f"{mesh.world_size} x {mesh.device.type}; {total_steps:,} steps, {data.tokens_before(total_steps):,} tokens"

@@ -5,9 +5,10 @@ stops.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,8 +52,8 @@ class Hooks:
     """What a stage gives beside data and loss. All but `export`, `checkpoint_files` and `state` are telemetry: a
     failure is recorded, never fatal.
 
-    state(step): what state.json holds. held_out, sample: work that yields between forward passes, on the plain model in
-    eval mode. before_first_step: they are asked then too, since the run starts from weights.
+    state(step): what state.json holds. held_out, samples by name: work that yields between forward passes, on the plain
+    model in eval mode. before_first_step: they are asked then too, since the run starts from weights.
     judge(step, record of a logged step): a warning.
     """
 
@@ -60,7 +61,7 @@ class Hooks:
     checkpoint_files: Callable[[Path], None]
     state: Callable[[int], dict[str, Any]]
     held_out: Callable[[Parallelised], Work[dict[str, Any]]] | None = None
-    sample: Callable[[nn.Module], Work[Sampled]] | None = None
+    samples: Mapping[str, Callable[[nn.Module], Work[Sampled]]] = field(default_factory=dict)
     before_first_step: bool = False
     judge: Callable[[int, dict[str, Any]], str | None] = lambda step, record: None
     banner: Callable[[nn.Module], list[str]] = lambda model: []
@@ -367,17 +368,16 @@ class Trainer:
         return found if known is None or found.loss < known.loss else None
 
     def _sample(self) -> None:
-        hook, forward = self.hooks.sample, self.parallelised.forward
-        if hook is None or forward == "never":
-            return
-        found = self._aside("sampling", lambda: hook(self.parallelised.plain), together=forward == "together")
-        if found is not None and self.mesh.is_main:
-            try:
-                self.run.add_sample(self.progress.step, found.page)
-            except OSError as error:
-                self.line.log(f"warning: samples.md: {error}; the sample is in metrics.jsonl")
-            self.metrics.write(found.event, self.progress.step, **found.values)
-            self.line.log(found.line)
+        forward, plain = self.parallelised.forward, self.parallelised.plain
+        for name, hook in self.hooks.samples.items() if forward != "never" else ():
+            found = self._aside(name, partial(hook, plain), together=forward == "together")
+            if found is not None and self.mesh.is_main:
+                try:
+                    self.run.add_sample(self.progress.step, found.page)
+                except OSError as error:
+                    self.line.log(f"warning: samples.md: {error}; the sample is in metrics.jsonl")
+                self.metrics.write(found.event, self.progress.step, **found.values)
+                self.line.log(found.line)
 
     def _end(self, reason: str) -> Outcome:
         """Leave a complete checkpoint, and say why the session ends: "complete", or what asked it to stop."""

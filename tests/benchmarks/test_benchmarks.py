@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import harness, packing, render, start_up, train_step
+from benchmarks import harness, packing, reference, render, start_up, train_step
 from benchmarks.all import MODULES
 from benchmarks.harness import Benchmark, Column, markdown, measure, save, write_table
 from benchmarks.own_loop import make_recipe, timed_steps
@@ -210,3 +210,40 @@ def test_messages_become_rows_by_both_ways_at_the_number_asked_for(
         found = made.contestants[contestant]("30")
         assert found["rate"] == pytest.approx(30 / found["seconds"])
     assert made.flags == " --conversations 30"
+
+
+@pytest.fixture
+def few_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small rows, few steps and a few generated pairs for the benchmark of the reference."""
+
+    def said(role: str, text: str) -> list[dict[str, str]]:
+        return [{"role": role, "content": text}]
+
+    rows = [
+        {
+            "prompt": said("user", f"What is {n} + 1?"),
+            "chosen": said("assistant", f"{n + 1}"),
+            "rejected": said("assistant", f"The answer is {n + 1}, I think"),
+        }
+        for n in range(60)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    small = {"model.hidden_size": "32", "model.num_hidden_layers": "2", "model.intermediate_size": "64"}
+    values = {"LENGTH": 256, "ROWS": 2, "WORDS": 400, "STEPS": 2, "CACHE": tmp_path / "cache"}
+    shapes = {"whole": {**small, "train.loss": "full", "model.vocab_size": "400"}}
+    for name, value in {**values, "PAIRS": tmp_path / "pairs.jsonl", "SHAPES": shapes}.items():
+        monkeypatch.setattr(reference, name, value)
+
+
+@pytest.mark.usefixtures("few_pairs")
+@pytest.mark.parametrize("contestant", [reference.CACHED, reference.LIVE])
+def test_both_ways_to_have_a_reference_run(contestant: str) -> None:
+    found = reference.BENCHMARK.contestants[contestant]("whole")
+    assert found["rate"] > 0
+    assert ("pass" in found) == (contestant == reference.CACHED)
+
+
+@pytest.mark.campaign
+@pytest.mark.usefixtures("few_pairs")
+def test_trl_tunes_on_the_pairs_of_the_benchmark() -> None:
+    assert reference.trl("whole")["rate"] > 0

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,8 @@ class Mother:
     def kill(self) -> list[int]:
         """`kill -9` to all victims that still run."""
         for pid in self.pids:
-            os.kill(pid, signal.SIGKILL)  # not yet waited for, so the id is still theirs
+            with suppress(ProcessLookupError):  # all had ended, and the mother has waited for them
+                os.kill(pid, signal.SIGKILL)
         return self.wait()
 
     def close(self) -> None:

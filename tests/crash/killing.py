@@ -80,7 +80,8 @@ class Watcher:
         whole = self._metrics.read_bytes()[self._begin :].rpartition(b"\n")[0]
         return [json.loads(line) for line in whole.splitlines() if line]
 
-    def _wait(self, seen: Callable[[], bool]) -> bool:
+    def wait_until(self, seen: Callable[[], bool]) -> bool:
+        """Return once it is `seen`; False when the session ended before."""
         while not seen():
             if self._ended():
                 return False
@@ -89,19 +90,19 @@ class Watcher:
 
     def wait_for_step(self, step: int) -> bool:
         """Return once `step` is logged; False when the session ended before."""
-        return self._wait(lambda: self._newest_step() >= step)
+        return self.wait_until(lambda: self._newest_step() >= step)
 
     def wait_for_saved(self, step: int) -> bool:
         """Return once a save of `step` or later is recorded; False when the session ended before."""
-        return self._wait(lambda: bool(self._newest_step() and self._saved >= step))
+        return self.wait_until(lambda: bool(self._newest_step() and self._saved >= step))
 
     def wait_for_save(self, after: int) -> bool:
         """Return once a save beyond step `after` has begun; False when the session ended before."""
-        return self._wait(lambda: any(step > after for step in self.saves_begun()))
+        return self.wait_until(lambda: any(step > after for step in self.saves_begun()))
 
     def wait_for_units(self, count: int) -> bool:
         """Return once `count` units of conversations are rendered; False when the session ended before."""
-        return self._wait(lambda: len(sealed_units(self._run)) >= count)
+        return self.wait_until(lambda: len(sealed_units(self._run)) >= count)
 
 
 def _state(pid: int) -> str:

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from argonne.config import Recipe
+from argonne.data.pair_data import REFERENCES
 from argonne.data.rendered import RENDERED
 from argonne.layout import COMPLETE, CONVERSATIONS
 from argonne.train.checkpoint import list_checkpoints
 from tests.crash.conftest import Mother
 from tests.crash.killing import Watcher, _wait_a_moment, sealed_units
+from tests.crash.plants import SCORING
 
 # With the longest time from what is waited for to the kill.
 PHASES = {"steps": 0.02, "saves": 0.06, "evaluation": 0.003, "sampling": 0.03, "an epoch's end": 0.003}
@@ -38,7 +40,8 @@ def kill_while_rendering(
     sealed = sealed_units(run)
     for number in range(kills):
         pids = mother.start(recipe, run, ranks=ranks, **options)
-        assert Watcher(run, pids).wait_for_units(len(sealed) + draw.randint(1, 2))
+        wanted = len(sealed) + draw.randint(1, 2)
+        assert Watcher(run, pids).wait_for_units(wanted), f"{wanted} units are more than there are"
         _kill(mother, pids, run, draw)
         assert not list((run / CONVERSATIONS).glob(f"*/{RENDERED}")), f"rendered before kill {number + 1}"
         now = sealed_units(run)
@@ -46,6 +49,31 @@ def kill_while_rendering(
         assert {name: now[name] for name in sealed} == sealed
         sealed = now
     return sealed
+
+
+def kill_while_scoring(
+    mother: Mother, recipe: Recipe, run: Path, *, kills: int, passes: int, seed: int, ranks: int = 1, **options: Any
+) -> None:
+    """Kill a run `kills` times among the `passes` of its reference over the pairs: nothing of the scores is there yet,
+    and no step was made.
+    """
+    draw, log = random.Random(seed), run.parent / f"{run.name}.log"
+    for number in range(kills):
+        before = passes_of(log)
+        pids = mother.start(recipe, run, ranks=ranks, **options)
+        watcher, wanted = Watcher(run, pids), before + draw.randint(1, passes - ranks)
+        assert watcher.wait_until(lambda: passes_of(log) >= wanted), log.read_text()[-4000:]  # noqa: B023
+        codes = _kill(mother, pids, run, draw)
+        assert set(codes) == {-signal.SIGKILL}
+        assert before < passes_of(log) < before + passes, f"kill {number + 1} came after the pass"
+        kept = [path.name for path in (run / CONVERSATIONS / REFERENCES).iterdir() if path.name != ".lock"]
+        assert not kept, f"kill {number + 1} came after the pass: {kept}"
+        assert not any(record["event"] == "step" for record in watcher.records())
+
+
+def passes_of(log: Path) -> int:
+    """Forward passes of references that a run's sessions have begun, from its log."""
+    return log.read_text().count(SCORING) if log.exists() else 0
 
 
 def kill_in_each_phase(

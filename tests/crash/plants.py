@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+SCORING = "the reference scores a batch"
 MICRO_BATCHES = 1  # a step of the nano recipe on two ranks: 8 rows, 4 a rank, 4 a micro-batch
 
 
@@ -107,6 +109,26 @@ def small_units_and_blocks() -> None:
 
     documents.unit_bytes = lambda files: 700
     packing.BLOCK = 16
+
+
+def small_units_blocks_and_passes() -> None:
+    """As `small_units_and_blocks`, smaller since pairs are short; and the reference scores one row at a time, and tells
+    the log when it begins one.
+    """
+    from argonne.data import pair_data
+    from argonne.prepare import documents
+    from argonne.stages import dpo
+
+    small_units_and_blocks()
+    documents.unit_bytes = lambda files: 300
+    pair_data.TOKENS_A_PASS = 1
+    plain = dpo.scores
+
+    def scores(*arguments: Any) -> Any:
+        print(SCORING, file=sys.stderr, flush=True)
+        return plain(*arguments)
+
+    dpo.scores = scores
 
 
 def record_batches(folder: Path) -> None:

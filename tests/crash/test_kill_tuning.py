@@ -22,14 +22,14 @@ from argonne.train.checkpoint import LAST
 from tests.crash.conftest import Mother
 from tests.crash.faults import EXIT_CODE
 from tests.crash.killing import Watcher, sealed_units
-from tests.crash.phases import epoch_ends, kill_in_each_phase, kill_while_rendering
+from tests.crash.phases import epoch_ends, kill_in_each_phase, kill_while_rendering, kill_while_scoring, passes_of
 from tests.parallel.test_data_parallel import assert_close
 from tests.train.helpers import curve, stored
 from tests.tuning import conversations, pairs, write
 
 Chat = Callable[..., Recipe]
 Finish = Callable[..., None]
-SMALL = "small_units_and_blocks"
+SMALL, SMALL_PASSES = "small_units_and_blocks", "small_units_blocks_and_passes"
 SHORT, LONG = 32, 100  # steps
 CONVERSATIONS_A_STEP = {"sft": 0.56, "cot-sft": 1.0, "dpo": 0.56}
 FIRST_UNIT = f"{TEMPORARY}unit-00000"
@@ -71,19 +71,27 @@ def cached(run: Path) -> dict[str, bytes]:
 def _campaign(
     mother: Mother, finish: Finish, recipe: Recipe, folder: Path, *, renderings: int, each: int, ranks: int
 ) -> None:
-    whole, run = folder / "whole", folder / "killed"
-    finish(recipe, whole, ranks=ranks, plant=SMALL)
+    whole, run, scorings = folder / "whole", folder / "killed", 0
+    plant = SMALL_PASSES if recipe.stage == "dpo" else SMALL
+    finish(recipe, whole, ranks=ranks, plant=plant)
     ends = epoch_ends(read_metrics(whole).of("step"))
     assert len(ends) >= 6
-    sealed = kill_while_rendering(mother, recipe, run, kills=renderings, seed=ranks, ranks=ranks, plant=SMALL)
-    died = kill_in_each_phase(mother, recipe, run, each=each, ends=ends, seed=ranks, ranks=ranks, plant=SMALL)
-    finish(recipe, run, ranks=ranks, plant=SMALL)
-    print(f"{recipe.stage}, {ranks} ranks: {renderings} kills while rendering, {died['kills']} later: {dict(died)}")
+    sealed = kill_while_rendering(mother, recipe, run, kills=renderings, seed=ranks, ranks=ranks, plant=plant)
+    if recipe.stage == "dpo":
+        scorings, passes = each, passes_of(folder / "whole.log")
+        assert passes > 10
+        kill_while_scoring(mother, recipe, run, kills=scorings, passes=passes, seed=ranks, ranks=ranks, plant=plant)
+    died = kill_in_each_phase(mother, recipe, run, each=each, ends=ends, seed=ranks, ranks=ranks, plant=plant)
+    finish(recipe, run, ranks=ranks, plant=plant)
+    print(
+        f"{recipe.stage}, {ranks} ranks: {renderings} kills while rendering, {scorings} while the reference scores, "
+        f"{died['kills']} later: {dict(died)}"
+    )
     assert {name: sealed_units(run)[name] for name in sealed} == sealed
     assert_untouched(run, whole)
 
 
-@pytest.mark.parametrize(("stage", "ranks"), [("sft", 1), ("cot-sft", 2)])
+@pytest.mark.parametrize(("stage", "ranks"), [("sft", 1), ("cot-sft", 2), ("dpo", 2)])
 def test_a_kill_in_each_phase_of_a_fine_tuning_run_leaves_no_trace(
     mother: Mother, finish: Finish, chat: Chat, tmp_path: Path, stage: str, ranks: int
 ) -> None:

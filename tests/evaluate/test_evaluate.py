@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from hypothesis import strategies as st
 
 from argonne.errors import InputError
 from argonne.evaluate.bits_per_byte import ratio, windows
-from argonne.evaluate.requests import ScoreRequest
+from argonne.evaluate.requests import Score, ScoreRequest
 from argonne.evaluate.run import baseline_results, evaluate, render
-from argonne.evaluate.scorer import score
+from argonne.evaluate.scorer import scoring
 from argonne.evaluate.tasks import make_tasks
 from argonne.evaluate.texts import open_texts
 from argonne.model.build import build_model, config_from_fields
@@ -25,9 +26,14 @@ from argonne.model.save import save_model_folder
 from argonne.prepare.options import PrepareOptions
 from argonne.prepare.prepare import prepare
 from argonne.presets import preset
+from argonne.serve.engine import to_the_end
 from argonne.tokens.tokenizer import TextTokenizer, load_tokenizer
 
 WORDS = ["time", "ago", "there", "was", "a", "model", "Straße", "naïve", "你好", "and", "then", "text"]
+
+
+def score(model: Any, requests: Sequence[ScoreRequest], **how: Any) -> list[Score]:
+    return to_the_end(scoring(model, requests, **how))
 
 
 def texts(count: int, seed: int) -> list[str]:

@@ -162,3 +162,13 @@ def test_sampled_answers_are_looked_at_apart_from_the_greedy_ones(tokenizer: Tex
     texts = ["5", "The answer is 5.", "7", "<think>\n7\n</think>\nThe answer is 7."]
     found = measured(Sums(), tokenizer, texts, limit=2, samples=1)
     assert (found["sentences"], found["sampled"]["sentences"], found["sampled"]["closed"]) == (0.0, 1.0, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("data", "told"), [((), "no data given"), (("--data", "missing.jsonl"), "missing.jsonl: no file")]
+)
+def test_a_test_file_that_is_not_there_ends_with_2(
+    data: tuple[str, ...], told: str, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["eval", str(base), "--tasks", "gsm8k", *data]) == 2
+    assert told in capsys.readouterr().err

@@ -11,7 +11,7 @@ import pytest
 from argonne.cli import main
 from argonne.data.chat import ChatTemplate, Conversation, Message, template_of
 from argonne.errors import InputError
-from argonne.evaluate.answers import answer
+from argonne.evaluate.answers import answering
 from argonne.evaluate.probes import QUESTIONS, look_at, questions_of, side_by_side, summary
 from argonne.evaluate.requests import AnswerRequest
 from argonne.evaluate.run import evaluate, render
@@ -19,7 +19,7 @@ from argonne.layout import CHAT_TEMPLATE
 from argonne.model.build import build_model, config_from_fields
 from argonne.model.save import save_model_folder
 from argonne.presets import preset
-from argonne.serve.engine import Completion, complete_ids
+from argonne.serve.engine import Completion, complete_ids, to_the_end
 from argonne.serve.options import SamplingOptions
 from argonne.tokens.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 
@@ -123,7 +123,7 @@ def test_answers_come_back_in_the_order_asked_whatever_the_batches(model: Any, t
 
     requests = [AnswerRequest(array(prompt), options[n % 2], template.stop_ids) for n, prompt in enumerate(prompts)]
     done: list[tuple[int, int]] = []
-    found = answer(model, requests, rows=3, progress=lambda part, whole: done.append((part, whole)))
+    found = to_the_end(answering(model, requests, rows=3, progress=lambda part, whole: done.append((part, whole))))
     for number, prompt in enumerate(prompts):
         (alone,) = complete_ids(model, [prompt], options[number % 2], template.stop_ids)
         assert found[number] == alone

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import tomllib
@@ -17,7 +18,7 @@ from argonne.errors import InputError
 from argonne.plan import make_plan
 from argonne.plan.shape import as_trained, fitted, vocabulary_of
 from argonne.presets import preset
-from argonne.recipe import load_recipe, recipe_names
+from argonne.recipe import load_recipe, recipe_names, to_toml
 from argonne.stages.pretrain import run
 from argonne.stages.start import architecture_fields, find_start
 from argonne.train.run import RunFolder
@@ -247,7 +248,9 @@ def test_a_resumed_run_cannot_be_allowed_another_shape(nano: Nano, tmp_path: Pat
         run(nano(**{"model.hidden_size": "48"}), tmp_path / "run", allow=["model.hidden_size"])
 
 
-def test_learned_positions_of_weights_cannot_grow(nano: Nano, tokens: Path, tmp_path: Path) -> None:
+def test_learned_positions_of_weights_cannot_grow(
+    nano: Nano, tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run(
         nano("nano-1.0", **{key: TINY[key] for key in ("train.steps", "schedule.warmup", "schedule.decay")}),
         tmp_path / "parent",
@@ -258,6 +261,11 @@ def test_learned_positions_of_weights_cannot_grow(nano: Nano, tokens: Path, tmp_
     for ask in (make_plan, lambda recipe: run(recipe, tmp_path / "child")):
         with pytest.raises(InputError, match=r"model\.max_position_embeddings: found 512, .* 256"):
             ask(recipe)
+    file = tmp_path / "longer.toml"
+    file.write_text(to_toml(dataclasses.replace(recipe, stage="midtrain")))
+    capsys.readouterr()
+    assert main(["midtrain", str(file), "--run", str(tmp_path / "longer")]) == 2
+    assert "model.max_position_embeddings: found 512" in capsys.readouterr().err
 
 
 def test_weights_that_are_not_on_this_disk_leave_the_presets_sizes_and_a_note() -> None:

@@ -98,6 +98,25 @@ def test_models_of_other_tokenizers_or_templates_have_no_average(save: Save, tmp
         open_mixer([c, d])
 
 
+def test_a_model_named_twice_is_refused(save: Save) -> None:
+    a = save("a")
+    with pytest.raises(InputError, match="named twice"):
+        open_mixer([a, save("b"), f"{a}/../a"])
+
+
+def test_tokenizers_are_compared_and_carried_where_the_first_model_has_none(save: Save, tmp_path: Path) -> None:
+    other = load_tokenizer(train_tokenizer(["Something else entirely. "] * 40, 330, tmp_path / "other"))
+    a, b, c = save("a"), save("b"), save("c", words=other)
+    for file in Path(a).glob("*token*"):
+        file.unlink()
+    with pytest.raises(InputError, match=f"c: its tokenizer .* is not that of {b}"):
+        open_mixer([a, b, c])
+    open_mixer([a, b]).save(tmp_path / "out", [0.5, 0.5])
+    folder = load_model(tmp_path / "out").tokenizer_folder
+    assert folder is not None
+    assert load_tokenizer(folder).fingerprint == load_tokenizer(b).fingerprint
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -146,6 +165,12 @@ def test_the_command_averages_and_sweeps(save: Save, tmp_path: Path, capsys: pyt
     assert json.loads((tmp_path / "out" / "argonne_merge.json").read_text())["merged"][1]["weight"] == 0.15
     assert argonne("merge", f"{a}:0.85", f"{b}:0.15", "--out", str(tmp_path / "out")) == 2
     assert argonne("merge", f"{a}:0.85", f"{b}:0.15") == 2
+    named_twice = f"{tmp_path}/./a"
+    for words in ((f"{a}:0.5", f"{b}:0.4"), (f"{a}:0.5", f"{named_twice}:0.5"), (f"{a}:1",), (f"{a}:0.5", b)):
+        assert argonne("merge", *words, "--out", str(tmp_path / "none")) == 2, words
+    assert argonne("merge", a, b, named_twice, "--sweep", "bpb") == 2
+    assert argonne("merge", f"{a}:0.5", f"{save('c', hidden_size=16)}:0.5", "--out", str(tmp_path / "none")) == 2
+    assert not (tmp_path / "none").exists()
     sweep_words = ("merge", a, b, "--sweep", "bpb", "--grid", "2", "--data", str(text))
     capsys.readouterr()
     assert argonne(*sweep_words, "--out", str(tmp_path / "best")) == 0

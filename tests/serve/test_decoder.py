@@ -139,6 +139,13 @@ def test_an_answer_is_bit_for_bit_the_same_whoever_its_neighbours_are(generation
             assert answer.logprobs == alone[number].logprobs  # floats, bit for bit
 
 
+def test_a_step_names_each_answer_that_it_changed_once() -> None:
+    decoder = Decoder(model_of("nano-2.5"), rows=4)
+    answer = decoder.submit([5, 6], SamplingOptions(max_new_tokens=2, temperature=0.0), [])
+    assert decoder.step() == [answer]
+    assert answer.stop == "length"
+
+
 def test_a_long_prompt_does_not_stall_the_others() -> None:
     decoder = Decoder(model_of("nano-2.5"), rows=4, chunk=16)
     quick = decoder.submit([5, 6], SamplingOptions(max_new_tokens=20, temperature=0.0), [])

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from argonne.cli.command import main
 from argonne.config import Recipe
 from argonne.data.pair_data import PairData
 from argonne.errors import InputError
@@ -161,11 +162,12 @@ def test_a_run_goes_on_against_its_own_reference_when_other_weights_lie_there(
 
 
 def test_a_loss_that_does_not_leave_its_start_is_told_once(
-    pairs: Pairs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pairs: Pairs, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tune(pairs(**{"train.steps": "24", "optim.lr": "1e-9", "dpo.scores": '"mean"'}), tmp_path / "run")
     said = capsys.readouterr().err
     assert said.count("has not left its start") == 1
+    assert f"layers, from {base}\n" in said
     assert 'dpo.scores = "sum"' in said
 
 
@@ -202,6 +204,30 @@ def test_a_file_without_a_usable_pair_is_told_with_file_and_line(
     bad = write(tmp_path / "bad.jsonl", [row])
     with pytest.raises(InputError, match=re.escape(told)):
         tune(pairs(bad), tmp_path / "run")
+
+
+def said(role: str, text: str) -> dict[str, str]:
+    return {"role": role, "content": text}
+
+
+def test_unusable_pairs_are_counted_by_reason_and_the_command_ends_with_2(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = [said("user", "Who?"), said("assistant", "a")]
+    rows = [
+        {"prompt": "Why?", "chosen": "a", "rejected": "a"},
+        *[{"prompt": "Why?", "chosen": "a " * 200, "rejected": "b"}] * 2,
+        *[{"prompt": [said("user", "Why?")], "chosen": other, "rejected": "b"}] * 3,
+    ]
+    for name, kept in (("all.jsonl", []), ("most.jsonl", made(6))):
+        bad = write(tmp_path / name, [*rows, *kept])
+        more = ["--data.sequence_length", "128", "--batch.tokens_per_step", "512", "--data.sources", str(bad)]
+        command = ["dpo", "nano-3.0-dpo", "--run", str(tmp_path / f"{name}-run"), "--init-from", str(base), *more]
+        assert main(command) == 2
+        told = capsys.readouterr().err
+        for reason in ("chosen-is-rejected 1", "too-long 2", "prompt-does-not-match 3"):
+            assert f"{reason} ({name}:" in told, told
+    assert "0.1" in told  # half of them: above chat.max_drop_fraction
 
 
 def test_a_key_that_does_nothing_is_refused(pairs: Pairs) -> None:
