@@ -174,6 +174,7 @@ def run_state(
     return {
         "run_id": run.run_id,
         "tokens": data.tokens_before(step),
+        "tokens_before": start.tokens_before,
         "samples": data.samples_before(step),
         "progress": dataclasses.asdict(progress),
         "recipe": to_tree(recipe),
