@@ -11,9 +11,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURE = ROOT / "docs" / "images" / "midtraining.svg"
@@ -33,7 +32,7 @@ QUIET = {
     "train.threads": "1",
     "log.every_steps": "50",
     "log.tensorboard": "false",
-    "checkpoint.every_steps": "0",
+    "checkpoint.every_steps": "100",
     "checkpoint.sample_tokens": "1",
 }
 Bands = dict[str, float]
@@ -74,7 +73,7 @@ def experiment(books: Path, folder: Path, settings: Settings) -> dict[str, Bands
         "prepare", "--input", str(books), "--train-tokenizer", "2048", "--hold-out", "0.1", "--out", str(tokens),
         "--workers", "1",
     )  # fmt: skip
-    data = {**QUIET, "data.sources": json.dumps([{"path": str(tokens), "max_epochs": 20.0}])}
+    data = {**QUIET, "data.sources": f"[{{ path = {json.dumps(str(tokens))}, max_epochs = 20.0 }}]"}
     first = {
         **MODEL, "model.max_position_embeddings": str(OLD), "model.rope_theta": str(settings.old_base),
         "data.sequence_length": str(OLD), "train.steps": str(settings.first_steps), "eval.windows": "64",
@@ -141,7 +140,8 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         found = experiment(options.books.resolve(), (options.folder or Path(name)).resolve(), Settings())
-    facts: dict[str, Any] = {"bands": found, "within_and_beyond": {name: within_and_beyond(found[name]) for name in found}}
+    means = {name: within_and_beyond(bands) for name, bands in found.items()}
+    facts = {"settings": asdict(Settings()), "bands": found, "within_and_beyond": means}
     RESULT.write_text(json.dumps(facts, indent=2) + "\n")
     draw(found, PICTURE)
     print(json.dumps(facts, indent=2))

@@ -56,8 +56,8 @@ def short_base(model: ModelSection, head_dim: int, context: int) -> str | None:
     if theta is None or (found := discerned(theta, head_dim, context)) == context:
         return None
     return (
-        f"model.rope_theta {theta:g} tells similar tokens from others up to a distance of {found:,}, and the context is "
-        f"{context:,} (arXiv 2405.14591); a higher base reaches further"
+        f"model.rope_theta {theta:g} tells similar tokens from others up to a distance of {found:,}, and the context "
+        f"is {context:,} (arXiv 2405.14591); a higher base reaches further"
     )
 
 

@@ -191,8 +191,8 @@ def record_start(
     )
     rates = "  ".join(f"{step}: {rate:.3g}" for step, rate in curve(total_steps, recipe.optim, recipe.schedule))
     log(f"learning rate at steps {rates}")
-    if told := short_base(recipe.model, sizes.head_dim, sizes.max_position_embeddings):
-        log(f"warning: {told}")
+    if short := short_base(recipe.model, sizes.head_dim, sizes.max_position_embeddings):
+        log(f"warning: {short}")
     log(start.description)
 
 

@@ -33,8 +33,8 @@ SETTLED = ("precision", "device", "attention")
 @dataclass(frozen=True)
 class Start:
     """`checkpoint` carries the whole state; `own`: it is this run's. `weights` are weights alone, with their config;
-    `new_tokens`: what the run's tokenizer has beyond theirs. `tokens_before`: trained on before step 0 of the count that
-    the run goes on with, by the weights and their ancestors; None where nothing tells.
+    `new_tokens`: what the run's tokenizer has beyond theirs. `tokens_before`: what the weights and
+    their ancestors were trained on before step 0 of this run's count; None where nothing tells.
     """
 
     description: str

@@ -27,7 +27,7 @@ def next_token_by_row(head: Head, hidden: Tensor, micro: MicroBatch) -> Loss:
 
 
 def next_token_by_position(head: Head, hidden: Tensor, micro: MicroBatch) -> Loss:
-    """The same for evaluation, with the loss of each band of positions as `loss_by_position/FIRST-LAST`, counted from 1.
+    """The same for evaluation, with the loss of each band of positions as `loss_by_position/FIRST-LAST`, from 1 on.
 
     A band is as long as all before it: (0, T/8], (T/8, T/4], (T/4, T/2], (T/2, T] of rows of T tokens; with rows of
     four times the old context, its middle and its end are ends of bands. Positions are those that the model is given.

@@ -90,7 +90,9 @@ def tokens_of(folder: Path) -> tuple[int, int | None]:
     return state["tokens"], state["tokens_before"]
 
 
-def test_the_tokens_of_all_ancestors_are_known_to_a_run_from_weights(nano: Nano, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_tokens_of_all_ancestors_are_known_to_a_run_from_weights(
+    nano: Nano, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A chain of three: 256 tokens a step."""
     run(nano(**{"train.steps": "6"}), tmp_path / "first", stop_after_step=5)
     for parent, child, steps in (("first", "second", 4), ("second", "third", 3)):
