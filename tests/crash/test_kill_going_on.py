@@ -28,7 +28,6 @@ STAGES = {
         "model.rope_theta": "1e4",
         "data.sequence_length": "64",
         "data.documents": '"within"',
-        "batch.tokens_per_step": "512",
     },
     "continue": {"data.order": '"shuffled"', "optim.lr": "1e-3"},
 }
