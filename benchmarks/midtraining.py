@@ -32,7 +32,7 @@ QUIET = {
     "train.threads": "1",
     "log.every_steps": "50",
     "log.tensorboard": "false",
-    "checkpoint.every_steps": "100",
+    "checkpoint.every_steps": "0",
     "checkpoint.sample_tokens": "1",
 }
 Bands = dict[str, float]
@@ -43,9 +43,9 @@ class Settings:
     """Steps of 2,048 tokens, bases of the positions, held-out rows of LONG tokens."""
 
     first_steps: int = 400
-    more_steps: int = 200
+    more_steps: int = 300
     old_base: float = 50
-    new_base: float = 250
+    new_base: float = 1e6
     windows: int = 200
 
 
@@ -85,13 +85,16 @@ def experiment(books: Path, folder: Path, settings: Settings) -> dict[str, Bands
         **data, **muon, "model.rope_theta": str(settings.new_base), "schedule.decay": "0.4",
         "train.steps": str(settings.more_steps),
     }  # fmt: skip
-    long = {"data.sequence_length": str(LONG), "eval.windows": str(settings.windows)}
-    old = {"data.sequence_length": str(OLD), "eval.windows": "8", "model.max_position_embeddings": str(OLD)}
+
+    def rows(length: int, windows: int) -> dict[str, str]:
+        sizes = {"data.sequence_length": str(length), "model.max_position_embeddings": str(length)}
+        return {**more, **sizes, "eval.windows": str(windows)}
+
     start = ("--init-from", str(folder / "first"))
-    train("midtrain", "nano-3.0-midtrain", folder / "long", {**more, **long}, *start)
-    train("midtrain", "nano-3.0-midtrain", folder / "control", {**more, **old}, *start)
+    train("midtrain", "nano-3.0-midtrain", folder / "long", rows(LONG, settings.windows), *start)
+    train("midtrain", "nano-3.0-midtrain", folder / "control", rows(OLD, 8), *start)
     # Weights are evaluated before the first step: of the control, on the long rows.
-    look = {**more, **long, "train.steps": "1", "schedule.warmup": "0", "schedule.decay": "0"}
+    look = {**rows(LONG, settings.windows), "train.steps": "1", "schedule.warmup": "0", "schedule.decay": "0"}
     train("midtrain", "nano-3.0-midtrain", folder / "look", look, "--init-from", str(folder / "control"))
     before, after = (held_out(folder / "long")[place] for place in (0, -1))
     return {"before": before, "after": after, "control": held_out(folder / "look")[0]}
