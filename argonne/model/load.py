@@ -44,7 +44,7 @@ def no_progress_bar() -> Iterator[None]:
 @dataclass(frozen=True)
 class FoundModel:
     """Where a model's weights lie and what is known of them without reading them. `data_state`: where the data of its
-    run stood.
+    run stood. `tokens`: that they were trained on, their ancestors' included; None where nothing tells.
     """
 
     folder: Path
@@ -54,6 +54,7 @@ class FoundModel:
     run_id: str | None = None
     step: int | None = None
     data_state: dict[str, Any] | None = None
+    tokens: int | None = None
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -90,9 +91,7 @@ def resolve_model(name: str | Path) -> FoundModel:
         last = layout.last_checkpoint(path)  # of a run: its final model does not say where its data stood
         state = _json(last / layout.STATE) if last is not None else {}
         where = layout.tokenizer_of(folder)
-        return FoundModel(
-            folder, family_config(folder), where, False, state.get("run_id"), state.get("step"), state.get("data")
-        )
+        return FoundModel(folder, family_config(folder), where, False, **_lineage(state))
     if kind is not Kind.NOTHING:
         raise InputError(f"{path}: is {kind.value}; expected a run, a checkpoint or a model folder")
     raise InputError(
@@ -111,15 +110,22 @@ def _checkpoint(path: Path) -> FoundModel:
             f"{path / layout.STATE}: format version {state.get('format_version')!r}, this argonne reads "
             f"{layout.STATE_VERSION}; update argonne"
         )
-    return FoundModel(
-        path,
-        family_config(path),
-        path / layout.TOKENIZER,
-        True,
-        state.get("run_id"),
-        state.get("step"),
-        state.get("data"),
-    )
+    return FoundModel(path, family_config(path), path / layout.TOKENIZER, True, **_lineage(state))
+
+
+def tokens_before(state: dict[str, Any]) -> int | None:
+    """Tokens that the weights of a state.json, and their ancestors', were trained on before its own count began. None
+    where nothing tells: earlier ones do not, where they have a parent.
+    """
+    found: int | None = state.get("tokens_before", None if state.get("parent") else 0)
+    return found
+
+
+def _lineage(state: dict[str, Any]) -> dict[str, Any]:
+    """What a state.json says of where weights come from; nothing where there is none."""
+    before, own = tokens_before(state), state.get("tokens")
+    tokens = None if before is None or own is None else before + own
+    return {"run_id": state.get("run_id"), "step": state.get("step"), "data_state": state.get("data"), "tokens": tokens}
 
 
 def _from_hub(name: str) -> FoundModel:

@@ -22,6 +22,7 @@ from argonne.config import CHAT_STAGES, DataSection, ModelSection, Recipe
 from argonne.errors import InputError
 from argonne.keys import without_idle_keys
 from argonne.layout import CONTENT_TOKENS, THINK_TOKENS, TURN_TOKENS
+from argonne.plan.rope import check_rope
 
 ARCHITECTURE = tuple(
     item.name for item in dataclasses.fields(ModelSection) if item.name not in ("preset", "init_from", "initializer")
@@ -213,7 +214,8 @@ def fitted(recipe: Recipe, vocabulary: int | None, weights: Mapping[str, Any] | 
                 f"model.vocab_size: found {model.vocab_size:,}, but the data's tokenizer has {vocabulary:,} entries; "
                 f"give data of this model's tokenizer, or model.vocab_size = {vocabulary} for a fresh model"
             )
-    shape_of(model)
+    sizes = shape_of(model)
+    check_rope(model, sizes.head_dim, sizes.max_position_embeddings)
     return without_idle_keys(replace(recipe, model=model))
 
 

@@ -81,6 +81,7 @@ def _shape(path: Path) -> Facts:
 
 
 def _checkpoint(path: Path) -> Facts:
+    from argonne.model.load import tokens_before
     from argonne.train.checkpoint import read_state, stored_shapes
 
     problems = verify_directory(path)
@@ -91,6 +92,7 @@ def _checkpoint(path: Path) -> Facts:
     return facts | {
         "step": state["step"],
         "tokens": state["tokens"],
+        "tokens_before": tokens_before(state),
         "run_id": state["run_id"],
         "parent": state.get("parent"),
         "parameters": sum(math.prod(shape) for name, shape in shapes.items() if name.startswith("model.")),

@@ -21,6 +21,7 @@ from argonne.model.build import config_from_fields
 from argonne.model.load import load_model
 from argonne.model.save import save_model_folder
 from argonne.parallel.mesh import Mesh
+from argonne.parallel.objective import Objective
 from argonne.parallel.parallelise import Parallelised
 from argonne.recipe import to_toml, to_tree
 from argonne.serve.engine import stream_text
@@ -45,15 +46,23 @@ class Shown:
     judge: Callable[[int, dict[str, Any]], str | None] = lambda step, record: None
 
 
-def show_text(recipe: Recipe, data: Data, micro_rows: int) -> Shown:
-    """Held-out loss with bits per byte, and the continuation of `checkpoint.sample_prompt`."""
+def show_text(recipe: Recipe, data: Data, micro_rows: int, objective: Objective | None = None) -> Shown:
+    """Held-out loss with bits per byte, by another objective where one tells more than the trained one, and the
+    continuation of `checkpoint.sample_prompt`.
+    """
+
+    def held_out(model: Parallelised) -> Work[dict[str, Any]]:
+        return held_out_loss(model, recipe, data, micro_rows, objective)
+
     return Shown(
-        held_out=(lambda model: held_out_loss(model, recipe, data, micro_rows)) if recipe.eval.windows else None,
+        held_out=held_out if recipe.eval.windows else None,
         sample=(lambda model: sample_text(model, recipe, data.tokenizer)) if recipe.checkpoint.sample_prompt else None,
     )
 
 
-def held_out_loss(model: Parallelised, recipe: Recipe, data: Data, micro_rows: int) -> Work[dict[str, Any]]:
+def held_out_loss(
+    model: Parallelised, recipe: Recipe, data: Data, micro_rows: int, objective: Objective | None = None
+) -> Work[dict[str, Any]]:
     """Mean loss on the first held-out windows (the same ones each time), bits per byte where tokens are counted; {}
     where nothing is held out.
     """
@@ -61,7 +70,7 @@ def held_out_loss(model: Parallelised, recipe: Recipe, data: Data, micro_rows: i
     by_source: dict[int, list[float]] = {}
     sums: dict[str, list[float]] = {}
     for batch in data.held_out(recipe.eval.windows, micro_rows):
-        loss = model.evaluate(batch)
+        loss = model.evaluate(batch, objective)
         yield
         total += float(loss.total - loss.penalty)
         count += int(batch[data.unit].sum())
@@ -165,6 +174,7 @@ def run_state(
     return {
         "run_id": run.run_id,
         "tokens": data.tokens_before(step),
+        "tokens_before": start.tokens_before,
         "samples": data.samples_before(step),
         "progress": dataclasses.asdict(progress),
         "recipe": to_tree(recipe),

@@ -10,11 +10,12 @@ from typing import Any
 from argonne.config import CHAT_STAGES, Recipe
 from argonne.data.dataset import open_training_data
 from argonne.parallel.objective import Objective
+from argonne.stages.hooks import Shown, show_text
 from argonne.stages.session import run_session
 from argonne.stages.setup import Session
 from argonne.stages.stage import Stage, StageData
 from argonne.train.guard import StopWatch
-from argonne.train.objectives import next_token, next_token_by_row
+from argonne.train.objectives import next_token, next_token_by_position, next_token_by_row
 from argonne.train.trainer import Outcome
 
 
@@ -28,7 +29,12 @@ def token_windows(recipe: Recipe, state: dict[str, Any] | None, run_folder: Path
     return open_training_data(recipe.data, recipe.batch, recipe.seed, state=state, run_folder=run_folder, allow=allow)
 
 
-PRETRAIN = Stage(objective, token_windows)
+def shows(recipe: Recipe, data: StageData, micro_rows: int) -> Shown:
+    """Of text: the held-out loss by position too."""
+    return show_text(recipe, data, micro_rows, next_token_by_position)
+
+
+PRETRAIN = Stage(objective, token_windows, shows=shows)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from argonne.parallel.objective import MicroBatch, Objective
 from argonne.parallel.parallelise import REPLICATED, Mode, Parallelised
 from argonne.plan import Device, Setup, choose_setup, plan_of_run, running_device, shape_of
 from argonne.plan.build import total_steps as planned_steps
+from argonne.plan.rope import short_base
 from argonne.plan.shape import fitted
 from argonne.recipe import differences, to_toml, to_tree
 from argonne.stages.chat_tokens import ADDED_TOKENS, added_tokens, told
@@ -151,7 +152,8 @@ def record_start(
     to run.
     """
     data, start, total_steps = opened.data, opened.start, opened.total_steps
-    parameters = shape_of(recipe.model, recipe.data.sequence_length).parameters()
+    sizes = shape_of(recipe.model, recipe.data.sequence_length)
+    parameters = sizes.parameters()
     run.clear_markers()
     known = (run.path / CONFIG).read_text().splitlines() if (run.path / CONFIG).exists() else []
     history = [line for line in known if line.startswith(HISTORY)]
@@ -171,6 +173,7 @@ def record_start(
             "device": str(mesh.device),
             "micro_rows": micro_rows,
             "parent": start.parent,
+            "tokens_before": start.tokens_before,
         }
     )
     if added is not None:
@@ -187,6 +190,8 @@ def record_start(
     )
     rates = "  ".join(f"{step}: {rate:.3g}" for step, rate in curve(total_steps, recipe.optim, recipe.schedule))
     log(f"learning rate at steps {rates}")
+    if short := short_base(recipe.model, sizes.head_dim, sizes.max_position_embeddings):
+        log(f"warning: {short}")
     log(start.description)
 
 

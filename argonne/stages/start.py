@@ -19,7 +19,7 @@ from argonne.layout import LEGACY_SUFFIXES, followed
 from argonne.legacy.position import carried_position
 from argonne.legacy.training import TrainingFile, read_training_file
 from argonne.model.build import build_model, config_from_fields
-from argonne.model.load import load_weights_into, resolve_model
+from argonne.model.load import load_weights_into, resolve_model, tokens_before
 from argonne.model.modeling_argonne import ArgonneForCausalLM
 from argonne.plan.shape import ARCHITECTURE, left_to, with_new_tokens
 from argonne.tokens.tokenizer import AddedTokens, TextTokenizer, load_tokenizer
@@ -33,7 +33,8 @@ SETTLED = ("precision", "device", "attention")
 @dataclass(frozen=True)
 class Start:
     """`checkpoint` carries the whole state; `own`: it is this run's. `weights` are weights alone, with their config;
-    `new_tokens`: what the run's tokenizer has beyond theirs.
+    `new_tokens`: what the run's tokenizer has beyond theirs. `tokens_before`: what the weights and
+    their ancestors were trained on before step 0 of this run's count; None where nothing tells.
     """
 
     description: str
@@ -48,6 +49,7 @@ class Start:
     tokenizer_fingerprint: str | None = None
     family_file: TrainingFile | None = None
     new_tokens: AddedTokens | None = None
+    tokens_before: int | None = 0
 
     def settled(self, given: Recipe) -> Recipe:
         """The recipe with what it leaves open, and what would change the arithmetic, as the checkpoint settled it."""
@@ -132,13 +134,15 @@ def find_start(
     if recipe.model.init_from is None:
         return Start(f"starting from fresh weights (seed {recipe.seed})")
     found = resolve_model(recipe.model.init_from)
+    seen = "" if found.tokens is None else f" ({found.tokens:,} tokens)"
     return Start(
-        description=f"starting from the weights of {found.folder}, with a schedule of its own",
+        description=f"starting from the weights of {found.folder}{seen}, with a schedule of its own",
         weights=str(found.folder),
         weights_config=found.fields,
         parent={"model": recipe.model.init_from, "run_id": found.run_id, "step": found.step},
         data_state=carried_data(found.data_state, recipe) if found.data_state else None,
         tokenizer_fingerprint=load_tokenizer(found.tokenizer_folder).fingerprint if found.tokenizer_folder else None,
+        tokens_before=found.tokens,
     )
 
 
@@ -171,9 +175,11 @@ def _whole_state(path: Path, *, own: bool) -> Start:
     state = read_state(path)
     if not own and (problems := verify_directory(path)):
         raise InputError(f"{path}: the checkpoint is damaged: {problems[0]}; give another one")
+    before = tokens_before(state)
+    seen = f"{state['tokens']:,} tokens{f', and {before:,} before step 0' if before else ''}"
     parent = state.get("parent") if own else {"run_id": state["run_id"], "checkpoint": path.name, "step": state["step"]}
     return Start(
-        description=f"resuming {path} at step {state['step']:,} ({state['tokens']:,} tokens)",
+        description=f"resuming {path} at step {state['step']:,} ({seen})",
         checkpoint=path,
         own=own,
         progress=state["progress"],
@@ -181,6 +187,7 @@ def _whole_state(path: Path, *, own: bool) -> Start:
         recipe_tree=state["recipe"],
         parent=parent,
         tokenizer_fingerprint=state["tokenizer_fingerprint"],
+        tokens_before=before,
     )
 
 

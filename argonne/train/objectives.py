@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import pairwise
+
+import torch
 from torch import Tensor
 
 from argonne.parallel.objective import Head, Loss, MicroBatch
+
+BY_POSITION = "loss_by_position"
 
 
 def next_token(head: Head, hidden: Tensor, micro: MicroBatch) -> Loss:
@@ -18,6 +24,27 @@ def next_token_by_row(head: Head, hidden: Tensor, micro: MicroBatch) -> Loss:
     log_p, log_z = head.token_log_probs(hidden, micro["shift_labels"])
     penalty = head.z_loss * log_z.square().sum()
     return _told_apart(head, penalty - log_p.sum(), penalty.detach(), micro, -log_p.detach().sum(dim=1))
+
+
+def next_token_by_position(head: Head, hidden: Tensor, micro: MicroBatch) -> Loss:
+    """The same for evaluation, with the loss of each band of positions as `loss_by_position/FIRST-LAST`, from 1 on.
+
+    A band is as long as all before it: (0, T/8], (T/8, T/4], (T/4, T/2], (T/2, T] of rows of T tokens; with rows of
+    four times the old context, its middle and its end are ends of bands. Positions are those that the model is given.
+    """
+    labels = micro["shift_labels"]
+    log_p, log_z = head.token_log_probs(hidden, labels)
+    valid, length = labels >= 0, labels.shape[1]
+    places = micro.get("position_ids", torch.arange(length)).to(labels.device)
+    edges = [0, *(length // parts for parts in (8, 4, 2, 1))]
+    metrics = {}
+    for first, last in pairwise(edges):
+        inside = valid & (places >= first) & (places < last)
+        if last > first:
+            metrics[f"{BY_POSITION}/{first + 1}-{last}"] = -log_p[inside].sum(), inside.sum()
+    penalty = head.z_loss * log_z.square().sum()
+    told = _told_apart(head, penalty - log_p.sum(), penalty, micro, -log_p.sum(dim=1))
+    return replace(told, metrics={**told.metrics, **metrics})
 
 
 def _told_apart(head: Head, total: Tensor, penalty: Tensor, micro: MicroBatch, rows: Tensor | None = None) -> Loss:

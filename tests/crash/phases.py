@@ -1,4 +1,4 @@
-"""Kills a fine-tuning run in each phase of its life; in which one a victim died is told by what it left behind."""
+"""Kills a run in each phase of its life; in which one a victim died is told by what it left behind."""
 
 from __future__ import annotations
 

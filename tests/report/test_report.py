@@ -146,6 +146,19 @@ def test_a_field_that_was_never_measured_gets_no_panel(run: Path) -> None:
     assert "<h3>MFU</h3>" in write_report([run]).read_text()
 
 
+def test_the_held_out_loss_by_position_is_a_panel_with_a_curve_a_band_and_earlier_runs_have_none(run: Path) -> None:
+    assert "by position" not in write_report([run]).read_text()
+    bands = {"1-64": 4.0, "65-128": 3.0}
+    told = {f"loss_by_position/{band}": loss for band, loss in bands.items()}
+    held = [{"event": "held_out", "step": step, "loss": 3.5, "tokens": 64, "metrics": told} for step in (0, 2)]
+    html = write_report([write_run(run, [step_record(1), step_record(2), *held])]).read_text()
+    assert "<h3>Held-out loss by position</h3>" in html
+    assert "<h3>Loss by position</h3>" not in html
+    for band in bands:
+        assert vertices(html, f"curve-0-held_out-metrics-loss_by_position/{band}") == 2
+        assert f"</i>{band}</span>" in html
+
+
 def test_the_page_is_well_formed_and_loads_nothing(run: Path) -> None:
     html = write_report([run]).read_text()
     checker = parsed(html)
