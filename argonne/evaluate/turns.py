@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from random import Random
 
 from argonne.evaluate.gsm8k import WordProblems
@@ -15,6 +16,7 @@ from argonne.evaluate.requests import TaskContext
 from argonne.evaluate.sums import is_unseen
 
 QUESTIONS = 200
+DRAWS = 20  # for each question that is asked: some come twice
 _NAMES = """
 Ada Alan Amir Anna Ben Carla Chen Clara David Elena Emma Eric Fatima Felix Grace Hana Hugo Ida Ivan Jack Julia Karl Lara
 Leo Lucy Maria Mark Mei Nina Noah Olga Omar Paul Rosa Ruth Sara Simon Tina Vera Yusuf
@@ -34,7 +36,7 @@ TURNS = (
     ("Thank you for the {thing}! Yours, {name}.", "You are welcome, {name}!", "thanks from {name}"),
     ("{name} likes the {thing}. What does {name} like?", "{name} likes the {thing}.", "{name} likes the {thing}"),
     ("I have a {colour} {thing}. What colour is it?", "Your {thing} is {colour}.", "the {thing} is {colour}"),
-    ("Say {thing} twice.", "{thing} {thing}", "twice {thing}"),
+    ("Say {colour} {thing} twice.", "{colour} {thing}, {colour} {thing}", "twice {colour} {thing}"),
 )
 
 
@@ -58,13 +60,14 @@ def turns(seed: int, *, unseen: bool) -> Iterator[Turn]:
 
 
 class Turns(WordProblems):
-    """The whole answer, behind its trace where it has one, on `--limit` (200) unseen turns."""
+    """The whole answer, behind its trace where it has one, on `--limit` (200) unseen turns, or all that there are."""
 
     name = "turns"
 
     def problems(self, context: TaskContext) -> list[tuple[str, str]]:
-        made = turns(0, unseen=True)
-        return [(one.said, one.answer) for one, _ in zip(made, range(context.limit or QUESTIONS), strict=False)]
+        count = context.limit or QUESTIONS
+        made = {one.said: one.answer for one in islice(turns(0, unseen=True), DRAWS * count)}
+        return list(made.items())[:count]
 
     def given(self, text: str) -> str | None:
         _, kind, words = trace_of(text)

@@ -1,6 +1,6 @@
 """Which model a run trains, for plan, dry run and training alike: what the recipe says, then the weights that training
 starts with, then the data's tokenizer, and a preset last. And what it comes to: sizes, exact parameters, FLOPs a token,
-by pure arithmetic that the tests hold against the real modules.
+by pure arithmetic that the tests hold against the real modules; which context a base of rotary positions carries.
 
 FLOPs convention. One multiply-add is 2 FLOPs; the backward pass costs twice the forward one, so training is 3 times the
 forward pass. Counted: every matrix product with a weight, the head included (6 FLOPs a weight and token), and
@@ -12,6 +12,7 @@ Document masks are ignored, so with them the figure is an upper bound.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Container, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,7 +23,6 @@ from argonne.config import CHAT_STAGES, DataSection, ModelSection, Recipe
 from argonne.errors import InputError
 from argonne.keys import without_idle_keys
 from argonne.layout import CONTENT_TOKENS, THINK_TOKENS, TURN_TOKENS
-from argonne.plan.rope import check_rope
 
 ARCHITECTURE = tuple(
     item.name for item in dataclasses.fields(ModelSection) if item.name not in ("preset", "init_from", "initializer")
@@ -293,3 +293,52 @@ def _ids_of(folder: Path) -> dict[str, int]:
     if not isinstance(entries, dict):  # a unigram model lists its entries, the others give each its id
         entries = {entry[0]: number for number, entry in enumerate(entries)}
     return {**entries, **{token["content"]: token["id"] for token in tree.get("added_tokens", [])}}
+
+
+def longest_wavelength(theta: float, head_dim: int) -> float:
+    """Tokens after which the slowest pair of a rotary head has turned once; beyond, every pair shows angles a second
+    time. Pair i of a head of d dimensions turns by theta^(-2i/d) a token.
+    """
+    return 2 * math.pi * theta ** ((head_dim - 2) / head_dim)
+
+
+def discerned(theta: float, head_dim: int, context: int) -> int:
+    """Up to which distance, at most `context`, attention can prefer a similar token to a random one: the first distance
+    m at which the sum of cos(m theta^(-2i/d)) over all pairs i is negative ("Base of RoPE Bounds Context Length",
+    arXiv 2405.14591, theorem 1).
+    """
+    turns = [theta ** (-pair / head_dim) for pair in range(0, head_dim, 2)]
+    away = (m for m in range(context) if sum(math.cos(m * turn) for turn in turns) < 0)
+    return next(away, context)
+
+
+def check_rope(model: ModelSection, head_dim: int, context: int) -> None:
+    """Raise InputError where even the slowest pair turns more than once within the context: then no pair tells a token
+    from one a turn away.
+    """
+    theta = _theta(model, head_dim)
+    if theta is None or (reach := longest_wavelength(theta, head_dim)) >= context:
+        return
+    least = (context / (2 * math.pi)) ** (head_dim / (head_dim - 2))
+    raise InputError(
+        f"model.rope_theta: found {theta:g}, whose longest wavelength with heads of {head_dim} is {reach:,.0f} tokens, "
+        f"and a context of {context:,}: positions would repeat; give at least {math.ceil(least):,}, or a shorter "
+        "context (model.max_position_embeddings, data.sequence_length)"
+    )
+
+
+def short_base(model: ModelSection, head_dim: int, context: int) -> str | None:
+    """What to know of a base below the paper's bound for the context; None for one above it."""
+    theta = _theta(model, head_dim)
+    if theta is None or (found := discerned(theta, head_dim, context)) == context:
+        return None
+    return (
+        f"model.rope_theta {theta:g} tells similar tokens from others up to a distance of {found:,}, and the context "
+        f"is {context:,} (arXiv 2405.14591); a higher base reaches further"
+    )
+
+
+def _theta(model: ModelSection, head_dim: int) -> float | None:
+    """None where nothing is turned, or by a single pair, of which no base makes a slow one."""
+    turned = model.position_embedding != "learned" and head_dim > 2
+    return float(model.rope_theta or presets.DEFAULTS["rope_theta"]) if turned else None

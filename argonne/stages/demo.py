@@ -27,13 +27,19 @@ PASSES = 20.0  # over a source, at most
 MERGE = {"cot-sft": 0.3, "dpo": 0.7}
 ANSWER_TOKENS = 100  # the longest worked steps take 90
 TEXT_TOKENS = 50_000  # of held-out documentation
-QUESTIONS = 500
+QUESTIONS, TURNS = 500, 200
 SAMPLED = (
     100  # of the questions are answered once more, at temperature 0.8: a free answer, of which one has no best form
 )
 MEASURED = "measured"
 # Asked of the model after each stage; the page shows the answers side by side.
-PROBES = ("Hello, my name is Ada.", "What is 347 + 285?", "What is 520 - 64?", "Say ball twice.", "What is json.dumps?")
+PROBES = (
+    "Hello, my name is Ada.",
+    "What is 347 + 285?",
+    "What is 520 - 64?",
+    "Say red ball twice.",
+    "What is json.dumps?",
+)
 
 
 @dataclass(frozen=True)
@@ -231,15 +237,17 @@ class _Demo:
         model, kept = self.path(name), self.out / MEASURED / f"{name}.json"
         probes = self.out / "questions.txt"
         files.write_text(probes, "\n".join(PROBES) + "\n")
-        limit = str(self.scaled(QUESTIONS))
-        self.command("eval", model, "--tasks", "sums,turns", "--limit", limit, "--tokens", str(ANSWER_TOKENS))
+        limit, turns = str(self.scaled(QUESTIONS)), str(self.scaled(TURNS))
+        self.command("eval", model, "--tasks", "sums", "--limit", limit, "--tokens", str(ANSWER_TOKENS))
+        self.command("eval", model, "--tasks", "turns", "--limit", turns, "--tokens", str(ANSWER_TOKENS))
         self.command("eval", model, "--tasks", "sums", "--limit", str(self.scaled(SAMPLED)), "--samples", "1")
         self.command("eval", model, "--data", self.path("documentation"), "--limit", str(TEXT_TOKENS))
         self.command("eval", model, "--tasks", "probes", "--data", str(probes), "--tokens", str(ANSWER_TOKENS))
         if not kept.exists():
             loaded = load_model(model)
             ask = partial(evaluate, model, loaded=loaded)
-            found = ask(["sums", "turns"], limit=int(limit), tokens=ANSWER_TOKENS)["tasks"]
+            found = ask(["sums"], limit=int(limit), tokens=ANSWER_TOKENS)["tasks"]
+            found |= ask(["turns"], limit=int(turns), tokens=ANSWER_TOKENS)["tasks"]
             sampled = ask(["sums"], limit=self.scaled(SAMPLED), tokens=ANSWER_TOKENS, samples=1)["tasks"]["sums"]
             found["sums"]["sampled"] = sampled["sampled"]
             found |= ask(["bpb"], self.path("documentation"), limit=TEXT_TOKENS)["tasks"]
@@ -247,11 +255,11 @@ class _Demo:
             kept.parent.mkdir(exist_ok=True)
             files.write_json(kept, found)
         found = self.measured[name] = files.read_json(kept)
-        sums, turns = found["sums"], found["turns"]
+        sums, talk = found["sums"], found["turns"]
         self.log(
             f"      {found['bpb']['bits_per_byte']:.3f} bits per byte of unseen documentation; right: "
-            f"{sums['exact_match']:.1%} of {sums['questions']} unseen problems, {turns['exact_match']:.1%} of "
-            f"{turns['questions']} unseen turns"
+            f"{sums['exact_match']:.1%} of {sums['questions']} unseen problems, {talk['exact_match']:.1%} of "
+            f"{talk['questions']} unseen turns"
         )
         if sums["closed"]:
             self.log(

@@ -27,8 +27,7 @@ from argonne.parallel.objective import MicroBatch, Objective
 from argonne.parallel.parallelise import REPLICATED, Mode, Parallelised
 from argonne.plan import Device, Setup, choose_setup, plan_of_run, running_device, shape_of
 from argonne.plan.build import total_steps as planned_steps
-from argonne.plan.rope import short_base
-from argonne.plan.shape import fitted
+from argonne.plan.shape import fitted, short_base
 from argonne.recipe import differences, to_toml, to_tree
 from argonne.stages.chat_tokens import ADDED_TOKENS, added_tokens, told
 from argonne.stages.stage import Stage, StageData

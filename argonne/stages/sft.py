@@ -15,14 +15,19 @@ from argonne.data.chat_data import ConversationData, Opened, open_conversations
 from argonne.errors import InputError
 from argonne.evaluate.probes import QUESTIONS, Question, in_words, look_at, questions_of, summary
 from argonne.layout import CONVERSATIONS
+from argonne.parallel.objective import Objective
 from argonne.serve.engine import completing
 from argonne.serve.options import SamplingOptions
 from argonne.stages.chat_tokens import chat_tokenizer
 from argonne.stages.hooks import Shown, show_text
-from argonne.stages.pretrain import objective
 from argonne.stages.stage import Stage, StageData
 from argonne.train.aside import Sampled, Work
 from argonne.train.data import Data
+from argonne.train.objectives import next_token_of
+
+
+def objective(recipe: Recipe, data: StageData) -> Objective:
+    return next_token_of(len(data.source_names))
 
 
 def conversations(recipe: Recipe, state: dict[str, Any] | None, run_folder: Path, allow: frozenset[str]) -> StageData:

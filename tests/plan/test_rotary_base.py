@@ -10,8 +10,7 @@ import pytest
 
 from argonne.config import ModelSection, Recipe
 from argonne.errors import InputError
-from argonne.plan.rope import check_rope, discerned, longest_wavelength, short_base
-from argonne.plan.shape import as_trained, shape_of
+from argonne.plan.shape import as_trained, check_rope, discerned, longest_wavelength, shape_of, short_base
 from argonne.presets import presets
 from argonne.recipe import load_recipe, recipe_names
 from argonne.stages.pretrain import run
