@@ -262,8 +262,10 @@ def test_learned_positions_of_weights_cannot_grow(
         with pytest.raises(InputError, match=r"model\.max_position_embeddings: found 512, .* 256"):
             ask(recipe)
     file = tmp_path / "longer.toml"
-    model = dataclasses.replace(recipe.model, vocab_size=None)
-    file.write_text(to_toml(dataclasses.replace(recipe, stage="midtrain", model=model)))
+    file.write_text(
+        f'base = "nano-1.0"\nstage = "midtrain"\n[model]\ninit_from = "{tmp_path / "parent"}"\n[data]\n'
+        f'sequence_length = 512\nsources = [{{ path = "{tokens}", max_epochs = 99 }}]\n'
+    )
     capsys.readouterr()
     assert main(["midtrain", str(file), "--run", str(tmp_path / "longer")]) == 2
     assert "model.max_position_embeddings: found 512" in capsys.readouterr().err
