@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 import tomllib
@@ -18,7 +17,7 @@ from argonne.errors import InputError
 from argonne.plan import make_plan
 from argonne.plan.shape import as_trained, fitted, vocabulary_of
 from argonne.presets import preset
-from argonne.recipe import load_recipe, recipe_names, to_toml
+from argonne.recipe import load_recipe, recipe_names
 from argonne.stages.pretrain import run
 from argonne.stages.start import architecture_fields, find_start
 from argonne.train.run import RunFolder
