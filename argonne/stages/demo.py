@@ -25,7 +25,7 @@ SEED = 444
 FACTS = 0.3  # of the tokens of pretraining and midtraining
 PASSES = 20.0  # over a source, at most
 MERGE = {"cot-sft": 0.3, "dpo": 0.7}
-ANSWER_TOKENS = 100  # the longest worked steps take 90
+ANSWER_TOKENS, THINKING_TOKENS = 40, 100  # of an answer at most: the longest worked steps take 90
 TEXT_TOKENS = 50_000  # of held-out documentation
 QUESTIONS, TURNS = 500, 200
 SAMPLED = (
@@ -238,20 +238,32 @@ class _Demo:
         probes = self.out / "questions.txt"
         files.write_text(probes, "\n".join(PROBES) + "\n")
         limit, turns = str(self.scaled(QUESTIONS)), str(self.scaled(TURNS))
-        self.command("eval", model, "--tasks", "sums", "--limit", limit, "--tokens", str(ANSWER_TOKENS))
-        self.command("eval", model, "--tasks", "turns", "--limit", turns, "--tokens", str(ANSWER_TOKENS))
-        self.command("eval", model, "--tasks", "sums", "--limit", str(self.scaled(SAMPLED)), "--samples", "1")
+        tokens = ANSWER_TOKENS if name in ("pretrain", "midtrain", "sft") else THINKING_TOKENS
+        self.command("eval", model, "--tasks", "sums", "--limit", limit, "--tokens", str(tokens))
+        self.command("eval", model, "--tasks", "turns", "--limit", turns, "--tokens", str(tokens))
+        self.command(
+            "eval",
+            model,
+            "--tasks",
+            "sums",
+            "--limit",
+            str(self.scaled(SAMPLED)),
+            "--samples",
+            "1",
+            "--tokens",
+            str(tokens),
+        )
         self.command("eval", model, "--data", self.path("documentation"), "--limit", str(TEXT_TOKENS))
-        self.command("eval", model, "--tasks", "probes", "--data", str(probes), "--tokens", str(ANSWER_TOKENS))
+        self.command("eval", model, "--tasks", "probes", "--data", str(probes), "--tokens", str(tokens))
         if not kept.exists():
             loaded = load_model(model)
             ask = partial(evaluate, model, loaded=loaded)
-            found = ask(["sums"], limit=int(limit), tokens=ANSWER_TOKENS)["tasks"]
-            found |= ask(["turns"], limit=int(turns), tokens=ANSWER_TOKENS)["tasks"]
-            sampled = ask(["sums"], limit=self.scaled(SAMPLED), tokens=ANSWER_TOKENS, samples=1)["tasks"]["sums"]
+            found = ask(["sums"], limit=int(limit), tokens=tokens)["tasks"]
+            found |= ask(["turns"], limit=int(turns), tokens=tokens)["tasks"]
+            sampled = ask(["sums"], limit=self.scaled(SAMPLED), tokens=tokens, samples=1)["tasks"]["sums"]
             found["sums"]["sampled"] = sampled["sampled"]
             found |= ask(["bpb"], self.path("documentation"), limit=TEXT_TOKENS)["tasks"]
-            found |= ask(["probes"], probes, tokens=ANSWER_TOKENS)["tasks"]
+            found |= ask(["probes"], probes, tokens=tokens)["tasks"]
             kept.parent.mkdir(exist_ok=True)
             files.write_json(kept, found)
         found = self.measured[name] = files.read_json(kept)
