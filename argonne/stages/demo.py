@@ -235,37 +235,26 @@ class _Demo:
         from argonne.model.load import load_model
 
         model, kept = self.path(name), self.out / MEASURED / f"{name}.json"
-        probes = self.out / "questions.txt"
-        files.write_text(probes, "\n".join(PROBES) + "\n")
-        limit, turns = str(self.scaled(QUESTIONS)), str(self.scaled(TURNS))
+        questions = self.out / "questions.txt"
+        files.write_text(questions, "\n".join(PROBES) + "\n")
         tokens = ANSWER_TOKENS if name in ("pretrain", "midtrain", "sft") else THINKING_TOKENS
-        self.command("eval", model, "--tasks", "sums", "--limit", limit, "--tokens", str(tokens))
-        self.command("eval", model, "--tasks", "turns", "--limit", turns, "--tokens", str(tokens))
-        self.command(
-            "eval",
-            model,
-            "--tasks",
-            "sums",
-            "--limit",
-            str(self.scaled(SAMPLED)),
-            "--samples",
-            "1",
-            "--tokens",
-            str(tokens),
-        )
-        self.command("eval", model, "--data", self.path("documentation"), "--limit", str(TEXT_TOKENS))
-        self.command("eval", model, "--tasks", "probes", "--data", str(probes), "--tokens", str(tokens))
+        asked: dict[str, dict[str, Any]] = {
+            "sums": {"limit": self.scaled(QUESTIONS), "tokens": tokens},
+            "sums, sampled": {"limit": self.scaled(SAMPLED), "tokens": tokens, "samples": 1},
+            "turns": {"limit": self.scaled(TURNS), "tokens": tokens},
+            "bpb": {"data": self.path("documentation"), "limit": TEXT_TOKENS},
+            "probes": {"data": questions, "tokens": tokens},
+        }
+        for what, how in asked.items():
+            words = (word for flag, value in how.items() for word in (f"--{flag}", str(value)))
+            self.command("eval", model, "--tasks", what.partition(",")[0], *words)
         if not kept.exists():
-            loaded = load_model(model)
-            ask = partial(evaluate, model, loaded=loaded)
-            found = ask(["sums"], limit=int(limit), tokens=tokens)["tasks"]
-            found |= ask(["turns"], limit=int(turns), tokens=tokens)["tasks"]
-            sampled = ask(["sums"], limit=self.scaled(SAMPLED), tokens=tokens, samples=1)["tasks"]["sums"]
-            found["sums"]["sampled"] = sampled["sampled"]
-            found |= ask(["bpb"], self.path("documentation"), limit=TEXT_TOKENS)["tasks"]
-            found |= ask(["probes"], probes, tokens=tokens)["tasks"]
+            loaded, results = load_model(model), {}
+            for what, how in asked.items():
+                (results[what],) = evaluate(model, [what.partition(",")[0]], loaded=loaded, **how)["tasks"].values()
+            results["sums"]["sampled"] = results.pop("sums, sampled")["sampled"]
             kept.parent.mkdir(exist_ok=True)
-            files.write_json(kept, found)
+            files.write_json(kept, results)
         found = self.measured[name] = files.read_json(kept)
         sums, talk = found["sums"], found["turns"]
         self.log(
