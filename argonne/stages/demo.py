@@ -182,10 +182,10 @@ class _Demo:
         seed = self.seed + LESSONS.index(lesson)
         if lesson.verb == "sft":
             counts = [self.scaled(count) for count in (2700, 300, 1000)]
-            name, rows = "chat.jsonl", lessons.chat_rows(self.quoted(seed), counts, seed)
+            name, rows = "chat.jsonl", list(lessons.conversations(self.quoted(seed), counts, seed, thinking=False))
         elif lesson.verb == "cot-sft":
             counts = [self.scaled(count) for count in (7000, 1400, 14_000)]
-            name, rows = "thoughts.jsonl", lessons.thought_rows(self.quoted(seed), counts, seed)
+            name, rows = "thoughts.jsonl", list(lessons.conversations(self.quoted(seed), counts, seed, thinking=True))
         else:
             name, rows = "pairs.jsonl", lessons.pair_rows(self.scaled(700), seed)
         self.write(name, rows)

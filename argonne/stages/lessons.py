@@ -21,6 +21,7 @@ from argonne.tokens.tokenizer import TextTokenizer
 
 FACTS_A_DOCUMENT = 24
 QUOTED_TOKENS = 160  # of a document that an answer quotes
+GOES_ON = 0.25  # of the conversations have an exchange before the last one
 Row = dict[str, Any]
 
 
@@ -61,10 +62,6 @@ def quotations(tokens: TokenSet, tokenizer: TextTokenizer, seed: int) -> Iterato
                 yield name, text.strip()
 
 
-def conversation(said: str, answer: str) -> Row:
-    return {"messages": [{"role": "user", "content": said}, {"role": "assistant", "content": answer}]}
-
-
 def thought(trace: str, answer: str) -> str:
     return f"<think>\n{trace}\n</think>\n{answer}"
 
@@ -74,29 +71,34 @@ def worded(problem: Problem, draw: Random) -> str:
     return SENTENCE.format(problem.result) if draw.random() < 0.5 else str(problem.result)
 
 
-def chat_rows(quoted: Iterable[tuple[str, str]], counts: Sequence[int], seed: int) -> list[Row]:
-    """Conversations without thoughts. counts: small talk, documentation, results said at once."""
+def conversations(
+    quoted: Iterable[tuple[str, str]], counts: Sequence[int], seed: int, *, thinking: bool
+) -> Iterator[Row]:
+    """Small talk, documentation and problems, so many of each as counts say; some go on from another exchange. Where
+    thinking, each answer has its thought: the worked steps of a problem, what is meant by a turn.
+    """
     draw = Random(seed)
-    rows = [conversation(turn.said, turn.answer) for turn in islice(turns(seed, unseen=False), counts[0])]
-    rows += [conversation(f"What is {name}?", text) for name, text in islice(quoted, counts[1])]
-    rows += [conversation(one.question, worded(one, draw)) for one in islice(problems(seed, unseen=False), counts[2])]
-    return rows
 
+    def answered(trace: str, answer: str) -> str:
+        return thought(trace, answer) if thinking else answer
 
-def thought_rows(quoted: Iterable[tuple[str, str]], counts: Sequence[int], seed: int) -> list[Row]:
-    """The same with a thought before each answer: the worked steps of a problem, what is meant by a turn."""
-    draw = Random(seed)
-    rows = [
-        conversation(turn.said, thought(turn.meant, turn.answer))
-        for turn in islice(turns(seed, unseen=False), counts[0])
+    talk, documentation, sums = counts
+    short = [(one.said, answered(one.meant, one.answer)) for one in islice(turns(seed, unseen=False), talk)]
+    short += [
+        (one.question, answered(one.steps, worded(one, draw))) for one in islice(problems(seed, unseen=False), sums)
     ]
-    rows += [
-        conversation(f"What is {name}?", thought(f"documentation of {name}", text))
-        for name, text in islice(quoted, counts[1])
+    told = [
+        (f"What is {name}?", answered(f"documentation of {name}", text)) for name, text in islice(quoted, documentation)
     ]
-    for one in islice(problems(seed, unseen=False), counts[2]):
-        rows.append(conversation(one.question, thought(one.steps, worded(one, draw))))
-    return rows
+    for last in (*short, *told):
+        earlier = [draw.choice(short)] if draw.random() < GOES_ON else []
+        yield {
+            "messages": [
+                {"role": role, "content": text}
+                for exchange in (*earlier, last)
+                for role, text in zip(("user", "assistant"), exchange, strict=True)
+            ]
+        }
 
 
 def pair_rows(count: int, seed: int) -> list[Row]:

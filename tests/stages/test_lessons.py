@@ -34,19 +34,19 @@ def test_every_fact_is_right() -> None:
 def test_conversations_are_whole_and_never_about_what_is_asked_later() -> None:
     asked = {one.question for one in islice(problems(0, unseen=True), 500)}
     asked |= {turn.said for turn in islice(turns(0, unseen=True), 200)}
-    plain = lessons.chat_rows(QUOTED, (50, 20, 50), 3)
-    thinking = lessons.thought_rows(QUOTED, (50, 20, 50), 4)
+    plain, thinking = (list(lessons.conversations(QUOTED, (50, 20, 50), seed, thinking=seed == 4)) for seed in (3, 4))
     assert (len(plain), len(thinking)) == (120, 120)
     for row in plain + thinking:
         found = parse_row(row)
         assert not isinstance(found, Refused)
-        assert found.messages[0].content not in asked
-    assert [fault_of_trace(parse_row(row).messages[1]) for row in thinking] == [None] * 120  # type: ignore[union-attr]
+        assert not {message.content for message in found.messages} & asked
+        assert all((fault_of_trace(turn) is None) == (row in thinking) for turn in found.messages[1::2])
+    assert 15 < sum(len(row["messages"]) == 4 for row in plain) < 50
 
 
 def test_half_of_the_worked_answers_stand_in_a_sentence() -> None:
-    rows = lessons.thought_rows([], (0, 0, 400), 5)
-    told = sum("The answer is" in row["messages"][1]["content"] for row in rows)
+    rows = lessons.conversations([], (0, 0, 400), 5, thinking=True)
+    told = sum("The answer is" in row["messages"][-1]["content"] for row in rows)
     assert 160 < told < 240
 
 
