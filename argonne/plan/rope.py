@@ -12,27 +12,21 @@ from argonne.config import ModelSection
 from argonne.errors import InputError
 from argonne.presets import DEFAULTS
 
-BLOCK = 16_384  # distances looked at together
-
 
 def longest_wavelength(theta: float, head_dim: int) -> float:
-    """Tokens after which the slowest pair has turned once; beyond, every pair shows angles a second time."""
+    """Tokens after which the slowest pair has turned once; beyond, every pair shows angles a second time (the aliasing
+    bound of arXiv 2602.10959, exact for heads of d dimensions).
+    """
     return 2 * math.pi * theta ** ((head_dim - 2) / head_dim)
 
 
 def discerned(theta: float, head_dim: int, context: int) -> int:
     """Up to which distance, at most `context`, attention can prefer a similar token to a random one: the first distance
     m at which the sum of cos(m theta^(-2i/d)) over all pairs i is negative ("Base of RoPE Bounds Context Length",
-    arXiv 2405.14591, theorem 1).
+    arXiv 2405.14591).
     """
-    import numpy as np
-
-    turns = theta ** (-np.arange(0, head_dim, 2) / head_dim)
-    for first in range(0, context, BLOCK):
-        sums = np.cos(np.arange(first, min(first + BLOCK, context))[:, None] * turns).sum(axis=1)
-        if len(negative := np.nonzero(sums < 0)[0]):
-            return first + int(negative[0])
-    return context
+    turns = [theta ** (-2 * pair / head_dim) for pair in range(head_dim // 2)]
+    return next((m for m in range(context) if sum(math.cos(m * turn) for turn in turns) < 0), context)
 
 
 def check_rope(model: ModelSection, head_dim: int, context: int) -> None:
