@@ -124,7 +124,7 @@ def draw(found: Mapping[str, Bands], picture: Path) -> None:
         for name, (label, colour) in labels.items():
             edges = [0.5 * LONG / 8, *(int(band.split("-")[1]) for band in found[name])]
             axes.stairs(list(found[name].values()), edges, baseline=None, label=label, color=colour, linewidth=2)
-        axes.axvline(OLD, color="#8a8a8a", linestyle=":", linewidth=1)
+        axes.axvline(OLD, color="#8a8a8a", linestyle=":", linewidth=1, ymax=0.78)
         axes.set_xscale("log", base=2)
         ticks = [LONG // parts for parts in (8, 4, 2, 1)]
         axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])

@@ -297,7 +297,7 @@ def _ids_of(folder: Path) -> dict[str, int]:
 
 def longest_wavelength(theta: float, head_dim: int) -> float:
     """Tokens after which the slowest pair of a rotary head has turned once; beyond, every pair shows angles a second
-    time. Pair i of a head of d dimensions turns by theta^(-2i/d) a token.
+    time (the aliasing bound of arXiv 2602.10959). Pair i of a head of d dimensions turns by theta^(-2i/d) a token.
     """
     return 2 * math.pi * theta ** ((head_dim - 2) / head_dim)
 
@@ -305,7 +305,7 @@ def longest_wavelength(theta: float, head_dim: int) -> float:
 def discerned(theta: float, head_dim: int, context: int) -> int:
     """Up to which distance, at most `context`, attention can prefer a similar token to a random one: the first distance
     m at which the sum of cos(m theta^(-2i/d)) over all pairs i is negative ("Base of RoPE Bounds Context Length",
-    arXiv 2405.14591, theorem 1).
+    arXiv 2405.14591).
     """
     turns = [theta ** (-pair / head_dim) for pair in range(0, head_dim, 2)]
     away = (m for m in range(context) if sum(math.cos(m * turn) for turn in turns) < 0)
