@@ -57,7 +57,11 @@ def completing(
 
 
 class Spoken:
-    """The text of an answer while it grows: never half a character, never what may become a stop text."""
+    """The text of an answer while it grows: never half a character, never what may become a stop text. `stopped_by`:
+    the stop text that ended it.
+    """
+
+    stopped_by: str | None = None
 
     def __init__(self, decoder: Decoder, answer: Answer, tokenizer: TextTokenizer) -> None:
         self._decoder, self.answer = decoder, answer
@@ -71,11 +75,12 @@ class Spoken:
         self._read = len(answer.ids)
         if answer.stop is not None:
             self._held += self._stream.finish()
-        found = [place for text in stops if (place := self._held.find(text)) >= 0]
+        found = [(place, text) for text in stops if (place := self._held.find(text)) >= 0]
         if found:
             self._decoder.end(answer, "stop")
             answer.stop = "stop"
-            told, self._held = self._held[: min(found)], ""
+            place, self.stopped_by = min(found)
+            told, self._held = self._held[:place], ""
             return told
         kept = 0 if answer.stop is not None else max((_overlap(self._held, text) for text in stops), default=0)
         told, self._held = self._held[: len(self._held) - kept], self._held[len(self._held) - kept :]
