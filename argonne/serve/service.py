@@ -12,8 +12,11 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
 
 from argonne.serve.decoder import Answer, Decoder
 from argonne.serve.engine import Spoken
@@ -41,8 +44,8 @@ class StepFailed(Exception):
 
 @dataclass(frozen=True)
 class Request:
-    """Answers that one client asks for: `count` of each prompt, the seed of each the one before plus 1. constraint:
-    made for each answer.
+    """Answers that one client asks for: `count` of each prompt, the seed of each the one before plus 1. constraints:
+    one for each answer, or none; with them there are stops.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -50,7 +53,7 @@ class Request:
     stops: Sequence[int]
     shaping: Shaping = field(default_factory=Shaping)
     count: int = 1
-    constraint: Callable[[], Constraint] | None = None
+    constraints: Sequence[Constraint] = ()
 
     @property
     def size(self) -> int:
@@ -80,6 +83,27 @@ class Hosted:
     held: int = 0
 
 
+class _Guarded:
+    """A constraint whose fault is its own request's: the answer ends, and the ones beside it go on."""
+
+    def __init__(self, constraint: Constraint, stops: Sequence[int]) -> None:
+        self._constraint, self._stops = constraint, list(stops)
+        self.fault: Exception | None = None
+
+    def allowed(self, vocabulary: int) -> Tensor:
+        try:
+            return self._constraint.allowed(vocabulary)
+        except Exception as fault:
+            self.fault = fault
+        ending = torch.zeros(vocabulary, dtype=torch.bool)
+        ending[self._stops] = True
+        return ending
+
+    def accept(self, token: int) -> None:
+        if self.fault is None:
+            self._constraint.accept(token)
+
+
 @dataclass(eq=False)
 class _Voice:
     """An answer, its growing text, and whom to tell."""
@@ -88,9 +112,13 @@ class _Voice:
     number: int
     answer: Answer
     spoken: Spoken
+    guarded: _Guarded | None
     told: int = 0
 
-    def piece(self) -> Piece:
+    def piece(self) -> Piece | Exception:
+        """What is new. An exception: of the answer's own constraint."""
+        if self.guarded is not None and self.guarded.fault is not None:
+            return self.guarded.fault
         text = self.spoken.more()
         answer, told = self.answer, self.told
         self.told = len(answer.ids)
@@ -120,7 +148,7 @@ class Ticket:
             self._service.cancel(self)
 
     async def __aiter__(self) -> AsyncIterator[Piece]:
-        """Raises OutOfTime, StepFailed, Draining, and what a constraint raises."""
+        """Raises OutOfTime, StepFailed, Draining, and what the request's constraints raise."""
         while self._unheard:
             try:
                 async with asyncio.timeout_at(self.deadline):
@@ -234,18 +262,19 @@ class Service:
                 first: Answer | None = None
                 for copy in range(request.count):
                     number = place * request.count + copy
+                    guarded = _Guarded(request.constraints[number], request.stops) if request.constraints else None
                     answer = decoder.submit(
                         prompt,
                         request.options.with_seed(number),
                         request.stops,
                         shaping=request.shaping,
-                        constraint=request.constraint() if request.constraint else None,
+                        constraint=guarded,
                         like=first,
                     )
                     first = first or answer
                     spoken = Spoken(decoder, answer, hosted.tokenizer)
-                    self._voices[answer] = _Voice(ticket, number, answer, spoken)
-        except Exception as error:  # a constraint that cannot be made, say: this request's affair alone
+                    self._voices[answer] = _Voice(ticket, number, answer, spoken, guarded)
+        except Exception as error:  # this request's affair alone
             self._fail({ticket}, error)
             return
         self.metrics.tokens_in += sum(map(len, request.prompts))
@@ -264,6 +293,11 @@ class Service:
         now = time.monotonic()
         for voice, piece in told:
             ticket = voice.ticket
+            if voice.answer not in self._voices:  # it failed with another of its request
+                continue
+            if isinstance(piece, Exception):
+                self._fail({ticket}, None)
+                continue
             self.metrics.tokens_out += len(piece.ids)
             if not ticket.first_told:
                 ticket.first_told = True

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from argonne.errors import InputError
 from argonne.serve.decoder import Decoder
@@ -72,9 +73,7 @@ def test_every_answer_of_many_is_what_it_is_alone(service: Service, model: Any, 
         return list(await asyncio.gather(*map(texts_of, tickets)))
 
     for number, texts in enumerate(run(ask())):
-        assert texts == [
-            alone(model, tokenizer, [5, 9, 33 + number], SAMPLED.with_seed(copy)) for copy in range(2)
-        ]
+        assert texts == [alone(model, tokenizer, [5, 9, 33 + number], SAMPLED.with_seed(copy)) for copy in range(2)]
 
 
 def test_several_prompts_of_a_request_have_the_numbers_and_seeds_of_their_order(
@@ -142,16 +141,33 @@ def test_what_a_step_raises_fails_those_that_run_and_the_thread_goes_on(
     assert "planted" in capsys.readouterr().err
 
 
-def test_a_constraint_that_cannot_be_made_is_told_to_the_one_who_asked(service: Service) -> None:
-    def constraint() -> Any:
-        raise InputError("no such grammar")
+class Broken:
+    """A constraint that breaks at the third token."""
 
-    async def ask() -> None:
+    def __init__(self) -> None:
+        self.left = 2
+
+    def allowed(self, vocabulary: int) -> torch.Tensor:
+        if not self.left:
+            raise InputError("no such grammar")
+        self.left -= 1
+        return torch.ones(vocabulary, dtype=torch.bool)
+
+    def accept(self, token: int) -> None: ...
+
+
+def test_a_constraint_that_breaks_ends_its_own_request_and_no_other(
+    service: Service, model: Any, tokenizer: TextTokenizer
+) -> None:
+    async def ask() -> list[str]:
+        other = service.submit("it", Request([[6]], GREEDY, []))
         with pytest.raises(InputError, match="no such grammar"):
-            await texts_of(service.submit("it", Request([[5]], GREEDY, [], count=2, constraint=constraint)))
+            await texts_of(service.submit("it", Request([[5]], GREEDY, [0], count=2, constraints=[Broken(), Broken()])))
+        texts = await texts_of(other)
         await until_idle(service)
+        return texts
 
-    run(ask())
+    assert run(ask()) == [alone(model, tokenizer, [6], GREEDY)]
 
 
 def test_an_answer_that_takes_too_long_is_ended(service: Service) -> None:
