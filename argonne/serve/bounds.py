@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeAlias
 
+from argonne.errors import InputError
+
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
 MOST_CHARACTERS = 400  # of a string
@@ -18,16 +20,20 @@ MOST_ITEMS = 20  # of an array, and keys of an object that the schema does not n
 LARGEST, SMALLEST_STEP = 10**15 - 1, 1e-6  # of numbers: 15 digits, and 6 behind the point; no exponents
 MOST_LEVELS = 3  # of arrays and objects within a value of which the schema says nothing
 
+# Beyond them llguidance ends the process (a range below what 64 bits hold) or takes minutes (of a multiple).
+MOST_OF_A_BOUND, MOST_OF_A_MULTIPLE = 10**17, 1000
+
 # Where a schema holds schemas: by name, in a list, or one.
 NAMED = ("properties", "patternProperties", "$defs", "definitions")
 LISTED = ("anyOf", "oneOf", "allOf", "prefixItems")
 # A schema with one of them says by others what it allows.
 ELSEWHERE = {"$ref", "const", "enum", "anyOf", "oneOf"}
+OF_NUMBERS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 ANY = "argonne_any_"
 
 
 def bounded(schema: Mapping[str, Json]) -> dict[str, Json]:
-    """The schema with a bound for whatever it leaves open."""
+    """The schema with a bound for whatever it leaves open. Raises InputError for numbers that are too large in it."""
     found = _bounded(dict(schema) or {"$comment": "anything"})
     assert isinstance(found, dict)
     held = found.get("$defs", {})
@@ -52,6 +58,9 @@ def _bounded(schema: Json, *, branch: bool = False) -> Json:
         return schema
     found: dict[str, Json] = {}
     for name, value in schema.items():
+        most = MOST_OF_A_MULTIPLE if name == "multipleOf" else MOST_OF_A_BOUND
+        if name in OF_NUMBERS and isinstance(value, (int, float)) and abs(value) > most:
+            raise InputError(f"json_schema: {name}: found {value}, expected at most {most:,}; leave it out")
         if name in NAMED and isinstance(value, dict):
             found[name] = {key: _bounded(one) for key, one in value.items()}
         elif name in LISTED and isinstance(value, list):

@@ -10,7 +10,7 @@ from typing import Any
 from argonne.errors import InputError
 from argonne.serve.decoder import Answer, Decoder
 from argonne.serve.options import SamplingOptions, Shaping
-from argonne.serve.text_stream import TextStream
+from argonne.serve.text_stream import TextStream, overlap
 from argonne.tokens.tokenizer import TextTokenizer, load_tokenizer
 
 ROWS = 32
@@ -77,14 +77,9 @@ class Spoken:
             answer.stop = "stop"
             told, self._held = self._held[: min(found)], ""
             return told
-        kept = 0 if answer.stop is not None else max((_overlap(self._held, text) for text in stops), default=0)
+        kept = 0 if answer.stop is not None else max((overlap(self._held, text) for text in stops), default=0)
         told, self._held = self._held[: len(self._held) - kept], self._held[len(self._held) - kept :]
         return told
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Characters at the end of `text` with which `stop` begins."""
-    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
 
 
 def stream_ids(

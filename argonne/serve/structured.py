@@ -169,13 +169,16 @@ def _grammar(spec: Mapping[str, object]) -> str:
     if kind == "json_schema":
         if not isinstance(value, dict):
             raise InputError(f"json_schema: found a {type(value).__name__}, expected an object with the schema")
-        return _of_schema(bounded(value))
-    from llguidance import LLMatcher
+        try:
+            return _of_schema(bounded(value))
+        except RecursionError:
+            raise InputError("json_schema: schemas stand within schemas too deeply; make it flatter") from None
+    from llguidance import LLMatcher, regex_to_lark
 
     if kind == "regex":
         if not isinstance(value, str):
             raise InputError(f"regex: found a {type(value).__name__}, expected a text")
-        return LLMatcher.grammar_from_regex(value)
+        return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(value, 'd')}/")  # \\d: 0 to 9 only
     if kind == "choice":
         if not isinstance(value, (list, tuple)) or not value or not all(isinstance(one, str) and one for one in value):
             raise InputError(f"choice: found {value!r}, expected a list of texts of at least one character")
