@@ -288,7 +288,10 @@ class Service:
             traceback.print_exc(file=sys.stderr)
             voices = [voice for voice in self._voices.values() if voice.ticket.hosted is hosted]
             ran = {voice.ticket for voice in voices if voice.answer.slot is not None or voice.answer.stop is not None}
-            self._fail(ran or {voice.ticket for voice in voices}, StepFailed(type(error).__name__))
+            self._fail(
+                ran or {voice.ticket for voice in voices},
+                StepFailed(f"the model failed ({type(error).__name__}); the log says where"),
+            )
             return
         now = time.monotonic()
         for voice, piece in told:

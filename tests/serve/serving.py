@@ -36,7 +36,7 @@ def make_engine(folder: Path, *, chat: bool = True, **changes: Any) -> Engine:
     tokenizer = load_tokenizer(train_tokenizer(TEXTS, 310, folder))
     if chat:
         (folder / CHAT_TEMPLATE).write_text(template_of(tokenizer).jinja)
-    model = make_model(vocab_size=tokenizer.vocab_size, **{"max_position_embeddings": CONTEXT, **changes})
+    model = make_model(**{"vocab_size": tokenizer.vocab_size, "max_position_embeddings": CONTEXT, **changes})
     return Engine(model, tokenizer, folder)
 
 
