@@ -18,8 +18,8 @@ from pathlib import Path
 
 from benchmarks.harness import Benchmark, Column, main, peak_memory_mb
 
-CLIENTS, REQUESTS, TOKENS, CONTEXT = 64, 192, 32, 512
-ALONE = 24  # requests of the single client: a rate needs no more of them
+CLIENTS, REQUESTS, TOKENS, CONTEXT = 64, 128, 16, 512
+ALONE = 8  # requests of the single client: a rate needs no more of them
 SAID = "Tell me what the topics of this language are, and which of them one should read first."
 
 

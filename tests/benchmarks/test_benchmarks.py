@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import harness, packing, render, start_up, train_step
+from benchmarks import harness, packing, render, serving, start_up, train_step
 from benchmarks.all import MODULES
 from benchmarks.harness import Benchmark, Column, markdown, measure, save, write_table
 from benchmarks.own_loop import make_recipe, timed_steps
@@ -210,3 +210,9 @@ def test_messages_become_rows_by_both_ways_at_the_number_asked_for(
         found = made.contestants[contestant]("30")
         assert found["rate"] == pytest.approx(30 / found["seconds"])
     assert made.flags == " --conversations 30"
+
+
+def test_clients_at_once_are_served_whole_and_timed() -> None:
+    found = serving.measure(3, 6, tokens=2)
+    assert found["rate"] > 0
+    assert 0 < found["first"] <= found["slow"]
