@@ -21,6 +21,7 @@ MODULES = (
     "packing",
     "render",
     "reference",
+    "serving",
 )
 
 

@@ -47,6 +47,7 @@ PAGES = (
     ("use", "use and measure a model", {
         "generate": "continue a prompt",
         "chat": "talk to a chat model in the terminal",
+        "serve": "answer programs over HTTP, by the APIs of OpenAI and Anthropic",
         "eval": "measure a model, with counts and standard errors",
     }),
     ("move", "hand it on", {

@@ -1,4 +1,4 @@
-"""generate, chat, eval: use and measure a model."""
+"""generate, chat, serve, eval: use and measure a model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from argonne import layout
 from argonne.cli.command import Verbs, add_keys, chosen, json_flag, model_argument, progress_bar, show
 from argonne.errors import InputError
-from argonne.serve.options import SamplingOptions
+from argonne.serve.options import SamplingOptions, ServeOptions
 
 # Flags of eval that act on some tasks only.
 NEEDS = {
@@ -34,6 +34,9 @@ def add_verbs(verb: Verbs, arguments: Sequence[str]) -> None:
     chat.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
     add_keys(chat, SamplingOptions)
     chat.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    serve = verb("serve", serve_models)
+    serve.add_argument("models", nargs="+", metavar="MODEL", help="run, checkpoint, model folder or Hub id")
+    add_keys(serve, ServeOptions)
     evaluate = verb("eval", evaluate_model)
     model_argument(evaluate)
     evaluate.add_argument("--tasks", default="bpb", help="comma-separated: bpb, gsm8k, sums, turns, probes")
@@ -81,6 +84,15 @@ def chat_with(options: argparse.Namespace) -> None:
 
     chat = Chat(open_engine(options.model, device=options.device), sampling, options.system)
     talk(chat, input, lambda text: print(text, end="", flush=True))
+
+
+def serve_models(options: argparse.Namespace) -> None:
+    for name in options.models:
+        layout.check_model_name(name)  # before torch is loaded
+    how = chosen(ServeOptions, options)
+    from argonne.serve.server import serve
+
+    serve(options.models, how)
 
 
 def evaluate_model(options: argparse.Namespace) -> None:

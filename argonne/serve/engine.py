@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from argonne.errors import InputError
 from argonne.serve.decoder import Answer, Decoder
 from argonne.serve.options import SamplingOptions, Shaping
-from argonne.serve.text_stream import TextStream
+from argonne.serve.text_stream import TextStream, overlap
 from argonne.tokens.tokenizer import TextTokenizer, load_tokenizer
 
 ROWS = 32
@@ -63,7 +63,11 @@ def completing(
 
 
 class Spoken:
-    """The text of an answer while it grows: never half a character, never what may become a stop text."""
+    """The text of an answer while it grows: never half a character, never what may become a stop text. `stopped_by`:
+    the stop text that ended it.
+    """
+
+    stopped_by: str | None = None
 
     def __init__(self, decoder: Decoder, answer: Answer, tokenizer: TextTokenizer) -> None:
         self._decoder, self.answer = decoder, answer
@@ -77,20 +81,16 @@ class Spoken:
         self._read = len(answer.ids)
         if answer.stop is not None:
             self._held += self._stream.finish()
-        found = [place for text in stops if (place := self._held.find(text)) >= 0]
+        found = [(place, text) for text in stops if (place := self._held.find(text)) >= 0]
         if found:
             self._decoder.end(answer, "stop")
             answer.stop = "stop"
-            told, self._held = self._held[: min(found)], ""
+            place, self.stopped_by = min(found)
+            told, self._held = self._held[:place], ""
             return told
-        kept = 0 if answer.stop is not None else max((_overlap(self._held, text) for text in stops), default=0)
+        kept = 0 if answer.stop is not None else max((overlap(self._held, text) for text in stops), default=0)
         told, self._held = self._held[: len(self._held) - kept], self._held[len(self._held) - kept :]
         return told
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Characters at the end of `text` with which `stop` begins."""
-    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
 
 
 def stream_ids(

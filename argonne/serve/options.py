@@ -49,6 +49,39 @@ class SamplingOptions:
 
 
 @dataclass(frozen=True)
+class ServeOptions:
+    """How `argonne serve` listens, and what it lets a client have."""
+
+    host: str = key("127.0.0.1", "address to listen at", metavar="ADDRESS")
+    port: int = key(8000, "0 = one that is free")
+    allow_host: tuple[str, ...] = key((), "names by which clients call the server, beside loopback's", metavar="NAME")
+    api_key_env: str | None = key(None, "environment variable with the key that clients must give", metavar="NAME")
+    rows: int = key(32, "answers that a model computes at once")
+    queue: int = key(128, "answers that may wait for a model; those beyond are refused (429)")
+    context: int | None = key(None, "tokens of a prompt and its answer at most; none = the model's context")
+    time_limit: float = key(600.0, "seconds a request may take")
+    grace: float = key(30.0, "seconds that running answers have after SIGTERM")
+    body_limit: int = key(4 * 2**20, "bytes of a request at most")
+    body_seconds: float = key(30.0, "seconds in which a request's body must have come")
+    deterministic: bool = key(False, "an answer does not depend on how many run beside it, in its last bit either")
+    device: str = key("auto", "auto, cpu, cuda or mps")
+
+    def __post_init__(self) -> None:
+        for name, value, good, expected in (
+            ("port", self.port, 0 <= self.port < 2**16, "from 0 to 65535"),
+            ("rows", self.rows, self.rows >= 1, "at least 1"),
+            ("queue", self.queue, self.queue >= 0, "0 or more"),
+            ("context", self.context, self.context is None or self.context >= 2, "at least 2"),
+            ("time_limit", self.time_limit, 0 < self.time_limit < math.inf, "more than 0"),
+            ("grace", self.grace, 0 <= self.grace < math.inf, "0 or more"),
+            ("body_limit", self.body_limit, self.body_limit >= 1, "at least 1"),
+            ("body_seconds", self.body_seconds, 0 < self.body_seconds < math.inf, "more than 0"),
+        ):
+            if not good:
+                raise InputError(f"--{name.replace('_', '-')}: found {value}, expected {expected}")
+
+
+@dataclass(frozen=True)
 class Shaping:
     """What a request asks beside its options. logprobs: report each token's, with so many alternatives; None = not.
     logit_bias: added to the logits of these ids. stop: texts at which the answer ends, without them.

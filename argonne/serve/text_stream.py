@@ -45,3 +45,8 @@ class TextStream:
         if certain == text:
             self._start, self._settled, self._shown = self._settled, len(self._ids), 0
         return piece
+
+
+def overlap(text: str, stop: str) -> int:
+    """Characters at the end of `text` with which `stop` begins."""
+    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)

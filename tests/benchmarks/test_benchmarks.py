@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import harness, packing, reference, render, start_up, train_step
+from benchmarks import harness, packing, reference, render, serving, start_up, train_step
 from benchmarks.all import MODULES
 from benchmarks.harness import Benchmark, Column, markdown, measure, save, write_table
 from benchmarks.own_loop import make_recipe, timed_steps
@@ -247,3 +247,9 @@ def test_both_ways_to_have_a_reference_run(contestant: str) -> None:
 @pytest.mark.usefixtures("few_pairs")
 def test_trl_tunes_on_the_pairs_of_the_benchmark() -> None:
     assert reference.trl("whole")["rate"] > 0
+
+
+def test_clients_at_once_are_served_whole_and_timed() -> None:
+    found = serving.measure(3, 6, tokens=2)
+    assert found["rate"] > 0
+    assert 0 < found["first"] <= found["slow"]
