@@ -20,6 +20,7 @@ MODULES = (
     "open_tokens",
     "packing",
     "render",
+    "decode",
 )
 
 
