@@ -25,8 +25,10 @@ def build(size: str) -> Any:
     from argonne.presets import preset
 
     hidden, layers, heads, kv_heads, mlp = SIZES[size]
+    own = preset("nano-3.0").fields
     fields = {
-        **preset("nano-3.0").fields,
+        **own,
+        "layer_types": [own["layer_types"][layer % len(own["layer_types"])] for layer in range(layers)],
         "vocab_size": VOCABULARY,
         "hidden_size": hidden,
         "num_hidden_layers": layers,
@@ -85,8 +87,8 @@ def benchmark(sizes: list[str]) -> Benchmark:
             "transformers generate": lambda point: measure(transformers, point),
         },
         points={
-            f"{size}-{answers}": f"{answers} answer{'s' * (answers > 1)} of {NEW} tokens to prompts of {PROMPT}, {size} "
-            f"parameters without embeddings, vocabulary {VOCABULARY:,}, fp32"
+            f"{size}-{answers}": f"{answers} answer{'s' * (answers > 1)} of {NEW} tokens to prompts of {PROMPT}, "
+            f"{size} parameters, vocabulary {VOCABULARY:,}, fp32"
             for size in sizes
             for answers in ANSWERS
         },
