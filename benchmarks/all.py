@@ -22,6 +22,7 @@ MODULES = (
     "render",
     "reference",
     "serving",
+    "decode",
 )
 
 

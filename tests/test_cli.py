@@ -119,6 +119,23 @@ def test_a_dry_run_prints_a_recipe_that_runs_the_same(tmp_path: Path, capsys: py
     assert not (tmp_path / "run").exists()
 
 
+def check_shaped_answers(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """generate with a form, a stop text, and several answers of seeds in order."""
+
+    def said(*more: str) -> str:
+        assert main(["generate", str(run), "--prompt", "Chapter", "--max-new-tokens", "60", *more]) == 0
+        return capsys.readouterr().out
+
+    schema = run.parent / "schema.json"
+    schema.write_text('{"type": "array", "items": {"type": "boolean"}, "maxItems": 2}')
+    assert isinstance(json.loads(said("--json-schema", str(schema)).removeprefix("Chapter")), list)
+    assert said("--choices", " yes", " no") in ("Chapter yes\n", "Chapter no\n")
+    assert said("--regex", " [ab]{3}", "--n", "2", "--seed", "4") == "".join(
+        said("--regex", " [ab]{3}", "--seed", seed) for seed in ("4", "5")
+    )
+    assert said("--regex", "aab", "--stop", "b") == "Chapteraa\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
@@ -132,6 +149,17 @@ def test_a_dry_run_prints_a_recipe_that_runs_the_same(tmp_path: Path, capsys: py
             ["generate", "runs/x", "--prompt", "One", "--max-new-tokens", "0"],
             ["max_new_tokens", "found 0", "at least 1"],
         ),
+        (["generate", "runs/x", "--prompt", "One", "--regex", "a", "--choices", "b"], ["--choices", "--regex"]),
+        (
+            ["generate", "runs/x", "--prompt", "One", "--json-schema", "none.json"],
+            ["--json-schema none.json", "no JSON"],
+        ),
+        (["generate", "runs/x", "--prompt", "One", "--n", "0"], ["--n: found 0"]),
+        (
+            ["generate", "runs/x", "--prompt", "One", "--n", "2", "--temperature", "0"],
+            ["--n: found 2", "all would be one"],
+        ),
+        (["generate", "runs/x", "--prompt", "One", "--stop", ""], ["stop: found an empty text"]),
         (["prepare", "--input", "a", "--out", "b", "--format", "binn"], ["--format", "'binn'", "train.bin"]),
         (["prepare", "--input", "a", "--out", "b", "--part", "3/2"], ["--part", "3/2", "K/N"]),
         (["pretrain"], ["RECIPE", "argonne pretrain --help"]),
@@ -200,6 +228,7 @@ def test_from_text_to_a_report_through_the_command_line(tmp_path: Path, capsys: 
     )
     assert capsys.readouterr().out == first
 
+    check_shaped_answers(run, capsys)
     assert main(["eval", str(run), "--tasks", "bpb", "--json"]) == 0
     measured = json.loads(capsys.readouterr().out)["tasks"]["bpb"]
     assert 0 < measured["bits_per_byte"] < 20

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from argonne import layout
 from argonne.cli.command import Verbs, add_keys, chosen, json_flag, model_argument, progress_bar, show
-from argonne.errors import InputError
-from argonne.serve.options import SamplingOptions, ServeOptions
+from argonne.errors import InputError, first_line
+from argonne.serve.options import SamplingOptions, ServeOptions, Shaping
 
 # Flags of eval that act on some tasks only.
 NEEDS = {
@@ -28,6 +30,12 @@ def add_verbs(verb: Verbs, arguments: Sequence[str]) -> None:
     model_argument(generate)
     generate.add_argument("--prompt", required=True, metavar="TEXT")
     add_keys(generate, SamplingOptions)
+    generate.add_argument("--stop", nargs="+", default=[], metavar="TEXT", help="texts at which it ends, without them")
+    generate.add_argument("--n", type=int, default=1, metavar="N", help="so many answers, of seeds SEED, SEED + 1, ..")
+    forms = generate.add_mutually_exclusive_group()
+    forms.add_argument("--choices", nargs="+", metavar="TEXT", help="the answer is one of these texts")
+    forms.add_argument("--regex", metavar="PATTERN", help="the answer matches this regular expression, whole")
+    forms.add_argument("--json-schema", type=Path, metavar="FILE", help="the answer is JSON, valid by this schema")
     generate.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     chat = verb("chat", chat_with)
     model_argument(chat)
@@ -66,14 +74,34 @@ def add_verbs(verb: Verbs, arguments: Sequence[str]) -> None:
 
 def generate_text(options: argparse.Namespace) -> None:
     layout.check_model_name(options.model)  # before torch is loaded
-    from argonne.serve.engine import generate_text
+    sampling, shaping, form = chosen(SamplingOptions, options), Shaping(stop=tuple(options.stop)), _form(options)
+    if options.n < 1 or (options.n > 1 and sampling.temperature == 0):
+        raise InputError(f"--n: found {options.n}, expected 1 or more, and 1 with --temperature 0: all would be one")
+    from argonne.serve.engine import open_engine
 
-    pieces = generate_text(options.model, options.prompt, chosen(SamplingOptions, options), device=options.device)
-    first = next(pieces, "")  # loads the model: a message about it comes before the text
-    print(options.prompt + first, end="", flush=True)
-    for piece in pieces:
-        print(piece, end="", flush=True)
-    print()
+    engine = open_engine(options.model, device=options.device)
+    for number in range(options.n):
+        pieces = engine.stream(options.prompt, sampling.with_seed(number), shaping, form)
+        if options.n > 1:
+            print(f"--- {number + 1} of {options.n}, seed {sampling.seed + number}", file=sys.stderr)
+        print(options.prompt + next(pieces, ""), end="", flush=True)  # a message about the prompt comes before it
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print()
+
+
+def _form(options: argparse.Namespace) -> dict[str, object] | None:
+    """What the answer must be, as argonne.serve.structured takes it."""
+    if options.choices:
+        return {"type": "choice", "choices": options.choices}
+    if options.regex is not None:
+        return {"type": "regex", "pattern": options.regex}
+    if options.json_schema is None:
+        return None
+    try:
+        return {"type": "json_schema", "schema": json.loads(options.json_schema.read_bytes())}
+    except (OSError, ValueError) as error:
+        raise InputError(f"--json-schema {options.json_schema}: no JSON could be read ({first_line(error)})") from None
 
 
 def chat_with(options: argparse.Namespace) -> None:

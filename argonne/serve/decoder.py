@@ -17,7 +17,7 @@ from torch import Tensor
 
 from argonne.errors import InputError
 from argonne.serve.options import SamplingOptions, Shaping
-from argonne.serve.sampling import Chooser, Constraint, TokenLogprobs
+from argonne.serve.sampling import Chooser, Constraint, TokenLogprobs, check_finite
 from argonne.serve.slots import Slots
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
@@ -158,7 +158,8 @@ class Decoder:
                 left -= len(piece)
             if answer.read == len(answer.prompt):
                 answer.first_logits = logits
-                self._take(answer, logits)
+                check_finite(logits)
+                self._take(answer, logits, int(logits.argmax()))
                 changed.append(answer)
         return changed
 
@@ -180,18 +181,22 @@ class Decoder:
             ids[answer.slot, 0] = answer.ids[-1]
         self.slots.rows_at(places)
         logits = self._forward(ids, places[:, None])
-        for answer in running:
-            assert answer.slot is not None
+        taken = [answer.slot for answer in running if answer.slot is not None]
+        check_finite(logits[taken])
+        likeliest = logits.argmax(-1).tolist()  # once for all rows: a call for each takes a tenth of the step
+        for answer, slot in zip(running, taken, strict=True):
             answer.read += 1
-            self._take(answer, logits[answer.slot])
+            self._take(answer, logits[slot], likeliest[slot])
         return running
 
     def _compact(self, running: Sequence[Answer]) -> None:
         """Move the last answers into free slots where a smaller bucket holds all that run."""
         wanted = next(bucket for bucket in self.buckets if bucket >= len(running))
         for answer in running:
+            if answer.slot is None or answer.slot < wanted:
+                continue
             free = next((slot for slot, held in enumerate(self._held[:wanted]) if held is None), None)
-            if answer.slot is not None and answer.slot >= wanted and free is not None:
+            if free is not None:
                 self.slots.copy(answer.slot, free, answer.read)
                 self._held[answer.slot], self._held[free] = None, answer
                 answer.slot = free
@@ -209,9 +214,10 @@ class Decoder:
         logits: Tensor = out.logits[:, -1]
         return logits
 
-    def _take(self, answer: Answer, logits: Tensor) -> None:
+    def _take(self, answer: Answer, logits: Tensor, likeliest: int) -> None:
         """Choose the next token; the answer ends with a stop token, and where its tokens or the context are used up."""
-        token, logprobs = answer.chooser.choose(logits, answer.ids)
+        plain = answer.chooser.takes_the_likeliest
+        token, logprobs = (likeliest, None) if plain else answer.chooser.choose(logits, answer.ids)
         if token in answer.stops:
             self.end(answer, "eos")
             return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from argonne.errors import InputError
 from argonne.serve.decoder import Answer, Decoder
 from argonne.serve.options import SamplingOptions, Shaping
+from argonne.serve.sampling import Constraint
 from argonne.serve.text_stream import TextStream, overlap
 from argonne.tokens.tokenizer import TextTokenizer, load_tokenizer
 
@@ -100,10 +101,11 @@ def stream_ids(
     options: SamplingOptions,
     stops: Sequence[int],
     shaping: Shaping | None = None,
+    constraint: Constraint | None = None,
 ) -> Iterator[str]:
     """Pieces of the continuation of one prompt, as soon as they are certain."""
     decoder = decoder_for(model, [prompt], [options.max_new_tokens])
-    answer = decoder.submit(prompt, options, stops, shaping=shaping)
+    answer = decoder.submit(prompt, options, stops, shaping=shaping, constraint=constraint)
     spoken = Spoken(decoder, answer, tokenizer)
     while answer.stop is None:
         decoder.step()
@@ -141,8 +143,21 @@ class Engine:
     tokenizer: TextTokenizer
     folder: Path
 
-    def stream(self, prompt: str, options: SamplingOptions) -> Iterator[str]:
-        return stream_text(self.model, self.tokenizer, prompt, options)
+    def stream(
+        self,
+        prompt: str,
+        options: SamplingOptions,
+        shaping: Shaping | None = None,
+        form: Mapping[str, object] | None = None,
+    ) -> Iterator[str]:
+        """Pieces of the continuation. form: what it must be; see argonne.serve.structured."""
+        stops, constraint = stop_ids(self.model, self.tokenizer), None
+        if form is not None:
+            from argonne.serve.structured import constraint_of
+
+            constraint = constraint_of(self.tokenizer, form, stops)
+        ids = prompt_ids(self.tokenizer, prompt)
+        return stream_ids(self.model, self.tokenizer, ids, options, stops, shaping, constraint)
 
     def complete(self, prompts: Sequence[str], options: SamplingOptions) -> list[str]:
         """Continuations of several prompts, computed together."""

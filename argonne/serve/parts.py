@@ -87,8 +87,10 @@ class Parts:
                 len(self._held) - (0 if final else max(overlap(self._held, t) for t in (CALL, f"\n{CALL}")))
             )
         behind = place + len(CALL)
+        if not re.match(r"\s*(\{|\Z)", self._held[behind:]):
+            return self._tell(behind)  # what follows begins no call
         end = self._held.find(CALL_END, behind)
-        if end < 0 and not final and re.fullmatch(r"\s*(\{.*)?", self._held[behind:], re.DOTALL):
+        if end < 0 and not final:
             return self._tell(place - self._held.endswith("\n", 0, place))
         call = _called(self._held[behind:end].strip()) if end >= 0 else None
         if call is None:  # text as it stands, up to where another call may begin

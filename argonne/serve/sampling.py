@@ -35,6 +35,12 @@ class TokenLogprobs:
     likeliest: tuple[tuple[int, float], ...]
 
 
+def check_finite(logits: Tensor) -> None:
+    """Raises InputError where a row of (rows, vocabulary) logits holds no finite number or a NaN."""
+    if not bool(torch.isfinite(logits.amax(-1)).all()):
+        raise InputError("the model's logits are not finite: its weights are damaged or its training diverged")
+
+
 class Chooser:
     """Draws one token a step. The generator lives on the CPU and belongs to this object: global random state is never
     touched.
@@ -46,13 +52,15 @@ class Chooser:
         self.options, self.shaping, self.constraint = options, shaping or Shaping(), constraint
         self._generator = torch.Generator().manual_seed(options.seed)
 
+    @property
+    def takes_the_likeliest(self) -> bool:
+        """Whatever was generated: nothing but the largest logit decides, and nothing else is told."""
+        unshaped = not self.shaping.logit_bias and self.shaping.logprobs is None and self.constraint is None
+        return self.options.temperature == 0 and self.options.repetition_penalty == 1 and unshaped
+
     def choose(self, logits: Tensor, generated: Sequence[int]) -> tuple[int, TokenLogprobs | None]:
-        """The next id after `generated`, from (vocabulary,) logits. Raises InputError where they hold no finite number
-        or a NaN.
-        """
+        """The next id after `generated`, from (vocabulary,) logits that `check_finite` has seen."""
         logits = logits.float()
-        if not bool(torch.isfinite(logits.amax())):
-            raise InputError("the model's logits are not finite: its weights are damaged or its training diverged")
         token = self._draw(self._shaped(logits, generated))
         if self.constraint is not None:
             self.constraint.accept(token)

@@ -178,7 +178,7 @@ def _grammar(spec: Mapping[str, object]) -> str:
     if kind == "regex":
         if not isinstance(value, str):
             raise InputError(f"regex: found a {type(value).__name__}, expected a text")
-        return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(value, 'd')}/")  # \\d: 0 to 9 only
+        return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(value, 'd')}/")  # digits: 0 to 9 only
     if kind == "choice":
         if not isinstance(value, (list, tuple)) or not value or not all(isinstance(one, str) and one for one in value):
             raise InputError(f"choice: found {value!r}, expected a list of texts of at least one character")

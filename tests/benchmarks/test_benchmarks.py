@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import harness, packing, reference, render, serving, start_up, train_step
+from benchmarks import decode, harness, packing, reference, render, serving, start_up, train_step
 from benchmarks.all import MODULES
 from benchmarks.harness import Benchmark, Column, markdown, measure, save, write_table
 from benchmarks.own_loop import make_recipe, timed_steps
@@ -253,3 +253,14 @@ def test_clients_at_once_are_served_whole_and_timed() -> None:
     found = serving.measure(3, 6, tokens=2)
     assert found["rate"] > 0
     assert 0 < found["first"] <= found["slow"]
+
+
+def test_the_engine_and_transformers_give_as_many_tokens_and_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(decode.SIZES, "tiny", (32, 2, 4, 2, 64))
+    monkeypatch.setattr(decode, "NEW", 4)
+    assert list(decode.benchmark(["tiny"]).points) == ["tiny-1", "tiny-8", "tiny-64"]
+    for contestant in decode.BENCHMARK.contestants.values():
+        found = contestant("tiny-8")
+        assert found["rate"] > 0
+    model, rows = decode.build("tiny"), decode.prompts(3)
+    assert decode.engine(model, rows, 4) == decode.transformers(model, rows, 4) == 12

@@ -6,7 +6,7 @@ import json
 from itertools import groupby
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from argonne.data.chat import ChatTemplate, Conversation, Message, ToolCall
@@ -41,6 +41,7 @@ def message_of(parts: list[Part]) -> Message:
     )
 
 
+@settings(max_examples=500)
 @given(pieces=st.lists(st.sampled_from(TAGS), max_size=12), data=st.data())
 def test_any_cut_of_an_answer_gives_the_same_parts(pieces: list[str], data: st.DataObject) -> None:
     text = "".join(pieces)
@@ -110,6 +111,10 @@ def test_what_is_no_whole_call_stays_text_as_it_stands(broken: str) -> None:
 def test_a_call_behind_a_broken_one_counts() -> None:
     found = split(f"<tool_call>\n{{broken}}\n</tool_call>\n{CALL}")
     assert [part.kind for part in found] == ["text", "tool_call"]
+
+
+def test_a_tag_that_begins_no_call_hides_none_behind_it() -> None:
+    assert [part.kind for part in split(f"<tool_call>a {CALL}")] == ["text", "tool_call"]
 
 
 def test_a_call_in_other_words_is_a_call() -> None:
