@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from argonne import files, layout
-from argonne.errors import InputError
+from argonne.errors import InputError, Stopped
 from argonne.stages import lessons
 from argonne.stages.corpus import MODULES, write_corpus
 
@@ -195,6 +195,7 @@ class _Demo:
         """Run one stage as its verb does, then measure what came of it."""
         from argonne.recipe import load_recipe
         from argonne.stages.pretrain import run
+        from argonne.train.guard import StopWatch
 
         self.heading(lesson.title)
         told, folder = self.overrides(lesson), self.out / lesson.folder
@@ -206,13 +207,17 @@ class _Demo:
             *(word for key, value in told.items() for word in (f"--{key}", value)),
         )
         stop = (recipe.train.steps or 0) // 2 if lesson.start is None else None
-        result = run(recipe, folder, stop_after_step=stop)
-        if not result.outcome.complete:
-            self.log(
-                f"      Stopped on purpose after step {result.outcome.step}. Everything is in the checkpoint; the same "
-                "command goes on:"
-            )
-            run(recipe, folder)
+        watch = StopWatch(recipe.stop)
+        with watch.listening():
+            outcome = run(recipe, folder, watch=watch, stop_after_step=stop).outcome
+            if not outcome.complete and watch.reason() is None:
+                self.log(
+                    f"      Stopped on purpose after step {outcome.step}. Everything is in the checkpoint; the same "
+                    "command goes on:"
+                )
+                outcome = run(recipe, folder, watch=watch).outcome
+        if not outcome.complete:
+            raise Stopped(f"{folder}: stopped at step {outcome.step} ({outcome.reason}); the same demo goes on there")
         self.measure(lesson.folder)
         if lesson.start is None:
             self.baselines()

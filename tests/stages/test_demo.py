@@ -5,8 +5,10 @@ floors, at full size with three seeds. And its corpus.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 import pytest
 
 from argonne.cli.command import build_parser, parse_overrides
-from argonne.errors import InputError
+from argonne.errors import InputError, Stopped
 from argonne.recipe import load_recipe
 from argonne.report.records import read_metrics
 from argonne.stages.corpus import MODULES, write_corpus
@@ -111,6 +113,17 @@ def test_a_demo_that_was_begun_otherwise_is_not_gone_on_with(finished: Finished)
         run_demo(finished[0], seed=3, scale=0.1)
 
 
+def test_a_request_to_stop_ends_the_demo_and_the_same_demo_goes_on(tmp_path: Path) -> None:
+    def request(text: str) -> None:
+        if "Stopped on purpose" in text:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Stopped, match=r"pretrain: stopped at step \d+ .*; the same demo goes on there"):
+        run_demo(tmp_path / "demo", scale=0.02, modules=FEW[:2], log=request)
+    assert not (tmp_path / "demo" / "pretrain" / "COMPLETE").exists()
+    assert (tmp_path / "demo" / "pretrain" / "checkpoint_last").exists()
+
+
 def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(InputError, match="is no demo folder"):
@@ -133,7 +146,7 @@ def test_the_way_at_full_size_ends_with_a_model_that_reasons(seed: int, tmp_path
         assert found[name]["sums"]["exact_match"] >= 0.80
         assert min(found[name]["sums"][key] for key in ("closed", "consistent")) >= 0.95
         assert found[name]["turns"]["exact_match"] >= 0.85
-    assert 0.35 <= found["cot-sft"]["sums"]["sampled"]["sentences"] <= 0.65
+    assert 0.2 <= found["cot-sft"]["sums"]["sampled"]["sentences"] <= 0.8
     assert found["dpo"]["sums"]["sampled"]["sentences"] >= 0.95
     assert found["dpo"]["sums"]["exact_match"] >= found["cot-sft"]["sums"]["exact_match"] - 0.05
 
