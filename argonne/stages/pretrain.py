@@ -15,12 +15,13 @@ from argonne.stages.session import run_session
 from argonne.stages.setup import Session
 from argonne.stages.stage import Stage, StageData
 from argonne.train.guard import StopWatch
-from argonne.train.objectives import next_token_by_position, next_token_of
+from argonne.train.objectives import next_token, next_token_by_position, next_token_by_row
 from argonne.train.trainer import Outcome
 
 
 def objective(recipe: Recipe, data: StageData) -> Objective:
-    return next_token_of(len(data.source_names))
+    """Next-token loss, row by row where sources are told apart."""
+    return next_token_by_row if len(data.source_names) > 1 else next_token
 
 
 def token_windows(recipe: Recipe, state: dict[str, Any] | None, run_folder: Path, allow: frozenset[str]) -> StageData:

@@ -23,11 +23,12 @@ from argonne.stages.hooks import Shown, show_text
 from argonne.stages.stage import Stage, StageData
 from argonne.train.aside import Sampled, Work
 from argonne.train.data import Data
-from argonne.train.objectives import next_token_of
+from argonne.train.objectives import next_token, next_token_by_row
 
 
 def objective(recipe: Recipe, data: StageData) -> Objective:
-    return next_token_of(len(data.source_names))
+    """Next-token loss, row by row where sources are told apart."""
+    return next_token_by_row if len(data.source_names) > 1 else next_token
 
 
 def conversations(recipe: Recipe, state: dict[str, Any] | None, run_folder: Path, allow: frozenset[str]) -> StageData:

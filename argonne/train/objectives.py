@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from argonne.parallel.objective import Head, Loss, MicroBatch, Objective
+from argonne.parallel.objective import Head, Loss, MicroBatch
 
 BY_POSITION = "loss_by_position"
 
@@ -17,11 +17,6 @@ def next_token(head: Head, hidden: Tensor, micro: MicroBatch) -> Loss:
     """Cross-entropy of the next token, summed over the labels that are not -100, and z-loss where it has a weight."""
     total, penalty = head.loss_and_penalty(hidden, micro["shift_labels"])
     return _told_apart(head, total, penalty, micro)
-
-
-def next_token_of(sources: int) -> Objective:
-    """Next-token loss of so many sources, row by row where they are told apart."""
-    return next_token_by_row if sources > 1 else next_token
 
 
 def next_token_by_row(head: Head, hidden: Tensor, micro: MicroBatch) -> Loss:

@@ -108,7 +108,7 @@ BAD = {
 def test_a_task_that_cannot_be_measured_is_refused_before_anything_is_built(
     entry: str, nano: Nano, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(pretrain, "next_token_of", None)
+    monkeypatch.setattr(pretrain, "next_token", None)
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(to_toml(nano(**{"eval.tasks": json.dumps([entry])})))
     assert main(["pretrain", str(recipe), "--run", str(tmp_path / "run")]) == 2
