@@ -377,7 +377,7 @@ def test_what_does_not_fit_and_a_source_read_too_often_end_with_2(
     assert "will be refused" in said.err
     assert "--allow memory" in said.err
     (tmp_path / "manifest.json").write_text(json.dumps({"tokens": 1_000_000}))
-    assert main(["plan", "nano-3.0", "--data.sources", str(tmp_path)]) == 2
+    assert main(["plan", "nano-3.0", "--data.sources", f'[{{ path = "{tmp_path}" }}]']) == 2
     assert "max_epochs" in capsys.readouterr().err
 
 
