@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 from argonne.evaluate.requests import AnswerRequest
-from argonne.serve.engine import Completion, decoder_for
+from argonne.serve.engine import Completion, completion_of, decoder_for
 
 ROWS = 64
 
@@ -33,4 +33,4 @@ def answering(
         if progress is not None:
             progress(done, len(answers))
         yield
-    return [Completion(found.ids, str(found.stop)) for found in answers]
+    return list(map(completion_of, answers))

@@ -7,6 +7,7 @@ the number of rows of a matrix product, not on what stands in the others.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -27,9 +28,11 @@ CHUNK = 256
 @dataclass(eq=False)
 class Answer:
     """A request and what was generated so far, without the stop token. `stop`: None while it runs, then "eos", "length"
-    (max_new_tokens), "context" (the model's is full), "stop" (a stop text) or "cancelled".
+    (max_new_tokens), "context" (the model's is full), "stop" (a stop text), "cancelled" or "failed", and `fault` says by
+    what: of its own choices or constraint, which leave the answers beside it alone. number: the order they came in.
     """
 
+    number: int
     prompt: Sequence[int]
     options: SamplingOptions
     stops: frozenset[int]
@@ -37,6 +40,7 @@ class Answer:
     ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     stop: str | None = None
+    fault: Exception | None = None
     like: Answer | None = None  # of the same prompt, read before
     slot: int | None = None
     read: int = 0  # tokens whose keys lie in the slot
@@ -63,6 +67,7 @@ class Decoder:
         self.slots = Slots(rows, self.context)
         self._held: list[Answer | None] = [None] * rows
         self._waiting: deque[Answer] = deque()
+        self._numbers = itertools.count()
         config = model.config
         self._windows = {
             kind: config.sliding_window if kind == "sliding_attention" else None for kind in set(config.layer_types)
@@ -91,7 +96,8 @@ class Decoder:
                 f"prompt: found {len(prompt):,} tokens, expected fewer than the model's context of {self.context:,}; "
                 "shorten it"
             )
-        answer = Answer(prompt, options, frozenset(stops), Chooser(options, shaping, constraint), like=like)
+        chooser = Chooser(options, shaping, constraint)
+        answer = Answer(next(self._numbers), prompt, options, frozenset(stops), chooser, like=like)
         self._waiting.append(answer)
         return answer
 
@@ -142,9 +148,10 @@ class Decoder:
         left, changed = self.chunk, []
         while left > 0:
             self._admit()
-            answer = next((held for held in self._held if held and held.read < len(held.prompt)), None)
-            if answer is None:
+            unread = [held for held in self._held if held and held.read < len(held.prompt)]
+            if not unread:
                 break
+            answer = min(unread, key=lambda one: one.number)  # never by slot: those that come later find lower ones
             assert answer.slot is not None
             if (like := answer.like) and like.first_logits is not None and like.slot is not None:
                 self.slots.copy(like.slot, answer.slot, len(answer.prompt))
@@ -217,7 +224,12 @@ class Decoder:
     def _take(self, answer: Answer, logits: Tensor, likeliest: int) -> None:
         """Choose the next token; the answer ends with a stop token, and where its tokens or the context are used up."""
         plain = answer.chooser.takes_the_likeliest
-        token, logprobs = (likeliest, None) if plain else answer.chooser.choose(logits, answer.ids)
+        try:
+            token, logprobs = (likeliest, None) if plain else answer.chooser.choose(logits, answer.ids)
+        except Exception as fault:  # whoever waits for the answer raises it: see Answer
+            answer.fault = fault
+            self.end(answer, "failed")
+            return
         if token in answer.stops:
             self.end(answer, "eos")
             return

@@ -60,7 +60,14 @@ def completing(
     while decoder.busy:
         decoder.step()
         yield
-    return [Completion(answer.ids, str(answer.stop)) for answer in answers]
+    return list(map(completion_of, answers))
+
+
+def completion_of(answer: Answer) -> Completion:
+    """An answer that has ended. Raises what it failed by."""
+    if answer.fault is not None:
+        raise answer.fault
+    return Completion(answer.ids, str(answer.stop))
 
 
 class Spoken:
@@ -110,6 +117,7 @@ def stream_ids(
     while answer.stop is None:
         decoder.step()
         yield spoken.more()
+    completion_of(answer)
 
 
 def stop_ids(model: Any, tokenizer: TextTokenizer) -> list[int]:
@@ -159,16 +167,6 @@ class Engine:
         ids = prompt_ids(self.tokenizer, prompt)
         return stream_ids(self.model, self.tokenizer, ids, options, stops, shaping, constraint)
 
-    def complete(self, prompts: Sequence[str], options: SamplingOptions) -> list[str]:
-        """Continuations of several prompts, computed together."""
-        rows = [prompt_ids(self.tokenizer, prompt) for prompt in prompts]
-        done = complete_ids(self.model, rows, options, stop_ids(self.model, self.tokenizer))
-        texts = []
-        for ids, completion in zip(rows, done, strict=True):
-            stream = TextStream(self.tokenizer, ids)
-            texts.append("".join([*map(stream.push, completion.ids), stream.finish()]))
-        return texts
-
 
 def open_engine(model_path: str | Path, *, device: str = "auto") -> Engine:
     """Load a run, a checkpoint or an exported folder for generation. Raises InputError where it is none, or its
@@ -181,10 +179,3 @@ def open_engine(model_path: str | Path, *, device: str = "auto") -> Engine:
     if loaded.tokenizer_folder is None:
         raise InputError(f"{loaded.folder}: no tokenizer in it; copy the tokenizer's files there")
     return Engine(loaded.model, load_tokenizer(loaded.tokenizer_folder), loaded.folder)
-
-
-def generate_text(
-    model_path: str | Path, prompt: str, options: SamplingOptions | None = None, *, device: str = "auto"
-) -> Iterator[str]:
-    """Open the model and stream the continuation of `prompt`: what `argonne generate` prints."""
-    return open_engine(model_path, device=device).stream(prompt, options or SamplingOptions())

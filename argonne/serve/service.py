@@ -15,9 +15,6 @@ import traceback
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
 from argonne.serve.decoder import Answer, Decoder
 from argonne.serve.engine import Spoken
 from argonne.serve.metrics import Metrics
@@ -83,27 +80,6 @@ class Hosted:
     held: int = 0
 
 
-class _Guarded:
-    """A constraint whose fault is its own request's: the answer ends, and the ones beside it go on."""
-
-    def __init__(self, constraint: Constraint, stops: Sequence[int]) -> None:
-        self._constraint, self._stops = constraint, list(stops)
-        self.fault: Exception | None = None
-
-    def allowed(self, vocabulary: int) -> Tensor:
-        try:
-            return self._constraint.allowed(vocabulary)
-        except Exception as fault:
-            self.fault = fault
-        ending = torch.zeros(vocabulary, dtype=torch.bool)
-        ending[self._stops] = True
-        return ending
-
-    def accept(self, token: int) -> None:
-        if self.fault is None:
-            self._constraint.accept(token)
-
-
 @dataclass(eq=False)
 class _Voice:
     """An answer, its growing text, and whom to tell."""
@@ -112,13 +88,12 @@ class _Voice:
     number: int
     answer: Answer
     spoken: Spoken
-    guarded: _Guarded | None
     told: int = 0
 
     def piece(self) -> Piece | Exception:
-        """What is new. An exception: of the answer's own constraint."""
-        if self.guarded is not None and self.guarded.fault is not None:
-            return self.guarded.fault
+        """What is new. An exception: the answer failed by it."""
+        if self.answer.fault is not None:
+            return self.answer.fault
         text = self.spoken.more()
         answer, told = self.answer, self.told
         self.told = len(answer.ids)
@@ -262,18 +237,17 @@ class Service:
                 first: Answer | None = None
                 for copy in range(request.count):
                     number = place * request.count + copy
-                    guarded = _Guarded(request.constraints[number], request.stops) if request.constraints else None
                     answer = decoder.submit(
                         prompt,
                         request.options.with_seed(number),
                         request.stops,
                         shaping=request.shaping,
-                        constraint=guarded,
+                        constraint=request.constraints[number] if request.constraints else None,
                         like=first,
                     )
                     first = first or answer
                     spoken = Spoken(decoder, answer, hosted.tokenizer)
-                    self._voices[answer] = _Voice(ticket, number, answer, spoken, guarded)
+                    self._voices[answer] = _Voice(ticket, number, answer, spoken)
         except Exception as error:  # this request's affair alone
             self._fail({ticket}, error)
             return

@@ -12,6 +12,7 @@ import torch
 
 from argonne.errors import InputError
 from argonne.serve.decoder import Answer, Decoder
+from argonne.serve.engine import stream_ids
 from argonne.serve.options import SamplingOptions, Shaping
 from argonne.serve.sampling import Chooser
 from tests.serve.test_engine import make_model
@@ -155,6 +156,42 @@ def test_a_long_prompt_does_not_stall_the_others() -> None:
     for _ in range(5):
         decoder.step()
     assert len(quick.ids) == before + 5
+
+
+def test_prompts_are_read_in_the_order_they_came_in_whatever_their_slots() -> None:
+    decoder = Decoder(model_of("nano-2.5"), rows=3, chunk=16)
+    quick = SamplingOptions(max_new_tokens=1, temperature=0.0)
+    first = decoder.submit([5], quick, [])
+    decoder.submit([6], SamplingOptions(max_new_tokens=60, temperature=0.0), [])
+    long = decoder.submit([7] * 120, GREEDY, [])
+    decoder.step()
+    assert first.stop == "length"
+    for _ in range(8):  # each step a prompt as large as a step comes into the first slot, which is free again
+        decoder.submit([8] * 16, quick, [])
+        decoder.step()
+    assert long.ids
+
+
+def test_a_constraint_that_fails_ends_its_own_answer_alone() -> None:
+    class Broken(Even):
+        def allowed(self, vocabulary: int) -> torch.Tensor:
+            if len(self.seen) == 2:
+                raise InputError("planted")
+            return super().allowed(vocabulary)
+
+    decoder = Decoder(model_of("nano-2.5"), rows=2)
+    broken = decoder.submit([5, 6], GREEDY, [], constraint=Broken())
+    whole = decoder.submit([5, 6], GREEDY, [])
+    finish(decoder)
+    assert (broken.stop, len(broken.ids), str(broken.fault)) == ("failed", 2, "planted")
+    assert (whole.stop, whole.fault) == ("length", None)
+    with pytest.raises(InputError, match="planted"):
+        "".join(stream_ids(model_of("nano-2.5"), NoText(), [5, 6], GREEDY, [], constraint=Broken()))  # type: ignore[arg-type]
+
+
+class NoText:
+    def decode(self, ids: list[int]) -> str:
+        return "x" * len(ids)
 
 
 def test_a_cancelled_answer_frees_its_slot_at_once() -> None:

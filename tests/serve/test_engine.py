@@ -261,12 +261,11 @@ def test_half_a_character_at_the_end_is_shown_as_broken(tokenizer: TextTokenizer
 
 def test_the_engine_streams_from_a_run_folder_on_disk(tmp_path: Path, tokenizer: TextTokenizer) -> None:
     from argonne.model.save import save_model_folder
-    from argonne.serve.engine import generate_text, open_engine
+    from argonne.serve.engine import open_engine
 
     model = make_model()
     tokenizer.save(tmp_path)
     save_model_folder(model, tmp_path, eos_id=tokenizer.eos_id, bos_id=None, pad_id=tokenizer.pad_id)
     options = SamplingOptions(max_new_tokens=20, seed=5)
-    text = "".join(generate_text(tmp_path, "Long", options, device="cpu"))
+    text = "".join(open_engine(tmp_path, device="cpu").stream("Long", options))
     assert text == sampled(model, tokenizer, 20, seed=5)
-    assert open_engine(tmp_path, device="cpu").complete(["Long"], options) == [text]
