@@ -28,8 +28,8 @@ CHUNK = 256
 @dataclass(eq=False)
 class Answer:
     """A request and what was generated so far, without the stop token. `stop`: None while it runs, then "eos", "length"
-    (max_new_tokens), "context" (the model's is full), "stop" (a stop text), "cancelled" or "failed", and `fault` says by
-    what: of its own choices or constraint, which leave the answers beside it alone. number: the order they came in.
+    (max_new_tokens), "context" (the model's is full), "stop" (a stop text), "cancelled" or "failed". fault: of its own
+    choices or constraint, by which it failed and no other. number: the order they came in.
     """
 
     number: int

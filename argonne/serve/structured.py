@@ -20,7 +20,7 @@ from torch import Tensor
 from argonne.errors import InputError
 from argonne.layout import THINK_TOKENS
 from argonne.serve.bounds import Json, bounded
-from argonne.tokens.tokenizer import TextTokenizer
+from argonne.tokens.tokenizer import TextTokenizer, byte_letters
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -139,12 +139,7 @@ def _vocabulary(tokenizer: TextTokenizer) -> Vocabulary:
 
 def _token_bytes(tokenizer: TextTokenizer) -> list[bytes | None]:
     """Of each id its bytes, None of added tokens and holes. Raises InputError where it is not byte-level BPE."""
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    letters = sorted(ByteLevel.alphabet())  # most bytes stand for themselves, the others for letters behind them
-    own = [letter for letter in letters if ord(letter) < 256]
-    others = sorted({*range(256)} - {ord(letter) for letter in own})
-    value = {**{letter: ord(letter) for letter in own}, **dict(zip(letters[len(own) :], others, strict=True))}
+    value = byte_letters()
     added = {int(token["id"]) for token in tokenizer.head.get("added_tokens", [])}
     found: list[bytes | None] = [None] * tokenizer.vocab_size
     whole = tokenizer.has_pre_tokens

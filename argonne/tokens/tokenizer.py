@@ -178,6 +178,19 @@ class TextTokenizer:
             files.write_json(folder / TOKENIZER_CONFIG, self.config)
 
 
+@functools.cache
+def byte_letters() -> dict[str, int]:
+    """The byte behind each letter with which byte-level BPE writes its tokens: most stand for themselves, the others
+    for letters from 256 on.
+    """
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    letters = sorted(ByteLevel.alphabet())
+    own = [letter for letter in letters if ord(letter) < 256]
+    others = sorted({*range(256)} - {ord(letter) for letter in own})
+    return {**{letter: ord(letter) for letter in own}, **dict(zip(letters[len(own) :], others, strict=True))}
+
+
 def load_tokenizer(folder: Path | str, added_tokens: str = "library") -> TextTokenizer:
     """The tokenizer of a folder with tokenizer.json, or with vocab.json and merges.txt (converted through
     transformers).

@@ -341,6 +341,7 @@ def valid_body(path: str) -> dict[str, Any]:
         (TEXT, {"prompt": ["a"] * 129}, "found 129 answers, expected at most 128"),
         (TEXT, {"echo": True, "logprobs": 1}, "the prompt's own logprobs are not there"),
         (NEWER, {"previous_response_id": "resp_1"}, "no conversation is stored here"),
+        (NEWER, {"store": True}, "no conversation is stored here"),
         (NEWER, {"background": True}, "an answer is made while its client waits"),
         (NEWER, {"input": []}, "input: found []"),
         (NEWER, {"input": [{"type": "item_reference", "id": "a"}]}, "input[0].type: found 'item_reference'"),

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, normalizers
 
-from argonne.tokens.tokenizer import ParsedTokenizer, is_nfc, parse_tokenizer
+from argonne.tokens.tokenizer import ParsedTokenizer, byte_letters, is_nfc, parse_tokenizer
 
 MARKS = [chr(code) for code in range(0x110000) if unicodedata.combining(chr(code))]
 PIECES = [
@@ -115,3 +115,10 @@ def test_single_texts_are_normalized_while_batches_are_encoded_beside_them(
 
 def test_a_tokenizer_travels_to_another_process(parsed: ParsedTokenizer) -> None:
     assert pickle.loads(pickle.dumps(parsed)).encode("cafe\u0301 <|im_end|>") == parsed.encode("cafe\u0301 <|im_end|>")
+
+
+def test_every_byte_has_its_letter_as_gpt_2_gave_them() -> None:
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+    assert byte_letters() == letters

@@ -17,6 +17,7 @@ from argonne.serve.decoder import Decoder
 from argonne.serve.engine import Engine
 from argonne.serve.options import SamplingOptions
 from argonne.serve.sampling import Constraint
+from argonne.tokens.tokenizer import byte_letters
 
 MOST_COPIES, MOST_CHOICES, MOST_STOPS, MOST_STOP_LENGTH = 16, 128, 8, 256
 SEEDS = 2**63 - 1
@@ -50,20 +51,8 @@ class Served:
         text = self.engine.tokenizer.decode([token])
         if "\ufffd" not in text:
             return text.encode()
-        word = self.words.get(token, "")
-        return bytes(BYTES[each] for each in word) if all(each in BYTES for each in word) else text.encode()
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """The bytes behind the characters with which byte-level BPE writes tokens: a printable one stands for itself, the
-    others follow from 256 on.
-    """
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
-
-
-BYTES = _byte_alphabet()
+        word, known = self.words.get(token, ""), byte_letters()
+        return bytes(known[each] for each in word) if known.keys() >= {*word} else text.encode()
 
 
 # ------------------------------------------------------------------------------------------------- what is asked

@@ -16,14 +16,10 @@ from argonne.serve.api.asked import (
     prompt_of,
     sampling_of,
 )
-from argonne.serve.api.chat import chosen_tools, schema_of
+from argonne.serve.api.chat import IGNORED, chosen_tools, schema_of
 from argonne.serve.api.fields import ApiError, Fields, wrong
 from argonne.serve.service import Request, Ticket
 
-IGNORED = (
-    *("user", "metadata", "safety_identifier", "prompt_cache_key", "service_tier", "parallel_tool_calls"),
-    *("store", "stream_options"),
-)
 STATE = "no conversation is stored here; send its turns as input"
 
 
@@ -55,7 +51,8 @@ class ResponsesWork:
         fields.only("truncation", ("disabled",), "nothing is left out of a conversation; shorten it")
         fields.only("reasoning", (), "a model thinks as it was trained to; leave it out")
         fields.only("top_logprobs", (0,), "is not there; use chat completions")
-        fields.ignored(*IGNORED)
+        fields.only("store", (False,), STATE)
+        fields.ignored(*IGNORED, "stream_options")
         fields.end()
         constraints = constraints_of(self.served, form, stops, 1, chat=True)
         self.request = Request([prompt], options, stops, constraints=constraints)
