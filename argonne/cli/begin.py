@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from argonne.cli.command import Verbs, json_flag, parse_overrides, recipe_argument, show
+from argonne.config import Recipe
 from argonne.errors import InputError
 
 
 def add_verbs(verb: Verbs, arguments: Sequence[str]) -> None:
     demo = verb("demo", show_demo)
     demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for everything it makes")
-    demo.add_argument("--seed", type=int, default=444, metavar="N", help="of weights, lessons and their order")
+    demo.add_argument("--seed", type=int, default=Recipe.seed, metavar="N", help="of weights, lessons and their order")
     json_flag(verb("models", list_models))
     plan = verb("plan", plan_run)
     recipe_argument(plan)

@@ -15,22 +15,20 @@ from pathlib import Path
 from typing import Any
 
 from argonne import files, layout
+from argonne.config import Recipe
 from argonne.errors import InputError, Stopped
 from argonne.stages import lessons
 from argonne.stages.corpus import MODULES, write_corpus
 
 VOCABULARY = 2048
 HOLD_OUT = 0.05
-SEED = 444
 FACTS = 0.3  # of the tokens of pretraining and midtraining
 PASSES = 20.0  # over a source, at most
 MERGE = {"cot-sft": 0.3, "dpo": 0.7}
 ANSWER_TOKENS, THINKING_TOKENS = 40, 100  # of an answer at most: the longest worked steps take 90
 TEXT_TOKENS = 50_000  # of held-out documentation
 QUESTIONS, TURNS = 500, 200
-SAMPLED = (
-    100  # of the questions are answered once more, at temperature 0.8: a free answer, of which one has no best form
-)
+SAMPLED = 100  # of the questions are answered once more, at temperature 0.8: so the wording is free
 MEASURED = "measured"
 # Asked of the model after each stage; the page shows the answers side by side.
 PROBES = (
@@ -44,9 +42,8 @@ PROBES = (
 
 @dataclass(frozen=True)
 class Lesson:
-    """A stage of the way. `folder`: its run; `start`: the run whose weights it begins with."""
+    """A stage of the way, whose run has the name of its verb. `start`: the run whose weights it begins with."""
 
-    folder: str
     verb: str
     recipe: str
     start: str | None
@@ -54,11 +51,11 @@ class Lesson:
 
 
 LESSONS = (
-    Lesson("pretrain", "pretrain", "nano-3.0-demo", None, "Pretraining on documentation and facts"),
-    Lesson("midtrain", "midtrain", "nano-3.0-demo-midtrain", "pretrain", "Midtraining: four times the context"),
-    Lesson("sft", "sft", "nano-3.0-demo-sft", "midtrain", "Chat: conversations, loss on the answers"),
-    Lesson("cot-sft", "cot-sft", "nano-3.0-demo-cot-sft", "sft", "Thinking first: worked steps before each answer"),
-    Lesson("dpo", "dpo", "nano-3.0-demo-dpo", "cot-sft", "Preferences: an answer in a sentence is better"),
+    Lesson("pretrain", "nano-3.0-demo", None, "Pretraining on documentation and facts"),
+    Lesson("midtrain", "nano-3.0-demo-midtrain", "pretrain", "Midtraining: four times the context"),
+    Lesson("sft", "nano-3.0-demo-sft", "midtrain", "Chat: conversations, loss on the answers"),
+    Lesson("cot-sft", "nano-3.0-demo-cot-sft", "sft", "Thinking first: worked steps before each answer"),
+    Lesson("dpo", "nano-3.0-demo-dpo", "cot-sft", "Preferences: an answer in a sentence is better"),
 )
 WAY = 4 + len(LESSONS)
 
@@ -66,7 +63,7 @@ WAY = 4 + len(LESSONS)
 def run_demo(
     out: Path,
     *,
-    seed: int = SEED,
+    seed: int = Recipe.seed,
     scale: float = 1.0,
     modules: Sequence[str] = MODULES,
     log: Callable[[str], None] | None = None,
@@ -129,9 +126,11 @@ class _Demo:
         from argonne.tokens.tokenizer import load_tokenizer
 
         self.heading("A corpus: the documentation that this Python carries, and facts of single digits")
-        found = write_corpus(self.out / "corpus.jsonl.new", modules=self.modules)
-        self.write("corpus.jsonl", [json.loads(line) for line in found.path.read_text(encoding="utf-8").splitlines()])
-        found.path.unlink()
+        found, corpus = write_corpus(self.out / "corpus.jsonl.new", modules=self.modules), self.out / "corpus.jsonl"
+        if corpus.exists() and corpus.read_bytes() == found.path.read_bytes():
+            found.path.unlink()  # as `write` does
+        else:
+            found.path.replace(corpus)
         self.write("facts.jsonl", list(islice(lessons.facts(self.seed), self.scaled(2000))))
         self.log(
             f"      {found.documents:,} documents, {found.bytes / 1e6:.2f} MB of text, from {found.modules} modules "
@@ -198,7 +197,7 @@ class _Demo:
         from argonne.train.guard import StopWatch
 
         self.heading(lesson.title)
-        told, folder = self.overrides(lesson), self.out / lesson.folder
+        told, folder = self.overrides(lesson), self.out / lesson.verb
         recipe = load_recipe(lesson.recipe, told)
         self.command(
             lesson.verb,
@@ -218,7 +217,7 @@ class _Demo:
                 outcome = run(recipe, folder, watch=watch).outcome
         if not outcome.complete:
             raise Stopped(f"{folder}: stopped at step {outcome.step} ({outcome.reason}); the same demo goes on there")
-        self.measure(lesson.folder)
+        self.measure(lesson.verb)
         if lesson.start is None:
             self.baselines()
 
@@ -289,16 +288,16 @@ class _Demo:
             ("bigram model, same tokens", "bigram"),
         ):
             self.log(f"      {name:34} {others[key]:6.3f}")
-        self.log(f"      {'this model':34} {self.measured[LESSONS[0].folder]['bpb']['bits_per_byte']:6.3f}")
+        self.log(f"      {'this model':34} {self.measured[LESSONS[0].verb]['bpb']['bits_per_byte']:6.3f}")
 
     def report(self) -> None:
         from argonne.report.report import write_report
         from argonne.report.way_page import write_way_page
 
         self.heading("The report: what each stage changed")
-        pages = {lesson.folder: write_report([self.out / lesson.folder]) for lesson in LESSONS}
+        pages = {lesson.verb: write_report([self.out / lesson.verb]) for lesson in LESSONS}
         page = self.out / layout.REPORT
-        write_way_page(page, self.measured, {lesson.folder: lesson.title for lesson in LESSONS}, pages)
+        write_way_page(page, self.measured, {lesson.verb: lesson.title for lesson in LESSONS}, pages)
         self.log(f"      open {page} in a browser: the measures and the answers after each stage, side by side")
         self.log(f"\nDone in {time.monotonic() - self.started:.0f} s. What to try next:")
         for words, meaning in (

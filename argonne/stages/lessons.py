@@ -4,16 +4,13 @@ pairs of answers. Generated from a seed; problems and turns that the tasks ask a
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from pathlib import Path
 from random import Random
 from typing import Any
 
 import numpy as np
 
-from argonne import files
 from argonne.evaluate.sums import PLACES, SENTENCE, Problem, problems
 from argonne.evaluate.turns import turns
 from argonne.tokens.shards import TokenSet
@@ -111,7 +108,3 @@ def pair_rows(count: int, seed: int) -> list[Row]:
         }
         for one in islice(problems(seed, unseen=False), count)
     ]
-
-
-def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    files.write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

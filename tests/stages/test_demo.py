@@ -23,7 +23,7 @@ from argonne.stages.corpus import MODULES, write_corpus
 from argonne.stages.demo import LESSONS, run_demo
 
 FEW = ("json", "csv", "argparse", "textwrap", "string", "shutil", "logging", "pathlib", "statistics", "typing")
-STAGES = [*(lesson.folder for lesson in LESSONS), "model"]
+STAGES = [*(lesson.verb for lesson in LESSONS), "model"]
 Finished = tuple[Path, str, dict[str, dict[str, Any]]]
 
 
@@ -42,15 +42,15 @@ def test_the_demo_goes_the_whole_way_and_leaves_a_model_and_a_report(finished: F
     for name in ("corpus.jsonl", "tokenizer/tokenizer.json", "documentation/manifest.json", "model/config.json"):
         assert (out / name).is_file(), name
     for lesson in LESSONS:
-        assert (out / lesson.folder / "COMPLETE").is_file()
-        assert (out / lesson.folder / "report.html").is_file()
+        assert (out / lesson.verb / "COMPLETE").is_file()
+        assert (out / lesson.verb / "report.html").is_file()
     assert json.loads((out / "model" / "config.json").read_text())["max_position_embeddings"] == 1024
 
 
 def test_each_stage_begins_with_the_weights_of_the_one_before(finished: Finished) -> None:
     out, _, _ = finished
     for lesson in LESSONS[1:]:
-        parent = json.loads((out / lesson.folder / "manifest.json").read_text())["parent"]
+        parent = json.loads((out / lesson.verb / "manifest.json").read_text())["parent"]
         before = json.loads((out / str(lesson.start) / "manifest.json").read_text())
         assert parent["run_id"] == before["run_id"]
 
@@ -72,7 +72,7 @@ def test_what_each_stage_changed_stands_side_by_side_on_the_page(finished: Finis
         assert f"{found['bpb']['bits_per_byte']:.3f}<" in page
         assert f"{found['sums']['sampled']['sentences']:.1%}<" in page
     for lesson in LESSONS:
-        assert (out / re.findall(rf'href="([^"]*{lesson.folder}/[^"]*)"', page)[0]).is_file()
+        assert (out / re.findall(rf'href="([^"]*{lesson.verb}/[^"]*)"', page)[0]).is_file()
 
 
 def test_it_sets_the_models_bits_per_byte_beside_the_baselines(finished: Finished) -> None:
