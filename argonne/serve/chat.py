@@ -4,19 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from argonne.data.chat import Conversation, Message, template_of
+from argonne import layout
+from argonne.data.chat import ChatTemplate, Conversation, Message, template_of
 from argonne.errors import InputError
 from argonne.serve.engine import Engine, stream_ids
 from argonne.serve.options import SamplingOptions
+from argonne.tokens.tokenizer import TextTokenizer
 
 HELP = "/new begins another conversation, /quit ends; Ctrl-C stops an answer"
 
 
+def chat_template_of(tokenizer: TextTokenizer) -> tuple[ChatTemplate | None, str]:
+    """How the model is asked in turns, or why it cannot be: a base model has no template beside its tokenizer."""
+    file = tokenizer.folder / layout.CHAT_TEMPLATE
+    if not file.is_file():
+        return None, f"is a base model: no {layout.CHAT_TEMPLATE} lies beside its tokenizer"
+    try:
+        template = template_of(tokenizer)
+    except InputError as error:
+        return None, f"cannot be asked in turns: {error}"
+    if template.jinja != file.read_text(encoding="utf-8"):
+        return None, f"has a {layout.CHAT_TEMPLATE} that is none of argonne's"
+    return template, ""
+
+
 class Chat:
-    """Keeps the conversation and answers under it. `dropped`: turns that no longer fit into the model's context."""
+    """Keeps the conversation and answers under it. `dropped`: turns that no longer fit into the model's context. Raises
+    InputError for a model that cannot be asked in turns.
+    """
 
     def __init__(self, engine: Engine, options: SamplingOptions, system: str | None = None) -> None:
-        self.engine, self.options, self.template = engine, options, template_of(engine.tokenizer)
+        template, problem = chat_template_of(engine.tokenizer)
+        if template is None:
+            raise InputError(
+                f"{engine.folder}: {problem}; tune it on conversations first (argonne sft), or use generate"
+            )
+        self.engine, self.options, self.template = engine, options, template
         self.system = (Message("system", system),) if system else ()
         self.turns: list[Message] = []
         self.dropped = 0

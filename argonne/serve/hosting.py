@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from argonne import layout
-from argonne.data.chat import ChatTemplate, template_of
 from argonne.errors import InputError
 from argonne.files import read_json
 from argonne.serve.api.asked import Served
+from argonne.serve.chat import chat_template_of
 from argonne.serve.decoder import Decoder
 from argonne.serve.engine import Engine, open_engine
 from argonne.serve.options import ServeOptions
@@ -31,7 +31,7 @@ def open_served(names: Sequence[str], options: ServeOptions) -> dict[str, Served
 
 def served(model_id: str, engine: Engine, options: ServeOptions) -> Served:
     decoder = Decoder(engine.model, rows=options.rows, context=options.context, deterministic=options.deterministic)
-    template, problem = _template(engine)
+    template, problem = chat_template_of(engine.tokenizer)
     return Served(model_id, engine, decoder, template, problem)
 
 
@@ -58,20 +58,6 @@ def _recorded(path: Path, folder: Path) -> str | None:
             state: Any = read_json(place / layout.STATE)
             return state.get("tokenizer_fingerprint") if isinstance(state, dict) else None
     return None
-
-
-def _template(engine: Engine) -> tuple[ChatTemplate | None, str]:
-    """How the model is asked in turns, or why it cannot be: a base model has no template beside its tokenizer."""
-    file = engine.tokenizer.folder / layout.CHAT_TEMPLATE
-    if not file.is_file():
-        return None, f"is a base model: no {layout.CHAT_TEMPLATE} lies beside its tokenizer"
-    try:
-        template = template_of(engine.tokenizer)
-    except InputError as error:
-        return None, f"cannot be asked in turns: {error}"
-    if template.jinja != file.read_text(encoding="utf-8"):
-        return None, f"has a {layout.CHAT_TEMPLATE} that is none of argonne's"
-    return template, ""
 
 
 def _unique(name: str, taken: dict[str, Served]) -> str:

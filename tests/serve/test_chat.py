@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from argonne.data.chat import Message
+from argonne.cli import main
+from argonne.data.chat import Message, template_of
+from argonne.layout import CHAT_TEMPLATE
+from argonne.model.save import save_model_folder
 from argonne.serve.chat import Chat, talk
 from argonne.serve.engine import Engine
 from argonne.serve.options import SamplingOptions
@@ -20,6 +24,7 @@ OPTIONS = SamplingOptions(max_new_tokens=8, temperature=0.0)
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
     folder = train_tokenizer(["Hello there, how are you? "] * 30, 300, tmp_path_factory.mktemp("tokenizer") / "bpe")
     tokenizer = load_tokenizer(folder)
+    (folder / CHAT_TEMPLATE).write_text(template_of(tokenizer).jinja)
     return Engine(make_model(vocab_size=tokenizer.vocab_size, max_position_embeddings=128), tokenizer, folder)
 
 
@@ -91,3 +96,20 @@ def test_an_answer_that_is_stopped_stays_in_the_conversation(engine: Engine, mon
     monkeypatch.setattr(Chat, "answer", interrupted)
     assert "[stopped]" in conversation(chat, "Hello")
     assert [turn.role for turn in chat.turns] == ["user", "assistant"]
+
+
+def test_the_command_talks_to_a_model_on_disk_and_refuses_what_cannot_be_asked_in_turns(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("chat", "base"):
+        engine.tokenizer.save(tmp_path / name)
+        ids = {"eos_id": engine.tokenizer.eos_id, "bos_id": None, "pad_id": engine.tokenizer.pad_id}
+        save_model_folder(engine.model, tmp_path / name, **ids)
+    (tmp_path / "base" / CHAT_TEMPLATE).unlink()
+    lines = iter(["Hello", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    asked = ["--system", "Be brief.", "--max-new-tokens", "4", "--temperature", "0"]
+    assert main(["chat", str(tmp_path / "chat"), *asked]) == 0
+    assert len(capsys.readouterr().out.splitlines()) >= 2
+    assert main(["chat", str(tmp_path / "base")]) == 2
+    assert "is a base model: no chat_template.jinja" in capsys.readouterr().err
