@@ -53,7 +53,7 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # Keys of the nano recipe that do nothing where others say so.
-IDLE = {
+IDLE: dict[str, dict[str, tuple[str, ...]]] = {
     "checkpoint.sample_tokens": {"checkpoint.sample_prompt": ("", '""')},
     "eval.every_steps": {"eval.windows": ("0",)},
 }

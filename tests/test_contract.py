@@ -73,8 +73,8 @@ def reacts_to_words(tree: ast.AST) -> list[int]:
     found = []
     for handler in (node for node in ast.walk(tree) if isinstance(node, ast.ExceptHandler) and node.name):
         for node in ast.walk(handler):
-            decided = [node.test] if isinstance(node, ast.If | ast.IfExp | ast.While) else []
-            for test in decided:
+            if isinstance(node, ast.If | ast.IfExp | ast.While):
+                test = node.test
                 words = [
                     call
                     for call in ast.walk(test)
@@ -83,7 +83,7 @@ def reacts_to_words(tree: ast.AST) -> list[int]:
                     and call.func.id in ("str", "repr")
                     and any(isinstance(name, ast.Name) and name.id == handler.name for name in ast.walk(call))
                 ]
-                found += [node.lineno for _ in words]
+                found += [test.lineno for _ in words]
     return found
 
 

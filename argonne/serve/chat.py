@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 
 from argonne import layout
 from argonne.data.chat import ChatTemplate, Conversation, Message, template_of
@@ -56,7 +56,7 @@ class Chat:
                 return [int(token) for token in ids]
             self.turns, self.dropped = self.turns[2:], self.dropped + 2
 
-    def answer(self, said: str) -> Iterator[str]:
+    def answer(self, said: str) -> Generator[str, None, None]:
         """Pieces of the answer to what was said, as soon as they are certain. Left early, what was shown counts as the
         answer.
         """

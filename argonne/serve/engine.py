@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -109,7 +109,7 @@ def stream_ids(
     stops: Sequence[int],
     shaping: Shaping | None = None,
     constraint: Constraint | None = None,
-) -> Iterator[str]:
+) -> Generator[str, None, None]:
     """Pieces of the continuation of one prompt, as soon as they are certain."""
     decoder = decoder_for(model, [prompt], [options.max_new_tokens])
     answer = decoder.submit(prompt, options, stops, shaping=shaping, constraint=constraint)
@@ -138,7 +138,9 @@ def prompt_ids(tokenizer: TextTokenizer, prompt: str) -> list[int]:
     return ids if ids or start is None else [start]
 
 
-def stream_text(model: Any, tokenizer: TextTokenizer, prompt: str, options: SamplingOptions) -> Iterator[str]:
+def stream_text(
+    model: Any, tokenizer: TextTokenizer, prompt: str, options: SamplingOptions
+) -> Generator[str, None, None]:
     """Pieces of the continuation, one a token ("" while a character is incomplete); never the EOS."""
     return stream_ids(model, tokenizer, prompt_ids(tokenizer, prompt), options, stop_ids(model, tokenizer))
 
@@ -157,7 +159,7 @@ class Engine:
         options: SamplingOptions,
         shaping: Shaping | None = None,
         form: Mapping[str, object] | None = None,
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         """Pieces of the continuation. form: what it must be; see argonne.serve.structured."""
         stops, constraint = stop_ids(self.model, self.tokenizer), None
         if form is not None:

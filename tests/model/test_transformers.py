@@ -32,7 +32,8 @@ def exported(model: ArgonneForCausalLM, folder: Path) -> Any:
     folder.mkdir()
     save_model_folder(model, folder, eos_id=None)
     name = f"modeling_argonne.{type(model).__name__}"
-    return get_class_from_dynamic_module(name, str(folder)).from_pretrained(folder).eval()
+    code: Any = get_class_from_dynamic_module(name, str(folder))
+    return code.from_pretrained(folder).eval()
 
 
 def test_two_exports_in_one_process_run_by_their_own_code(make_model: Make, ids: torch.Tensor, tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ class Session(Watcher):
         )
 
     def wait_for_tokeniser(self) -> bool:
-        return self._wait(lambda: bool(tokenisers(self.run)))
+        return self.wait_until(lambda: bool(tokenisers(self.run)))
 
     def units(self) -> int:
         """Finished units; all of them once the manifest has replaced their records."""
@@ -126,7 +126,7 @@ class Session(Watcher):
         )
 
     def wait_for_units(self, count: int) -> bool:
-        return self._wait(lambda: self.units() >= count)
+        return self.wait_until(lambda: self.units() >= count)
 
     def signal_tokenisers(self, number: int) -> list[int]:
         found = tokenisers(self.run)

@@ -91,7 +91,7 @@ FLIPS = {
     "data.documents": Flip('"within"'),
     "data.sequence_length": Flip("64"),
     "data.reader": Flip('"rank-0"', TWO),
-    "data.verify": Flip('"off"', live=lambda trainer: trainer.data._verification is None),
+    "data.verify": Flip('"off"', live=lambda trainer: vars(trainer.data)["_verification"] is None),
     "batch.tokens_per_step": Flip("512"),
     "batch.micro": Flip("2", live=lambda trainer: trainer.loader.micro_rows),
     "batch.steps": Flip("[{ step = 2, tokens_per_step = 512 }]"),

@@ -1,13 +1,12 @@
-"""The command that trains a recipe."""
+"""The stage that a recipe names."""
 
 from __future__ import annotations
 
 import pytest
 
-from argonne.cli.train import stage_of
 from argonne.recipe import load_recipe, recipe_names
 from argonne.stages.dpo import DPO
-from argonne.stages.pretrain import PRETRAIN
+from argonne.stages.pretrain import PRETRAIN, stage_of
 from argonne.stages.sft import SFT
 
 OF_CONVERSATIONS = {"sft": SFT, "cot-sft": SFT, "dpo": DPO}
