@@ -1,7 +1,7 @@
 """Many answers at once: they join and leave at every step, each bit for bit what it would be with other neighbours.
 
-A step reads at most `chunk` tokens of prompts, in pieces cut at multiples of `chunk`, and then gives every running
-answer one token. The pass over running answers has a fixed number of rows, a bucket: in fp32 a row's result depends on
+A step reads about `chunk` tokens of prompts, in pieces cut at multiples of `chunk`, and then gives every running answer
+one token. Passes have a fixed number of rows, a bucket, and prompts a fixed width: in fp32 a row's result depends on
 the number of rows of a matrix product, not on what stands in the others.
 """
 
@@ -18,11 +18,14 @@ from torch import Tensor
 
 from argonne.errors import InputError
 from argonne.serve.options import SamplingOptions, Shaping
-from argonne.serve.sampling import Chooser, Constraint, TokenLogprobs, check_finite
-from argonne.serve.slots import Slots
+from argonne.serve.sampling import Chooser, Constraint, TokenLogprobs, choose_together
+from argonne.serve.slots import LENGTH_STEP, Slots
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
+WIDTHS = (16, 32)  # of a pass that reads prompts; beyond them multiples of LENGTH_STEP
 CHUNK = 256
+FIXED = 64  # tokens of a pass that reads prompts of a fixed number of rows
+PATIENCE = 4
 
 
 @dataclass(eq=False)
@@ -44,12 +47,13 @@ class Answer:
     like: Answer | None = None  # of the same prompt, read before
     slot: int | None = None
     read: int = 0  # tokens whose keys lie in the slot
-    first_logits: Tensor | None = None  # behind the prompt
+    first_logits: Tensor | None = None  # behind the prompt, once it is read
 
 
 class Decoder:
     """Runs answers on one model. `rows`: at most so many at once; `context`: tokens of a prompt and its answer at most.
-    `deterministic`: always the largest bucket, so that an answer does not depend on the load either.
+    `deterministic`: always the largest bucket, so that an answer does not depend on the load either. `patience`: steps
+    in a row that only read, while fewer answers run than are still to be read.
     """
 
     def __init__(
@@ -60,9 +64,11 @@ class Decoder:
         context: int | None = None,
         chunk: int = CHUNK,
         deterministic: bool = False,
+        patience: int = PATIENCE,
     ) -> None:
         own = int(model.config.max_position_embeddings)
         self.model, self.context, self.chunk = model, min(context or own, own), chunk
+        self.deterministic, self.patience, self._read_in_a_row = deterministic, patience, 0
         self.buckets = [rows] if deterministic else [*(bucket for bucket in ROWS if bucket < rows), rows]
         self.slots = Slots(rows, self.context)
         self._held: list[Answer | None] = [None] * rows
@@ -132,7 +138,15 @@ class Decoder:
             self.model.eval()
         try:
             with torch.no_grad():
-                return list(dict.fromkeys([*self._read_prompts(), *self._decode()]))
+                changed = self._read_prompts()
+                running = [held for held in self._held if held and held.ids]
+                unread = sum(held is not None and not held.ids for held in self._held)
+                if unread > len(running) and self._read_in_a_row < self.patience:
+                    self._read_in_a_row += 1  # a pass costs the same for few answers as for all that fit in it
+                else:
+                    self._read_in_a_row = 0
+                    changed += self._decode(running)
+                return list(dict.fromkeys(changed))
         finally:
             if training:
                 self.model.train()
@@ -148,52 +162,80 @@ class Decoder:
         left, changed = self.chunk, []
         while left > 0:
             self._admit()
-            unread = [held for held in self._held if held and held.read < len(held.prompt)]
-            if not unread:
-                break
-            answer = min(unread, key=lambda one: one.number)  # never by slot: those that come later find lower ones
-            assert answer.slot is not None
-            if (like := answer.like) and like.first_logits is not None and like.slot is not None:
-                self.slots.copy(like.slot, answer.slot, len(answer.prompt))
-                answer.read, logits = len(answer.prompt), like.first_logits
+            unread = sorted((held for held in self._held if held and not held.ids), key=lambda one: one.number)
+            shared = [answer for answer in unread if answer.like and answer.like.first_logits is not None]
+            if shared:
+                for answer in shared:
+                    self._share(answer)
+                read = shared
+            elif unread:  # never by slot: those that come later find lower ones
+                width = self._width(unread[0])
+                alike = [answer for answer in unread if self._width(answer) == width and not self._follows(answer)]
+                read = alike[: self._rows_to_read(width)]
+                left -= width * self._read_pieces(read, width)
             else:
-                piece = answer.prompt[answer.read : answer.read + self.chunk]
-                self.slots.row_at(answer.slot, answer.read, len(piece))
-                positions = torch.arange(answer.read, answer.read + len(piece))[None]
-                logits = self._forward(torch.tensor([piece]), positions)[0]
-                answer.read += len(piece)
-                left -= len(piece)
-            if answer.read == len(answer.prompt):
-                answer.first_logits = logits
-                check_finite(logits)
-                self._take(answer, logits, int(logits.argmax()))
-                changed.append(answer)
+                break
+            whole = [answer for answer in read if answer.first_logits is not None]
+            if whole:
+                self._take(whole, torch.stack([one.first_logits for one in whole if one.first_logits is not None]))
+            changed += whole
         return changed
 
-    def _decode(self) -> list[Answer]:
+    @staticmethod
+    def _follows(answer: Answer) -> bool:
+        """Whether another answer is reading the same prompt."""
+        return answer.like is not None and answer.like.stop is None
+
+    def _share(self, answer: Answer) -> None:
+        like = answer.like
+        assert like is not None
+        assert like.slot is not None
+        assert answer.slot is not None
+        self.slots.copy(like.slot, answer.slot, len(answer.prompt))
+        answer.read, answer.first_logits = len(answer.prompt), like.first_logits
+
+    def _width(self, answer: Answer) -> int:
+        """Tokens of the pass that reads its next piece: by its own length alone, so that its bits are too."""
+        size = min(len(answer.prompt) - answer.read, self.chunk)
+        return next((width for width in WIDTHS if width >= size), -(-size // LENGTH_STEP) * LENGTH_STEP)
+
+    def _rows_to_read(self, width: int) -> int:
+        """Of a pass, at most; where the number is fixed, few, as prompts mostly come one by one."""
+        tokens = min(self.chunk, FIXED) if self.deterministic else self.chunk
+        return max(1, min(tokens // width, self.slots.count))
+
+    def _read_pieces(self, answers: Sequence[Answer], width: int) -> int:
+        """Read the next pieces of prompts in one pass, each at the end of its row; the number of rows."""
+        most = self._rows_to_read(width)
+        rows = most if self.deterministic else next(count for count in (*ROWS, most) if count >= len(answers))
+        ids, places = torch.zeros(rows, width, dtype=torch.int64), torch.full((rows, width), -1)
+        slots = [int(answers[0].slot or 0)] * rows
+        for row, answer in enumerate(answers):
+            piece = answer.prompt[answer.read : answer.read + self.chunk]
+            slots[row] = int(answer.slot or 0)
+            ids[row, width - len(piece) :] = torch.tensor(piece)
+            places[row, width - len(piece) :] = torch.arange(answer.read, answer.read + len(piece))
+        for answer, logits in zip(answers, self._forward(ids, slots, places), strict=False):
+            answer.read = min(answer.read + self.chunk, len(answer.prompt))
+            if answer.read == len(answer.prompt):
+                answer.first_logits = logits
+        return rows
+
+    def _decode(self, running: Sequence[Answer]) -> Sequence[Answer]:
         """One token more for every answer whose prompt is read."""
-        running = [held for held in self._held if held and held.ids]
+        running = [answer for answer in running if answer.stop is None]
         if not running:
             return []
         self._compact(running)
         last = max(answer.slot or 0 for answer in running)
         rows = next(bucket for bucket in self.buckets if bucket > last)
-        ids = torch.zeros(rows, 1, dtype=torch.int64)
-        places = torch.zeros(rows, dtype=torch.int64)
-        for slot, held in enumerate(self._held[:rows]):
-            if held is not None:  # one that still reads its prompt: what is written is overwritten by its next piece
-                places[slot] = held.read
+        ids, places = torch.zeros(rows, 1, dtype=torch.int64), torch.full((rows, 1), -1)
         for answer in running:
             assert answer.slot is not None
-            ids[answer.slot, 0] = answer.ids[-1]
-        self.slots.rows_at(places)
-        logits = self._forward(ids, places[:, None])
-        taken = [answer.slot for answer in running if answer.slot is not None]
-        check_finite(logits[taken])
-        likeliest = logits.argmax(-1).tolist()  # once for all rows: a call for each takes a tenth of the step
-        for answer, slot in zip(running, taken, strict=True):
+            ids[answer.slot, 0], places[answer.slot, 0] = answer.ids[-1], answer.read
             answer.read += 1
-            self._take(answer, logits[slot], likeliest[slot])
+        logits = self._forward(ids, range(rows), places)
+        self._take(running, logits[[answer.slot for answer in running]])
         return running
 
     def _compact(self, running: Sequence[Answer]) -> None:
@@ -208,12 +250,13 @@ class Decoder:
                 self._held[answer.slot], self._held[free] = None, answer
                 answer.slot = free
 
-    def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """(rows, vocabulary) logits behind the last token of each row."""
+    def _forward(self, ids: Tensor, slots: Sequence[int], places: Tensor) -> Tensor:
+        """(rows, vocabulary) logits behind the last token of each row; see Slots.at."""
+        self.slots.at(slots, places, self._device)
         out = self.model(
             input_ids=ids.to(self._device),
             attention_mask=self.slots.masks(self._windows, self._device),
-            position_ids=positions.to(self._device),
+            position_ids=places.clamp(min=0).to(self._device),
             past_key_values=self.slots,
             use_cache=True,
             logits_to_keep=1,
@@ -221,22 +264,24 @@ class Decoder:
         logits: Tensor = out.logits[:, -1]
         return logits
 
-    def _take(self, answer: Answer, logits: Tensor, likeliest: int) -> None:
-        """Choose the next token; the answer ends with a stop token, and where its tokens or the context are used up."""
-        plain = answer.chooser.takes_the_likeliest
-        try:
-            token, logprobs = (likeliest, None) if plain else answer.chooser.choose(logits, answer.ids)
-        except Exception as fault:  # whoever waits for the answer raises it: see Answer
-            answer.fault = fault
-            self.end(answer, "failed")
-            return
-        if token in answer.stops:
-            self.end(answer, "eos")
-            return
-        answer.ids.append(token)
-        if logprobs is not None:
-            answer.logprobs.append(logprobs)
-        if len(answer.ids) == answer.options.max_new_tokens:
-            self.end(answer, "length")
-        elif len(answer.prompt) + len(answer.ids) == self.context:
-            self.end(answer, "context")
+    def _take(self, answers: Sequence[Answer], logits: Tensor) -> None:
+        """Choose the next token of each from its row; an answer ends with a stop token, and where its tokens or the
+        context are used up.
+        """
+        choices = choose_together([answer.chooser for answer in answers], logits, [answer.ids for answer in answers])
+        for answer, choice in zip(answers, choices, strict=True):
+            if isinstance(choice, Exception):  # whoever waits for the answer raises it: see Answer
+                answer.fault = choice
+                self.end(answer, "failed")
+                continue
+            token, logprobs = choice
+            if token in answer.stops:
+                self.end(answer, "eos")
+                continue
+            answer.ids.append(token)
+            if logprobs is not None:
+                answer.logprobs.append(logprobs)
+            if len(answer.ids) == answer.options.max_new_tokens:
+                self.end(answer, "length")
+            elif len(answer.prompt) + len(answer.ids) == self.context:
+                self.end(answer, "context")

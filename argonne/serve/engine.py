@@ -41,7 +41,9 @@ class Completion:
 def decoder_for(model: Any, prompts: Sequence[Sequence[int]], most: Sequence[int], rows: int = ROWS) -> Decoder:
     """One that has room for these prompts with so many new tokens, in passes of the same number of rows throughout."""
     longest = max((len(prompt) + count for prompt, count in zip(prompts, most, strict=True)), default=1)
-    return Decoder(model, rows=max(1, min(rows, len(prompts))), context=longest, deterministic=True)
+    return Decoder(
+        model, rows=max(1, min(rows, len(prompts))), context=longest, deterministic=True, patience=len(prompts)
+    )
 
 
 def complete_ids(

@@ -14,6 +14,7 @@ from torch import Tensor
 from argonne.errors import InputError
 from argonne.serve.options import SamplingOptions, Shaping
 
+NOT_FINITE = "the model's logits are not finite: its weights are damaged or its training diverged"
 FEW = 512  # of the likeliest tokens are looked at first: sorting a vocabulary of 150,000 takes longer than a layer
 
 
@@ -35,10 +36,7 @@ class TokenLogprobs:
     likeliest: tuple[tuple[int, float], ...]
 
 
-def check_finite(logits: Tensor) -> None:
-    """Raises InputError where a row of (rows, vocabulary) logits holds no finite number or a NaN."""
-    if not bool(torch.isfinite(logits.amax(-1)).all()):
-        raise InputError("the model's logits are not finite: its weights are damaged or its training diverged")
+Choice = tuple[int, TokenLogprobs | None]
 
 
 class Chooser:
@@ -50,18 +48,18 @@ class Chooser:
         self, options: SamplingOptions, shaping: Shaping | None = None, constraint: Constraint | None = None
     ) -> None:
         self.options, self.shaping, self.constraint = options, shaping or Shaping(), constraint
-        self._generator = torch.Generator().manual_seed(options.seed)
+        self.generator = torch.Generator().manual_seed(options.seed)
 
     @property
-    def takes_the_likeliest(self) -> bool:
-        """Whatever was generated: nothing but the largest logit decides, and nothing else is told."""
+    def only_draws(self) -> bool:
+        """Whatever was generated: nothing but the logits decides, and nothing else is told."""
         unshaped = not self.shaping.logit_bias and self.shaping.logprobs is None and self.constraint is None
-        return self.options.temperature == 0 and self.options.repetition_penalty == 1 and unshaped
+        return self.options.repetition_penalty == 1 and unshaped
 
-    def choose(self, logits: Tensor, generated: Sequence[int]) -> tuple[int, TokenLogprobs | None]:
-        """The next id after `generated`, from (vocabulary,) logits that `check_finite` has seen."""
+    def choose(self, logits: Tensor, generated: Sequence[int]) -> Choice:
+        """The next id after `generated`, from finite (vocabulary,) logits."""
         logits = logits.float()
-        token = self._draw(self._shaped(logits, generated))
+        (token,) = draw(self._shaped(logits, generated)[None], self.options, [self.generator])
         if self.constraint is not None:
             self.constraint.accept(token)
         if self.shaping.logprobs is None:
@@ -85,37 +83,71 @@ class Chooser:
             logits[~self.constraint.allowed(len(logits)).to(logits.device)] = -torch.inf
         return logits
 
-    def _draw(self, logits: Tensor) -> int:
-        options = self.options
-        if options.temperature == 0:
-            return int(logits.argmax())
-        probabilities = torch.softmax(logits / options.temperature, dim=-1)
-        kept, ids = self._likeliest(probabilities)
-        if options.top_k:
-            kept = kept[: options.top_k]
-        if options.top_p < 1:  # Holtzman et al. 2020: the smallest set that holds `top_p` of the mass
-            total = 1.0 if not options.top_k else float(kept.sum())
-            kept = kept[: 1 + int((kept.cumsum(0) < options.top_p * total).sum())]
-        if options.min_p:
-            kept = kept[kept >= options.min_p * kept[0]]
-        kept = kept[kept > 0]
-        ladder = kept.cumsum(0)
-        draw = torch.rand(1, generator=self._generator).to(ladder.device)
-        place = min(int(torch.searchsorted(ladder, draw * ladder[-1:], right=True)), len(kept) - 1)
-        return int(ids[place])
 
-    def _likeliest(self, probabilities: Tensor) -> tuple[Tensor, Tensor]:
-        """The probabilities that the options can keep, the largest first, of equal ones the smaller id, and their
-        ids.
-        """
-        options, size = self.options, len(probabilities)
-        if size > FEW:
-            few, ids = probabilities.topk(FEW)
-            enough = 0 < options.top_k < FEW or (options.top_p < 1 and float(few[:-1].sum()) > options.top_p)
-            if enough and float(few[-1]) < float(few[-2]):
-                order = torch.argsort(ids)  # then by value, which keeps the order of ids among equal ones
-                few, ids = few[order], ids[order]
-                found = few.sort(descending=True, stable=True)
-                return found.values, ids[found.indices]
-        found = probabilities.sort(descending=True, stable=True)
-        return found.values, found.indices
+def choose_together(
+    choosers: Sequence[Chooser], logits: Tensor, generated: Sequence[Sequence[int]]
+) -> list[Choice | Exception]:
+    """What each chooser takes from its row of (rows, vocabulary) logits, the same as alone; or what it failed by.
+
+    Those that ask for the same kind of draw are drawn in one go: one costs as much as a layer of a small model.
+    """
+    taken: list[Choice | Exception | None] = [None] * len(choosers)
+    alike: dict[tuple[float, int, float, float], list[int]] = {}
+    for row, finite in enumerate(torch.isfinite(logits.amax(-1)).tolist()):
+        options = choosers[row].options
+        if not finite:
+            taken[row] = InputError(NOT_FINITE)
+        elif choosers[row].only_draws:
+            alike.setdefault((options.temperature, options.top_k, options.top_p, options.min_p), []).append(row)
+    for rows in alike.values():
+        generators = [choosers[row].generator for row in rows]
+        some = logits if len(rows) == len(logits) else logits[rows]
+        for row, token in zip(rows, draw(some.float(), choosers[rows[0]].options, generators), strict=True):
+            taken[row] = token, None
+    found: list[Choice | Exception] = []
+    for row, choice in enumerate(taken):
+        if choice is None:
+            try:
+                choice = choosers[row].choose(logits[row], generated[row])
+            except Exception as fault:  # its own, and nobody else's
+                choice = fault
+        found.append(choice)
+    return found
+
+
+def draw(logits: Tensor, options: SamplingOptions, generators: Sequence[torch.Generator]) -> list[int]:
+    """An id for each row of (rows, vocabulary) logits, by the generator of that row. No row depends on another."""
+    if options.temperature == 0:
+        return [int(token) for token in logits.argmax(-1)]
+    probabilities = torch.softmax(logits / options.temperature, dim=-1)
+    kept, ids = likeliest(probabilities, options)
+    if options.top_k:
+        kept = kept[:, : options.top_k]
+    ladder = kept.cumsum(-1)
+    if options.top_p < 1:  # Holtzman et al. 2020: the smallest set that holds `top_p` of the mass
+        total = ladder[:, -1:] if options.top_k else 1.0
+        before = torch.nn.functional.pad(ladder[:, :-1], (1, 0))
+        kept = kept.where(before < options.top_p * total, 0)
+    if options.min_p:
+        kept = kept.where(kept >= options.min_p * kept[:, :1], 0)
+    size = (kept > 0).sum(-1, keepdim=True)  # the rest, behind them, is 0
+    draws = torch.cat([torch.rand(1, generator=generator) for generator in generators]).to(ladder.device)
+    places = torch.searchsorted(ladder, draws[:, None] * ladder.gather(-1, size - 1), right=True).minimum(size - 1)
+    return [int(token) for token in ids.gather(-1, places)[:, 0]]
+
+
+def likeliest(probabilities: Tensor, options: SamplingOptions) -> tuple[Tensor, Tensor]:
+    """The probabilities of each row that the options can keep, the largest first, of equal ones the smaller id, and
+    their ids.
+    """
+    if probabilities.shape[-1] > FEW:
+        few, ids = probabilities.topk(FEW)
+        mass = few[:, :-1].cumsum(-1)[:, -1]
+        enough = (0 < options.top_k < FEW) | (mass > options.top_p if options.top_p < 1 else mass < 0)
+        if bool((enough & (few[:, -1] < few[:, -2])).all()):
+            order = ids.argsort(-1)  # then by value, which keeps the order of ids among equal ones
+            few, ids = few.gather(-1, order), ids.gather(-1, order)
+            found = few.sort(dim=-1, descending=True, stable=True)
+            return found.values, ids.gather(-1, found.indices)
+    found = probabilities.sort(dim=-1, descending=True, stable=True)
+    return found.values, found.indices

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ LENGTH_STEP = 64  # lengths that attention reads: with multiples of it a row's r
 
 
 class Slots:
-    """What a forward pass takes as its cache. Before the pass `rows_at` or `row_at` says where its tokens go.
+    """What a forward pass takes as its cache. Before the pass `at` says where its tokens go.
 
     The buffers (slots, heads, capacity, D) are made when the first keys come, in their dtype and on their device.
     """
@@ -20,30 +21,26 @@ class Slots:
         self.count, self.capacity = count, -(-capacity // LENGTH_STEP) * LENGTH_STEP
         self._keys: dict[int, Tensor] = {}
         self._values: dict[int, Tensor] = {}
-        self._rows, self._places, self._length = slice(0, 0), torch.zeros(0, dtype=torch.int64), 0
 
-    def rows_at(self, places: Tensor) -> None:
-        """The next pass brings one token for each of the first len(places) slots, which goes to its place."""
-        self._rows, self._places = slice(0, len(places)), places
-        self._length = self._read(int(places.max()) + 1)
-
-    def row_at(self, slot: int, begin: int, size: int) -> None:
-        """The next pass brings `size` tokens of one slot, which go to begin .. begin + size - 1."""
-        self._rows, self._places = slice(slot, slot + 1), torch.arange(begin, begin + size)
-        self._length = self._read(begin + size)
-
-    def _read(self, used: int) -> int:
-        """The length bucket: a power of two times LENGTH_STEP, so that few shapes occur."""
-        length = LENGTH_STEP
-        while length < used:
-            length *= 2
-        return min(length, self.capacity)
+    def at(self, slots: Sequence[int], places: Tensor, device: torch.device) -> None:
+        """Row r of the next pass is of slots[r]; its token t goes to places[r, t], and nowhere where that is negative.
+        places: (rows, tokens).
+        """
+        first = slots[0]
+        together = list(slots) == list(range(first, first + len(slots)))
+        rows, tokens = (places >= 0).nonzero(as_tuple=True)
+        self._seen = places.clamp(min=0)
+        self._source = rows.to(device), tokens.to(device)
+        self._target = torch.tensor(slots)[rows].to(device), places[rows, tokens].to(device)
+        self._rows = slice(first, first + len(slots)) if together else torch.tensor(slots, device=device)
+        self._length = LENGTH_STEP
+        while self._length <= int(places.max()):  # a power of two times LENGTH_STEP, so that few shapes occur
+            self._length *= 2
+        self._length = min(self._length, self.capacity)
 
     def masks(self, windows: dict[str, int | None], device: torch.device) -> dict[str, Tensor]:
         """What each token of the next pass sees, by layer type: (rows, 1, tokens, length) bool."""
-        one_each = self._rows.stop - self._rows.start == len(self._places) and self._rows.start == 0
-        places = self._places[:, None, None, None] if one_each else self._places[None, None, :, None]
-        distance = places - torch.arange(self._length)
+        distance = self._seen[:, None, :, None] - torch.arange(self._length)
         seen = distance >= 0
         return {
             kind: (seen if window is None else seen & (distance < window)).to(device)
@@ -55,14 +52,10 @@ class Slots:
         if layer not in self._keys:
             shape = (self.count, key.shape[1], self.capacity, key.shape[3])
             self._keys[layer], self._values[layer] = key.new_zeros(shape), value.new_zeros(shape)
-        places, found = self._places.to(key.device), []
+        (rows, tokens), (slots, places), found = self._source, self._target, []
         for held, new in ((self._keys[layer], key), (self._values[layer], value)):
-            rows = held[self._rows]
-            if new.shape[2] == 1:
-                rows[torch.arange(len(rows), device=key.device), :, places] = new[:, :, 0]
-            else:
-                rows[:, :, int(places[0]) : int(places[0]) + len(places)] = new
-            found.append(rows[:, :, : self._length])
+            held[slots, :, places] = new[rows, :, tokens]
+            found.append(held[:, :, : self._length][self._rows])
         return found[0], found[1]
 
     def get_seq_length(self, layer: int = 0) -> int:

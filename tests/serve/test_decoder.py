@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from argonne.errors import InputError
+from argonne.serve import sampling
 from argonne.serve.decoder import Answer, Decoder
 from argonne.serve.engine import stream_ids
 from argonne.serve.options import SamplingOptions, Shaping
-from argonne.serve.sampling import Chooser
+from argonne.serve.sampling import Chooser, choose_together, likeliest
 from tests.serve.test_engine import make_model
 
 GENERATIONS = ["nano-1.0", "nano-2.5", "nano-3.0"]
@@ -111,7 +112,7 @@ def test_a_shared_prompt_is_read_once() -> None:
     for _ in range(3):
         decoder.submit([5] * 40, GREEDY, [], like=first)
     finish(decoder)
-    assert [shape for shape in model.shapes if shape[1] > 1] == [(1, 16), (1, 16), (1, 8)]
+    assert [shape for shape in model.shapes if shape[1] > 1] == [(1, 16), (1, 16), (1, 16)]
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
@@ -166,7 +167,7 @@ def test_prompts_are_read_in_the_order_they_came_in_whatever_their_slots() -> No
     long = decoder.submit([7] * 120, GREEDY, [])
     decoder.step()
     assert first.stop == "length"
-    for _ in range(8):  # each step a prompt as large as a step comes into the first slot, which is free again
+    for _ in range(9):  # each step a prompt as large as a step comes into the first slot, which is free again
         decoder.submit([8] * 16, quick, [])
         decoder.step()
     assert long.ids
@@ -289,21 +290,81 @@ def test_a_constraint_masks_and_is_told_what_was_chosen() -> None:
     assert all(token % 2 == 0 for token in answer.ids)
 
 
-def test_the_likeliest_few_are_those_of_the_whole_vocabulary() -> None:
+def test_the_likeliest_few_are_those_of_the_whole_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.randn(5000, generator=torch.Generator().manual_seed(0)).mul(4).round()  # many are equal
     for options in (
         SamplingOptions(temperature=1.0, top_p=0.9),
         SamplingOptions(temperature=1.0, top_k=40, top_p=1.0),
         SamplingOptions(temperature=0.7, top_p=0.5, min_p=0.1),
     ):
-        few, whole = Chooser(options), Chooser(options)
         probabilities = torch.softmax(logits / options.temperature, 0)
-        values, ids = few._likeliest(probabilities)
+        values, ids = (found[0] for found in likeliest(probabilities[None], options))
         everything = probabilities.sort(descending=True, stable=True)
         if len(values) < 5000:
             # Up to the last value, of which there may be more outside, both lists are one.
             size = int((values > values[-1]).sum())
             assert ids[:size].tolist() == everything.indices[:size].tolist()
-        found = everything.values, everything.indices
-        whole._likeliest = lambda given, found=found: found  # type: ignore[misc]
-        assert [few.choose(logits, [])[0] for _ in range(50)] == [whole.choose(logits, [])[0] for _ in range(50)]
+        few, whole = Chooser(options), Chooser(options)
+        with monkeypatch.context() as patched:
+            found = [few.choose(logits, [])[0] for _ in range(50)]
+            whole_of = (everything.values[None], everything.indices[None])
+            patched.setattr(sampling, "likeliest", lambda *given, kept=whole_of: kept)
+            assert found == [whole.choose(logits, [])[0] for _ in range(50)]
+
+
+def test_choices_made_together_are_those_made_alone_whatever_each_asks_for() -> None:
+    draw = torch.Generator().manual_seed(5)
+    kinds = [
+        SamplingOptions(temperature=0.0),
+        SamplingOptions(temperature=0.8),
+        SamplingOptions(temperature=1.3, top_k=40, top_p=1.0),
+        SamplingOptions(temperature=0.7, top_k=900, top_p=0.9, min_p=0.02),
+        SamplingOptions(temperature=1.0, top_p=1.0),
+        SamplingOptions(temperature=1.0, repetition_penalty=1.3),
+    ]
+    asked = [kinds[number % len(kinds)].with_seed(number) for number in range(24)]
+    for vocabulary in (50, 3000):
+        together, alone = ([Chooser(options) for options in asked] for _ in range(2))
+        generated: list[list[int]] = [[] for _ in asked]
+        for _ in range(6):
+            logits = torch.randn(24, vocabulary, generator=draw) * 3
+            found = choose_together(together, logits, generated)
+            assert found == [
+                choose_together([one], logits[row : row + 1], [generated[row]])[0] for row, one in enumerate(alone)
+            ]
+            for tokens, choice in zip(generated, found, strict=True):
+                assert not isinstance(choice, Exception)
+                tokens.append(choice[0])
+
+
+def test_logits_that_are_not_finite_end_their_own_answer_alone() -> None:
+    logits = torch.zeros(3, 10)
+    logits[1, 4] = float("nan")
+    choosers = [Chooser(SamplingOptions(seed=number)) for number in range(3)]
+    first, broken, last = choose_together(choosers, logits, [[], [], []])
+    assert isinstance(broken, InputError)
+    assert "not finite" in str(broken)
+    assert not isinstance(first, Exception)
+    assert not isinstance(last, Exception)
+
+
+def test_prompts_of_one_width_are_read_in_one_pass() -> None:
+    model = Counted(model_of("nano-2.5"))
+    decoder = Decoder(model, rows=8, chunk=64)
+    answers = [decoder.submit([5] * size, GREEDY, []) for size in (9, 12, 40, 16, 3)]
+    finish(decoder)
+    assert [shape for shape in model.shapes if shape[1] > 1] == [(4, 16), (1, 64)]
+    for answer, size in zip(answers, (9, 12, 40, 16, 3), strict=True):
+        assert answer.ids == [int(one.argmax()) for one in recomputed(model.inner, [5] * size, 24)]
+
+
+def test_few_answers_wait_while_many_prompts_are_read_but_not_for_long() -> None:
+    model = Counted(model_of("nano-2.5"))
+    decoder = Decoder(model, rows=16, chunk=16, patience=3)
+    for number in range(14):
+        decoder.submit([number] * 16, GREEDY, [])
+    kinds = []
+    while len(kinds) < 12:
+        decoder.step()
+        kinds = ["reads" if shape[1] > 1 else "writes" for shape in model.shapes]
+    assert kinds[:10] == ["reads"] * 4 + ["writes"] + ["reads"] * 3 + ["writes", "reads"]
