@@ -80,14 +80,18 @@ def generate_text(options: argparse.Namespace) -> None:
     from argonne.serve.engine import open_engine
 
     engine = open_engine(options.model, device=options.device)
-    for number in range(options.n):
-        pieces = engine.stream(options.prompt, sampling.with_seed(number), shaping, form)
-        if options.n > 1:
-            print(f"--- {number + 1} of {options.n}, seed {sampling.seed + number}", file=sys.stderr)
-        print(options.prompt + next(pieces, ""), end="", flush=True)  # a message about the prompt comes before it
-        for piece in pieces:
-            print(piece, end="", flush=True)
-        print()
+    shown = -1
+    for number, piece in engine.streams(
+        options.prompt, [sampling.with_seed(n) for n in range(options.n)], shaping, form
+    ):
+        if number > shown:  # not before the first piece: a message about the prompt comes before it
+            print("\n" * (shown >= 0), end="", flush=True)
+            if options.n > 1:
+                print(f"--- {number + 1} of {options.n}, seed {sampling.seed + number}", file=sys.stderr, flush=True)
+            print(options.prompt, end="")
+            shown = number
+        print(piece, end="", flush=True)
+    print()
 
 
 def _form(options: argparse.Namespace) -> dict[str, object] | None:

@@ -104,22 +104,35 @@ class Spoken:
 
 
 def stream_ids(
+    model: Any, tokenizer: TextTokenizer, prompt: Sequence[int], options: SamplingOptions, stops: Sequence[int]
+) -> Generator[str, None, None]:
+    """Pieces of the continuation of one prompt, as soon as they are certain."""
+    for _, piece in stream_several(model, tokenizer, prompt, [options], stops, Shaping(), [None]):
+        yield piece
+
+
+def stream_several(
     model: Any,
     tokenizer: TextTokenizer,
     prompt: Sequence[int],
-    options: SamplingOptions,
+    options: Sequence[SamplingOptions],
     stops: Sequence[int],
-    shaping: Shaping | None = None,
-    constraint: Constraint | None = None,
-) -> Generator[str, None, None]:
-    """Pieces of the continuation of one prompt, as soon as they are certain."""
-    decoder = decoder_for(model, [prompt], [options.max_new_tokens])
-    answer = decoder.submit(prompt, options, stops, shaping=shaping, constraint=constraint)
-    spoken = Spoken(decoder, answer, tokenizer)
-    while answer.stop is None:
-        decoder.step()
-        yield spoken.more()
-    completion_of(answer)
+    shaping: Shaping,
+    constraints: Sequence[Constraint | None],
+) -> Generator[tuple[int, str], None, None]:
+    """(number, piece) of continuations of one prompt, which is read once: all of the first, then of the second, ..."""
+    decoder = decoder_for(model, [prompt] * len(options), [one.max_new_tokens for one in options])
+    answers: list[Answer] = []
+    for how, constraint in zip(options, constraints, strict=True):
+        like = answers[0] if answers else None
+        answers.append(decoder.submit(prompt, how, stops, shaping=shaping, constraint=constraint, like=like))
+    for number, answer in enumerate(answers):
+        spoken = Spoken(decoder, answer, tokenizer)
+        while answer.stop is None:
+            decoder.step()
+            yield number, spoken.more()
+        yield number, spoken.more()  # of one that ended while those before it were shown
+        completion_of(answer)
 
 
 def stop_ids(model: Any, tokenizer: TextTokenizer) -> list[int]:
@@ -155,21 +168,24 @@ class Engine:
     tokenizer: TextTokenizer
     folder: Path
 
-    def stream(
+    def streams(
         self,
         prompt: str,
-        options: SamplingOptions,
+        options: Sequence[SamplingOptions],
         shaping: Shaping | None = None,
         form: Mapping[str, object] | None = None,
-    ) -> Generator[str, None, None]:
-        """Pieces of the continuation. form: what it must be; see argonne.serve.structured."""
-        stops, constraint = stop_ids(self.model, self.tokenizer), None
+    ) -> Generator[tuple[int, str], None, None]:
+        """(number, piece) of a continuation by each of the options, one after the other. form: what they must be; see
+        argonne.serve.structured.
+        """
+        stops = stop_ids(self.model, self.tokenizer)
+        constraints: list[Constraint | None] = [None] * len(options)
         if form is not None:
             from argonne.serve.structured import constraint_of
 
-            constraint = constraint_of(self.tokenizer, form, stops)
+            constraints = [constraint_of(self.tokenizer, form, stops) for _ in options]
         ids = prompt_ids(self.tokenizer, prompt)
-        return stream_ids(self.model, self.tokenizer, ids, options, stops, shaping, constraint)
+        return stream_several(self.model, self.tokenizer, ids, options, stops, shaping or Shaping(), constraints)
 
 
 def open_engine(model_path: str | Path, *, device: str = "auto") -> Engine:

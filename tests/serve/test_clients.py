@@ -15,6 +15,7 @@ import pytest
 from argonne.serve.engine import Engine
 from argonne.serve.options import SamplingOptions, Shaping
 from tests.serve.serving import CONTEXT, Running, chat_prompt, expected_text, make_engine, running, scripted, visible
+from tests.tour import ROOT, blocks_of
 
 HELLO: Any = [{"role": "user", "content": "Hello"}]
 WEATHER: Any = {
@@ -406,3 +407,17 @@ def test_errors_are_the_clients_own(server: Running) -> None:
     assert other.value.body["error"]["type"] == "not_found_error"  # type: ignore[index,call-overload]
     with pytest.raises(anthropic.BadRequestError, match="max_tokens: found 0"):
         claude(server).messages.create(model="it", messages=HELLO, max_tokens=0)
+
+
+# ------------------------------------------------------------------------------------------------- the documents
+
+
+def test_the_clients_of_the_documents_run_word_by_word(
+    engine: Engine, server: Running, capsys: pytest.CaptureFixture[str]
+) -> None:
+    blocks = [block for block in blocks_of((ROOT / "docs" / "serve.md").read_text()) if block.language == "python"]
+    assert len(blocks) == 2
+    for block in blocks:
+        code = block.text.replace("http://127.0.0.1:8000", server.url).replace('model="chat"', 'model="it"')
+        exec(code, {})
+        assert capsys.readouterr().out.strip()

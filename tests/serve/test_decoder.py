@@ -13,7 +13,7 @@ import torch
 from argonne.errors import InputError
 from argonne.serve import sampling
 from argonne.serve.decoder import Answer, Decoder
-from argonne.serve.engine import stream_ids
+from argonne.serve.engine import stream_several
 from argonne.serve.options import SamplingOptions, Shaping
 from argonne.serve.sampling import Chooser, choose_together, likeliest
 from tests.serve.test_engine import make_model
@@ -187,7 +187,7 @@ def test_a_constraint_that_fails_ends_its_own_answer_alone() -> None:
     assert (broken.stop, len(broken.ids), str(broken.fault)) == ("failed", 2, "planted")
     assert (whole.stop, whole.fault) == ("length", None)
     with pytest.raises(InputError, match="planted"):
-        "".join(stream_ids(model_of("nano-2.5"), NoText(), [5, 6], GREEDY, [], constraint=Broken()))  # type: ignore[arg-type]
+        list(stream_several(model_of("nano-2.5"), NoText(), [5, 6], [GREEDY], [], Shaping(), [Broken()]))  # type: ignore[arg-type]
 
 
 class NoText:

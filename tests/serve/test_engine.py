@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from argonne.errors import InputError
 from argonne.model.build import build_model, config_from_fields
 from argonne.presets import preset
-from argonne.serve.engine import complete_ids, prompt_ids, stop_ids, stream_text
+from argonne.serve.engine import Engine, complete_ids, prompt_ids, stop_ids, stream_text
 from argonne.serve.options import SamplingOptions
 from argonne.serve.sampling import Chooser
 from argonne.serve.text_stream import TextStream
@@ -267,5 +267,25 @@ def test_the_engine_streams_from_a_run_folder_on_disk(tmp_path: Path, tokenizer:
     tokenizer.save(tmp_path)
     save_model_folder(model, tmp_path, eos_id=tokenizer.eos_id, bos_id=None, pad_id=tokenizer.pad_id)
     options = SamplingOptions(max_new_tokens=20, seed=5)
-    text = "".join(open_engine(tmp_path, device="cpu").stream("Long", options))
+    text = "".join(piece for _, piece in open_engine(tmp_path, device="cpu").streams("Long", [options]))
     assert text == sampled(model, tokenizer, 20, seed=5)
+
+
+def test_several_continuations_are_shown_one_after_the_other_and_read_their_prompt_once(
+    tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, read = make_model(), []
+    forward = type(model).forward
+
+    def counted(self: Any, **given: Any) -> Any:
+        read.append(given["input_ids"].shape[1])
+        return forward(self, **given)
+
+    monkeypatch.setattr(type(model), "forward", counted)
+    options = [SamplingOptions(max_new_tokens=size, temperature=1.0, seed=size) for size in (12, 5, 8)]
+    found = list(Engine(model, tokenizer, Path()).streams("Long ago there was", options))
+    assert [number for number, _ in found] == sorted(number for number, _ in found)
+    texts = ["".join(piece for number, piece in found if number == wanted) for wanted in range(3)]
+    assert len(set(texts)) == 3
+    assert all(texts)
+    assert len([width for width in read if width > 1]) == 1
