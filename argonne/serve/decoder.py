@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from argonne.errors import InputError
+from argonne.serve.forward import Forward, can_be_served_so
 from argonne.serve.options import SamplingOptions, Shaping
 from argonne.serve.sampling import Chooser, Constraint, TokenLogprobs, choose_together
 from argonne.serve.slots import LENGTH_STEP, Slots
@@ -79,6 +80,7 @@ class Decoder:
             kind: config.sliding_window if kind == "sliding_attention" else None for kind in set(config.layer_types)
         }
         self._device = next(model.parameters()).device
+        self._pass = Forward(model) if can_be_served_so(model) else None
 
     # ------------------------------------------------------------------------------------------------- requests
 
@@ -137,7 +139,7 @@ class Decoder:
         if training:
             self.model.eval()
         try:
-            with torch.no_grad():
+            with torch.inference_mode():
                 changed = self._read_prompts()
                 running = [held for held in self._held if held and held.ids]
                 unread = sum(held is not None and not held.ids for held in self._held)
@@ -253,10 +255,13 @@ class Decoder:
     def _forward(self, ids: Tensor, slots: Sequence[int], places: Tensor) -> Tensor:
         """(rows, vocabulary) logits behind the last token of each row; see Slots.at."""
         self.slots.at(slots, places, self._device)
+        ids, positions = ids.to(self._device), places.clamp(min=0).to(self._device)
+        if self._pass is not None:
+            return self._pass(ids, self.slots, positions)
         out = self.model(
-            input_ids=ids.to(self._device),
+            input_ids=ids,
             attention_mask=self.slots.masks(self._windows, self._device),
-            position_ids=places.clamp(min=0).to(self._device),
+            position_ids=positions,
             past_key_values=self.slots,
             use_cache=True,
             logits_to_keep=1,

@@ -50,16 +50,20 @@ class Chooser:
         self.options, self.shaping, self.constraint = options, shaping or Shaping(), constraint
         self.generator = torch.Generator().manual_seed(options.seed)
 
-    @property
-    def only_draws(self) -> bool:
-        """Whatever was generated: nothing but the logits decides, and nothing else is told."""
-        unshaped = not self.shaping.logit_bias and self.shaping.logprobs is None and self.constraint is None
-        return self.options.repetition_penalty == 1 and unshaped
+    def shape(self, logits: Tensor, generated: Sequence[int]) -> None:
+        """Change (vocabulary,) logits behind `generated` in place, as the options ask."""
+        penalty = self.options.repetition_penalty
+        if penalty != 1 and generated:  # Keskar et al. 2019 (arXiv 1909.05858), of what was generated, not the prompt
+            ids = torch.tensor(sorted(set(generated)), device=logits.device)
+            found = logits[ids]
+            logits[ids] = torch.where(found > 0, found / penalty, found * penalty)
+        for token, value in self.shaping.logit_bias.items():
+            logits[token] += value
+        if self.constraint is not None:
+            logits[~self.constraint.allowed(len(logits)).to(logits.device)] = -torch.inf
 
-    def choose(self, logits: Tensor, generated: Sequence[int]) -> Choice:
-        """The next id after `generated`, from finite (vocabulary,) logits."""
-        logits = logits.float()
-        (token,) = draw(self._shaped(logits, generated)[None], self.options, [self.generator])
+    def tell(self, token: int, logits: Tensor) -> Choice:
+        """What was chosen, from the model's own (vocabulary,) logits."""
         if self.constraint is not None:
             self.constraint.accept(token)
         if self.shaping.logprobs is None:
@@ -69,50 +73,37 @@ class Chooser:
         listed = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
         return token, TokenLogprobs(float(logs[token]), listed)
 
-    def _shaped(self, logits: Tensor, generated: Sequence[int]) -> Tensor:
-        penalty, bias = self.options.repetition_penalty, self.shaping.logit_bias
-        if (penalty != 1 and generated) or bias or self.constraint is not None:
-            logits = logits.clone()
-        if penalty != 1 and generated:  # Keskar et al. 2019 (arXiv 1909.05858), of what was generated, not the prompt
-            ids = torch.tensor(sorted(set(generated)), device=logits.device)
-            found = logits[ids]
-            logits[ids] = torch.where(found > 0, found / penalty, found * penalty)
-        for token, value in bias.items():
-            logits[token] += value
-        if self.constraint is not None:
-            logits[~self.constraint.allowed(len(logits)).to(logits.device)] = -torch.inf
-        return logits
-
 
 def choose_together(
     choosers: Sequence[Chooser], logits: Tensor, generated: Sequence[Sequence[int]]
 ) -> list[Choice | Exception]:
-    """What each chooser takes from its row of (rows, vocabulary) logits, the same as alone; or what it failed by.
+    """The next id of each row of (rows, vocabulary) logits behind what was `generated`, the same as alone; or what its
+    chooser failed by, and no other.
 
     Those that ask for the same kind of draw are drawn in one go: one costs as much as a layer of a small model.
     """
-    taken: list[Choice | Exception | None] = [None] * len(choosers)
+    logits = logits.float()
+    shaped = logits.clone()
+    found: dict[int, Choice | Exception] = {}
     alike: dict[tuple[float, int, float, float], list[int]] = {}
-    for row, finite in enumerate(torch.isfinite(logits.amax(-1)).tolist()):
-        options = choosers[row].options
-        if not finite:
-            taken[row] = InputError(NOT_FINITE)
-        elif choosers[row].only_draws:
-            alike.setdefault((options.temperature, options.top_k, options.top_p, options.min_p), []).append(row)
-    for rows in alike.values():
-        generators = [choosers[row].generator for row in rows]
-        some = logits if len(rows) == len(logits) else logits[rows]
-        for row, token in zip(rows, draw(some.float(), choosers[rows[0]].options, generators), strict=True):
-            taken[row] = token, None
-    found: list[Choice | Exception] = []
-    for row, choice in enumerate(taken):
-        if choice is None:
+    for row, (chooser, finite) in enumerate(zip(choosers, torch.isfinite(logits.amax(-1)).tolist(), strict=True)):
+        options = chooser.options
+        if finite:
             try:
-                choice = choosers[row].choose(logits[row], generated[row])
-            except Exception as fault:  # its own, and nobody else's
-                choice = fault
-        found.append(choice)
-    return found
+                chooser.shape(shaped[row], generated[row])
+                alike.setdefault((options.temperature, options.top_k, options.top_p, options.min_p), []).append(row)
+            except Exception as fault:
+                found[row] = fault
+        else:
+            found[row] = InputError(NOT_FINITE)
+    for rows in alike.values():
+        drawn = draw(shaped[rows], choosers[rows[0]].options, [choosers[row].generator for row in rows])
+        for row, token in zip(rows, drawn, strict=True):
+            try:
+                found[row] = choosers[row].tell(token, logits[row])
+            except Exception as fault:
+                found[row] = fault
+    return [found[row] for row in range(len(choosers))]
 
 
 def draw(logits: Tensor, options: SamplingOptions, generators: Sequence[torch.Generator]) -> list[int]:

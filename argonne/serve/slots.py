@@ -14,13 +14,12 @@ LENGTH_STEP = 64  # lengths that attention reads: with multiples of it a row's r
 class Slots:
     """What a forward pass takes as its cache. Before the pass `at` says where its tokens go.
 
-    The buffers (slots, heads, capacity, D) are made when the first keys come, in their dtype and on their device.
+    The buffers (slots, heads of keys and of values, capacity, D) are made when the first keys come, in their dtype and on their device.
     """
 
     def __init__(self, count: int, capacity: int) -> None:
         self.count, self.capacity = count, -(-capacity // LENGTH_STEP) * LENGTH_STEP
-        self._keys: dict[int, Tensor] = {}
-        self._values: dict[int, Tensor] = {}
+        self._held: dict[int, Tensor] = {}
 
     def at(self, slots: Sequence[int], places: Tensor, device: torch.device) -> None:
         """Row r of the next pass is of slots[r]; its token t goes to places[r, t], and nowhere where that is negative.
@@ -48,20 +47,25 @@ class Slots:
         }
 
     def update(self, key: Tensor, value: Tensor, layer: int, *more: Any, **named: Any) -> tuple[Tensor, Tensor]:
-        """Write a pass's keys and values (rows, heads, tokens, D) of a layer; all that its tokens may see."""
-        if layer not in self._keys:
-            shape = (self.count, key.shape[1], self.capacity, key.shape[3])
-            self._keys[layer], self._values[layer] = key.new_zeros(shape), value.new_zeros(shape)
-        (rows, tokens), (slots, places), found = self._source, self._target, []
-        for held, new in ((self._keys[layer], key), (self._values[layer], value)):
-            held[slots, :, places] = new[rows, :, tokens]
-            found.append(held[:, :, : self._length][self._rows])
-        return found[0], found[1]
+        """`write` as a cache of transformers is called: (rows, heads, tokens, D) each."""
+        return self.write(layer, torch.cat((key, value), 1).transpose(1, 2))
+
+    def write(self, layer: int, new: Tensor) -> tuple[Tensor, Tensor]:
+        """Write a pass's keys and values (rows, tokens, heads of keys and of values, D) of a layer. Returns all keys
+        and all values that its tokens may see, (rows, heads, length, D).
+        """
+        if layer not in self._held:
+            self._held[layer] = new.new_zeros(self.count, new.shape[2], self.capacity, new.shape[3])
+        held, (slots, places) = self._held[layer], self._target
+        held[slots, :, places] = new[self._source] if len(slots) < new.shape[0] * new.shape[1] else new.flatten(0, 1)
+        seen = held[:, :, : self._length][self._rows]
+        keys, values = seen.chunk(2, 1)
+        return keys, values
 
     def get_seq_length(self, layer: int = 0) -> int:
         return self._length
 
     def copy(self, source: int, target: int, length: int) -> None:
         """The first `length` places of one slot to another."""
-        for held in (*self._keys.values(), *self._values.values()):
+        for held in self._held.values():
             held[target, :, :length] = held[source, :, :length]

@@ -16,7 +16,7 @@ from argonne.serve.decoder import Answer, Decoder
 from argonne.serve.engine import stream_several
 from argonne.serve.options import SamplingOptions, Shaping
 from argonne.serve.sampling import Chooser, choose_together, likeliest
-from tests.serve.test_engine import make_model
+from tests.serve.test_engine import choose, make_model
 
 GENERATIONS = ["nano-1.0", "nano-2.5", "nano-3.0"]
 GREEDY = SamplingOptions(max_new_tokens=24, temperature=0.0)
@@ -237,7 +237,7 @@ def test_a_prompt_that_is_empty_or_fills_the_context_is_refused() -> None:
 
 
 def chosen(logits: list[float], options: SamplingOptions, generated: list[int], **more: Any) -> int:
-    return Chooser(options, **more).choose(torch.tensor(logits), generated)[0]
+    return choose(Chooser(options, **more), torch.tensor(logits), generated)[0]
 
 
 def test_a_repetition_penalty_counts_what_was_generated() -> None:
@@ -256,13 +256,13 @@ def test_a_logit_bias_is_added() -> None:
 def test_min_p_drops_what_is_far_less_likely_than_the_best() -> None:
     logits = torch.tensor([0.6, 0.25, 0.1, 0.05]).log()
     chooser = Chooser(SamplingOptions(temperature=1.0, top_p=1.0, min_p=0.3))
-    assert {chooser.choose(logits, [])[0] for _ in range(400)} == {0, 1}
+    assert {choose(chooser, logits, [])[0] for _ in range(400)} == {0, 1}
 
 
 def test_logprobs_are_the_models_own_whatever_the_sampling() -> None:
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
     chooser = Chooser(SamplingOptions(temperature=0.1), Shaping(logprobs=2, logit_bias={3: 50.0}))
-    token, found = chooser.choose(logits, [])
+    token, found = choose(chooser, logits, [])
     assert found is not None
     assert (token, round(found.chosen, 4)) == (3, round(float(logits[3]), 4))
     assert [place for place, _ in found.likeliest] == [0, 1]
@@ -306,10 +306,10 @@ def test_the_likeliest_few_are_those_of_the_whole_vocabulary(monkeypatch: pytest
             assert ids[:size].tolist() == everything.indices[:size].tolist()
         few, whole = Chooser(options), Chooser(options)
         with monkeypatch.context() as patched:
-            found = [few.choose(logits, [])[0] for _ in range(50)]
+            found = [choose(few, logits, [])[0] for _ in range(50)]
             whole_of = (everything.values[None], everything.indices[None])
             patched.setattr(sampling, "likeliest", lambda *given, kept=whole_of: kept)
-            assert found == [whole.choose(logits, [])[0] for _ in range(50)]
+            assert found == [choose(whole, logits, [])[0] for _ in range(50)]
 
 
 def test_choices_made_together_are_those_made_alone_whatever_each_asks_for() -> None:

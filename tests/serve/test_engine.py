@@ -14,8 +14,9 @@ from argonne.errors import InputError
 from argonne.model.build import build_model, config_from_fields
 from argonne.presets import preset
 from argonne.serve.engine import Engine, complete_ids, prompt_ids, stop_ids, stream_text
+from argonne.serve.forward import Forward
 from argonne.serve.options import SamplingOptions
-from argonne.serve.sampling import Chooser
+from argonne.serve.sampling import Chooser, choose_together
 from argonne.serve.text_stream import TextStream
 from argonne.tokens.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 
@@ -190,10 +191,16 @@ def test_options_out_of_range_are_named(wrong: dict[str, Any]) -> None:
 # -------------------------------------------------------------------------------------------------------- sampling
 
 
+def choose(chooser: Chooser, logits: torch.Tensor, generated: list[int]) -> Any:
+    """(id, logprobs) of one answer."""
+    (found,) = choose_together([chooser], logits[None], [generated])
+    return found
+
+
 def draws(options: SamplingOptions, logits: torch.Tensor, count: int = 4000) -> torch.Tensor:
     """Share of each id among `count` draws from one row of logits."""
     chooser = Chooser(options)
-    found = torch.tensor([chooser.choose(logits, [])[0] for _ in range(count)])
+    found = torch.tensor([choose(chooser, logits, [])[0] for _ in range(count)])
     return torch.bincount(found, minlength=len(logits)).double() / count
 
 
@@ -274,16 +281,15 @@ def test_the_engine_streams_from_a_run_folder_on_disk(tmp_path: Path, tokenizer:
 def test_several_continuations_are_shown_one_after_the_other_and_read_their_prompt_once(
     tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, read = make_model(), []
-    forward = type(model).forward
+    read, once = [], Forward.__call__
 
-    def counted(self: Any, **given: Any) -> Any:
-        read.append(given["input_ids"].shape[1])
-        return forward(self, **given)
+    def counted(self: Forward, ids: torch.Tensor, *more: Any) -> torch.Tensor:
+        read.append(ids.shape[1])
+        return once(self, ids, *more)
 
-    monkeypatch.setattr(type(model), "forward", counted)
+    monkeypatch.setattr(Forward, "__call__", counted)
     options = [SamplingOptions(max_new_tokens=size, temperature=1.0, seed=size) for size in (12, 5, 8)]
-    found = list(Engine(model, tokenizer, Path()).streams("Long ago there was", options))
+    found = list(Engine(make_model(), tokenizer, Path()).streams("Long ago there was", options))
     assert [number for number, _ in found] == sorted(number for number, _ in found)
     texts = ["".join(piece for number, piece in found if number == wanted) for wanted in range(3)]
     assert len(set(texts)) == 3

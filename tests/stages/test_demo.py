@@ -57,10 +57,10 @@ def test_each_stage_begins_with_the_weights_of_the_one_before(finished: Finished
 
 def test_it_stops_and_resumes_once_on_the_way(finished: Finished) -> None:
     metrics = read_metrics(finished[0] / "pretrain")
-    assert [record["step"] for record in metrics.of("stop")] == [20]
-    assert [record["step"] for record in metrics.of("resume")] == [20]
-    assert metrics.records[-1]["step"] == 40
-    assert "Stopped on purpose after step 20" in finished[1]
+    assert [record["step"] for record in metrics.of("stop")] == [17]
+    assert [record["step"] for record in metrics.of("resume")] == [17]
+    assert metrics.records[-1]["step"] == 34
+    assert "Stopped on purpose after step 17" in finished[1]
 
 
 def test_what_each_stage_changed_stands_side_by_side_on_the_page(finished: Finished) -> None:

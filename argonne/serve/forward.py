@@ -1,0 +1,155 @@
+"""A pass for serving: what the model's own forward pass computes, without what its layers do there for training and for
+other libraries. A step of a small model is mostly the calls between its matrix products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from argonne.model import ArgonneForCausalLM
+from argonne.model.attention import IMPLEMENTATION
+from argonne.model.layers import ArgonneDecoderLayer, ArgonneRMSNorm
+from argonne.serve.slots import Slots
+
+Product = Callable[[Tensor], Tensor]
+
+
+def can_be_served_so(model: Any) -> bool:
+    """A plain model of ours: nothing hooks into its layers, and nobody has forced an attention kernel."""
+    if not isinstance(model, ArgonneForCausalLM) or model.config._attn_implementation != IMPLEMENTATION:
+        return False
+    plain = all(type(layer) is ArgonneDecoderLayer for layer in model.model.layers)
+    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    return plain and not hooked and all(layer.attention_kernel == "auto" for layer in model._attentions())
+
+
+def joined(*linears: nn.Module) -> Product:
+    """Their outputs side by side."""
+    if len(linears) == 1:
+        return linears[0]
+    return lambda x: torch.cat([linear(x) for linear in linears], -1)
+
+
+class Forward:
+    """Passes of one model over slots. It reads the model's weights where they lie, but for the gains of the norms of
+    heads, which it joins: make another after a change of weights.
+    """
+
+    def __init__(self, model: ArgonneForCausalLM) -> None:
+        self.model, base = model, model.model
+        config = self.config = model.config
+        self.heads = config.num_attention_heads, config.num_key_value_heads
+        self.embed, self.rotary = base.embed, base.rotary_emb if config.position_embedding == "rope" else None
+        self.layers = [_Layer(layer) for layer in base.layers]
+        self.norm = norm_of(base.norm)
+        windows = {kind: config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types}
+        self.windows = windows
+
+    def __call__(self, ids: Tensor, slots: Slots, positions: Tensor) -> Tensor:
+        """(rows, vocabulary) logits behind the last token of each row; `slots.at` has said where the tokens lie."""
+        hidden = self.embed(ids, positions)
+        queries, keys = self.heads
+        masks = {
+            kind: torch.zeros(seen.shape, dtype=hidden.dtype, device=seen.device)
+            .masked_fill_(~seen, -torch.inf)
+            .repeat_interleave(queries // keys, dim=2)
+            for kind, seen in slots.masks(self.windows, hidden.device).items()
+        }
+        turns = self._turns(positions, hidden) if self.rotary is not None else None
+        for index, layer in enumerate(self.layers):
+            hidden = layer(hidden, index, slots, masks[layer.kind], turns)
+        return self.model.logits(self.norm(hidden[:, -1]))
+
+    def _turns(self, positions: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """What the heads of queries, keys and values are multiplied by, and their halves the other way round: (rows,
+        tokens, heads, D) each. Values are not rotated.
+        """
+        assert self.rotary is not None
+        cos, sin = (x[:, :, None] for x in self.rotary(positions, hidden.dtype))
+        queries, keys = self.heads
+        straight, crossed = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+        shape = (*straight.shape[:2], queries + keys, straight.shape[-1])
+        still = (*straight.shape[:2], keys, straight.shape[-1])
+        straight = torch.cat((straight.expand(shape), straight.new_ones(still)), 2)
+        return straight, torch.cat((crossed.expand(shape), crossed.new_zeros(still)), 2)
+
+
+def norm_of(module: nn.Module) -> Product:
+    if not isinstance(module, ArgonneRMSNorm):
+        return module
+    weight, size, eps = module.weight, (module.weight.shape[0],), module.variance_epsilon
+    if weight.dtype in (torch.float32, torch.float64):
+        return lambda x: F.rms_norm(x, size, weight, eps)
+    return module
+
+
+class _Layer:
+    def __init__(self, layer: ArgonneDecoderLayer) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        config = attention.config
+        self.kind, self.scale, self.size = attention.layer_type, attention.scaling, attention.head_dim
+        self.queries, self.keys = config.num_attention_heads, config.num_key_value_heads
+        self.before, self.project = (
+            norm_of(layer.input_layernorm),
+            joined(attention.q_proj, attention.k_proj, attention.v_proj),
+        )
+        self.out = attention.o_proj
+        self.gains, self.normed = self._gains(attention)
+        self.eps = config.rms_norm_eps
+        self.behind = self.fed = None
+        self.into = norm_of(layer.post_attention_layernorm)
+        if layer.sandwich:
+            self.behind, self.into = self.into, norm_of(layer.pre_feedforward_layernorm)
+            self.fed = norm_of(layer.post_feedforward_layernorm)
+        self.up = joined(mlp.gate_proj, mlp.up_proj) if mlp.gated else mlp.up_proj
+        self.gated, self.down, self.act = mlp.gated, mlp.down_proj, mlp.act_fn
+
+    def _gains(self, attention: Any) -> tuple[Tensor | None, Tensor | None]:
+        """Gains of the heads of queries, keys and values, (heads, D), and which of them are normalised, where not all
+        are.
+        """
+        config, parts, flags = attention.config, [], []
+        for name, count in (("q_norm", self.queries), ("k_norm", self.keys), ("v_norm", self.keys)):
+            has = getattr(config, name)
+            like = attention.q_proj.weight
+            gain = getattr(attention, name).weight if has else like.new_ones(self.size)
+            parts.append(gain.expand(count, self.size))
+            flags += [has] * count
+        if not any(flags):
+            return None, None
+        return torch.cat(parts), None if all(flags) else torch.tensor(flags, device=like.device)[:, None]
+
+    def __call__(
+        self, hidden: Tensor, index: int, slots: Slots, mask: Tensor, turns: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        rows, tokens = hidden.shape[:2]
+        x = self.project(self.before(hidden)).view(rows, tokens, -1, self.size)
+        dtype = x.dtype
+        if self.gains is not None:
+            wide = x.to(torch.promote_types(dtype, torch.float32))
+            normed = F.rms_norm(wide, (self.size,), None, self.eps).to(dtype) * self.gains
+            x = normed if self.normed is None else torch.where(self.normed, normed, x)
+        if turns is not None:
+            x = torch.addcmul(x * turns[0], x.roll(self.size // 2, -1), turns[1])
+        x = x.to(dtype)
+        key, value = slots.write(index, x[:, :, self.queries :])
+        query = x[:, :, : self.queries].view(rows, tokens, self.keys, -1, self.size)
+        query = query.transpose(1, 2).reshape(rows, self.keys, -1, self.size) if tokens > 1 else query[:, 0]
+        found = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.scale)
+        if tokens > 1:
+            found = found.view(rows, self.keys, tokens, -1, self.size).transpose(1, 2)
+        attended = self.out(found.reshape(rows, tokens, -1))
+        hidden = hidden + (attended if self.behind is None else self.behind(attended))
+        inner = self.up(self.into(hidden))
+        if self.gated:
+            gate, up = inner.chunk(2, -1)
+            inner = self.act(gate) * up
+        else:
+            inner = self.act(inner)
+        fed = self.down(inner)
+        return hidden + (fed if self.fed is None else self.fed(fed))
