@@ -37,11 +37,13 @@ def add_verbs(verb: Verbs, arguments: Sequence[str]) -> None:
     forms.add_argument("--regex", metavar="PATTERN", help="the answer matches this regular expression, whole")
     forms.add_argument("--json-schema", type=Path, metavar="FILE", help="the answer is JSON, valid by this schema")
     generate.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    quantize_flag(generate)
     chat = verb("chat", chat_with)
     model_argument(chat)
     chat.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
     add_keys(chat, SamplingOptions)
     chat.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    quantize_flag(chat)
     serve = verb("serve", serve_models)
     serve.add_argument("models", nargs="+", metavar="MODEL", help="run, checkpoint, model folder or Hub id")
     add_keys(serve, ServeOptions)
@@ -69,7 +71,14 @@ def add_verbs(verb: Verbs, arguments: Sequence[str]) -> None:
     evaluate.add_argument("--tokens", type=int, metavar="N", help="tokens of an answer at most")
     evaluate.add_argument("--samples", type=int, default=0, metavar="K", help="gsm8k, sums: K sampled answers too")
     evaluate.add_argument("--shots", type=int, metavar="N", help="examples in the prompt")
+    quantize_flag(evaluate)
     json_flag(evaluate)
+
+
+def quantize_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--quantize", default="none", choices=("none", "int8"), help="int8 = weights in int8, on a CPU (default: none)"
+    )
 
 
 def generate_text(options: argparse.Namespace) -> None:
@@ -79,7 +88,7 @@ def generate_text(options: argparse.Namespace) -> None:
         raise InputError(f"--n: found {options.n}, expected 1 or more, and 1 with --temperature 0: all would be one")
     from argonne.serve.engine import open_engine
 
-    engine = open_engine(options.model, device=options.device)
+    engine = open_engine(options.model, device=options.device, int8=options.quantize == "int8")
     shown = -1
     for number, piece in engine.streams(
         options.prompt, [sampling.with_seed(n) for n in range(options.n)], shaping, form
@@ -114,8 +123,8 @@ def chat_with(options: argparse.Namespace) -> None:
     from argonne.serve.chat import Chat, talk
     from argonne.serve.engine import open_engine
 
-    chat = Chat(open_engine(options.model, device=options.device), sampling, options.system)
-    talk(chat, input, lambda text: print(text, end="", flush=True))
+    engine = open_engine(options.model, device=options.device, int8=options.quantize == "int8")
+    talk(Chat(engine, sampling, options.system), input, lambda text: print(text, end="", flush=True))
 
 
 def serve_models(options: argparse.Namespace) -> None:
@@ -149,6 +158,7 @@ def evaluate_model(options: argparse.Namespace) -> None:
         asked = tasks if number == len(models) else ["probes"]
         with progress_bar("requests") as progress:
             how = {"tokens": options.tokens, "samples": options.samples, "progress": progress}
+            how["int8"] = options.quantize == "int8"
             results.append(evaluate(name, asked, options.data, options.shots, limit=options.limit, **how))
     found = {**results[-1], "before": results[0]} if options.before else results[0]
     others = _baselines(found, options.limit) if options.baselines else None

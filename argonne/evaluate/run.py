@@ -19,6 +19,7 @@ from argonne.evaluate.scorer import scoring
 from argonne.evaluate.tasks import make_tasks
 from argonne.evaluate.texts import byte_count, open_texts
 from argonne.serve.engine import to_the_end
+from argonne.serve.quantize import quantize
 from argonne.tokens.formats import open_tokens
 from argonne.tokens.tokenizer import TextTokenizer, load_tokenizer
 
@@ -39,6 +40,7 @@ def evaluate(
     samples: int = 0,
     device: str = "auto",
     loaded: LoadedModel | None = None,
+    int8: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Measure a model. The answer can be written as JSON: {"model", "parameters", "tasks": {name: numbers, counts,
@@ -46,8 +48,9 @@ def evaluate(
 
     `data`: a token set (its held-out part), text files, or the questions of a task; unset, the held-out part of what a
     run trained on. `limit`: tokens of text, or questions, at most. `tokens`: of an answer at most. `samples`: of each
-    question, beside the greedy answer. `loaded`: the model, where it is open already. `progress` is called with
-    (requests done, requests in all). Raises InputError for anything that cannot be measured.
+    question, beside the greedy answer. `loaded`: the model, where it is open already. int8: its weights are rounded
+    (argonne.serve.quantize). `progress` is called with (requests done, requests in all). Raises InputError for anything
+    that cannot be measured.
     """
     from argonne.model.load import load_model
     from argonne.parallel.mesh import choose_device
@@ -67,10 +70,12 @@ def evaluate(
         tokens,
         samples,
     )
+    parameters = loaded.model.num_parameters()
+    if int8:
+        quantize(loaded.model)
     results = {
         task.name: to_the_end(measuring(loaded.model, task, task.requests(context), progress)) for task in chosen
     }
-    parameters = loaded.model.num_parameters()
     return {"model": str(model_path), "folder": str(loaded.folder), "parameters": parameters, "tasks": results}
 
 

@@ -188,9 +188,9 @@ class Engine:
         return stream_several(self.model, self.tokenizer, ids, options, stops, shaping or Shaping(), constraints)
 
 
-def open_engine(model_path: str | Path, *, device: str = "auto") -> Engine:
-    """Load a run, a checkpoint or an exported folder for generation. Raises InputError where it is none, or its
-    tokenizer is missing.
+def open_engine(model_path: str | Path, *, device: str = "auto", int8: bool = False) -> Engine:
+    """Load a run, a checkpoint or an exported folder for generation. int8: see argonne.serve.quantize. Raises
+    InputError where it is none, or its tokenizer is missing.
     """
     from argonne.model.load import load_model
     from argonne.parallel.mesh import choose_device
@@ -198,4 +198,8 @@ def open_engine(model_path: str | Path, *, device: str = "auto") -> Engine:
     loaded = load_model(Path(model_path), device=choose_device(device))
     if loaded.tokenizer_folder is None:
         raise InputError(f"{loaded.folder}: no tokenizer in it; copy the tokenizer's files there")
+    if int8:
+        from argonne.serve.quantize import quantize
+
+        quantize(loaded.model)
     return Engine(loaded.model, load_tokenizer(loaded.tokenizer_folder), loaded.folder)

@@ -22,7 +22,7 @@ def open_served(names: Sequence[str], options: ServeOptions) -> dict[str, Served
     """
     found: dict[str, Served] = {}
     for name in names:
-        engine = open_engine(name, device=options.device)
+        engine = open_engine(name, device=options.device, int8=options.quantize == "int8")
         check_tokenizer(name, engine)
         model_id = _unique(Path(layout.followed(Path(name))).absolute().name, found)
         found[model_id] = served(model_id, engine, options)

@@ -65,6 +65,7 @@ class ServeOptions:
     body_seconds: float = key(30.0, "seconds in which a request's body must have come")
     deterministic: bool = key(False, "an answer does not depend on how many run beside it, in its last bit either")
     device: str = key("auto", "auto, cpu, cuda or mps")
+    quantize: str = key("none", "int8 = weights in int8, on a CPU", choices=("none", "int8"))
 
     def __post_init__(self) -> None:
         for name, value, good, expected in (

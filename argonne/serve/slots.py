@@ -14,7 +14,8 @@ LENGTH_STEP = 64  # lengths that attention reads: with multiples of it a row's r
 class Slots:
     """What a forward pass takes as its cache. Before the pass `at` says where its tokens go.
 
-    The buffers (slots, heads of keys and of values, capacity, D) are made when the first keys come, in their dtype and on their device.
+    The buffers (slots, heads of keys and of values, capacity, D) are made when the first keys come, in their dtype and
+    on their device.
     """
 
     def __init__(self, count: int, capacity: int) -> None:

@@ -1,0 +1,108 @@
+"""Weights in int8: what is rounded, and that nothing else happens."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from argonne.errors import InputError
+from argonne.serve.decoder import Decoder
+from argonne.serve.forward import LARGE, joined, product_of
+from argonne.serve.options import SamplingOptions
+from argonne.serve.quantize import Int8Linear, levels, quantize, several
+from tests.serve.test_engine import make_model
+
+
+def linear(inputs: int, outputs: int, bias: bool = False) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(inputs, outputs, bias=bias)
+
+
+def test_a_product_is_that_of_the_rounded_weights_and_the_rounded_rows() -> None:
+    layer, x = linear(96, 64, bias=True), torch.randn(5, 96)
+    scale = layer.weight.abs().amax(1, keepdim=True) / 127
+    weight = (layer.weight / scale).round().double() * scale.double()
+    step = x.abs().amax(1, keepdim=True) / levels()
+    expected = (x / step).round().double() * step @ weight.T + layer.bias.double()
+    assert torch.allclose(Int8Linear(layer)(x).double(), expected, atol=1e-5)
+    assert torch.allclose(Int8Linear(layer).weight.double(), weight, atol=1e-7)
+
+
+def test_the_largest_values_do_not_overflow() -> None:
+    layer = linear(256, 8)
+    with torch.no_grad():
+        layer.weight.fill_(0.5)
+    for x in (torch.ones(2, 256), -torch.ones(2, 256)):
+        assert torch.allclose(Int8Linear(layer)(x), x.sum(1, keepdim=True).expand(2, 8) * 0.5, rtol=1e-5)
+
+
+def test_a_row_does_not_depend_on_its_neighbours() -> None:
+    layer = Int8Linear(linear(96, 64))
+    x = torch.randn(8, 96)
+    other = torch.cat((x[:1], 100 * torch.randn(7, 96)))
+    assert torch.equal(layer(x)[0], layer(other)[0])
+
+
+def test_a_row_of_zeros_gives_zeros_and_one_that_is_not_finite_stays_so() -> None:
+    layer = Int8Linear(linear(96, 64))
+    assert torch.equal(layer(torch.zeros(2, 96)), torch.zeros(2, 64))
+    assert layer(torch.full((1, 96), float("nan"))).isnan().all()
+
+
+def test_layers_side_by_side_give_what_each_gives() -> None:
+    layers = [Int8Linear(linear(96, size)) for size in (32, 64)]
+    x = torch.randn(2, 3, 96)
+    assert torch.equal(several(layers)(x), torch.cat([layer(x) for layer in layers], -1))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_product_of_a_large_matrix_is_the_layers_whatever_the_other_rows_are(rows: int, bias: bool) -> None:
+    layer = linear(512, LARGE // 512, bias)
+    x, other = torch.randn(2, rows, 512)
+    other[0] = x[0]
+    with torch.inference_mode():
+        product = product_of(layer)
+        assert product is not layer
+        assert torch.allclose(product(x), layer(x), atol=1e-5)
+        assert torch.equal(product(x)[0], product(other)[0])
+        assert torch.equal(joined(layer, layer)(x), torch.cat((product(x), product(x)), -1))
+
+
+@pytest.mark.parametrize("generation", ["nano-1.0", "nano-2.5", "nano-3.0"])
+def test_a_rounded_model_answers_as_its_own_passes_say(generation: str) -> None:
+    model = make_model(generation, max_position_embeddings=256).eval()
+    exact, ids = copy.deepcopy(model), torch.arange(30)[None]
+    quantize(model)
+    with torch.no_grad():
+        rounded, whole = model(input_ids=ids, use_cache=False).logits, exact(input_ids=ids, use_cache=False).logits
+    assert 0 < float((rounded - whole).abs().max()) < 0.1 * float(whole.abs().max())
+    decoder = Decoder(model, rows=2)
+    answer = decoder.submit(ids[0].tolist(), SamplingOptions(max_new_tokens=8, temperature=0.0), [])
+    while decoder.busy:
+        decoder.step()
+    found = list(answer.ids)
+    for count in range(8):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([[*ids[0].tolist(), *found[:count]]]), use_cache=False).logits[0, -1]
+        assert float(logits.max() - logits[found[count]]) <= 0.02 * float(logits.abs().max())
+
+
+def test_the_loss_of_a_rounded_model_is_that_of_its_logits() -> None:
+    model = make_model().eval()
+    quantize(model)
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False).logits
+        expected = torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:])
+        labels = torch.cat((ids[:, 1:], torch.tensor([[-100]])), 1)
+        found = model(input_ids=ids, shift_labels=labels, use_cache=False).loss
+    assert abs(float(found - expected)) < 0.01
+
+
+def test_only_a_cpu_is_taken() -> None:
+    with pytest.raises(InputError, match="--quantize int8: is for CPUs with oneDNN, found meta"):
+        quantize(make_model().to("meta"))
