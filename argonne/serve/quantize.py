@@ -39,22 +39,24 @@ class Int8Linear(nn.Module):
         step = (x.abs().amax(-1, keepdim=True) / self.levels).clamp_min(LEAST)
         return torch.add(x / step, self.levels + 0.5).to(torch.uint8), step  # cut off, which rounds half up
 
-    def product(self, rounded: Tensor, step: Tensor, zero: int) -> Tensor:
+    def product(self, rounded: Tensor, step: Tensor) -> Tensor:
+        found = self._times(rounded, self.levels) * step
+        return found if self.bias is None else found + self.bias
+
+    def _times(self, rounded: Tensor, zero: int) -> Tensor:
         found: Tensor = torch.ops.onednn.qlinear_pointwise(
             rounded, 1.0, zero, self.packed, self.scale, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
         )
-        found = found * step
-        return found if self.bias is None else found + self.bias
+        return found
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, self.in_features).float()
-        return self.product(*self.rounded(flat), self.levels).view(*x.shape[:-1], -1).to(x.dtype)
+        return self.product(*self.rounded(flat)).view(*x.shape[:-1], -1).to(x.dtype)
 
     @property
     def weight(self) -> Tensor:
         """(out, in): W as it is multiplied, in fp32."""
-        ones = torch.eye(self.in_features).to(torch.uint8)
-        return self.product(ones, torch.ones(self.in_features, 1), 0).t()
+        return self._times(torch.eye(self.in_features).to(torch.uint8), 0).t()
 
 
 def several(linears: list[Int8Linear]) -> Callable[[Tensor], Tensor]:
@@ -63,7 +65,7 @@ def several(linears: list[Int8Linear]) -> Callable[[Tensor], Tensor]:
 
     def product(x: Tensor) -> Tensor:
         rounded, step = first.rounded(x.reshape(-1, first.in_features).float())
-        found = torch.cat([linear.product(rounded, step, first.levels) for linear in linears], -1)
+        found = torch.cat([linear.product(rounded, step) for linear in linears], -1)
         return found.view(*x.shape[:-1], -1).to(x.dtype)
 
     return product
