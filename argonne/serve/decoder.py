@@ -13,11 +13,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from argonne.errors import InputError
 from argonne.serve.forward import Forward, can_be_served_so
+from argonne.serve.lookup import Lookup
 from argonne.serve.options import SamplingOptions, Shaping
 from argonne.serve.sampling import Chooser, Constraint, TokenLogprobs, choose_together
 from argonne.serve.slots import LENGTH_STEP, Slots
@@ -27,6 +29,13 @@ WIDTHS = (16, 32)  # of a pass that reads prompts; beyond them multiples of LENG
 CHUNK = 256
 FIXED = 64  # tokens of a pass that reads prompts of a fixed number of rows
 PATIENCE = 4
+
+
+def common(one: np.ndarray, other: np.ndarray) -> int:
+    """Tokens with which both begin."""
+    size = min(len(one), len(other))
+    differ = np.flatnonzero(one[:size] != other[:size])
+    return int(differ[0]) if len(differ) else size
 
 
 @dataclass(eq=False)
@@ -49,6 +58,10 @@ class Answer:
     slot: int | None = None
     read: int = 0  # tokens whose keys lie in the slot
     first_logits: Tensor | None = None  # behind the prompt, once it is read
+    lookup: Lookup | None = None
+
+    def __post_init__(self) -> None:
+        self.tokens = np.array(self.prompt)
 
 
 class Decoder:
@@ -73,6 +86,7 @@ class Decoder:
         self.buckets = [rows] if deterministic else [*(bucket for bucket in ROWS if bucket < rows), rows]
         self.slots = Slots(rows, self.context)
         self._held: list[Answer | None] = [None] * rows
+        self._left: list[Answer | None] = [None] * rows  # an ended answer whose keys still lie there
         self._waiting: deque[Answer] = deque()
         self._numbers = itertools.count()
         config = model.config
@@ -116,7 +130,7 @@ class Decoder:
             if answer.slot is None:
                 self._waiting.remove(answer)
             else:
-                self._held[answer.slot], answer.slot = None, None
+                self._left[answer.slot], self._held[answer.slot], answer.slot = answer, None, None
             answer.first_logits = answer.like = None
 
     @property
@@ -154,10 +168,28 @@ class Decoder:
                 self.model.train()
 
     def _admit(self) -> None:
-        for slot, held in enumerate(self._held):
-            if held is None and self._waiting:
-                answer = self._held[slot] = self._waiting.popleft()
-                answer.slot = slot
+        free = [slot for slot, held in enumerate(self._held) if held is None]
+        while free and self._waiting:
+            answer = self._waiting.popleft()
+            answer.read, source = max((self._shared(answer, slot), -slot) for slot in range(self.slots.count))
+            slot = -source if -source in free else free[0]
+            if answer.read and slot != -source:
+                self.slots.copy(-source, slot, answer.read)
+            free.remove(slot)
+            answer.slot, self._held[slot], self._left[slot] = slot, answer, None
+
+    def _shared(self, answer: Answer, slot: int) -> int:
+        """Tokens at the beginning of the prompt whose keys lie in a slot already. Where bits count, whole pieces of a
+        prompt: another pass would have given others.
+        """
+        other = self._held[slot] or self._left[slot]
+        if other is None:
+            return 0
+        size = common(other.tokens, answer.tokens)
+        if size == len(other.prompt) and not self.deterministic:
+            size += common(np.array(other.ids), answer.tokens[size:])
+        size = min(size, other.read, len(answer.prompt) - 1)
+        return size // self.chunk * self.chunk if self.deterministic else size
 
     def _read_prompts(self) -> list[Answer]:
         """Read `chunk` tokens of prompts, the oldest first; a prompt that is read gets its first token."""
@@ -228,6 +260,8 @@ class Decoder:
         running = [answer for answer in running if answer.stop is None]
         if not running:
             return []
+        if len(running) == 1 and self._guess(running[0]):
+            return running
         self._compact(running)
         last = max(answer.slot or 0 for answer in running)
         rows = next(bucket for bucket in self.buckets if bucket > last)
@@ -240,6 +274,28 @@ class Decoder:
         self._take(running, logits[[answer.slot for answer in running]])
         return running
 
+    def _guess(self, answer: Answer) -> bool:
+        """Check a guess of the next tokens, where only the likeliest are wanted. Is there one?"""
+        if self._pass is None or self.deterministic or not answer.chooser.is_plain:
+            return False
+        if answer.lookup is None:
+            answer.lookup = Lookup(answer.prompt)
+        answer.lookup.add(answer.ids[len(answer.lookup) - len(answer.prompt) :])
+        room = min(answer.options.max_new_tokens, self.context - len(answer.prompt)) - len(answer.ids)
+        guessed = answer.lookup.guess(room - 1)
+        size = 1 + len(guessed)
+        if size > 1:
+            assert answer.slot is not None
+            places = torch.arange(answer.read, answer.read + size)[None]
+            logits = self._forward(torch.tensor([[answer.ids[-1], *guessed]]), [answer.slot], places, size)
+            for row, guess in enumerate([*guessed, None]):
+                answer.read += 1
+                self._take([answer], logits[row : row + 1])
+                if answer.stop is not None or answer.ids[-1] != guess:
+                    break
+            answer.lookup.was_right(len(guessed), row)
+        return size > 1
+
     def _compact(self, running: Sequence[Answer]) -> None:
         """Move the last answers into free slots where a smaller bucket holds all that run."""
         wanted = next(bucket for bucket in self.buckets if bucket >= len(running))
@@ -249,15 +305,15 @@ class Decoder:
             free = next((slot for slot, held in enumerate(self._held[:wanted]) if held is None), None)
             if free is not None:
                 self.slots.copy(answer.slot, free, answer.read)
-                self._held[answer.slot], self._held[free] = None, answer
+                self._held[answer.slot], self._held[free], self._left[free] = None, answer, None
                 answer.slot = free
 
-    def _forward(self, ids: Tensor, slots: Sequence[int], places: Tensor) -> Tensor:
-        """(rows, vocabulary) logits behind the last token of each row; see Slots.at."""
+    def _forward(self, ids: Tensor, slots: Sequence[int], places: Tensor, last: int = 1) -> Tensor:
+        """(rows x last, vocabulary) logits behind the last tokens of each row; see Slots.at."""
         self.slots.at(slots, places, self._device)
         ids, positions = ids.to(self._device), places.clamp(min=0).to(self._device)
         if self._pass is not None:
-            return self._pass(ids, self.slots, positions)
+            return self._pass(ids, self.slots, positions, last)
         out = self.model(
             input_ids=ids,
             attention_mask=self.slots.masks(self._windows, self._device),

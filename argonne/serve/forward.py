@@ -65,8 +65,8 @@ class Forward:
         windows = {kind: config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types}
         self.windows = windows
 
-    def __call__(self, ids: Tensor, slots: Slots, positions: Tensor) -> Tensor:
-        """(rows, vocabulary) logits behind the last token of each row; `slots.at` has said where the tokens lie."""
+    def __call__(self, ids: Tensor, slots: Slots, positions: Tensor, last: int = 1) -> Tensor:
+        """(rows x last, vocabulary) logits behind the last tokens of each row; `slots.at` has said where they lie."""
         hidden = self.embed(ids, positions)
         queries, keys = self.heads
         masks = {
@@ -78,7 +78,7 @@ class Forward:
         turns = self._turns(positions, hidden) if self.rotary is not None else None
         for index, layer in enumerate(self.layers):
             hidden = layer(hidden, index, slots, masks[layer.kind], turns)
-        logits = self.head(self.norm(hidden[:, -1]))
+        logits = self.head(self.norm(hidden[:, -last:].flatten(0, 1)))
         cap = self.config.final_logit_softcapping
         return torch.tanh(logits / cap) * cap if cap else logits
 

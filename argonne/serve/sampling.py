@@ -50,6 +50,16 @@ class Chooser:
         self.options, self.shaping, self.constraint = options, shaping or Shaping(), constraint
         self.generator = torch.Generator().manual_seed(options.seed)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whatever was generated, the likeliest token is taken, and nothing else is told."""
+        return (
+            self.options.temperature == 0
+            and self.options.repetition_penalty == 1
+            and self.constraint is None
+            and self.shaping == Shaping()
+        )
+
     def shape(self, logits: Tensor, generated: Sequence[int]) -> None:
         """Change (vocabulary,) logits behind `generated` in place, as the options ask."""
         penalty = self.options.repetition_penalty
