@@ -1,7 +1,9 @@
-"""Tokens a second of greedy answers, several at once: the engine beside transformers' `generate` on the same weights.
+"""Tokens a second of greedy answers, several at once: the engine, in fp32 and int8, beside transformers' `generate` on
+the same weights, with a growing and with a fixed cache.
 
 Prompts of PROMPT random ids, NEW new tokens each, no stop token. `generate` gets all rows as one batch of equal length,
-which spares it padding; the engine reads prompts one by one in chunks, as requests come. Reading prompts counts.
+which spares it padding; the engine reads prompts as requests come. Reading prompts counts. Nothing is guessed: what
+random weights write repeats itself, and guesses would come true.
 """
 
 from __future__ import annotations
@@ -9,13 +11,18 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from functools import partial
 from typing import Any
 
 from benchmarks.harness import Benchmark, Column, main, peak_memory_mb, reset_peak_memory
 
-PROMPT, NEW, VOCABULARY = 64, 64, 2048
-# hidden size, layers, heads, key-value heads, MLP
-SIZES = {"8M": (320, 6, 5, 1, 896), "30M": (512, 10, 8, 2, 1408), "85M": (768, 12, 12, 4, 2304)}
+PROMPT, NEW = 64, 64
+# hidden size, layers, heads, key-value heads, MLP, vocabulary
+SIZES = {
+    "1M": (128, 4, 4, 1, 384, 2048),
+    "8M": (320, 6, 5, 1, 896, 2048),
+    "85M": (768, 12, 12, 4, 2304, 12_000),
+}
 ANSWERS = (1, 8, 64)
 
 
@@ -24,12 +31,12 @@ def build(size: str) -> Any:
     from argonne.model.build import build_model, config_from_fields
     from argonne.presets import preset
 
-    hidden, layers, heads, kv_heads, mlp = SIZES[size]
+    hidden, layers, heads, kv_heads, mlp, vocabulary = SIZES[size]
     own = preset("nano-3.0").fields
     fields = {
         **own,
         "layer_types": [own["layer_types"][layer % len(own["layer_types"])] for layer in range(layers)],
-        "vocab_size": VOCABULARY,
+        "vocab_size": vocabulary,
         "hidden_size": hidden,
         "num_hidden_layers": layers,
         "head_dim": hidden // heads,
@@ -45,32 +52,37 @@ def prompts(answers: int) -> list[list[int]]:
     import torch
 
     draw = torch.Generator().manual_seed(1)
-    return torch.randint(0, VOCABULARY, (answers, PROMPT), generator=draw).tolist()
+    return torch.randint(0, 2000, (answers, PROMPT), generator=draw).tolist()
 
 
 def engine(model: Any, rows: list[list[int]], new: int) -> int:
     """The number of tokens that the engine generated."""
-    from argonne.serve.engine import decoder_for
+    from argonne.serve.decoder import Decoder
     from argonne.serve.options import SamplingOptions
 
-    decoder = decoder_for(model, rows, [new] * len(rows), rows=max(ANSWERS))
+    decoder = Decoder(model, rows=len(rows), context=PROMPT + new, deterministic=True, patience=len(rows))
     answers = [decoder.submit(row, SamplingOptions(new, temperature=0.0), []) for row in rows]
     while decoder.busy:
         decoder.step()
     return sum(len(answer.ids) for answer in answers)
 
 
-def transformers(model: Any, rows: list[list[int]], new: int) -> int:
+def transformers(model: Any, rows: list[list[int]], new: int, **more: Any) -> int:
     import torch
 
     ids = torch.tensor(rows)
-    how = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    told: dict[str, Any] = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "eos_token_id": None}
+    how = {**told, "pad_token_id": 0, **more}
     return int(model.generate(ids, attention_mask=torch.ones_like(ids), **how).numel() - ids.numel())
 
 
-def measure(run: Any, point: str) -> dict[str, float]:
+def measure(run: Any, point: str, int8: bool = False) -> dict[str, float]:
     size, answers = point.split("-")
     model, rows = build(size), prompts(int(answers))
+    if int8:
+        from argonne.serve.quantize import quantize
+
+        quantize(model)
     run(model, rows, 2)
     reset_peak_memory()
     start = time.perf_counter()
@@ -78,32 +90,36 @@ def measure(run: Any, point: str) -> dict[str, float]:
     return {"rate": tokens / (time.perf_counter() - start), "peak": peak_memory_mb()}
 
 
-def benchmark(sizes: list[str]) -> Benchmark:
+def benchmark(sizes: list[str], answers: list[int]) -> Benchmark:
+    fixed = partial(transformers, cache_implementation="static", disable_compile=True)
     return Benchmark(
         name="decode",
         module="benchmarks.decode",
         contestants={
             "argonne": lambda point: measure(engine, point),
+            "argonne, int8": lambda point: measure(engine, point, int8=True),
             "transformers generate": lambda point: measure(transformers, point),
+            "transformers generate, static cache": lambda point: measure(fixed, point),
         },
         points={
-            f"{size}-{answers}": f"{answers} answer{'s' * (answers > 1)} of {NEW} tokens to prompts of {PROMPT}, "
-            f"{size} parameters, vocabulary {VOCABULARY:,}, fp32"
+            f"{size}-{count}": f"{count} answer{'s' * (count > 1)} of {NEW} tokens to prompts of {PROMPT}, "
+            f"{size} parameters, vocabulary {SIZES[size][-1]:,}, fp32 but for int8"
             for size in sizes
-            for answers in ANSWERS
+            for count in answers
         },
         columns=(Column("rate", "tokens/s"), Column("peak", "peak memory, MB")),
         relative_to="transformers generate",
-        flags=" --sizes " + " ".join(sizes),
+        flags=f" --sizes {' '.join(sizes)} --answers {' '.join(map(str, answers))}",
     )
 
 
-BENCHMARK = benchmark(["8M"])
+BENCHMARK = benchmark(["1M"], [1, 8])
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["8M"])
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["1M"])
+    parser.add_argument("--answers", nargs="+", type=int, choices=ANSWERS, default=[1, 8])
     options, rest = parser.parse_known_args()
     if "--child" in rest:  # a child is told its point only
-        options.sizes = list(SIZES)
-    sys.exit(main(benchmark(options.sizes), rest))
+        options.sizes, options.answers = list(SIZES), list(ANSWERS)
+    sys.exit(main(benchmark(options.sizes, options.answers), rest))

@@ -39,10 +39,16 @@ class Completion:
 
 
 def decoder_for(model: Any, prompts: Sequence[Sequence[int]], most: Sequence[int], rows: int = ROWS) -> Decoder:
-    """One that has room for these prompts with so many new tokens, in passes of the same number of rows throughout."""
+    """One that has room for these prompts with so many new tokens, in passes of the same number of rows throughout; for
+    a single one guesses are checked too.
+    """
     longest = max((len(prompt) + count for prompt, count in zip(prompts, most, strict=True)), default=1)
     return Decoder(
-        model, rows=max(1, min(rows, len(prompts))), context=longest, deterministic=True, patience=len(prompts)
+        model,
+        rows=max(1, min(rows, len(prompts))),
+        context=longest,
+        deterministic=len(prompts) > 1,
+        patience=len(prompts),
     )
 
 
