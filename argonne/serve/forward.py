@@ -18,7 +18,7 @@ from argonne.serve.quantize import Int8Linear, several
 from argonne.serve.slots import Slots
 
 Product = Callable[[Tensor], Tensor]
-LARGE = 2**18  # weights: below, the call itself takes longest
+LARGE = 2**19  # weights: below, the call itself takes longest
 
 
 def can_be_served_so(model: Any) -> bool:

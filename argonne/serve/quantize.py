@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from argonne.errors import InputError
 
 LEAST = 1e-30  # a scale at least: a row of zeros has none
+FEW = 8  # rows
 
 
 def levels() -> int:
@@ -23,40 +24,41 @@ def levels() -> int:
 
 
 class Int8Linear(nn.Module):
-    """x W^T + b with W (out, in) in int8. What a row of x gives does not depend on the others: its scale is its own."""
+    """x W^T + b with W (out, in) in int8. What a row of x gives does not depend on the others: its scale is its own.
+
+    A few rows wait for the memory: there x is rounded to bf16 only. Many rows are rounded to whole numbers.
+    """
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         weight = linear.weight.detach().float()
         self.in_features, self.levels = weight.shape[1], levels()
         self.scale = (weight.abs().amax(1) / 127).clamp_min(LEAST)
-        self.zeros = torch.zeros(len(weight), dtype=torch.int32)
-        self.packed = torch.ops.onednn.qlinear_prepack((weight / self.scale[:, None]).round().to(torch.int8), None)
+        self.whole = (weight / self.scale[:, None]).round().to(torch.int8)
+        self.packed = torch.ops.onednn.qlinear_prepack(self.whole, None)
+        self.ones, self.zeros = torch.ones(1), torch.zeros(1, dtype=torch.int32)
+        self.offset = self.levels * self.whole.sum(1, dtype=torch.int32).float()
+        self.few_scale = torch.ones(len(weight), dtype=torch.bfloat16)
         self.bias = None if linear.bias is None else linear.bias.detach()
 
-    def rounded(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(rows, in) uint8 around `levels`, and the step of each row, (rows, 1)."""
-        step = (x.abs().amax(-1, keepdim=True) / self.levels).clamp_min(LEAST)
-        return torch.add(x / step, self.levels + 0.5).to(torch.uint8), step  # cut off, which rounds half up
-
-    def product(self, rounded: Tensor, step: Tensor) -> Tensor:
-        found = self._times(rounded, self.levels) * step
-        return found if self.bias is None else found + self.bias
-
-    def _times(self, rounded: Tensor, zero: int) -> Tensor:
-        found: Tensor = torch.ops.onednn.qlinear_pointwise(
-            rounded, 1.0, zero, self.packed, self.scale, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
-        )
-        return found
-
     def forward(self, x: Tensor) -> Tensor:
-        flat = x.reshape(-1, self.in_features).float()
-        return self.product(*self.rounded(flat)).view(*x.shape[:-1], -1).to(x.dtype)
+        return several([self])(x)
+
+    def of_few(self, x: Tensor) -> Tensor:
+        """(rows, in) bf16 to (rows, out)."""
+        return torch._weight_int8pack_mm(x, self.whole, self.few_scale).float() * self.scale
+
+    def of_many(self, whole: Tensor, step: Tensor) -> Tensor:
+        """(rows, in) uint8 around `levels`, and the step of each row, to (rows, out)."""
+        found: Tensor = torch.ops.onednn.qlinear_pointwise(
+            whole, 1.0, 0, self.packed, self.ones, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+        return (found - self.offset) * self.scale * step
 
     @property
     def weight(self) -> Tensor:
         """(out, in): W as it is multiplied, in fp32."""
-        return self._times(torch.eye(self.in_features).to(torch.uint8), 0).t()
+        return self.whole.float() * self.scale[:, None]
 
 
 def several(linears: list[Int8Linear]) -> Callable[[Tensor], Tensor]:
@@ -64,8 +66,16 @@ def several(linears: list[Int8Linear]) -> Callable[[Tensor], Tensor]:
     first = linears[0]
 
     def product(x: Tensor) -> Tensor:
-        rounded, step = first.rounded(x.reshape(-1, first.in_features).float())
-        found = torch.cat([linear.product(rounded, step) for linear in linears], -1)
+        flat = x.reshape(-1, first.in_features)
+        if len(flat) <= FEW:
+            rough = flat.to(torch.bfloat16)
+            parts = [linear.of_few(rough) for linear in linears]
+        else:
+            step = (flat.float().abs().amax(-1, keepdim=True) / first.levels).clamp_min(LEAST)
+            whole = torch.add(flat / step, first.levels + 0.5).to(torch.uint8)  # cut off, which rounds half up
+            parts = [linear.of_many(whole, step) for linear in linears]
+        parts = [part if one.bias is None else part + one.bias for part, one in zip(parts, linears, strict=True)]
+        found = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
         return found.view(*x.shape[:-1], -1).to(x.dtype)
 
     return product

@@ -12,7 +12,7 @@ from argonne.errors import InputError
 from argonne.serve.decoder import Decoder
 from argonne.serve.forward import LARGE, joined, product_of
 from argonne.serve.options import SamplingOptions
-from argonne.serve.quantize import Int8Linear, levels, quantize, several
+from argonne.serve.quantize import FEW, Int8Linear, levels, quantize, several
 from tests.serve.test_engine import make_model
 
 
@@ -21,8 +21,8 @@ def linear(inputs: int, outputs: int, bias: bool = False) -> nn.Linear:
     return nn.Linear(inputs, outputs, bias=bias)
 
 
-def test_a_product_is_that_of_the_rounded_weights_and_the_rounded_rows() -> None:
-    layer, x = linear(96, 64, bias=True), torch.randn(5, 96)
+def test_many_rows_give_the_product_of_the_rounded_weights_and_the_rounded_rows() -> None:
+    layer, x = linear(96, 64, bias=True), torch.randn(FEW + 3, 96)
     scale = layer.weight.abs().amax(1, keepdim=True) / 127
     weight = (layer.weight / scale).round().double() * scale.double()
     step = x.abs().amax(1, keepdim=True) / levels()
@@ -31,25 +31,35 @@ def test_a_product_is_that_of_the_rounded_weights_and_the_rounded_rows() -> None
     assert torch.allclose(Int8Linear(layer).weight.double(), weight, atol=1e-7)
 
 
-def test_the_largest_values_do_not_overflow() -> None:
+def test_few_rows_are_rounded_to_bf16_only() -> None:
+    layer, x = linear(96, 64, bias=True), torch.randn(FEW, 96)
+    rounded = Int8Linear(layer)
+    expected = x.bfloat16().double() @ rounded.weight.double().T + layer.bias.double()
+    assert torch.allclose(rounded(x).double(), expected, atol=0.02)  # the sum comes out in bf16
+
+
+@pytest.mark.parametrize("rows", [2, FEW + 2])
+def test_the_largest_values_do_not_overflow(rows: int) -> None:
     layer = linear(256, 8)
     with torch.no_grad():
         layer.weight.fill_(0.5)
-    for x in (torch.ones(2, 256), -torch.ones(2, 256)):
-        assert torch.allclose(Int8Linear(layer)(x), x.sum(1, keepdim=True).expand(2, 8) * 0.5, rtol=1e-5)
+    for x in (torch.ones(rows, 256), -torch.ones(rows, 256)):
+        assert torch.allclose(Int8Linear(layer)(x), x.sum(1, keepdim=True).expand(rows, 8) * 0.5, rtol=1e-5)
 
 
-def test_a_row_does_not_depend_on_its_neighbours() -> None:
+@pytest.mark.parametrize("rows", [2, FEW, FEW + 1, 64])
+def test_a_row_does_not_depend_on_its_neighbours(rows: int) -> None:
     layer = Int8Linear(linear(96, 64))
-    x = torch.randn(8, 96)
-    other = torch.cat((x[:1], 100 * torch.randn(7, 96)))
+    x = torch.randn(rows, 96)
+    other = torch.cat((x[:1], 100 * torch.randn(rows - 1, 96)))
     assert torch.equal(layer(x)[0], layer(other)[0])
 
 
-def test_a_row_of_zeros_gives_zeros_and_one_that_is_not_finite_stays_so() -> None:
+@pytest.mark.parametrize("rows", [1, FEW + 1])
+def test_a_row_of_zeros_gives_zeros_and_one_that_is_not_finite_stays_so(rows: int) -> None:
     layer = Int8Linear(linear(96, 64))
-    assert torch.equal(layer(torch.zeros(2, 96)), torch.zeros(2, 64))
-    assert layer(torch.full((1, 96), float("nan"))).isnan().all()
+    assert torch.equal(layer(torch.zeros(rows, 96)), torch.zeros(rows, 64))
+    assert layer(torch.full((rows, 96), float("nan"))).isnan().all()
 
 
 def test_layers_side_by_side_give_what_each_gives() -> None:
