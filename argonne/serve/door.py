@@ -42,15 +42,22 @@ def error_response(path: str, error: ApiError) -> Response:
 
 
 class Door:
-    """Wraps the application. hosts: names, without a port, by which it may be called; key: what clients must give;
-    routes: paths that are counted by name.
+    """Wraps the application. hosts: names, without a port, by which it may be called; key: what clients must give,
+    but at the `free` paths; routes: paths that are counted by name.
     """
 
     def __init__(
-        self, app: ASGIApp, *, hosts: Collection[str], key: str | None, routes: Collection[str], metrics: Metrics
+        self,
+        app: ASGIApp,
+        *,
+        hosts: Collection[str],
+        key: str | None,
+        free: Collection[str],
+        routes: Collection[str],
+        metrics: Metrics,
     ) -> None:
         self._app, self._hosts, self._routes, self._metrics = app, {host.lower() for host in hosts}, routes, metrics
-        self._key = None if key is None else key.encode()
+        self._key, self._free = None if key is None else key.encode(), free
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -87,7 +94,7 @@ class Door:
         name = host.partition("]")[0] + "]" if host.startswith("[") else host.partition(":")[0]
         if name not in self._hosts:
             raise ApiError(421, f"Host: found {host[:100]!r}, which this server is not called by; see --allow-host")
-        if self._key is not None and path != "/health":
+        if self._key is not None and path not in self._free:
             scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")
             given = bearer.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")
             if not hmac.compare_digest(given, self._key):

@@ -32,6 +32,7 @@ from argonne.serve.api.responses import ResponsesWork
 from argonne.serve.door import GONE, LOOPBACK, Door, error_response, read_json, until_gone
 from argonne.serve.hosting import open_served
 from argonne.serve.options import ServeOptions
+from argonne.serve.page import page_files
 from argonne.serve.service import Draining, OutOfTime, Overloaded, Service, StepFailed, Ticket
 
 APIS: Mapping[str, Callable[[Fields, Mapping[str, Served]], Work]] = {
@@ -138,7 +139,8 @@ async def refused(request: Request, error: Exception) -> Response:
 def build_app(models: Mapping[str, Served], service: Service, options: ServeOptions, key: str | None = None) -> Door:
     """The application. key: what clients must give, None where they need none."""
     found = Pages(models, service, options)
-    pages = {"/v1/models": found.listed, "/health": found.health, "/metrics": found.metrics}
+    files = page_files()
+    pages = {"/v1/models": found.listed, "/health": found.health, "/metrics": found.metrics, **files}
     routes = [Route(path, found.api(make), methods=["POST"]) for path, make in APIS.items()]
     routes += [Route(path, page, methods=["GET"]) for path, page in pages.items()]
     routes.append(Route("/v1/models/{name}", found.one, methods=["GET"]))
@@ -147,7 +149,8 @@ def build_app(models: Mapping[str, Served], service: Service, options: ServeOpti
     anywhere = options.host in ("0.0.0.0", "::")
     own = () if anywhere else (f"[{options.host}]" if ":" in options.host else options.host,)
     hosts = [*LOOPBACK, *own, *options.allow_host]
-    return Door(app, hosts=hosts, key=key, routes=[*APIS, *pages], metrics=service.metrics)
+    free = {"/health", *files}
+    return Door(app, hosts=hosts, key=key, free=free, routes=[*APIS, *pages], metrics=service.metrics)
 
 
 class Server(uvicorn.Server):
@@ -234,4 +237,6 @@ def _say(models: Mapping[str, Served], options: ServeOptions, listener: socket.s
     if options.host not in ("localhost", "127.0.0.1", "::1") and key is None:
         print("argonne: whoever reaches this address may use it; see --api-key-env", file=sys.stderr)
     host = f"[{options.host}]" if ":" in options.host else options.host
+    here = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)  # a browser goes to no address of all
+    print(f"the page to chat with it: http://{here}:{port}/", file=sys.stderr)
     print(f"argonne {__version__} serves at http://{host}:{port}/v1", file=sys.stderr, flush=True)
