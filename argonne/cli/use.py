@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,11 +112,15 @@ def _form(options: argparse.Namespace) -> dict[str, object] | None:
 def chat_with(options: argparse.Namespace) -> None:
     layout.check_model_name(options.model)  # before torch is loaded
     sampling = chosen(SamplingOptions, options)
-    from argonne.serve.chat import Chat, talk
+    from argonne.serve.chat import DIM, TAGS, Chat, Terminal, remember_lines
     from argonne.serve.engine import open_engine
 
     chat = Chat(open_engine(options.model, device=options.device), sampling, options.system)
-    talk(chat, input, lambda text: print(text, end="", flush=True))
+    watched = sys.stdin.isatty() and sys.stdout.isatty()
+    terminal = Terminal(chat, partial(print, end="", flush=True), DIM if watched else TAGS)
+    if watched:
+        remember_lines(terminal.write)
+    terminal.talk(input)
 
 
 def serve_models(options: argparse.Namespace) -> None:

@@ -139,8 +139,7 @@ async def refused(request: Request, error: Exception) -> Response:
 def build_app(models: Mapping[str, Served], service: Service, options: ServeOptions, key: str | None = None) -> Door:
     """The application. key: what clients must give, None where they need none."""
     found = Pages(models, service, options)
-    files = page_files()
-    pages = {"/v1/models": found.listed, "/health": found.health, "/metrics": found.metrics, **files}
+    pages = {"/v1/models": found.listed, "/health": found.health, "/metrics": found.metrics, **page_files()}
     routes = [Route(path, found.api(make), methods=["POST"]) for path, make in APIS.items()]
     routes += [Route(path, page, methods=["GET"]) for path, page in pages.items()]
     routes.append(Route("/v1/models/{name}", found.one, methods=["GET"]))
@@ -149,8 +148,7 @@ def build_app(models: Mapping[str, Served], service: Service, options: ServeOpti
     anywhere = options.host in ("0.0.0.0", "::")
     own = () if anywhere else (f"[{options.host}]" if ":" in options.host else options.host,)
     hosts = [*LOOPBACK, *own, *options.allow_host]
-    free = {"/health", *files}
-    return Door(app, hosts=hosts, key=key, free=free, routes=[*APIS, *pages], metrics=service.metrics)
+    return Door(app, hosts=hosts, key=key, routes=[*APIS, *pages], metrics=service.metrics)
 
 
 class Server(uvicorn.Server):

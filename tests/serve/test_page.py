@@ -12,12 +12,13 @@ import pytest
 from setuptools import build_meta
 
 from argonne.serve.engine import Engine
-from argonne.serve.page import FOLDER, POLICY, TYPES
+from argonne.serve.page import FOLDER, HEADERS, TYPES
 from tests.serve.serving import Running, make_engine, running
 from tests.tour import ROOT
 
 FILES = sorted(FOLDER.iterdir())
 PATHS = ["/" if file.name == "index.html" else f"/page/{file.name}" for file in FILES]
+POLICY = HEADERS["content-security-policy"]
 KEY = {"authorization": "Bearer secret"}
 
 
@@ -54,7 +55,7 @@ def test_the_policy_lets_nothing_in_but_this_servers_own_files() -> None:
 
 
 def test_the_models_still_need_the_key(server: Running) -> None:
-    for path in ("/v1/models", "/metrics", "/page", "/page/", "/page/none.js", "//"):
+    for path in ("/v1/models", "/metrics", "/page", "//", "/v1/../page/chat.js"):
         assert server.ask(path, method="GET")[0] == 401
     assert server.ask("/v1/models", method="GET", headers=KEY)[0] == 200
 

@@ -21,12 +21,18 @@ const fresh = (model) => ({
   model, content: "", reasoning: "", finish: null, trouble: "", kind: "", pieces: 0, tokens: null, first: 0, seconds: 0, thought: 0, context: 0, room: 0,
 });
 
-function send(text) {
+// What was typed, as long as it cannot be sent, stays in its field.
+function sendTyped() {
+  const text = question.value;
   if (!text.trim() || busy() || !current.models.length) return;
+  question.value = "";
+  send(text);
+}
+
+function send(text) {
   if (!current.turns.length) current.title = text.trim().replace(/\s+/g, " ").slice(0, 60);
   current.turns.push({ question: text, columns: current.models.map((model) => ({ shown: 0, tries: [fresh(model)] })) });
   const place = current.turns.length - 1;
-  question.value = "";
   drawConversation();
   talk.scrollTop = talk.scrollHeight;
   current.turns[place].columns.forEach((_, number) => answer(current, place, number));
@@ -53,9 +59,9 @@ async function answer(conversation, place, number) {
     finish = error.name === "AbortError" ? "stopped" : "trouble";
     if (finish === "trouble") Object.assign(one, { trouble: error.message, kind: error.kind ?? "" });
   }
-  one.finish = finish;
+  one.finish ??= finish;
   running.delete(one);
-  keep(conversation);
+  if (kept.includes(conversation)) keep(conversation); // it may have been deleted
   draw();
   drawRunning();
   at("status").textContent = `${one.model}: ${one.content} ${finish === "stopped" ? "Stopped." : one.trouble}`;
@@ -87,13 +93,15 @@ const act = {
   regenerate(place, number) {
     if (busy()) return;
     const column = current.turns[place].columns[number];
+    const made = fresh(current.models[number] ?? store.shown(column).model);
     column.tries = column.tries.filter((one) => one.content || one.reasoning); // what only failed is no try
-    column.shown = column.tries.push(fresh(current.models[number] ?? current.models[0])) - 1;
+    column.shown = column.tries.push(made) - 1;
     drawAnswer(current, place, number);
     question.focus();
     answer(current, place, number);
   },
   shorten(place, number) {
+    if (busy()) return;
     current.first = Math.min(current.first + 1, place);
     drawConversation();
     act.regenerate(place, number);
@@ -121,7 +129,7 @@ const act = {
       if (sends(event)) { event.preventDefault(); again(); }
     });
     const told = later ? `What follows (${later}) stays in a copy of this conversation.` : "The answer is replaced.";
-    asked.replaceChildren(field, el("p", { className: "quiet" }, told), el("p", { className: "actions" }, button("Ask again", again, { className: "main" }), button("Cancel", done)));
+    asked.replaceChildren(asked.firstChild, field, el("p", { className: "quiet" }, told), el("p", { className: "actions" }, button("Ask again", again, { className: "main" }), button("Cancel", done)));
     field.focus();
     asked.scrollIntoView({ block: "nearest" });
   },
@@ -179,7 +187,7 @@ async function forget(conversations, text) {
   kept = kept.filter((one) => !conversations.includes(one));
   if (conversations.includes(current)) open(kept[0] ?? null);
   drawList();
-  at("new").focus();
+  (at("new").checkVisibility() ? at("new") : at("menu")).focus();
 }
 
 function exportAll() {
@@ -195,7 +203,7 @@ function open(conversation) {
   current = conversation ?? store.create([]);
   for (const turn of current.turns) {
     for (const one of turn.columns.flatMap((column) => column.tries)) {
-      if (one.finish === null && !running.has(one)) one.finish = "left"; // the page was closed over it
+      if (one.finish === null && !running.has(one)) one.finish = "left"; // the browser was closed over it
     }
   }
   if (!current.models.length) current.models = settings.models;
@@ -240,9 +248,11 @@ function drawRunning() {
 }
 
 function drawList() {
+  const focused = [...at("list").querySelectorAll("button")].indexOf(document.activeElement);
   at("list").replaceChildren(...kept.map((one) => el("li", {},
     button(one.title, () => open(one), { className: "open", ariaCurrent: one === current ? "true" : null }),
     button("×", () => forget([one], `Delete “${one.title}” from this browser? It cannot be brought back.`), { className: "small", ariaLabel: `Delete ${one.title}` }))));
+  at("list").querySelectorAll("button")[focused]?.focus();
 }
 
 function showList(wanted) {
@@ -287,8 +297,8 @@ async function start() {
 
 function listen() {
   const on = (id, name, does) => at(id).addEventListener(name, does);
-  ask_form.addEventListener("submit", (event) => { event.preventDefault(); send(question.value); });
-  question.addEventListener("keydown", (event) => { if (sends(event)) { event.preventDefault(); send(question.value); } });
+  ask_form.addEventListener("submit", (event) => { event.preventDefault(); sendTyped(); });
+  question.addEventListener("keydown", (event) => { if (sends(event)) { event.preventDefault(); sendTyped(); } });
   document.addEventListener("keydown", (event) => {
     if (event.key !== "Escape" || document.querySelector("dialog[open]")) return;
     if (nav.classList.contains("shown")) { showList(false); at("menu").focus(); } else if (busy()) stopAll();
@@ -315,7 +325,13 @@ function listen() {
   at("settings").querySelector(".close").addEventListener("click", () => at("settings").close());
   on("no", "click", () => at("confirm").close("no"));
   on("yes", "click", () => at("confirm").close("yes"));
-  addEventListener("pagehide", () => { for (const run of running.values()) store.save(run.conversation); });
+  addEventListener("pagehide", () => {
+    for (const [one, run] of running) {
+      one.finish = "left";
+      store.save(run.conversation);
+      run.stop.abort();
+    }
+  });
   addEventListener("storage", (event) => { if (store.isConversation(event.key) && !running.size) refresh(); });
 }
 

@@ -3,12 +3,12 @@
 // A conversation: {id, changed, title, system, models: [names], first, turns: [{question, columns: [{shown, tries}]}]}.
 // first: the first turn that is still sent. A column holds the answers of one model to a question, the last one tried last.
 
-const PREFIX = "argonne.conversation.";
+const PREFIX = "argonne.conversation.1."; // with the version of the shape above
 const SETTINGS = "argonne.settings";
 const KEY = "argonne.key";
 
 export const create = (models) => ({
-  id: crypto.randomUUID?.() ?? `${Date.now()}-${Math.random()}`, // not there without https, but at loopback
+  id: crypto.randomUUID?.() ?? `${Date.now()}-${Math.random()}`, // there at loopback and over https only
   changed: Date.now(), title: "New conversation", system: "", models, first: 0, turns: [],
 });
 

@@ -54,7 +54,7 @@ export function updateAnswer(made, column, place, number, conversation, act) {
     foot.replaceChildren(one.pieces ? el("span", { className: "facts" }, speed(one)) : "");
     return;
   }
-  showTrouble(made.querySelector(".trouble"), one, place, number, act);
+  showTrouble(made.querySelector(".trouble"), one, place, number, conversation, act);
   showFoot(made.querySelector(".foot"), column, place, number, conversation, act);
 }
 
@@ -63,12 +63,14 @@ function thoughtTitle(one, running) {
   return one.thought ? `Thought for ${one.thought.toFixed(1)} s` : "Thoughts";
 }
 
-function showTrouble(made, one, place, number, act) {
+function showTrouble(made, one, place, number, conversation, act) {
   made.hidden = !one.trouble;
   if (!one.trouble) return;
   const again = button("Try again", () => act.regenerate(place, number));
-  const help = { key: ["Enter the key", () => act.enterKey()], context: ["Leave the oldest question out and try again", () => act.shorten(place, number)] }[one.kind];
-  made.replaceChildren(el("p", {}, one.trouble), el("p", { className: "actions" }, ...(help ? [button(...help)] : []), again));
+  let help = null;
+  if (one.kind === "key") help = ["Enter the key", () => act.enterKey()];
+  if (one.kind === "context" && conversation.first < place) help = ["Leave the oldest question out and try again", () => act.shorten(place, number)];
+  made.replaceChildren(el("p", {}, one.trouble), el("p", { className: "actions", data: { needs: "rest" } }, ...(help ? [button(...help)] : []), again));
 }
 
 const ENDS = {
