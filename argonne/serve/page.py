@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from starlette.responses import Response
+from starlette.routing import Route
 
 FOLDER = Path(__file__).with_name("page")
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
@@ -16,10 +17,11 @@ HEADERS = {  # trusted types: no text becomes markup or script, whatever the pag
 }
 
 
-def page_files() -> dict[str, Response]:
-    """What answers at `/` and at the path of each file that the page needs. The files are read once, here."""
-    found = {}
+def page_routes() -> list[Route]:
+    """`/` and each file that the page needs. The files are read once, here."""
+    found = []
     for file in FOLDER.iterdir():
         path = "/" if file.name == "index.html" else f"/page/{file.name}"
-        found[path] = Response(file.read_bytes(), headers=HEADERS, media_type=TYPES[file.suffix])
+        answer = Response(file.read_bytes(), headers=HEADERS, media_type=TYPES[file.suffix])
+        found.append(Route(path, answer, methods=["GET"]))
     return found

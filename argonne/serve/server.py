@@ -32,7 +32,7 @@ from argonne.serve.api.responses import ResponsesWork
 from argonne.serve.door import GONE, LOOPBACK, Door, error_response, read_json, until_gone
 from argonne.serve.hosting import open_served
 from argonne.serve.options import ServeOptions
-from argonne.serve.page import page_files
+from argonne.serve.page import page_routes
 from argonne.serve.service import Draining, OutOfTime, Overloaded, Service, StepFailed, Ticket
 
 APIS: Mapping[str, Callable[[Fields, Mapping[str, Served]], Work]] = {
@@ -139,16 +139,16 @@ async def refused(request: Request, error: Exception) -> Response:
 def build_app(models: Mapping[str, Served], service: Service, options: ServeOptions, key: str | None = None) -> Door:
     """The application. key: what clients must give, None where they need none."""
     found = Pages(models, service, options)
-    pages = {"/v1/models": found.listed, "/health": found.health, "/metrics": found.metrics, **page_files()}
+    pages = {"/v1/models": found.listed, "/health": found.health, "/metrics": found.metrics}
     routes = [Route(path, found.api(make), methods=["POST"]) for path, make in APIS.items()]
     routes += [Route(path, page, methods=["GET"]) for path, page in pages.items()]
-    routes.append(Route("/v1/models/{name}", found.one, methods=["GET"]))
+    routes += [*page_routes(), Route("/v1/models/{name}", found.one, methods=["GET"])]
     app = Starlette(routes=routes, exception_handlers={ApiError: refused, HTTPException: refused})
     app.router.redirect_slashes = False
     anywhere = options.host in ("0.0.0.0", "::")
     own = () if anywhere else (f"[{options.host}]" if ":" in options.host else options.host,)
     hosts = [*LOOPBACK, *own, *options.allow_host]
-    return Door(app, hosts=hosts, key=key, routes=[*APIS, *pages], metrics=service.metrics)
+    return Door(app, hosts=hosts, key=key, routes=["/", *APIS, *pages], metrics=service.metrics)
 
 
 class Server(uvicorn.Server):

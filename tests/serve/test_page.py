@@ -58,6 +58,7 @@ def test_the_models_still_need_the_key(server: Running) -> None:
     for path in ("/v1/models", "/metrics", "/page", "//", "/v1/../page/chat.js"):
         assert server.ask(path, method="GET")[0] == 401
     assert server.ask("/v1/models", method="GET", headers=KEY)[0] == 200
+    assert server.ask("/page/../v1/models", method="GET")[0] == 404
 
 
 def test_other_paths_and_methods_stay_what_they_were(server: Running) -> None:
