@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= true
 
-.PHONY: install demo test test-all lint format bench size gpu-check clean
+.PHONY: install demo test test-all test-page lint format bench size gpu-check clean
 
 install: $(VENV)/.installed
 
@@ -24,7 +24,19 @@ test: install lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-all: install lint
-	$(BIN)/python -m pytest -m 'not gpu'
+	$(BIN)/python -m pytest -m 'not gpu and not browser'
+
+# The chat page in Debian's Chromium, with axe's accessibility rules; both are fetched where they are missing.
+AXE := axe-core@4.14.1
+test-page: install .cache/axe.min.js /usr/bin/chromium
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser
+
+.cache/axe.min.js: Makefile
+	mkdir -p .cache
+	cd .cache && tar xzf "$$(npm pack --silent $(AXE))" --strip-components=1 package/axe.min.js && rm *.tgz && touch axe.min.js
+
+/usr/bin/chromium:
+	apt-get install --yes chromium
 
 lint: install
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,11 +121,17 @@ def _form(options: argparse.Namespace) -> dict[str, object] | None:
 def chat_with(options: argparse.Namespace) -> None:
     layout.check_model_name(options.model)  # before torch is loaded
     sampling = chosen(SamplingOptions, options)
-    from argonne.serve.chat import Chat, talk
+    from argonne.serve.chat import DIM, TAGS, Chat, Terminal, remember_lines
     from argonne.serve.engine import open_engine
 
     engine = open_engine(options.model, device=options.device, int8=options.quantize == "int8")
-    talk(Chat(engine, sampling, options.system), input, lambda text: print(text, end="", flush=True))
+    watched = sys.stdin.isatty() and sys.stdout.isatty()
+    terminal = Terminal(
+        Chat(engine, sampling, options.system), partial(print, end="", flush=True), DIM if watched else TAGS
+    )
+    if watched:
+        remember_lines(terminal.write)
+    terminal.talk(input)
 
 
 def serve_models(options: argparse.Namespace) -> None:

@@ -30,6 +30,7 @@ HEADERS = {
 SEND_SECONDS = 60.0  # a client that reads nothing for so long is given up
 GONE = 499  # the client left: nobody reads this status but the metrics
 ANTHROPIC = "/v1/messages"
+FREE = ("/health", "/")  # need no key, as what the chat page is made of
 
 
 def error_response(path: str, error: ApiError) -> Response:
@@ -87,7 +88,7 @@ class Door:
         name = host.partition("]")[0] + "]" if host.startswith("[") else host.partition(":")[0]
         if name not in self._hosts:
             raise ApiError(421, f"Host: found {host[:100]!r}, which this server is not called by; see --allow-host")
-        if self._key is not None and path != "/health":
+        if self._key is not None and path not in FREE and not path.startswith("/page/"):
             scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")
             given = bearer.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")
             if not hmac.compare_digest(given, self._key):

@@ -33,12 +33,7 @@ class SamplingOptions:
             ("top_k", self.top_k, self.top_k >= 0, "0 (off) or more"),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "more than 0 and at most 1"),
             ("min_p", self.min_p, 0 <= self.min_p <= 1, "from 0 (off) to 1"),
-            (
-                "repetition_penalty",
-                self.repetition_penalty,
-                0 < self.repetition_penalty < math.inf,
-                "more than 0; 1 is none",
-            ),
+            ("repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty < math.inf, "more than 0"),
         ):
             if not good:
                 raise InputError(f"{name}: found {value}, expected {expected}")

@@ -32,6 +32,7 @@ from argonne.serve.api.responses import ResponsesWork
 from argonne.serve.door import GONE, LOOPBACK, Door, error_response, read_json, until_gone
 from argonne.serve.hosting import open_served
 from argonne.serve.options import ServeOptions
+from argonne.serve.page import page_routes
 from argonne.serve.service import Draining, OutOfTime, Overloaded, Service, StepFailed, Ticket
 
 APIS: Mapping[str, Callable[[Fields, Mapping[str, Served]], Work]] = {
@@ -141,13 +142,13 @@ def build_app(models: Mapping[str, Served], service: Service, options: ServeOpti
     pages = {"/v1/models": found.listed, "/health": found.health, "/metrics": found.metrics}
     routes = [Route(path, found.api(make), methods=["POST"]) for path, make in APIS.items()]
     routes += [Route(path, page, methods=["GET"]) for path, page in pages.items()]
-    routes.append(Route("/v1/models/{name}", found.one, methods=["GET"]))
+    routes += [*page_routes(), Route("/v1/models/{name}", found.one, methods=["GET"])]
     app = Starlette(routes=routes, exception_handlers={ApiError: refused, HTTPException: refused})
     app.router.redirect_slashes = False
     anywhere = options.host in ("0.0.0.0", "::")
     own = () if anywhere else (f"[{options.host}]" if ":" in options.host else options.host,)
     hosts = [*LOOPBACK, *own, *options.allow_host]
-    return Door(app, hosts=hosts, key=key, routes=[*APIS, *pages], metrics=service.metrics)
+    return Door(app, hosts=hosts, key=key, routes=["/", *APIS, *pages], metrics=service.metrics)
 
 
 class Server(uvicorn.Server):
@@ -234,4 +235,6 @@ def _say(models: Mapping[str, Served], options: ServeOptions, listener: socket.s
     if options.host not in ("localhost", "127.0.0.1", "::1") and key is None:
         print("argonne: whoever reaches this address may use it; see --api-key-env", file=sys.stderr)
     host = f"[{options.host}]" if ":" in options.host else options.host
+    here = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)  # a browser goes to no address of all
+    print(f"the page to chat with it: http://{here}:{port}/", file=sys.stderr)
     print(f"argonne {__version__} serves at http://{host}:{port}/v1", file=sys.stderr, flush=True)

@@ -254,7 +254,7 @@ def test_large_bodies_leave_memory_where_it_was(server: Running) -> None:
 @pytest.mark.parametrize(
     "path",
     [
-        *("/", "/v1", "/v1/", "/v1/models/", "/v1/models/../../etc/passwd", "/v1/models/%2e%2e%2fetc%2fpasswd"),
+        *("/page/", "/v1", "/v1/", "/v1/models/", "/v1/models/../../etc/passwd", "/v1/models/%2e%2e%2fetc%2fpasswd"),
         *("//v1/models", "/v1/models/%00", "/v1/models/it/..", "/V1/models", "/v1/models/%ff", "/" + "a" * 5000),
     ],
 )
