@@ -83,6 +83,10 @@ def measure(run: Any, point: str, int8: bool = False) -> dict[str, float]:
         from argonne.serve.quantize import quantize
 
         quantize(model)
+    elif run is engine:
+        from argonne.serve.forward import pack
+
+        pack(model)
     run(model, rows, 2)
     reset_peak_memory()
     start = time.perf_counter()

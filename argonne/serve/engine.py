@@ -200,12 +200,14 @@ def open_engine(model_path: str | Path, *, device: str = "auto", int8: bool = Fa
     """
     from argonne.model.load import load_model
     from argonne.parallel.mesh import choose_device
+    from argonne.serve.forward import can_be_served_so, pack
+    from argonne.serve.quantize import quantize
 
     loaded = load_model(Path(model_path), device=choose_device(device))
     if loaded.tokenizer_folder is None:
         raise InputError(f"{loaded.folder}: no tokenizer in it; copy the tokenizer's files there")
     if int8:
-        from argonne.serve.quantize import quantize
-
         quantize(loaded.model)
+    elif can_be_served_so(loaded.model):
+        pack(loaded.model)
     return Engine(loaded.model, load_tokenizer(loaded.tokenizer_folder), loaded.folder)

@@ -35,19 +35,47 @@ def joined(*linears: nn.Module) -> Product:
     rounded = [linear for linear in linears if isinstance(linear, Int8Linear)]
     if rounded:
         return several(rounded)
-    products = [product_of(linear) for linear in linears]
-    return products[0] if len(products) == 1 else lambda x: torch.cat([product(x) for product in products], -1)
+    plain: list[Any] = list(linears)
+    weights, biases = [linear.weight for linear in plain], [linear.bias for linear in plain]
+    bias = torch.cat(biases) if biases[0] is not None else None
+    if (weight := in_a_row(weights)) is not None:
+        return product_of(weight, bias)
+    parts = [product_of(weight, None) for weight in weights]
+    if bias is None:
+        return lambda x: torch.cat([part(x) for part in parts], -1)
+    return lambda x: torch.cat([part(x) for part in parts], -1) + bias
 
 
-def product_of(linear: nn.Module) -> Product:
-    """A linear layer's. On a CPU oneDNN multiplies a few rows by a large fp32 matrix up to 1.5 times as fast as MKL,
-    which torch takes (docs/benchmarks.md).
+def in_a_row(weights: list[Tensor]) -> Tensor | None:
+    """The matrix that they are the parts of, where they lie one behind the other."""
+    first, end = weights[0], weights[0].data_ptr()
+    for weight in weights:
+        if weight.data_ptr() != end or not weight.is_contiguous():
+            return None
+        end += weight.numel() * weight.element_size()
+    return first.as_strided((sum(map(len, weights)), first.shape[1]), first.stride())
+
+
+def pack(model: ArgonneForCausalLM) -> None:
+    """Lay the weights that have the same input side by side, in place: one product gives what several gave."""
+    for layer in model.model.layers:
+        assert isinstance(layer, ArgonneDecoderLayer)
+        attention, mlp = layer.self_attn, layer.mlp
+        groups = [[attention.q_proj, attention.k_proj, attention.v_proj]]
+        for linears in [*groups, [mlp.gate_proj, mlp.up_proj]] if mlp.gated else groups:
+            whole = torch.cat([linear.weight.detach() for linear in linears])
+            for linear, part in zip(linears, whole.split([len(linear.weight) for linear in linears]), strict=True):
+                linear.weight = nn.Parameter(part, requires_grad=False)
+
+
+def product_of(weight: Tensor, bias: Tensor | None) -> Product:
+    """x W^T + b. On a CPU oneDNN multiplies a few rows by a large fp32 matrix up to 1.5 times as fast as MKL, which
+    torch takes (docs/benchmarks.md).
     """
-    weight, bias = linear.weight, linear.bias
     large = weight.dtype == torch.float32 and weight.device.type == "cpu" and weight.numel() >= LARGE
-    if not large or not torch.backends.mkldnn.is_available():
-        return linear
-    return lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    if large and torch.backends.mkldnn.is_available():
+        return lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return lambda x: F.linear(x, weight, bias)
 
 
 class Forward:

@@ -14,6 +14,7 @@ from argonne.errors import InputError
 from argonne.serve import sampling
 from argonne.serve.decoder import Answer, Decoder
 from argonne.serve.engine import stream_several
+from argonne.serve.forward import in_a_row, pack
 from argonne.serve.lookup import Lookup
 from argonne.serve.options import SamplingOptions, Shaping
 from argonne.serve.sampling import Chooser, choose_together, likeliest
@@ -48,9 +49,13 @@ def recomputed(model: Any, prompt: list[int], count: int) -> list[torch.Tensor]:
     return found
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("generation", GENERATIONS)
-def test_batched_chunked_cached_decoding_is_the_plain_recompute_in_float64(generation: str) -> None:
+def test_batched_chunked_cached_decoding_is_the_plain_recompute_in_float64(generation: str, packed: bool) -> None:
     model = model_of(generation, torch.float64)
+    if packed:
+        pack(model)
+        assert in_a_row([getattr(model.model.layers[0].self_attn, f"{name}_proj").weight for name in "qkv"]) is not None
     asked = prompts(7, 60)
     decoder = Decoder(model, rows=4, chunk=16)
     answers = [decoder.submit(prompt, GREEDY, []) for prompt in asked]
