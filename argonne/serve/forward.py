@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from argonne.model import ArgonneForCausalLM
 from argonne.model.attention import IMPLEMENTATION
 from argonne.model.layers import ArgonneDecoderLayer, ArgonneRMSNorm
-from argonne.serve.quantize import Int8Linear, several
+from argonne.serve.quantize import SAME_INPUT, Int8Linear, in_a_row, several
 from argonne.serve.slots import Slots
 
 Product = Callable[[Tensor], Tensor]
@@ -46,26 +46,16 @@ def joined(*linears: nn.Module) -> Product:
     return lambda x: torch.cat([part(x) for part in parts], -1) + bias
 
 
-def in_a_row(weights: list[Tensor]) -> Tensor | None:
-    """The matrix that they are the parts of, where they lie one behind the other."""
-    first, end = weights[0], weights[0].data_ptr()
-    for weight in weights:
-        if weight.data_ptr() != end or not weight.is_contiguous():
-            return None
-        end += weight.numel() * weight.element_size()
-    return first.as_strided((sum(map(len, weights)), first.shape[1]), first.stride())
-
-
 def pack(model: ArgonneForCausalLM) -> None:
     """Lay the weights that have the same input side by side, in place: one product gives what several gave."""
-    for layer in model.model.layers:
-        assert isinstance(layer, ArgonneDecoderLayer)
-        attention, mlp = layer.self_attn, layer.mlp
-        groups = [[attention.q_proj, attention.k_proj, attention.v_proj]]
-        for linears in [*groups, [mlp.gate_proj, mlp.up_proj]] if mlp.gated else groups:
-            whole = torch.cat([linear.weight.detach() for linear in linears])
-            for linear, part in zip(linears, whole.split([len(linear.weight) for linear in linears]), strict=True):
-                linear.weight = nn.Parameter(part, requires_grad=False)
+    for module in model.model.layers.modules():
+        for names in SAME_INPUT:
+            linears: list[Any] = [getattr(module, name) for name in names if hasattr(module, name)]
+            if len(linears) > 1:
+                sizes = [len(linear.weight) for linear in linears]
+                whole = torch.cat([linear.weight.detach() for linear in linears])
+                for linear, part in zip(linears, whole.split(sizes), strict=True):
+                    linear.weight = nn.Parameter(part, requires_grad=False)
 
 
 def product_of(weight: Tensor, bias: Tensor | None) -> Product:

@@ -14,6 +14,7 @@ from argonne.errors import InputError
 
 LEAST = 1e-30  # a scale at least: a row of zeros has none
 FEW = 8  # rows
+SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def levels() -> int:
@@ -38,15 +39,10 @@ class Int8Linear(nn.Module):
         self.packed = torch.ops.onednn.qlinear_prepack(self.whole, None)
         self.ones, self.zeros = torch.ones(1), torch.zeros(1, dtype=torch.int32)
         self.offset = self.levels * self.whole.sum(1, dtype=torch.int32).float()
-        self.few_scale = torch.ones(len(weight), dtype=torch.bfloat16)
         self.bias = None if linear.bias is None else linear.bias.detach()
 
     def forward(self, x: Tensor) -> Tensor:
         return several([self])(x)
-
-    def of_few(self, x: Tensor) -> Tensor:
-        """(rows, in) bf16 to (rows, out)."""
-        return torch._weight_int8pack_mm(x, self.whole, self.few_scale).float() * self.scale
 
     def of_many(self, whole: Tensor, step: Tensor) -> Tensor:
         """(rows, in) uint8 around `levels`, and the step of each row, to (rows, out)."""
@@ -61,21 +57,33 @@ class Int8Linear(nn.Module):
         return self.whole.float() * self.scale[:, None]
 
 
+def in_a_row(weights: list[Tensor]) -> Tensor | None:
+    """The matrix that they are the parts of, where they lie one behind the other."""
+    first, end = weights[0], weights[0].data_ptr()
+    for weight in weights:
+        if weight.data_ptr() != end or not weight.is_contiguous():
+            return None
+        end += weight.numel() * weight.element_size()
+    return first.as_strided((sum(map(len, weights)), first.shape[1]), first.stride())
+
+
 def several(linears: list[Int8Linear]) -> Callable[[Tensor], Tensor]:
     """Their outputs side by side; what they are multiplied with is rounded once."""
-    first = linears[0]
+    first, biases = linears[0], [linear.bias for linear in linears if linear.bias is not None]
+    together = in_a_row([linear.whole for linear in linears])
+    weights = torch.cat([linear.whole for linear in linears]) if together is None else together
+    scale, bias = torch.cat([linear.scale for linear in linears]), torch.cat(biases) if biases else None
+    ones = torch.ones(len(weights), dtype=torch.bfloat16)
 
     def product(x: Tensor) -> Tensor:
         flat = x.reshape(-1, first.in_features)
         if len(flat) <= FEW:
-            rough = flat.to(torch.bfloat16)
-            parts = [linear.of_few(rough) for linear in linears]
+            found = torch._weight_int8pack_mm(flat.to(torch.bfloat16), weights, ones).float() * scale
         else:
             step = (flat.float().abs().amax(-1, keepdim=True) / first.levels).clamp_min(LEAST)
             whole = torch.add(flat / step, first.levels + 0.5).to(torch.uint8)  # cut off, which rounds half up
-            parts = [linear.of_many(whole, step) for linear in linears]
-        parts = [part if one.bias is None else part + one.bias for part, one in zip(parts, linears, strict=True)]
-        found = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+            found = torch.cat([linear.of_many(whole, step) for linear in linears], -1)
+        found = found if bias is None else found + bias
         return found.view(*x.shape[:-1], -1).to(x.dtype)
 
     return product
@@ -95,3 +103,9 @@ def quantize(model: Any) -> None:
             for name, child in module.named_children():
                 if type(child) is nn.Linear:
                     setattr(module, name, Int8Linear(child))
+            for names in SAME_INPUT:
+                linears: list[Any] = [getattr(module, name) for name in names if hasattr(module, name)]
+                if len(linears) > 1:
+                    whole = torch.cat([linear.whole for linear in linears])
+                    for linear, part in zip(linears, whole.split([len(one.whole) for one in linears]), strict=True):
+                        linear.whole = part
