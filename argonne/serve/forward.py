@@ -22,10 +22,13 @@ LARGE = 2**19  # weights: below, the call itself takes longest
 
 
 def can_be_served_so(model: Any) -> bool:
-    """A plain model of ours: nothing hooks into its layers, and nobody has forced an attention kernel."""
+    """A plain model of ours: nothing hooks into its layers, no weight is sharded, and nobody has forced an attention
+    kernel.
+    """
     if not isinstance(model, ArgonneForCausalLM) or model.config._attn_implementation != IMPLEMENTATION:
         return False
     plain = all(type(layer) is ArgonneDecoderLayer for layer in model.model.layers)
+    plain = plain and all(type(weight) is nn.Parameter for weight in model.parameters())
     hooked = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     return plain and not hooked and all(layer.attention_kernel == "auto" for layer in model._attentions())
 

@@ -58,10 +58,11 @@ class Int8Linear(nn.Module):
 
 
 def in_a_row(weights: list[Tensor]) -> Tensor | None:
-    """The matrix that they are the parts of, where they lie one behind the other."""
+    """The matrix that they are the parts of, where they lie one behind the other in one piece of memory."""
     first, end = weights[0], weights[0].data_ptr()
+    held = first.untyped_storage().data_ptr()
     for weight in weights:
-        if weight.data_ptr() != end or not weight.is_contiguous():
+        if weight.data_ptr() != end or weight.untyped_storage().data_ptr() != held or not weight.is_contiguous():
             return None
         end += weight.numel() * weight.element_size()
     return first.as_strided((sum(map(len, weights)), first.shape[1]), first.stride())

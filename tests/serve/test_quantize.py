@@ -12,7 +12,7 @@ from argonne.errors import InputError
 from argonne.serve.decoder import Decoder
 from argonne.serve.forward import LARGE, joined, product_of
 from argonne.serve.options import SamplingOptions
-from argonne.serve.quantize import FEW, Int8Linear, levels, quantize, several
+from argonne.serve.quantize import FEW, Int8Linear, in_a_row, levels, quantize, several
 from tests.serve.test_engine import make_model
 
 
@@ -115,3 +115,13 @@ def test_the_loss_of_a_rounded_model_is_that_of_its_logits() -> None:
 def test_only_a_cpu_is_taken() -> None:
     with pytest.raises(InputError, match="--quantize int8: is for CPUs with oneDNN, found meta"):
         quantize(make_model().to("meta"))
+
+
+def test_matrices_that_only_happen_to_lie_behind_one_another_are_not_one() -> None:
+    memory = torch.zeros(64)
+    first, second = (torch.frombuffer(memory.numpy()[at : at + 32], dtype=torch.float32).view(4, 8) for at in (0, 32))
+    assert first.data_ptr() + 4 * first.numel() == second.data_ptr()
+    assert in_a_row([first, second]) is None
+    both = torch.zeros(8, 8)
+    assert torch.equal(in_a_row(list(both.split([3, 5]))), both)
+    assert in_a_row([both[:3], both[4:]]) is None
