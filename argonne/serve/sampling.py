@@ -15,6 +15,7 @@ from argonne.errors import InputError
 from argonne.serve.options import SamplingOptions, Shaping
 
 NOT_FINITE = "the model's logits are not finite: its weights are damaged or its training diverged"
+COLDEST = 1e-30
 FEW = 512  # of the likeliest tokens are looked at first: sorting a vocabulary of 150,000 takes longer than a layer
 
 
@@ -101,6 +102,8 @@ def choose_together(
         if finite:
             try:
                 chooser.shape(shaped[row], generated[row])
+                if chooser.constraint is not None and not bool(torch.isfinite(shaped[row].amax())):
+                    raise InputError("the form of the answer allows no token here")
                 alike.setdefault((options.temperature, options.top_k, options.top_p, options.min_p), []).append(row)
             except Exception as fault:
                 found[row] = fault
@@ -120,7 +123,9 @@ def draw(logits: Tensor, options: SamplingOptions, generators: Sequence[torch.Ge
     """An id for each row of (rows, vocabulary) logits, by the generator of that row. No row depends on another."""
     if options.temperature == 0:
         return [int(token) for token in logits.argmax(-1)]
-    probabilities = torch.softmax(logits / options.temperature, dim=-1)
+    # From the largest on, and by no less than fp32 can tell from 0: a temperature next to 0 gives no NaN.
+    above = logits - logits.amax(-1, keepdim=True)
+    probabilities = torch.softmax(above / max(options.temperature, COLDEST), dim=-1)
     kept, ids = likeliest(probabilities, options)
     if options.top_k:
         kept = kept[:, : options.top_k]

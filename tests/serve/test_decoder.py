@@ -499,3 +499,23 @@ def test_a_guess_ends_with_the_answer() -> None:
         finish(decoder)
         assert limited.ids == whole[:stop]
         assert ended.ids == whole[: whole.index(whole[stop])]
+
+
+def test_a_form_that_allows_nothing_and_a_temperature_next_to_zero_harm_no_neighbour() -> None:
+    class Nothing(Even):
+        def allowed(self, vocabulary: int) -> torch.Tensor:
+            return torch.zeros(vocabulary, dtype=torch.bool)
+
+    options = SamplingOptions(temperature=1.0)
+    choosers = [
+        Chooser(options),
+        Chooser(options, None, Nothing()),
+        Chooser(SamplingOptions(temperature=1e-300)),
+        Chooser(SamplingOptions(temperature=1e-12, top_k=3)),
+    ]
+    logits = torch.arange(40.0).view(4, 10)
+    first, nothing, cold, cool = choose_together(choosers, logits, [[], [], [], []])
+    assert first == choose_together([Chooser(options)], logits[:1], [[]])[0]
+    assert isinstance(nothing, InputError)
+    assert "allows no token" in str(nothing)
+    assert cold == cool == (9, None)
