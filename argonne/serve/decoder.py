@@ -312,11 +312,12 @@ class Decoder:
         """(rows x last, vocabulary) logits behind the last tokens of each row; see Slots.at."""
         self.slots.at(slots, places, self._device)
         ids, positions = ids.to(self._device), places.clamp(min=0).to(self._device)
+        masks = self.slots.masks(self._windows, self._device)
         if self._pass is not None:
-            return self._pass(ids, self.slots, positions, last)
+            return self._pass(ids, self.slots, positions, masks, last)
         out = self.model(
             input_ids=ids,
-            attention_mask=self.slots.masks(self._windows, self._device),
+            attention_mask=masks,
             position_ids=positions,
             past_key_values=self.slots,
             use_cache=True,

@@ -4,7 +4,7 @@ other libraries. A step of a small model is mostly the calls between its matrix 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from argonne.model import ArgonneForCausalLM
 from argonne.model.attention import IMPLEMENTATION
 from argonne.model.layers import ArgonneDecoderLayer, ArgonneRMSNorm
-from argonne.serve.quantize import SAME_INPUT, Int8Linear, in_a_row, several
+from argonne.serve.quantize import Int8Linear, in_a_row, lay_side_by_side, several
 from argonne.serve.slots import Slots
 
 Product = Callable[[Tensor], Tensor]
@@ -51,20 +51,11 @@ def joined(*linears: nn.Module) -> Product:
 
 def pack(model: ArgonneForCausalLM) -> None:
     """Lay the weights that have the same input side by side, in place: one product gives what several gave."""
-    for module in model.model.layers.modules():
-        for names in SAME_INPUT:
-            linears: list[Any] = [getattr(module, name) for name in names if hasattr(module, name)]
-            if len(linears) > 1:
-                sizes = [len(linear.weight) for linear in linears]
-                whole = torch.cat([linear.weight.detach() for linear in linears])
-                for linear, part in zip(linears, whole.split(sizes), strict=True):
-                    linear.weight = nn.Parameter(part, requires_grad=False)
+    lay_side_by_side(model, "weight")
 
 
 def product_of(weight: Tensor, bias: Tensor | None) -> Product:
-    """x W^T + b. On a CPU oneDNN multiplies a few rows by a large fp32 matrix up to 1.5 times as fast as MKL, which
-    torch takes (docs/benchmarks.md).
-    """
+    """x W^T + b. A few rows by a large fp32 matrix are multiplied sooner by oneDNN than by MKL, which torch takes."""
     large = weight.dtype == torch.float32 and weight.device.type == "cpu" and weight.numel() >= LARGE
     if large and torch.backends.mkldnn.is_available():
         return lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
@@ -83,18 +74,18 @@ class Forward:
         self.embed, self.rotary = base.embed, base.rotary_emb if config.position_embedding == "rope" else None
         self.layers = [_Layer(layer) for layer in base.layers]
         self.norm, self.head = norm_of(base.norm), joined(model.lm_head)
-        windows = {kind: config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types}
-        self.windows = windows
 
-    def __call__(self, ids: Tensor, slots: Slots, positions: Tensor, last: int = 1) -> Tensor:
+    def __call__(
+        self, ids: Tensor, slots: Slots, positions: Tensor, seen: Mapping[str, Tensor], last: int = 1
+    ) -> Tensor:
         """(rows x last, vocabulary) logits behind the last tokens of each row; `slots.at` has said where they lie."""
         hidden = self.embed(ids, positions)
         queries, keys = self.heads
         masks = {
-            kind: torch.zeros(seen.shape, dtype=hidden.dtype, device=seen.device)
-            .masked_fill_(~seen, -torch.inf)
+            kind: torch.zeros(mask.shape, dtype=hidden.dtype, device=mask.device)
+            .masked_fill_(~mask, -torch.inf)
             .repeat_interleave(queries // keys, dim=2)
-            for kind, seen in slots.masks(self.windows, hidden.device).items()
+            for kind, mask in seen.items()
         }
         turns = self._turns(positions, hidden) if self.rotary is not None else None
         for index, layer in enumerate(self.layers):

@@ -68,6 +68,17 @@ def in_a_row(weights: list[Tensor]) -> Tensor | None:
     return first.as_strided((sum(map(len, weights)), first.shape[1]), first.stride())
 
 
+def lay_side_by_side(model: nn.Module, name: str) -> None:
+    """Move what layers with the same input hold under this name into one piece of memory, one behind the other."""
+    for module in model.modules():
+        for names in SAME_INPUT:
+            linears: list[Any] = [getattr(module, one) for one in names if hasattr(module, one)]
+            if len(linears) > 1:
+                held = [getattr(linear, name).detach() for linear in linears]
+                for linear, part in zip(linears, torch.cat(held).split([len(one) for one in held]), strict=True):
+                    setattr(linear, name, nn.Parameter(part, requires_grad=False) if name == "weight" else part)
+
+
 def several(linears: list[Int8Linear]) -> Callable[[Tensor], Tensor]:
     """Their outputs side by side; what they are multiplied with is rounded once."""
     first, biases = linears[0], [linear.bias for linear in linears if linear.bias is not None]
@@ -104,9 +115,4 @@ def quantize(model: Any) -> None:
             for name, child in module.named_children():
                 if type(child) is nn.Linear:
                     setattr(module, name, Int8Linear(child))
-            for names in SAME_INPUT:
-                linears: list[Any] = [getattr(module, name) for name in names if hasattr(module, name)]
-                if len(linears) > 1:
-                    whole = torch.cat([linear.whole for linear in linears])
-                    for linear, part in zip(linears, whole.split([len(one.whole) for one in linears]), strict=True):
-                        linear.whole = part
+        lay_side_by_side(model, "whole")
