@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= true
 
-.PHONY: install demo test test-all test-page lint format bench size gpu-check clean
+.PHONY: install demo test test-all test-page test-engines lint format bench size gpu-check clean
 
 install: $(VENV)/.installed
 
@@ -37,6 +37,33 @@ test-page: install .cache/axe.min.js /usr/bin/chromium
 
 /usr/bin/chromium:
 	apt-get install --yes chromium
+
+# Exports in every engine, and the matrix of docs/exports.md. Each environment stands on .venv and is kept between runs;
+# so is the wheel of llama.cpp, which takes minutes to build.
+LOWEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml)
+IN_ENGINES := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+test-engines: .engines/all/.installed .engines/lowest/.installed .engines/newest/bin/python
+	.engines/newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade transformers
+	OMP_NUM_THREADS=1 .engines/all/bin/python -m benchmarks.engines --write \
+		--transformers .engines/lowest/bin/python .engines/newest/bin/python
+	OMP_NUM_THREADS=1 .engines/all/bin/python -m pytest tests/publish tests/benchmarks/test_engines.py
+
+.engines/%/bin/python: $(VENV)/.installed
+	$(BIN)/python -m venv .engines/$*
+	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')')" \
+		> $$($@ -c 'import site; print(site.getsitepackages()[0])')/argonne.pth
+	touch $@
+
+.engines/all/.installed: .engines/all/bin/python benchmarks/engines.txt
+	$< -c 'import llama_cpp' 2> /dev/null || ls .engines/wheels/$$(sed -n 's/^llama-cpp-python==/llama_cpp_python-/p' benchmarks/engines.txt)-*.whl \
+		|| CMAKE_ARGS="-DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF" $< -m pip wheel --no-deps --wheel-dir .engines/wheels $$(grep ^llama-cpp-python benchmarks/engines.txt)
+	mkdir -p .engines/wheels
+	$< $(IN_ENGINES) --find-links .engines/wheels --requirement benchmarks/engines.txt
+	touch $@
+
+.engines/lowest/.installed: .engines/lowest/bin/python pyproject.toml
+	$< -m pip install --quiet --disable-pip-version-check 'transformers==$(LOWEST).*'
+	touch $@
 
 lint: install
 	$(BIN)/ruff check .

@@ -219,27 +219,34 @@ def verify_directory(folder: Path, *, hashes: bool = True) -> list[str]:
     """Compare a sealed folder with its hash list; return one line for each file that is missing, has another size or
     other bytes.
     """
+    return list(damage_in(folder, hashes=hashes).values())
+
+
+def damage_in(folder: Path, *, hashes: bool = True) -> dict[str, str]:
+    """The lines of `verify_directory`, each by the name of the file in the folder; of a list that cannot be read, by
+    the list's own.
+    """
     hash_list = hash_list_of(folder)
     quick = hash_list.name == QUICK_LIST
     key, digest = ("xxh3_128", quick_hash_of_file) if quick else ("sha256", sha256_of_file)
     if not hash_list.exists():
-        return [f"{hash_list} is missing: the directory was never completed"]
+        return {hash_list.name: f"{hash_list} is missing: the directory was never completed"}
     try:
         tree = json.loads(hash_list.read_text())
     except (OSError, ValueError) as error:
-        return [f"{hash_list} cannot be read: {error}"]
+        return {hash_list.name: f"{hash_list} cannot be read: {error}"}
     if not is_hash_list(tree, key):
-        return [f"{hash_list} is damaged: not a list of files with sizes and hashes"]
-    problems = []
+        return {hash_list.name: f"{hash_list} is damaged: not a list of files with sizes and hashes"}
+    found = {}
     for name, entry in tree["files"].items():
         path = folder / name
         if not path.is_file():
-            problems.append(f"{path} is missing")
+            found[name] = f"{path} is missing"
         elif (size := path.stat().st_size) != entry["bytes"]:
-            problems.append(f"{path} has {size:,} bytes, expected {entry['bytes']:,}")
+            found[name] = f"{path} has {size:,} bytes, expected {entry['bytes']:,}"
         elif hashes and digest(path) != entry[key]:
-            problems.append(f"{path} has other bytes than were written ({key} differs)")
-    return problems
+            found[name] = f"{path} has other bytes than were written ({key} differs)"
+    return found
 
 
 def collect_temporaries(parent: Path) -> list[Path]:

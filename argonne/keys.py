@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import re
 import typing
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -19,6 +20,7 @@ from argonne.declare import BOUNDS
 from argonne.errors import InputError
 
 HELD_OUT = "held-out data"
+_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 @functools.cache
@@ -199,12 +201,36 @@ def check_rates(optim: OptimSection, schedule: ScheduleSection) -> None:
     _check_changes("schedule.steps", [change.step for change in schedule.steps])
 
 
-def check_replicated(parallel: ParallelSection) -> None:
-    """Refuse degrees that nothing would honour: what the configuration says is what runs."""
-    for name in ("shard", "tensor", "context", "pipeline"):
+def check_mesh(parallel: ParallelSection, workers: int) -> None:
+    """Refuse degrees that nothing would honour, or that so many workers cannot be: what the configuration says is what
+    runs.
+    """
+    for name in ("tensor", "context", "pipeline"):
         if (degree := getattr(parallel, name)) != 1:
             raise InputError(
-                f"parallel.{name}: found {degree}, expected 1; only data parallelism (parallel.replicate) is built"
+                f"parallel.{name}: found {degree}, expected 1; only parallel.replicate and parallel.shard are built"
             )
     if parallel.async_tensor:
         raise InputError("parallel.async_tensor: found true, expected false; tensor parallelism is not built")
+    if workers % parallel.shard or parallel.replicate not in (0, workers // parallel.shard):
+        asked = f"replicate {parallel.replicate or 'auto'} x shard {parallel.shard}"
+        fitting = " or ".join(
+            f"{workers // shard} x {shard}" for shard in range(1, workers + 1) if workers % shard == 0
+        )
+        raise InputError(
+            f"[parallel]: found {asked} on {workers} workers, expected degrees whose product is {workers}: {fitting}"
+        )
+
+
+def parse_duration(text: str, where: str) -> float:
+    """Seconds of `90`, `15m`, `1.5h`, `2d`, `12:30:00` or SLURM's `1-12:00:00`. Raises InputError naming the key, also
+    for `12:30`, which is hours to one reader and minutes to another.
+    """
+    if match := re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text.strip()):
+        return float(match[1]) * _UNITS[match[2] or "s"]
+    if re.fullmatch(r"\d+:\d{1,2}", text.strip()):
+        raise InputError(f"{where}: found {text!r}, expected hours or minutes: {text}:00 or 00:{text}")
+    if match := re.fullmatch(r"(?:(\d+)-)?(\d+):(\d{1,2})(?::(\d{1,2}))?", text.strip()):
+        days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+        return days * 86400.0 + hours * 3600.0 + minutes * 60.0 + seconds
+    raise InputError(f"{where}: found {text!r}, expected seconds, or 90m, 12h, 2d, 12:30:00 or 1-12:00:00")

@@ -29,6 +29,7 @@ VERIFIED = "verified_data.json"
 RUN_TOKENS = "data"  # the token set that `data.input` becomes
 LOCK, STOPPED, COMPLETE = "run.lock", "STOPPED", "COMPLETE"
 FINAL_MODEL = "final_model"
+LAUNCH, LAUNCH_SCRIPT = "launch", "job.sh"  # of `argonne launch`
 
 # A checkpoint in it: checkpoint_step_<N>
 LAST = "checkpoint_last"  # leads to the newest: see `last_checkpoint`
@@ -39,9 +40,13 @@ _CHECKPOINT = re.compile(r"checkpoint_step_(\d+)")
 MODEL_CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 WEIGHTS = "*.safetensors"
+GGUF_FILE = "model.gguf"  # of an export for llama.cpp
+ONNX_FILE, ONNX_WEIGHTS = "model.onnx", "model.onnx.data"  # of an export for onnxruntime
 EXPORT_RECORD, EXPORT_VERSION = "argonne_export.json", 1  # how an export was proven, and what other engines compute
 MERGE_RECORD = "argonne_merge.json"  # of which models it is the average
 MODEL_CARD = "README.md"
+SIGNATURE = "model.sig"  # over every other file of a folder
+RESULTS = "results.json"  # of `argonne eval --out`
 LEGACY_SUFFIXES = (".pt", ".pth")
 LEGACY_WEIGHTS = ("*.bin", "*.pt", "*.pth")
 _LEGACY_TENSOR = re.compile(r"(?:^|\.)(?:blocks|pipeline_stages\.\d+)\.0\.")
@@ -81,6 +86,8 @@ class Kind(Enum):
     CHECKPOINT = "a checkpoint"
     MODEL_FOLDER = "a model folder"
     LEGACY_FOLDER = "a model folder of earlier code"
+    GGUF_EXPORT = "an export for llama.cpp"
+    ONNX_EXPORT = "an export for onnxruntime"
     LEGACY_FILE = "a training checkpoint of earlier code"
     NOTHING = "nothing of ours"
 
@@ -112,6 +119,10 @@ def _kind_of_folder(folder: Path) -> Kind:
         return Kind.RUN
     if has(MODEL_CONFIG):
         return Kind.LEGACY_FOLDER if _has_legacy_weights(folder) else Kind.MODEL_FOLDER
+    if has(EXPORT_RECORD, GGUF_FILE):
+        return Kind.GGUF_EXPORT
+    if has(EXPORT_RECORD, ONNX_FILE):
+        return Kind.ONNX_EXPORT
     if has(CONFIG):  # a run that was ended before it had begun
         return Kind.RUN
     if has(MANIFEST):

@@ -59,13 +59,17 @@ DEFAULTS_LEARNED: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class Preset:
-    """One model of the family: the fields of a recipe's [model] section, and the facts of its release."""
+    """One model of the family: the fields of a recipe's [model] section, and the facts of its release. `release`: the
+    name it goes by there; `hub`: its id on the Hugging Face Hub. None where it has none, or where it is not known.
+    """
 
     name: str
     fields: Fields
     parameters: int | None = None
     status: str = "released"
     tokenizer: str | None = None
+    release: str | None = None
+    hub: str | None = None
 
 
 _FIRST, _SECOND = DEFAULTS_LEARNED, DEFAULTS
@@ -112,10 +116,20 @@ def _sized(
 
 _PRESETS = (
     Preset(
-        "argonne-1.0", _sized(_FIRST, 12_000, 1_296, 12, (12, 12), 108, 5_184, 2_048), 275_827_680, tokenizer="own BPE"
+        "argonne-1.0",
+        _sized(_FIRST, 12_000, 1_296, 12, (12, 12), 108, 5_184, 2_048),
+        275_827_680,
+        tokenizer="own BPE",
+        release="Argonne 1.0",
+        hub="PursuitOfDataScience/Argonne-1.0",
     ),
     Preset(
-        "argonne-1.5", _sized(_FIRST, 12_000, 1_296, 16, (16, 16), 81, 5_184, 2_048), 356_516_640, tokenizer="own BPE"
+        "argonne-1.5",
+        _sized(_FIRST, 12_000, 1_296, 16, (16, 16), 81, 5_184, 2_048),
+        356_516_640,
+        tokenizer="own BPE",
+        release="Argonne 1.5",
+        hub="PursuitOfDataScience/Argonne-1.5",
     ),
     Preset(
         "argonne-2.0",
@@ -123,6 +137,7 @@ _PRESETS = (
         4_918_072_800,
         "not released",
         "Qwen2.5",
+        "Argonne 2.0",
     ),
     Preset(
         "argonne-2.0-early",
@@ -140,16 +155,27 @@ _PRESETS = (
         "Qwen2.5",
     ),
     Preset(
-        "argonne-2.5", _sized(_SECOND, 151_669, 1_792, 28, (14, 7), 128, 4_864, 1_024), 1_273_807_360, tokenizer="Qwen3"
+        "argonne-2.5",
+        _sized(_SECOND, 151_669, 1_792, 28, (14, 7), 128, 4_864, 1_024),
+        1_273_807_360,
+        tokenizer="Qwen3",
+        release="Argonne 2.5",
+        hub="PursuitOfDataScience/Argonne2.5-base",
     ),
     Preset(
         "argonne-3.0",
         _sized(_THIRD, 151_669, 3_072, 24, (12, 4), 256, 8_192, 1_024, window=256),
         2_882_162_688,
         tokenizer="Qwen3",
+        release="Argonne 3.0",
+        hub="PursuitOfDataScience/argonne-3.0-base",
     ),
     Preset(
-        "argonne-4.0", _sized(_THIRD, 151_669, 1_536, 32, (6, 2), 256, 4_096, 13_568), 1_038_492_672, tokenizer="Qwen3"
+        "argonne-4.0",
+        _sized(_THIRD, 151_669, 1_536, 32, (6, 2), 256, 4_096, 13_568),
+        1_038_492_672,
+        tokenizer="Qwen3",
+        release="Argonne 4.0",
     ),
     Preset("nano-1.0", _sized(_FIRST, 2_048, 128, 4, (4, 4), 32, 512, 256), None, "demo"),
     Preset("nano-2.5", _sized(_SECOND, 2_048, 128, 4, (4, 2), 32, 384, 256), None, "demo"),

@@ -23,6 +23,7 @@ MODULES = (
     "reference",
     "serving",
     "decode",
+    "questions",
 )
 
 

@@ -45,6 +45,7 @@ class Benchmark:
 
     `limit`: the contestant that does the least there is to do; each rate is given as a share of its rate too.
     `needs`: a file without which nothing is measured. `flags`: of the module's own, for the command in the table.
+    `takes_part`: is a contestant measured at a point.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Benchmark:
     limit: str | None = None
     needs: Path | None = None
     flags: str = ""
+    takes_part: Callable[[str, str], bool] = lambda name, point: True
 
 
 def reset_peak_memory() -> None:
@@ -137,11 +139,14 @@ def measure(
     benchmark: Benchmark, names: Sequence[str], points: Sequence[str], rounds: int
 ) -> tuple[dict[str, dict[str, list[dict[str, float]]]], int]:
     """point -> contestant -> one dict of numbers a round; and how many measurements failed (each is told on stderr)."""
-    results: dict[str, dict[str, list[dict[str, float]]]] = {point: {name: [] for name in names} for point in points}
+    results: dict[str, dict[str, list[dict[str, float]]]] = {
+        point: {name: [] for name in names if benchmark.takes_part(name, point)} for point in points
+    }
     failures = 0
     for number in range(rounds):
         for point in points:
-            for name in names if number % 2 == 0 else reversed(names):
+            there = list(results[point])
+            for name in there if number % 2 == 0 else reversed(there):
                 found = _run_child(benchmark, name, point)
                 if found is None:
                     failures += 1

@@ -132,7 +132,7 @@ def timed_steps(
     from argonne.model.build import build_model, config_from_fields
     from argonne.parallel.compile import compile_blocks
     from argonne.parallel.mesh import Mesh
-    from argonne.parallel.parallelise import replicate
+    from argonne.parallel.parallelise import in_one_call
     from argonne.plan import choose_setup
     from argonne.stages.setup import configure_model, planned_device
     from argonne.stages.start import architecture_fields
@@ -148,7 +148,7 @@ def timed_steps(
     model: Any = build_model(config_from_fields(architecture_fields(recipe.model)), seed=0, device=device).train()
     configure_model(model, recipe, choose_setup(recipe, planned_device(mesh)))
     precision = Precision(recipe.train.precision, mesh.device)
-    parallelised = replicate(model, mesh, next_token, precision)
+    parallelised = in_one_call(model, model, mesh, next_token, precision)
     optimizer = build_optimizer(model, recipe.optim, mesh)
     if compiled := recipe.train.compile == "on" or (recipe.train.compile == "auto" and device == "cuda"):
         compile_blocks(model)

@@ -109,7 +109,7 @@ def train(steps: Iterator[Step], epoch: Iterator[Step]) -> dict[str, float]:
 
     from argonne.model.build import build_model, config_from_fields
     from argonne.parallel.mesh import Mesh
-    from argonne.parallel.parallelise import replicate
+    from argonne.parallel.parallelise import in_one_call
     from argonne.plan import choose_setup, running_device
     from argonne.recipe import load_recipe
     from argonne.stages.setup import configure_model
@@ -124,7 +124,7 @@ def train(steps: Iterator[Step], epoch: Iterator[Step]) -> dict[str, float]:
     configure_model(model, recipe, choose_setup(recipe, running_device("cpu")))
     mesh = Mesh(torch.device("cpu"))
     precision = Precision("fp32", mesh.device)
-    parallelised = replicate(model, mesh, next_token, precision)
+    parallelised = in_one_call(model, model, mesh, next_token, precision)
     optimizer = build_optimizer(model, recipe.optim, mesh)
 
     def step(micro: dict[str, Any], count: int) -> None:

@@ -87,7 +87,7 @@ def ours(point: str, *, live: bool) -> dict[str, float]:
     from argonne.data.loader import Loader
     from argonne.data.pair_data import Reference
     from argonne.parallel.mesh import Mesh
-    from argonne.parallel.parallelise import replicate
+    from argonne.parallel.parallelise import in_one_call
     from argonne.stages.dpo import scores
     from argonne.train.optim import Precision, build_optimizer
     from argonne.train.preference import preference
@@ -95,9 +95,10 @@ def ours(point: str, *, live: bool) -> dict[str, float]:
     model, recipe = make_model(point)
     mesh = Mesh(torch.device("cpu"))
     precision, objective = Precision("fp32", mesh.device), preference(DpoSection(beta=0.1))
-    trained = replicate(model, mesh, objective, precision)
+    trained = in_one_call(model, model, mesh, objective, precision)
     optimizer = build_optimizer(model, recipe.optim, mesh)
-    reference = replicate(make_model(point)[0].eval(), mesh, objective, precision) if live else None
+    other = make_model(point)[0].eval()
+    reference = in_one_call(other, other, mesh, objective, precision) if live else None
     data = open_pairs()
     found: dict[str, float] = {}
     if not live:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +193,25 @@ def write_tokens(tmp_path: Path, numbers_folder: Path) -> Callable[..., Path]:
         return write_token_set(tmp_path / name, numbers_folder, lengths, **more)
 
     return write
+
+
+@pytest.fixture
+def slurm(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A SLURM of one node: the one that runs here, or one started for this test."""
+    if (
+        shutil.which("sinfo")
+        and "idle" in subprocess.run(["sinfo", "-h", "-o", "%T"], capture_output=True, text=True, check=False).stdout
+    ):
+        yield
+        return
+    folder = str(tmp_path_factory.mktemp("slurm"))
+    if os.geteuid() != 0:
+        pytest.skip("needs a running SLURM, or root to start one")
+    start = subprocess.run([str(shared / "slurm/start_slurm.sh"), folder], capture_output=True, text=True, check=False)
+    if "ready" not in start.stdout:
+        pytest.skip(f"SLURM could not be started: {start.stderr.strip()[-200:]}")
+    yield
+    subprocess.run([str(shared / "slurm/stop_slurm.sh"), folder], check=False)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

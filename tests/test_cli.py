@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from argonne.cli import begin, data, main
+from argonne.cli import begin, command, data, main
 from argonne.stages import pretrain
 from argonne.train.trainer import Outcome
 
@@ -294,6 +294,18 @@ def test_a_finished_run_and_a_worker_of_torchrun_need_no_token_set_at_the_comman
     assert reached == [tmp_path, tmp_path / "new"]
 
 
+def test_a_worker_of_torchrun_that_was_asked_to_stop_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Code 3 would end, or start again, the others of it."""
+    stopped = pretrain.RunResult(tmp_path, Outcome(1, "SIGTERM"))
+    monkeypatch.setattr(pretrain, "run", lambda recipe, folder, **options: stopped)
+    assert main(["pretrain", "nano-3.0", "--run", str(tmp_path)]) == 3
+    monkeypatch.setenv("RANK", "1")
+    assert main(["pretrain", "nano-3.0", "--run", str(tmp_path)]) == 0
+    assert capsys.readouterr().err.count("stopped at step 1 (SIGTERM)") == 2
+
+
 def test_a_repeated_input_adds_to_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[list[str]] = []
     monkeypatch.setattr(data, "prepare_tokens", lambda arguments: given.append(arguments.input))
@@ -340,3 +352,16 @@ def test_bash_completes_verbs_flags_and_recipes() -> None:
     script = COMPLETE.replace("PY", sys.executable)
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["pretrain", "--hold-out", "nano-3.0-continue"]
+
+
+def test_long_work_says_how_far_it_is_where_there_is_no_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "SECONDS_A_LINE", 0.0)
+    with command.progress_bar("requests") as progress:
+        for count in (0, 1_000, 2_000):
+            progress(count, 14_042)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("requests: 1,000 of 14,042, ")
+    assert lines[1].startswith("requests: 2,000 of 14,042, ")
+    assert lines[1].endswith(" s left")

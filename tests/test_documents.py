@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from argonne.cli.command import build_parser, parse_overrides
+from argonne.cli.command import ALL_VERBS, build_parser, parse_overrides
 from argonne.recipe import load_recipe
 from tests.tour import ROOT, blocks_of, fresh_clone, take
 
 GUIDES = [ROOT / "README.md", ROOT / "docs" / "getting-started.md"]
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+# Run one after the other, in one folder.
+VERB_PAGES = [ROOT / "docs" / name for name in ("tokenizer.md", "pretrain.md", "look.md")]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
 
 def commands(document: Path) -> list[list[str]]:
@@ -77,10 +79,27 @@ def test_every_block_is_run_or_says_in_the_document_why_it_is_not(document: Path
 @pytest.mark.parametrize("document", GUIDES, ids=lambda path: path.name)
 def test_a_document_runs_word_by_word_in_a_fresh_folder(document: Path, tmp_path: Path) -> None:
     said = take(document.read_text(), fresh_clone(tmp_path), RECURSING[document.name] | LONG[document.name])
-    run = tmp_path / "runs" / {"README.md": "first", "getting-started.md": "mine"}[document.name]
-    assert said.count(f"{run.relative_to(tmp_path)} is complete") == 1
-    check_the_run_is_what_the_readme_says(run)
-    assert json.loads((tmp_path / "exports" / run.name / "config.json").read_text())["model_type"] == "llama"
+    runs = {"README.md": ["runs/first", "runs/chat"], "getting-started.md": ["runs/mine"]}[document.name]
+    assert re.findall(r"^(runs/\S+) is complete", said, re.MULTILINE) == runs
+    check_the_run_is_what_the_readme_says(tmp_path / runs[0])
+    export = tmp_path / "exports" / Path(runs[-1]).name
+    assert json.loads((export / "config.json").read_text())["model_type"] == "llama"
+    assert (export / "chat_template.jinja").exists() == ("runs/chat" in runs)
+
+
+def test_the_pages_of_the_verbs_run_word_by_word_one_after_the_other(tmp_path: Path) -> None:
+    said = take("".join(page.read_text() for page in VERB_PAGES), fresh_clone(tmp_path), {})
+    assert re.findall(r"^(runs/\S+) is complete", said, re.MULTILINE) == ["runs/small", "runs/longer"]
+    assert said.count("everything verifies") + said.count("no problem was found") == 4
+    assert re.search(r"^longer +complete +25/25 ", said, re.MULTILINE)
+
+
+@pytest.mark.parametrize("verb", ALL_VERBS)
+def test_every_verb_has_a_page_that_names_it_in_its_title_and_the_readme_leads_there(verb: str) -> None:
+    pages = {page: page.read_text() for page in (ROOT / "docs").glob("*.md")}
+    titled = [page for page, text in pages.items() if verb in re.findall(r"[a-z-]+", text.splitlines()[0].lower())]
+    assert [page.name for page in titled if f"argonne {verb}" in pages[page]] != []
+    assert any(f"](docs/{page.name})" in GUIDES[0].read_text() for page in titled)
 
 
 def check_the_run_is_what_the_readme_says(run: Path) -> None:

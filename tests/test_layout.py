@@ -37,6 +37,8 @@ FOLDERS: dict[str, tuple[Kind, tuple[str, ...]]] = {
     "pickled weights": (Kind.LEGACY_FOLDER, ("config.json", "pytorch_model.bin")),
     "earlier training checkpoint": (Kind.LEGACY_FOLDER, ("config.json", "checkpoint_step_3.pt")),
     "weights without a config": (Kind.NOTHING, ("model.safetensors",)),
+    "export for llama.cpp": (Kind.GGUF_EXPORT, ("model.gguf", "argonne_export.json", "README.md")),
+    "export for onnxruntime": (Kind.ONNX_EXPORT, ("model.onnx", "model.onnx.data", "argonne_export.json", "README.md")),
     "somebody's files": (Kind.NOTHING, ("notes.txt", "data.json")),
     "empty": (Kind.NOTHING, ()),
 }

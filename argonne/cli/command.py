@@ -39,25 +39,32 @@ PAGES = (
         "cot-sft": "fine-tune on answers that think first",
         "dpo": "tune on pairs of a better and a worse answer",
     }),
+    ("launch", "on a cluster", {
+        "launch": "hand in jobs that go on from one another until their runs are complete, to SLURM or PBS",
+    }),
     ("watch", "look at what there is", {
         "runs": "what is running, stopped, failed and complete",
         "report": "one self-contained HTML page with plots, of one run or several compared",
         "inspect": "say what an artifact is, verify its hashes, show its lineage",
     }),
-    ("use", "use and measure a model", {
+    ("use", "use a model", {
         "generate": "continue a prompt",
         "chat": "talk to a chat model in the terminal",
         "serve": "answer programs over HTTP, by the APIs of OpenAI and Anthropic",
+    }),
+    ("measure", "measure a model", {
         "eval": "measure a model, with counts and standard errors",
+        "compare": "models on the same items, in pairs: what differs, and what the items could show",
     }),
     ("move", "hand it on", {
         "import": "turn an earlier checkpoint of the family into a complete model folder",
         "merge": "average the weights of models of one shape",
         "export": "write a model for other people's tools, proven by its logits before it is put in place",
+        "publish": "check an export in every way a reader uses it, and push it to the Hub in one commit",
     }),
 )  # fmt: skip
 ALL_VERBS = {verb: text for _, _, verbs in PAGES for verb, text in verbs.items()}
-RECIPE_VERBS = ("pretrain", "continue", "midtrain", "sft", "cot-sft", "dpo", "plan")
+RECIPE_VERBS = ("pretrain", "continue", "midtrain", "sft", "cot-sft", "dpo", "launch", "plan")
 Verbs = Callable[..., "Parser"]
 
 
@@ -78,8 +85,9 @@ def run_verb(argv: Sequence[str] | None) -> int:
     try:
         if arguments[:1] == ["completion"]:
             return print_completion(arguments[1:])
-        options, rest = build_parser(arguments).parse_known_args(arguments)
-        options.started, options.rest = started, rest
+        mark = arguments.index("--") if arguments[:1] == ["launch"] and "--" in arguments else len(arguments)
+        options, rest = build_parser(arguments).parse_known_args(arguments[:mark])
+        options.started, options.rest = started, rest + arguments[mark + 1 :]
         if rest and options.verb not in RECIPE_VERBS:
             said = options.parser.not_known(rest[0]) if rest[0].startswith("-") else f"unknown argument {rest[0]!r}"
             raise InputError(f"{options.verb}: {said}; see `argonne {options.verb} --help`")
@@ -131,7 +139,7 @@ def print_completion(arguments: Sequence[str]) -> int:
         for path, item in all_keys().items():
             verb.add_argument(f"--{path}", help=item.metadata["meaning"], choices=item.metadata["choices"] or None)
         for action in verb._actions:
-            if action.dest == "recipe":
+            if action.dest in ("recipe", "recipes"):
                 action.choices = recipe_names()
     print(shtab.complete(parser, shell=arguments[0]))
     return 0
@@ -204,12 +212,17 @@ def build_parser(arguments: Sequence[str], *, whole: bool = False) -> argparse.A
 
 
 def add_keys(parser: Parser, kind: type) -> None:
-    """A flag for every field of a dataclass of options: name, type, default, meaning and choices stand in the field."""
+    """A flag for every field of a dataclass of options, those of its parts included: name, type, default, meaning and
+    choices stand in the field.
+    """
     import dataclasses  # as below: `argonne --help` needs neither, and is to answer at once
 
     hints = typing.get_type_hints(kind)
     for item in dataclasses.fields(kind):
         hint, meaning = hints[item.name], item.metadata["meaning"]
+        if dataclasses.is_dataclass(hint):
+            add_keys(parser, typing.cast(type, hint))
+            continue
         required = item.default is dataclasses.MISSING
         more: dict[str, Any] = {"help": meaning, "required": required, "dest": item.name}
         if not required:
@@ -232,8 +245,18 @@ def chosen(kind: type, options: argparse.Namespace) -> Any:
     """The dataclass of options that the flags of `add_keys` say."""
     import dataclasses
 
-    values = {item.name: getattr(options, item.name) for item in dataclasses.fields(kind)}
+    hints = typing.get_type_hints(kind)
+    values = {
+        name: chosen(typing.cast(type, hint), options) if dataclasses.is_dataclass(hint) else getattr(options, name)
+        for name, hint in hints.items()
+    }
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def quantize_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--quantize", default="none", choices=("none", "int8"), help="int8 = weights in int8, on a CPU (default: none)"
+    )
 
 
 def json_flag(parser: argparse.ArgumentParser) -> None:
@@ -265,16 +288,29 @@ def show(found: Any, text: str | None = None, *, as_json: bool) -> None:
     print("\n".join(f"{name}: {value}" for name, value in found.items()) if text is None else text)
 
 
+SECONDS_A_LINE = 10.0
+
+
 @contextmanager
 def progress_bar(unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar with rate and time left on a terminal, nothing elsewhere; called with (done, total)."""
+    """A bar with rate and time left on a terminal, elsewhere a line now and then; called with (done, total)."""
     from tqdm import tqdm
 
-    with tqdm(unit=unit, file=sys.stderr, disable=not sys.stderr.isatty(), leave=False, dynamic_ncols=True) as bar:
+    lines, first = not sys.stderr.isatty(), -1
+    began = told = 0.0
+    with tqdm(unit=unit, file=sys.stderr, disable=lines, leave=False, dynamic_ncols=True) as bar:
 
         def show(done: int, total: int) -> None:
+            nonlocal began, told, first
             bar.total = total
             bar.update(done - bar.n)
+            now = time.monotonic()
+            if first < 0:
+                first, began, told = done, now, now
+            elif lines and now >= told + SECONDS_A_LINE:
+                rate, told = (done - first) / (now - began), now
+                left = f", {(total - done) / rate:,.0f} s left" if rate else ""
+                print(f"{unit}: {done:,} of {total:,}, {rate:,.1f}/s{left}", file=sys.stderr, flush=True)
 
         yield show
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from argonne.cli.command import Verbs, parse_overrides, recipe_argument
-from argonne.config import CHAT_STAGES
-from argonne.errors import InputError
+from argonne.config import CHAT_STAGES, Recipe
+from argonne.errors import InputError, Stopped
 
 # What a verb trains.
 STAGES = {
@@ -76,17 +77,20 @@ def keys_help() -> str:
     return "\n".join([*lines, "", "packaged recipes: " + ", ".join(recipe_names())])
 
 
-def train_model(options: argparse.Namespace) -> None:
-    from argonne.plan.shape import as_trained
-    from argonne.recipe import load_recipe, recipe_name, to_toml
-    from argonne.train.guard import StopWatch
+def recipe_of(options: argparse.Namespace) -> Recipe:
+    """The recipe that a training verb's flags say."""
+    from argonne.recipe import load_recipe
 
     given = {
         path: json.dumps(str(getattr(options, flag)))
         for flag, path in SHORT.items()
         if getattr(options, flag) is not None
     }
-    recipe = load_recipe(options.recipe, {**parse_overrides(options.rest), **given})
+    return load_recipe(options.recipe, {**parse_overrides(options.rest), **given})
+
+
+def check_verb(options: argparse.Namespace, recipe: Recipe) -> None:
+    """Raise InputError where the verb does not train such a recipe, or has nothing to start from."""
     if recipe.stage not in STAGES[options.verb]:
         verbs = [verb for verb, stages in STAGES.items() if recipe.stage in stages]
         instead = f", or use argonne {verbs[0]}" if verbs else ""
@@ -98,27 +102,45 @@ def train_model(options: argparse.Namespace) -> None:
         raise InputError(
             f"{options.verb}: no weights to start from; give --init-from MODEL or model.init_from in the recipe"
         )
+
+
+def check_data(recipe: Recipe, folder: Path) -> None:
+    """A new run's data, before torch is loaded. Raises InputError naming what is not there."""
+    if recipe.stage in CHAT_STAGES:
+        from argonne.prepare.documents import find_files
+
+        for source in recipe.data.sources:
+            find_files([source.path])
+    else:
+        from argonne.tokens.formats import open_tokens
+
+        for source in recipe.data.sources:
+            open_tokens(source.path)
+    if recipe.data.input:
+        from argonne.prepare.from_text import options_of
+        from argonne.tokens.tokenizer import load_tokenizer
+
+        load_tokenizer(options_of(recipe.data, folder).tokenizer or "")
+
+
+def train_model(options: argparse.Namespace) -> None:
+    from argonne.plan.shape import as_trained
+    from argonne.recipe import recipe_name, to_toml
+    from argonne.train.guard import StopWatch
+
+    recipe = recipe_of(options)
+    check_verb(options, recipe)
     if options.dry_run:
         print(to_toml(as_trained(recipe)), end="")
         return
+    if {"NNODES", "SLURM_STEP_NUM_TASKS"} & os.environ.keys():
+        from argonne.parallel.nodes import join
+
+        join(os.environ)
     folder = options.run or Path("runs") / recipe_name(options.recipe)
-    # A new run's data, before torch is loaded. A finished run needs none; of torchrun's nodes rank 0's alone may.
-    if not folder.exists() and "RANK" not in os.environ:
-        if recipe.stage in CHAT_STAGES:
-            from argonne.prepare.documents import find_files
-
-            for source in recipe.data.sources:
-                find_files([source.path])
-        else:
-            from argonne.tokens.formats import open_tokens
-
-            for source in recipe.data.sources:
-                open_tokens(source.path)
-        if recipe.data.input:
-            from argonne.prepare.from_text import options_of
-            from argonne.tokens.tokenizer import load_tokenizer
-
-            load_tokenizer(options_of(recipe.data, folder).tokenizer or "")
+    # A finished run needs no data; of several nodes, or torchrun's workers, the first alone may have it.
+    if not folder.exists() and "RANK" not in os.environ and os.environ.get("NODE_RANK", "0") == "0":
+        check_data(recipe, folder)
     watch = StopWatch(recipe.stop, started=options.started)
     with watch.listening():  # already while torch is loaded
         from argonne.stages.ending import finish_or_stop
@@ -126,5 +148,11 @@ def train_model(options: argparse.Namespace) -> None:
 
         names = ("resume_from", "allow", "profile", "data_from_start", "rewind", "take_over")
         how = {name: getattr(options, name) for name in names}
-        result = run(recipe, folder, watch=watch, **how)
-        finish_or_stop(result.outcome, folder)
+        try:
+            result = run(recipe, folder, watch=watch, **how)
+            finish_or_stop(result.outcome, folder)
+        except Stopped as stopped:
+            if "RANK" not in os.environ:
+                raise
+            # To torchrun and srun any other code than 0 is a failure, for which they end the others.
+            print(f"argonne: {stopped}", file=sys.stderr)

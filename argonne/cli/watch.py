@@ -22,6 +22,17 @@ def add_verbs(verb: Verbs, arguments: Sequence[str]) -> None:
     report.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the first run")
     inspect = verb("inspect", inspect_artifact)
     inspect.add_argument("path", type=Path, metavar="PATH", help="token set, run, checkpoint or exported model")
+    inspect.add_argument(
+        "--results",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="a folder of eval --out that is said to be of it, as often as there are such",
+    )
+    inspect.add_argument(
+        "--public-key", type=Path, metavar="KEY.pub", help="check the signature of the folder (model.sig) by this key"
+    )
     json_flag(inspect)
 
 
@@ -43,7 +54,13 @@ def write_page(options: argparse.Namespace) -> None:
 def inspect_artifact(options: argparse.Namespace) -> None:
     from argonne.report.inspect import inspect_path, render
 
-    facts = inspect_path(options.path)
+    facts = inspect_path(options.path, options.results)
+    if options.public_key is not None:
+        from argonne.publish.signature import verify
+
+        found = verify(options.path, options.public_key)
+        facts["signature"] = f"not that of {options.public_key}" if found else f"verified by {options.public_key}"
+        facts["problems"] += found
     show(facts, render(facts), as_json=options.json)
     if facts["problems"]:
-        raise InputError(f"{options.path}: damaged: {facts['problems'][0]} ({len(facts['problems'])} problems)")
+        raise InputError(f"{options.path}: does not verify: {facts['problems'][0]} ({len(facts['problems'])} problems)")

@@ -132,9 +132,8 @@ def render_files(
         files.collect_temporaries(folder)  # also those of packing
         if not (folder / RENDERED).exists():
             _render_all(found, template, options, folder, stream)
-    tree = files.read_json(folder / RENDERED)
-    account = Account()
-    account.merge(Account(**tree["account"]))
+    opened = open_rendered(folder, fingerprint)
+    account = opened.account
     names = ", ".join(file.path for file in found[:2]) + (f" and {len(found) - 2:,} more" if len(found) > 2 else "")
     if account.used == account.held_out:
         held = f", {account.held_out:,} held out" if account.held_out else ""
@@ -146,6 +145,14 @@ def render_files(
             f"{names}: {sum(account.drops.values()):,} of {account.rows:,} rows were dropped, more than "
             f"chat.max_drop_fraction {max_drop_fraction:g}: {account.dropped()}; mend them, or allow more"
         )
+    return opened
+
+
+def open_rendered(folder: Path, fingerprint: str) -> RenderedSet:
+    """What was rendered into a folder of a cache."""
+    tree = files.read_json(folder / RENDERED)
+    account = Account()
+    account.merge(Account(**tree["account"]))
     streams = [_stream(folder, side, tree["units"]) for side in SIDES]
     ends = {side: _ends(folder / f"{side}.ends") for side in SIDES}
     return RenderedSet(folder, fingerprint, streams[0], streams[1], ends, account)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from hashlib import sha256
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -11,6 +13,8 @@ import numpy as np
 from argonne.errors import InputError
 from argonne.evaluate.requests import Headline, Score, ScoreRequest, TaskContext
 from argonne.evaluate.texts import EvaluationText, open_texts
+
+BANDS, SHORTEST = 8, 32  # of positions: at most so many, the first at least so long
 
 
 class BitsPerByte:
@@ -28,6 +32,7 @@ class BitsPerByte:
     def __init__(self) -> None:
         self._text: EvaluationText | None = None
         self._document_of: list[int] = []
+        self._sizes: list[np.ndarray] = []  # bytes of each token that a window predicts
         self._context = 0
 
     def requests(self, context: TaskContext) -> list[ScoreRequest]:
@@ -46,6 +51,7 @@ class BitsPerByte:
         for number, document in enumerate(self._text.documents):
             for window in windows(document, context.tokenizer.eos_id, context.context_length):
                 requests.append(ScoreRequest(window))
+                self._sizes.append(context.tokenizer.token_bytes[window[1:]])
                 self._document_of.append(number)
         return requests
 
@@ -67,6 +73,29 @@ class BitsPerByte:
             "bytes": sum(self._text.bytes),
             "context": self._context,
             "data": self._text.name,
+            "by_position": self._by_position(found),
+            "items": [
+                {"prompt": sha256(document.tobytes()).hexdigest()[:16], "bits": float(part), "bytes": size}
+                for document, part, size in zip(self._text.documents, bits, self._text.bytes, strict=True)
+            ],
+        }
+
+    def _by_position(self, found: Sequence[Score]) -> dict[str, dict[str, float]]:
+        """Bits per byte of tokens with so many ids before them, "FIRST-LAST" from 1 on: bands as long as all before,
+        the last of which ends with the context. Those with nothing in them are left out.
+        """
+        halves = [self._context >> power for power in reversed(range(BANDS))]
+        edges = [0, *(edge for edge in halves if edge >= SHORTEST or edge == self._context)]
+        bits, sizes, counts = np.zeros(len(edges)), np.zeros(len(edges)), np.zeros(len(edges), np.int64)
+        for answer, part in zip(found, self._sizes, strict=True):
+            band = np.searchsorted(edges, np.arange(len(part)), side="right") - 1
+            np.add.at(bits, band, -answer.log_probabilities / math.log(2))
+            np.add.at(sizes, band, part)
+            np.add.at(counts, band, 1)
+        return {
+            f"{first + 1}-{last}": {"bits_per_byte": float(bits[band] / sizes[band]), "tokens": int(counts[band])}
+            for band, (first, last) in enumerate(pairwise(edges))
+            if sizes[band]
         }
 
     def lines(self, values: dict[str, Any]) -> list[str]:
@@ -76,6 +105,8 @@ class BitsPerByte:
             "per token",
             f"    on {values['tokens']:,} tokens, {values['bytes']:,} bytes, of {values['data']}",
             f"    {values['documents']:,} of its {values['documents_available']:,} documents",
+            "    by position: "
+            + ", ".join(f"{band} {part['bits_per_byte']:.4f}" for band, part in values["by_position"].items()),
         ]
 
 

@@ -4,11 +4,11 @@ compared with the right one.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, Literal
@@ -17,14 +17,16 @@ import numpy as np
 
 from argonne.data.chat import ChatTemplate, template_of
 from argonne.errors import InputError
-from argonne.evaluate.probes import questions_of, read_lines, trace_of
+from argonne.evaluate.choices import error_of
+from argonne.evaluate.own_files import file_of, rows_of
+from argonne.evaluate.probes import questions_of, trace_of
 from argonne.evaluate.requests import AnswerRequest, Headline, TaskContext
 from argonne.serve.engine import Completion
 from argonne.serve.options import SamplingOptions
 
 NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?|-?\$?\.\d+")
 TOKENS = 512  # of an answer
-NAMES = ("test.jsonl", "gsm8k_test.jsonl")  # in a folder
+FILES = ("test.jsonl", "gsm8k_test.jsonl")
 SHOWN = 5  # answers that the results keep
 Answer = Decimal | str
 
@@ -52,6 +54,7 @@ class WordProblems:
     name = "gsm8k"
     asks: Literal["answers"] = "answers"
     headline: Headline = ("exact_match", "higher")
+    too_long = "do not fit into the context and were left out"
 
     def __init__(self) -> None:
         self._template: ChatTemplate | None = None
@@ -59,44 +62,64 @@ class WordProblems:
         self._questions: list[str] = []
         self._samples = self._trimmed = 0
 
+    @property
+    def size(self) -> int:
+        """Questions that were asked."""
+        return len(self._right)
+
+    def texts(self) -> list[tuple[str, ...]]:
+        return [(question,) for question in self._questions]
+
     def problems(self, context: TaskContext) -> Sequence[tuple[str, Answer]]:
         """(question, right answer) of each."""
-        if context.data is None:
-            raise InputError(f"task {self.name}: no data given; name its test file or the folder of it with --data")
-        return list(_read(Path(context.data)))
+        file = file_of(self.name, FILES, context)
+        found = [(question, last_number(answer)) for question, answer in rows_of_problems(file)]
+        problems = [(question, right) for question, right in found if right is not None]
+        if len(problems) < len(found):
+            number = 1 + [right for _, right in found].index(None)
+            raise InputError(f"{file}:{number}: its answer holds no number")
+        return problems
+
+    def asked(self, context: TaskContext, questions: Sequence[str]) -> Iterator[AnswerRequest | None]:
+        """The greedy request of each question; None of one that does not fit into the context."""
+        if context.shots is not None:
+            raise InputError(f"--shots: found {context.shots}, but {self.name} is asked as a user would; leave it out")
+        self._template = template = context.template or template_of(context.tokenizer)
+        for question in questions_of(template, questions):
+            room = min(context.tokens or TOKENS, context.context_length - len(question.prompt))
+            if room < 1:
+                self._trimmed += 1
+                yield None
+                continue
+            options = SamplingOptions(room, temperature=0.0, top_p=1.0)
+            yield AnswerRequest(np.array(question.prompt), options, template.stop_ids)
+
+    def words(self, completion: Completion) -> str:
+        assert self._template is not None
+        return self._template.words(completion.ids)
 
     def given(self, text: str) -> Answer | None:
         """What an answer's text gives as the answer."""
         return answer_of(text)
 
-    def details(self, texts: Sequence[str]) -> dict[str, Any]:
-        """What else can be told of the greedy answers."""
+    def details(self, texts: Sequence[str], right: Sequence[Answer]) -> dict[str, Any]:
+        """What else can be told of answers."""
         return {}
 
     def requests(self, context: TaskContext) -> list[AnswerRequest]:
-        if context.shots is not None:
-            raise InputError(f"--shots: found {context.shots}, but {self.name} is asked as a user would; leave it out")
-        template, tokens = context.template or template_of(context.tokenizer), context.tokens or TOKENS
-        self._template, self._samples = template, context.samples
-        asked = self.problems(context)[: context.limit]
+        self._samples, asked = context.samples, self.problems(context)[: context.limit]
         if not asked:
             raise InputError(f"task {self.name}: no question to ask; raise --limit, or give other data")
         requests: list[AnswerRequest] = []
-        for (text, right), question in zip(asked, questions_of(template, [text for text, _ in asked]), strict=True):
-            room = min(tokens, context.context_length - len(question.prompt))
-            if room < 1:
-                self._trimmed += 1
+        for (text, right), request in zip(asked, self.asked(context, [text for text, _ in asked]), strict=True):
+            if request is None:
                 continue
             self._questions.append(text)
             self._right.append(right)
-            ids = np.array(question.prompt)
-            requests.append(AnswerRequest(ids, SamplingOptions(room, temperature=0.0, top_p=1.0), template.stop_ids))
-            requests += [
-                AnswerRequest(
-                    ids, SamplingOptions(room, temperature=0.8, top_p=0.95, seed=number * len(asked)), template.stop_ids
-                )
-                for number in range(1, self._samples + 1)
-            ]
+            requests.append(request)
+            for number in range(1, self._samples + 1):
+                how = replace(request.options, temperature=0.8, top_p=0.95, seed=number * len(asked))
+                requests.append(replace(request, options=how))
         if not requests:
             raise InputError(
                 f"task {self.name}: none of {len(asked):,} questions fits into the context of "
@@ -105,18 +128,17 @@ class WordProblems:
         return requests
 
     def measure(self, found: Sequence[Completion]) -> dict[str, Any]:
-        assert self._template is not None
         size = self._samples + 1
-        texts = [self._template.words(completion.ids) for completion in found]
+        texts = list(map(self.words, found))
         greedy = [self.given(text) == right for text, right in zip(texts[::size], self._right, strict=True)]
         values: dict[str, Any] = {
             "exact_match": float(np.mean(greedy)),
-            "standard_error": _error(greedy),
+            "standard_error": error_of(greedy),
             "correct": sum(greedy),
             "questions": len(greedy),
             "too_long": self._trimmed,
-            "stopped": float(np.mean([completion.stop == "eos" for completion in found[::size]])),
-            **self.details(texts[::size]),
+            "stopped": float(np.mean([completion.stop in ("eos", "stop") for completion in found[::size]])),
+            **self.details(texts[::size], self._right),
         }
         if self._samples:
             answers = [[self.given(text) for text in texts[at + 1 : at + size]] for at in range(0, len(texts), size)]
@@ -128,13 +150,21 @@ class WordProblems:
                 "exact_match": float(np.mean(each)),
                 "standard_error": float(np.std(each, ddof=1) / math.sqrt(len(each))) if len(each) > 1 else None,
                 "majority": float(np.mean(most)),
-                "majority_standard_error": _error(most),
-                **self.details([text for at, text in enumerate(texts) if at % size]),
+                "majority_standard_error": error_of(most),
+                **self.details(
+                    [text for at, text in enumerate(texts) if at % size],
+                    [right for right in self._right for _ in range(self._samples)],
+                ),
             }
         shown = zip(self._questions, texts[::size], self._right, greedy, strict=True)
         values["answers"] = [
             {"question": question, "answer": text, "right": str(right), "correct": bool(correct)}
             for question, text, right, correct in list(shown)[:SHOWN]
+        ]
+        values["items"] = [
+            {"prompt": question, "asked": question, "text": text, "answer": str(self.given(text))}
+            | {"correct": bool(correct)}
+            for question, text, correct in zip(self._questions, texts[::size], greedy, strict=True)
         ]
         return values
 
@@ -148,7 +178,7 @@ class WordProblems:
             f"{values['questions']:,}), greedy; {values['stopped']:.0%} end their turn"
         ]
         if values["too_long"]:
-            lines.append(f"    {values['too_long']:,} questions do not fit into the context and were left out")
+            lines.append(f"    {values['too_long']:,} questions {self.too_long}")
         if "sampled" in values:
             part = values["sampled"]
             lines.append(
@@ -158,30 +188,16 @@ class WordProblems:
         return lines
 
 
-def _error(correct: Sequence[bool]) -> float | None:
-    """Of a share of n: sqrt(p (1 - p) / (n - 1)); None for a single one."""
-    n, p = len(correct), float(np.mean(correct))
-    return math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else None
-
-
 def _majority(answers: Sequence[Answer | None]) -> Answer | None:
     """The answer that is given most often, the first of several; answers without one do not vote."""
     counted = Counter(answer for answer in answers if answer is not None)
     return counted.most_common(1)[0][0] if counted else None
 
 
-def _read(path: Path) -> Iterator[tuple[str, Decimal]]:
-    file = next((path / name for name in NAMES if (path / name).is_file()), path)
-    if not file.is_file():
-        raise InputError(
-            f"--data {path}: no file; give GSM8K's test file (jsonl), or a folder with {' or '.join(NAMES)}"
-        )
-    for number, line in enumerate(read_lines(file, "give GSM8K's test file"), 1):
-        try:
-            row = json.loads(line)
-            question, right = row["question"], last_number(row["answer"])
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f"{file}:{number}: expected an object with question and answer") from None
-        if right is None:
-            raise InputError(f"{file}:{number}: its answer holds no number")
-        yield str(question), right
+def rows_of_problems(file: Path) -> Iterator[tuple[str, str]]:
+    """(question, worked answer) of each row."""
+
+    def made(number: int, row: dict[str, object]) -> tuple[str, str]:
+        return str(row["question"]), str(row["answer"])
+
+    return rows_of("gsm8k", file, "question and answer", made)

@@ -35,11 +35,14 @@ class Score:
 
 @dataclass(frozen=True)
 class AnswerRequest:
-    """Ask for what follows `ids`, (n,) integers with n >= 1, up to one of `stops`."""
+    """Ask for what follows `ids`, (n,) integers with n >= 1, up to one of `stops`, or until one of `stop_texts` stands
+    in it.
+    """
 
     ids: np.ndarray
     options: SamplingOptions
     stops: tuple[int, ...]
+    stop_texts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

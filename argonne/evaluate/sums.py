@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from argonne.evaluate.gsm8k import WordProblems, answer_of, last_number
+from argonne.evaluate.gsm8k import Answer, WordProblems, answer_of, last_number
 from argonne.evaluate.probes import trace_of
 from argonne.evaluate.requests import TaskContext
 
@@ -102,7 +102,7 @@ class Sums(WordProblems):
             (one.question, Decimal(one.result)) for one, _ in zip(made, range(context.limit or QUESTIONS), strict=False)
         ]
 
-    def details(self, texts: Sequence[str]) -> dict[str, Any]:
+    def details(self, texts: Sequence[str], right: Sequence[Answer]) -> dict[str, Any]:
         """Shares of the answers: a trace that is closed and not empty, one whose last number is the answer's, and the
         answer in a sentence.
         """

@@ -6,8 +6,12 @@ import difflib
 from collections.abc import Callable, Sequence
 
 from argonne.errors import InputError
+from argonne.evaluate.benchmarks import BENCHMARKS
 from argonne.evaluate.bits_per_byte import BitsPerByte
 from argonne.evaluate.gsm8k import WordProblems
+from argonne.evaluate.gsm8k_base import BaseProblems
+from argonne.evaluate.lambada import Lambada
+from argonne.evaluate.mmlu import Mmlu
 from argonne.evaluate.probes import Probes
 from argonne.evaluate.requests import Task
 from argonne.evaluate.sums import Sums
@@ -15,7 +19,15 @@ from argonne.evaluate.turns import Turns
 
 
 def tasks() -> dict[str, Callable[[], Task]]:
-    return {"bpb": BitsPerByte, "gsm8k": WordProblems, "sums": Sums, "turns": Turns, "probes": Probes}
+    own: dict[str, Callable[[], Task]] = {
+        "bpb": BitsPerByte,
+        "gsm8k": WordProblems,
+        "gsm8k_base": BaseProblems,
+        "sums": Sums,
+        "turns": Turns,
+        "probes": Probes,
+    }
+    return own | {"mmlu": Mmlu, **BENCHMARKS, "lambada": Lambada}
 
 
 def make_tasks(names: Sequence[str]) -> list[Task]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
-from typing import Any
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from argonne.errors import InputError
 from argonne.model.attention import Pattern
@@ -18,6 +21,7 @@ from argonne.model.modeling_argonne import ArgonneForCausalLM
 from argonne.presets import presets
 
 RESIDUAL = ("o_proj", "down_proj")
+PIECE = 1 << 24  # numbers drawn at once
 
 
 def config_from_fields(fields: Mapping[str, Any]) -> ArgonneConfig:
@@ -43,7 +47,53 @@ def config_from_fields(fields: Mapping[str, Any]) -> ArgonneConfig:
         raise InputError(f"model: {error}") from None
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Weights:
+    """A model that takes no memory yet, and its tensors, whole, one at a time, so that no more of them need exist than
+    are wanted here.
+
+    model: on the meta device. tensors: (name, tensor on the CPU), once through, each layer's one after the other; a
+    tied head's not.
+    """
+
+    model: ArgonneForCausalLM
+    tensors: Callable[[], Iterator[tuple[str, Tensor]]]
+
+    @property
+    def config(self) -> ArgonneConfig:
+        return cast(ArgonneConfig, self.model.config)
+
+    @torch.no_grad()
+    def fill(
+        self, device: torch.device | str, ended: Callable[[nn.Module], object] = lambda layer: None
+    ) -> ArgonneForCausalLM:
+        """The model with its tensors on a device. `ended` is called with each decoder layer once it has all of its own,
+        and may take them apart.
+        """
+        for layer, tensors in itertools.groupby(self.tensors(), lambda pair: layer_of(pair[0])):
+            for name, tensor in tensors:
+                owner, _, leaf = name.rpartition(".")
+                setattr(self.model.get_submodule(owner), leaf, nn.Parameter(tensor.to(device)))
+            if layer:
+                ended(self.model.get_submodule(layer))
+        self.model.tie_weights()
+        return self.model
+
+
+def layer_of(name: str) -> str:
+    """The decoder layer whose parameter this is, "" where it is none's."""
+    match = re.match(r"model\.layers\.\d+", name)
+    return match[0] if match else ""
+
+
+def empty_model(config: ArgonneConfig) -> ArgonneForCausalLM:
+    """A model on the meta device, its head tied where the config says so."""
+    with torch.device("meta"):
+        model = ArgonneForCausalLM(config)
+    model.tie_weights()
+    return model
+
+
 def build_model(
     config: ArgonneConfig,
     *,
@@ -52,44 +102,64 @@ def build_model(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> ArgonneForCausalLM:
-    """A fresh model whose weights depend on the seed and the config alone, not on the global random state or the
-    device.
+    """A fresh model, see `fresh_weights`."""
+    return fresh_weights(config, initializer=initializer, seed=seed, dtype=dtype).fill(device)
 
-    They are filled in the order of the parameters' names. scaled: normal 0.02, residual output projections 0.02 /
-    sqrt(2 L) (GPT-2). argonne: the earlier code's widths, normal H^-0.5 and (2 L)^-0.5 for the residual ones (1.x: 0.02
+
+def fresh_weights(
+    config: ArgonneConfig, *, initializer: str = "scaled", seed: int, dtype: torch.dtype = torch.float32
+) -> Weights:
+    """Weights that depend on the seed and the config alone, not on the global random state or the device.
+
+    They are drawn in the order of the modules' names. scaled: normal 0.02, residual output projections 0.02 / sqrt(2 L)
+    (GPT-2). argonne: the earlier code's widths, normal H^-0.5 and (2 L)^-0.5 for the residual ones (1.x: 0.02
     everywhere). Norms 1, biases 0.
     """
     if initializer not in ("scaled", "argonne"):
         raise InputError(f"model.initializer is {initializer!r}; expected scaled or argonne")
-    with torch.device("meta"):
-        model = ArgonneForCausalLM(config)
-    model.to_empty(device="cpu")
-    model.tie_weights()
-    generator = torch.Generator().manual_seed(seed)
+    model = empty_model(config)
     depth = 2 * config.num_hidden_layers
     first_generation = isinstance(config, Argonne1Config)
     std = config.initializer_range if initializer == "scaled" or first_generation else config.hidden_size**-0.5
     residual = std / math.sqrt(depth) if initializer == "scaled" else (std if first_generation else depth**-0.5)
-    for name, module in sorted(model.named_modules()):
-        if name == "lm_head" and config.tie_word_embeddings:
-            continue
-        if isinstance(module, nn.Linear | nn.Embedding):
-            module.weight.normal_(0.0, residual if name.rsplit(".", 1)[-1] in RESIDUAL else std, generator=generator)
-        elif getattr(module, "weight", None) is not None:
-            module.weight.fill_(1.0)
-        if getattr(module, "bias", None) is not None:
-            module.bias.zero_()
-    nn.Module.to(model, device=device, dtype=dtype)
-    return model
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        generator = torch.Generator().manual_seed(seed)
+        for name, module in sorted(model.named_modules()):
+            if name == "lm_head" and config.tie_word_embeddings:
+                continue
+            for leaf, parameter in module.named_parameters(recurse=False):
+                tensor = torch.zeros(parameter.shape, dtype=dtype)
+                if leaf == "weight" and isinstance(module, nn.Linear | nn.Embedding):
+                    _draw(tensor, residual if name.rsplit(".", 1)[-1] in RESIDUAL else std, generator)
+                elif leaf == "weight":
+                    tensor.fill_(1.0)
+                yield f"{name}.{leaf}", tensor
+
+    return Weights(model, tensors)
 
 
-def check_attention(model: ArgonneForCausalLM, kernel: str, dtype: torch.dtype, *, documents: bool = False) -> set[str]:
-    """The kernels that train this model on its device in `dtype`. Raises InputError when one that a recipe forces
+def _draw(tensor: Tensor, std: float, generator: torch.Generator) -> None:
+    """Fill with normal numbers as fp32 has them, in pieces: of a large table no copy in fp32 need exist. Pieces of
+    whole blocks of 16 give what one draw gives.
+    """
+    flat = tensor.view(-1)
+    for start in range(0, flat.numel(), PIECE):
+        end = flat.numel() if flat.numel() - start < 2 * PIECE else start + PIECE
+        piece = torch.empty(end - start)
+        flat[start:end] = piece.normal_(0.0, std, generator=generator)
+        if end == flat.numel():
+            break
+
+
+def check_attention(
+    config: ArgonneConfig, device: torch.device, kernel: str, dtype: torch.dtype, *, documents: bool = False
+) -> set[str]:
+    """The kernels that train a model on a device in `dtype`. Raises InputError when one that a recipe forces
     cannot, before anything runs.
 
     documents: rows will be packed with a document mask.
     """
-    config, device = model.config, model.device
     sizes = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
     query, key, value = (
         torch.empty(1, heads, 4, config.head_dim, device=device, dtype=dtype, requires_grad=True) for heads in sizes
@@ -104,10 +174,7 @@ def check_attention(model: ArgonneForCausalLM, kernel: str, dtype: torch.dtype, 
 
 def count_parameters(config: ArgonneConfig) -> int:
     """Parameters of the real modules, made on the meta device; a tied head counts once."""
-    with torch.device("meta"):
-        model = ArgonneForCausalLM(config)
-    model.tie_weights()
-    return int(model.num_parameters())
+    return int(empty_model(config).num_parameters())
 
 
 def describe_presets() -> list[dict[str, Any]]:

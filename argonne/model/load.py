@@ -9,17 +9,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from argonne import layout
 from argonne.errors import InputError, first_line
 from argonne.layout import Kind
+from argonne.model.build import Weights, empty_model
+from argonne.model.configuration_argonne import Argonne1Config, ArgonneConfig
+from argonne.model.modeling_argonne import ArgonneForCausalLM
+from argonne.model.stored import StoredTensors, fingerprint_of_weights
 from argonne.plan.shape import architecture_of
-
-if TYPE_CHECKING:
-    from argonne.model.modeling_argonne import ArgonneForCausalLM
 
 FAMILY = ("argonne", "argonne2")
 VOCABULARY_TABLES = ("model.embed_tokens.", "lm_head.")  # what has a row for each token
@@ -67,6 +69,11 @@ class LoadedModel:
     model: ArgonneForCausalLM
     tokenizer_folder: Path | None
     folder: Path
+
+
+def identity_of(found: FoundModel) -> dict[str, Any]:
+    """What a run or a merge writes down of a model that it begins with."""
+    return {"run_id": found.run_id, "step": found.step, "weights": fingerprint_of_weights(found.folder)}
 
 
 def resolve_model(name: str | Path) -> FoundModel:
@@ -176,18 +183,15 @@ def load_model(
     is not such a model.
     """
     found = resolve_model(name)
-    with no_progress_bar():
-        if found.is_checkpoint:
-            state = read_checkpoint_weights(found.folder)
-            model = _from_pretrained(
-                found.folder, None, state_dict=state, dtype=dtype or next(iter(state.values())).dtype
-            )
-        else:
-            model = _from_folder(found.folder, dtype)
+    weights = stored_weights(found.folder, dtype)
+    model = weights.fill(device)
+    generation = found.folder / layout.GENERATION_CONFIG
+    if generation.is_file():
+        model.generation_config = GenerationConfig.from_dict(_json(generation))
     for name, value in stop_ids(found.folder, found.config).items():
         for keeper in (model.config, model.generation_config):  # so that save_pretrained keeps them
             setattr(keeper, name.replace("_id", "_token_id"), value)
-    return LoadedModel(model.to(device).eval(), found.tokenizer_folder, found.folder)
+    return LoadedModel(model.eval(), found.tokenizer_folder, found.folder)
 
 
 def stop_ids(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
@@ -209,48 +213,54 @@ def stop_ids(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _from_pretrained(folder: Path, source: Path | None, **how: Any) -> Any:
-    """transformers' loading with the config of `folder`. What is missing it fills with random numbers and only warns:
-    here that is an error.
+def stored_weights(folder: Path, dtype: torch.dtype | None = None) -> Weights:
+    """The model of a checkpoint or model folder. `dtype` None: as its config says, else as they are stored. Raises
+    InputError where they are not those of the config.
     """
-    from argonne.model.configuration_argonne import Argonne1Config, ArgonneConfig
-    from argonne.model.modeling_argonne import ArgonneForCausalLM
-
-    values = _json(folder / layout.MODEL_CONFIG)
-    try:
-        config = (Argonne1Config if values["model_type"] == "argonne" else ArgonneConfig).from_dict(values)
-    except ValueError as error:
-        raise InputError(f"{folder / layout.MODEL_CONFIG}: {error}") from None
-    loaded: Any = ArgonneForCausalLM.from_pretrained(source, config=config, output_loading_info=True, **how)
-    model, info = loaded
-    problems = [f"{name} is missing" for name in sorted(info["missing_keys"])]
-    problems += [f"{name} is unknown" for name in sorted(info["unexpected_keys"])]
+    stored, config = tensors_of(folder), _config(folder)
+    model = empty_model(config)
+    own = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    problems = [f"{name} is missing" for name in sorted(own.keys() - stored.shapes.keys())]
+    problems += [f"{name} is unknown" for name in sorted(stored.shapes.keys() - own.keys() - tied)]
     problems += [
-        f"{entry[0]} has shape {tuple(entry[1])}, expected {tuple(entry[2])}"
-        for entry in sorted(info["mismatched_keys"])
+        f"{name} has shape {stored.shapes[name]}, expected {shape}"
+        for name, shape in sorted(own.items())
+        if stored.shapes.get(name, shape) != shape
     ]
     if problems:
         raise InputError(
             f"{folder}: not the weights of this configuration: {'; '.join(problems[:3])} ({len(problems)} differences)"
         )
-    return model
+    said = getattr(torch, str(config.dtype).removeprefix("torch."), None) if config.dtype else None
+    wanted = dtype or said or stored.read(next(iter(own))).dtype
+    config.dtype = wanted
+    return Weights(model, lambda: ((name, stored.read(name).to(wanted)) for name in sorted(own)))
 
 
-def _from_folder(folder: Path, dtype: torch.dtype | None) -> Any:
-    from safetensors import SafetensorError, safe_open
+def _config(folder: Path) -> ArgonneConfig:
+    values = _json(folder / layout.MODEL_CONFIG)
+    try:
+        return (Argonne1Config if values["model_type"] == "argonne" else ArgonneConfig).from_dict(values)
+    except ValueError as error:
+        raise InputError(f"{folder / layout.MODEL_CONFIG}: {error}") from None
 
+
+def tensors_of(folder: Path) -> StoredTensors:
+    """The weights of a checkpoint or model folder by parameter name. Raises InputError where it has none that fit
+    ours.
+    """
+    if layout.kind_of(folder) is Kind.CHECKPOINT:
+        stored = StoredTensors(folder, "model.")
+        if not stored.shapes:
+            raise InputError(f"{folder}: no weights in it")
+        return stored
     if not any(folder.glob(layout.WEIGHTS)):
         raise InputError(
             f"{folder}: no safetensors file; earlier formats come in through `argonne import {folder} --out DIR`"
         )
-    names: list[str] = []
-    for path in sorted(folder.glob(layout.WEIGHTS)):
-        try:
-            with safe_open(path, "pt") as file:
-                names += list(file.keys())
-        except SafetensorError as error:
-            raise InputError(f"{path}: cannot be read as safetensors ({error}); it is truncated or damaged") from None
-    if any(name.startswith("model.model.") for name in names):
+    stored = StoredTensors(folder)
+    if any(name.startswith("model.model.") for name in stored.shapes):
         raise InputError(
             f"{folder}: the tensors of a training checkpoint, but its state.json is missing; it is damaged, give "
             "another one"
@@ -259,77 +269,52 @@ def _from_folder(folder: Path, dtype: torch.dtype | None) -> Any:
         raise InputError(
             f"{folder}: tensors under earlier names; run `argonne import {folder} --out DIR` and use that folder"
         )
-    try:
-        # Mismatches are named with both shapes.
-        how = {"local_files_only": True, "use_safetensors": True, "ignore_mismatched_sizes": True}
-        return _from_pretrained(folder, folder, dtype=dtype or "auto", **how)
-    except (SafetensorError, RuntimeError, OSError) as error:
-        raise InputError(f"{folder}: the weights cannot be read: {first_line(error)}") from None
+    return stored
 
 
-def read_checkpoint_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The weights of a training checkpoint by parameter name."""
-    state = read_checkpoint_tensors(checkpoint, "model.")
-    if not state:
-        raise InputError(f"{checkpoint}: no weights in it")
-    return {name.removeprefix("model."): tensor for name, tensor in state.items()}
+def read_checkpoint_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a training checkpoint by their flat names, however many ranks wrote it."""
+    stored = StoredTensors(checkpoint)
+    return {name: stored.read(name) for name in stored.shapes}
 
 
-def read_checkpoint_tensors(checkpoint: Path, prefix: str = "") -> dict[str, torch.Tensor]:
-    """The tensors of a training checkpoint whose flat names begin with `prefix`, whole, however many ranks wrote it."""
-    import warnings
-
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint import HuggingFaceStorageReader
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        reader = HuggingFaceStorageReader(str(checkpoint))
-        entries = reader.read_metadata().state_dict_metadata
-        state = {
-            name: torch.empty(entry.size, dtype=entry.properties.dtype)
-            for name, entry in entries.items()
-            if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
-        }
-        if state:
-            dcp.load(state, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
-    return state
-
-
-def load_weights_into(model: ArgonneForCausalLM, folder: Path, new_ids: range = range(0)) -> None:
-    """Copy the weights of a checkpoint or model folder into a model of the same architecture. A longer learned position
-    table is refused.
+def started_from(folder: Path, fresh: Weights, dtype: torch.dtype, new_ids: range = range(0)) -> Weights:
+    """The model of `fresh` with the weights of a checkpoint or model folder of the same architecture. A longer learned
+    position table is refused.
 
     new_ids: tokens that the weights never saw. Their rows of the embedding, and of a head of its own, which are missing
     or spare in the weights, become the mean of the rows before them.
     """
-    is_checkpoint = layout.kind_of(folder) is Kind.CHECKPOINT
-    with no_progress_bar():
-        state = read_checkpoint_weights(folder) if is_checkpoint else _from_folder(folder, None).state_dict()
-    own = dict(model.named_parameters())
+    stored, own = tensors_of(folder), dict(fresh.model.named_parameters())
     growing = {name for name in own if new_ids and name.startswith(VOCABULARY_TABLES)}
     problems = [
-        f"{name} is {tuple(state[name].shape) if name in state else 'missing'}, expected {tuple(parameter.shape)}"
+        f"{name} is {stored.shapes.get(name, 'missing')}, expected {tuple(parameter.shape)}"
         for name, parameter in own.items()
-        if name not in state
-        or state[name].shape[name in growing :] != parameter.shape[name in growing :]
-        or (name in growing and not new_ids.start <= len(state[name]) <= len(parameter))
+        if name not in stored.shapes
+        or stored.shapes[name][name in growing :] != parameter.shape[name in growing :]
+        or (name in growing and not new_ids.start <= stored.shapes[name][0] <= len(parameter))
     ]
     if problems:
         raise InputError(
             f"{folder}: its weights do not fit this model: {'; '.join(problems[:3])} ({len(problems)} differences)"
         )
-    with torch.no_grad():
-        for name, parameter in own.items():
-            if name not in growing:
-                parameter.copy_(state[name])
-                continue
-            parameter[: len(state[name])] = state[name]
-            # Spare rows of the weights too: no text ever asked for them. In an embedding they are the noise of the
-            # first step, in a head, or one table for both, pushed away from every answer since: an average token
-            # begins better.
-            parameter[new_ids.start : new_ids.stop] = mean_row(state[name][: new_ids.start])
+
+    def grown(name: str, table: torch.Tensor) -> torch.Tensor:
+        known = stored.read(name)
+        table[: len(known)] = known
+        # Spare rows of the weights too: no text ever asked for them. In an embedding they are the noise of the first
+        # step, in a head, or one table for both, pushed away from every answer since: an average token begins better.
+        table[new_ids.start : new_ids.stop] = mean_row(known[: new_ids.start])
+        return table
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        if not growing:
+            yield from ((name, stored.read(name).to(dtype)) for name in sorted(own))
+            return
+        for name, tensor in fresh.tensors():
+            yield name, grown(name, tensor) if name in growing else stored.read(name).to(dtype)
+
+    return Weights(fresh.model, tensors)
 
 
 def mean_row(table: torch.Tensor) -> torch.Tensor:

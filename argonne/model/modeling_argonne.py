@@ -166,12 +166,11 @@ class ArgonneBaseModel(ArgonnePreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Hidden states (B, T, H) after the final norm. Further keyword arguments reach the attention function of each
-        layer.
-        """
-        config = self.config
+        """Normed hidden states (B, T, H). cache: past_key_values since transformers 5.24. kwargs: for the attention."""
+        config, past_key_values = self.config, past_key_values if cache is None else cache
         keeps = config.output_attentions if output_attentions is None else output_attentions
         if keeps and config._attn_implementation != "eager":
             raise ValueError(

@@ -4,6 +4,7 @@ model's own code.
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from collections.abc import Mapping
@@ -53,18 +54,36 @@ def save_model_folder(
         for name, value in before.items():
             setattr(model.config, name, value)
     # save_pretrained records the saved class only: name the others too, so that every Auto class finds its own.
-    path, config_class = folder / layout.MODEL_CONFIG, type(model.config).__name__
+    path = folder / layout.MODEL_CONFIG
     config = json.loads(path.read_text())
-    family = config_class.removesuffix("Config")  # Argonne, or Argonne1 for 1.x
-    config["architectures"] = [f"{family}ForCausalLM"]
-    config["auto_map"] = {
-        "AutoConfig": f"configuration_argonne.{config_class}",
+    config["architectures"] = [f"{family_of(type(model.config))}ForCausalLM"]
+    config["auto_map"] = auto_map(type(model.config))
+    config["dtype"] = str(dtype or next(model.parameters()).dtype).removeprefix("torch.")
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def family_of(config_class: type) -> str:
+    """Argonne, or Argonne1 for 1.x."""
+    return config_class.__name__.removesuffix("Config")
+
+
+def auto_map(config_class: type) -> dict[str, str]:
+    """Which class each Auto class is to find."""
+    family = family_of(config_class)
+    return {
+        "AutoConfig": f"configuration_argonne.{config_class.__name__}",
         "AutoModel": f"modeling_argonne.{family}BaseModel",
         "AutoModelForCausalLM": f"modeling_argonne.{family}ForCausalLM",
         "AutoModelForSequenceClassification": f"modeling_argonne.{family}ForSequenceClassification",
     }
-    config["dtype"] = str(dtype or next(model.parameters()).dtype).removeprefix("torch.")
-    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def shipped_code(model_class: type) -> set[str]:
+    """Names of the files of code that a model folder needs."""
+    from transformers.dynamic_module_utils import get_relative_import_files
+
+    file = inspect.getfile(model_class)
+    return {Path(name).name for name in (file, *get_relative_import_files(file))}
 
 
 def copy_tokenizer(source: Path | None, target: Path) -> list[str]:

@@ -20,6 +20,7 @@ from typing import Any
 from torch.distributed import DistError, TCPStore
 
 from argonne.errors import REQUESTS, Stopped, first_line, outlive_stderr
+from argonne.parallel.nodes import POLL_SECONDS, Nodes, Place, World
 
 HOST = "127.0.0.1"
 EXIT_SECONDS = 30.0
@@ -44,32 +45,37 @@ def run_workers(
     max_restarts: int,
     grace_seconds: float,
     preload: Sequence[str] = (),
+    place: Place | None = None,
+    join_seconds: float = 0.0,
 ) -> list[Any]:
     """Run `work(*arguments)` on `count` local processes that can reach one another; returns the results by rank.
 
     A worker that fails, dies or is killed ends the others, and all start again up to `max_restarts` times. Requests to
     stop (`REQUESTS`) are passed on to the workers, which save and return; they have `grace_seconds` for it, and a
     worker that returns a Stopped passes it on to the others as well. After a request nothing is started again.
-    `preload`: modules loaded once in the server that workers are forked from.
+    `preload`: modules loaded once in the server that workers are forked from. `place`: this is one of several nodes,
+    which wait `join_seconds` for one another, fail, start again and stop together; results are this node's.
 
     Raises WorkerFailed with the first failure's own words; Stopped where it followed a request.
     """
     _start_server(preload)
-    with _forwarding(grace_seconds) as requests:
+    with _forwarding(grace_seconds) as requests, _among(place, requests, join_seconds) as nodes:
         for attempt in range(max_restarts + 1):
             workers: list[_Worker] = []
-            store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
+            world = _alone(count) if nodes is None else nodes.meet(attempt, count)
             try:
-                for rank in range(count):
-                    workers.append(_start(work, arguments, rank, count, store.port, attempt))
+                for local_rank in range(count):
+                    workers.append(_start(work, arguments, local_rank, count, world, attempt))
                     requests.add(workers[-1])
-                results, failure = _watch(workers, requests)
+                results, failure = _watch(workers, requests, nodes)
             finally:
                 for worker in workers:
                     worker.process.kill()
                     worker.process.join()
                     worker.connection.close()
                 requests.workers.clear()
+            if nodes is not None:
+                failure = nodes.agree()
             if failure is None:
                 return results
             if requests.number is not None:
@@ -79,6 +85,21 @@ def run_workers(
                 left = max_restarts - attempt - 1
                 print(f"{failure}; all start again from the last checkpoint, {left} restarts left", file=sys.stderr)
     raise WorkerFailed(failure)
+
+
+def _alone(count: int) -> World:
+    store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
+    return World(HOST, store.port, 0, count, store)
+
+
+@contextmanager
+def _among(place: Place | None, requests: _Requests, join_seconds: float) -> Iterator[Nodes | None]:
+    nodes = None if place is None else Nodes(place, requests, join_seconds)
+    try:
+        yield nodes
+    finally:
+        if nodes is not None:
+            nodes.leave()
 
 
 def let_the_cause_speak_first(error: RuntimeError) -> None:
@@ -107,14 +128,17 @@ def _start_server(preload: Sequence[str]) -> None:
 
 
 def _start(
-    work: Callable[..., Any], arguments: tuple[Any, ...], rank: int, count: int, port: int, attempt: int
+    work: Callable[..., Any], arguments: tuple[Any, ...], local_rank: int, count: int, world: World, attempt: int
 ) -> _Worker:
     mine, its = multiprocessing.Pipe()
+    rank = world.first + local_rank
     environment = {
-        **{name: str(rank) for name in ("RANK", "LOCAL_RANK")},
-        **{name: str(count) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")},
-        "MASTER_ADDR": HOST,
-        "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(local_rank),
+        "WORLD_SIZE": str(world.size),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": world.address,
+        "MASTER_PORT": str(world.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is the launcher's
         "TORCHELASTIC_RESTART_COUNT": str(attempt),
     }
@@ -148,22 +172,26 @@ def _serve(work: Callable[..., Any], arguments: tuple[Any, ...], environment: di
     sys.exit(0 if answer[1] is None else 1)
 
 
-def _watch(workers: list[_Worker], requests: _Requests) -> tuple[list[Any], str | None]:
-    """Wait for all; (their results, None), or the first failure as soon as it is seen."""
+def _watch(workers: list[_Worker], requests: _Requests, nodes: Nodes | None = None) -> tuple[list[Any], str | None]:
+    """Wait for all; (their results, None), or the first failure as soon as it is seen, here or on another node."""
     results: dict[int, Any] = {}
     while len(results) < len(workers):
         left = {worker.connection: worker for worker in workers if worker.rank not in results}
-        for ready in wait(list(left)):
+        for ready in wait(list(left), None if nodes is None else POLL_SECONDS):
             worker = left[ready]  # type: ignore[index] # these are Connections
             try:
                 results[worker.rank], problem = worker.connection.recv()
             except (EOFError, ConnectionResetError):
                 problem = "it ended without a word"
             if problem is not None:
+                if nodes is not None:  # before the others find that it is gone
+                    nodes.tell(f"worker {worker.rank} failed: {problem}")
                 worker.process.join(EXIT_SECONDS)
                 return [], f"worker {worker.rank} failed (exit code {worker.process.exitcode}): {problem}"
             if isinstance(results[worker.rank], Stopped):
                 requests.ask(signal.SIGTERM)
+        if nodes is not None and (told := nodes.listen()) is not None:
+            return [], told
     for worker in workers:
         worker.process.join(EXIT_SECONDS)  # what a library still does at its exit is not waited for any longer
     return [results[rank] for rank in sorted(results)], None

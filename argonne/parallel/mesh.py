@@ -30,7 +30,7 @@ class Mesh:
 
     The ranks of a pipeline, of tensor and of context parallelism read the same rows: `data_rank` of `data_size` is the
     place in the data, and the first rank of each place speaks for it where counts are added. Pipeline is the outermost
-    dimension, tensor and context the innermost.
+    dimension, then copies of the model, then the `shard` ranks that share one, tensor and context the innermost.
 
     Groups: `agreement` (gloo) for decisions such as stop, save and counts, `saving` (gloo) for saves in the background,
     `data` for the ranks that hold the same part of the model and differ in their data; None is torch's default group,
@@ -46,6 +46,7 @@ class Mesh:
     data: Any = None
     pipeline: int = 1
     inner: int = 1
+    shard: int = 1
 
     @property
     def data_size(self) -> int:
@@ -124,16 +125,18 @@ def _data_groups(mesh: Mesh) -> list[list[int]]:
     ]
 
 
-def worker_count(nproc: int, device: str) -> int:
-    """Workers to start here: what the recipe says, else one a GPU, else one. Under torchrun or srun this process is a
-    worker already: 1.
+def worker_count(parallel: ParallelSection, device: str, nodes: int = 1) -> int:
+    """Workers to start here, on one of so many nodes: what the recipe says, else one a GPU, else as many as its degrees
+    need. Under torchrun or
+    srun this process is a worker already: 1.
     """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return 1
     gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
-    if nproc > 1 and gpus and nproc > gpus:
-        raise InputError(f"parallel.nproc: found {nproc}, expected at most {gpus}, the GPUs of this machine")
-    return nproc or max(1, gpus)
+    if parallel.nproc > 1 and gpus and parallel.nproc > gpus:
+        raise InputError(f"parallel.nproc: found {parallel.nproc}, expected at most {gpus}, the GPUs of this machine")
+    degrees = max(1, parallel.replicate) * parallel.shard * parallel.tensor * parallel.context * parallel.pipeline
+    return parallel.nproc or gpus or max(1, degrees // nodes)
 
 
 @contextmanager
@@ -172,7 +175,7 @@ def open_mesh(parallel: ParallelSection, device_name: str, *, timeout_seconds: f
     try:
         agreement = dist.new_group(backend="gloo", timeout=timeout)
         saving = dist.new_group(backend="gloo", timeout=timeout)
-        place = Mesh(device, rank, world_size, local_rank, agreement, saving, None, pipeline, inner)
+        place = Mesh(device, rank, world_size, local_rank, agreement, saving, None, pipeline, inner, parallel.shard)
         data = None
         if place.data_size < world_size:
             data, _ = dist.new_subgroups_by_enumeration(_data_groups(place), backend=backend, timeout=timeout)

@@ -1,4 +1,4 @@
-"""How a model is spread over the mesh. A mode is a page: what it refuses, and what it makes of a model. Here: one copy
+"""How a model is spread over the mesh. A mode is a page: what it refuses, and what it makes of weights. Here: one copy
 a rank.
 
 Parallelising comes before the optimizer, which must find the parameters that will really be trained.
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from argonne.config import ParallelSection
-from argonne.keys import check_replicated
+from argonne.keys import check_mesh
 from argonne.parallel.mesh import Mesh
 from argonne.parallel.objective import Loss, MicroBatch, Objective
 
@@ -75,20 +75,29 @@ class Parallelised:
     forward: Literal["alone", "together", "never"] = "alone"
 
 
-@dataclass(frozen=True)
-class Mode:
-    """A way to spread a model. `check` raises InputError for degrees that it would not honour, before any worker
-    starts.
+class Weights(Protocol):
+    """A model that takes no memory until it is filled. fill(device, ended): with its tensors; `ended` gets each decoder
+    layer once it has all of its own, and may take them apart.
     """
 
-    check: Callable[[ParallelSection], None]
-    parallelise: Callable[[nn.Module, Mesh, Objective, Casts], Parallelised]
+    def fill(self, device: torch.device | str, ended: Callable[[nn.Module], object] = ..., /) -> nn.Module: ...
 
 
-def replicate(model: nn.Module, mesh: Mesh, objective: Objective, casts: Casts) -> Parallelised:
+@dataclass(frozen=True)
+class Mode:
+    """A way to spread a model. check(parallel, workers) raises InputError for degrees that it would not honour, before
+    any worker starts.
+    """
+
+    check: Callable[[ParallelSection, int], None]
+    parallelise: Callable[[Weights, Mesh, Objective, Casts], Parallelised]
+
+
+def replicate(weights: Weights, mesh: Mesh, objective: Objective, casts: Casts) -> Parallelised:
     """One copy a rank, gradients averaged over ranks in the last backward pass of a step; the model itself on a mesh of
     one.
     """
+    model = weights.fill(mesh.device)
     if mesh.world_size == 1:
         return in_one_call(model, model, mesh, objective, casts)
     stepped = _distributed(model, mesh)
@@ -136,7 +145,7 @@ def in_one_call(
     return Parallelised(stepped, plain, forward_backward, total_norm, evaluate, forward)
 
 
-REPLICATED = Mode(check_replicated, replicate)
+REPLICATED = Mode(check_mesh, replicate)
 
 
 def _distributed(model: nn.Module, mesh: Mesh) -> DistributedDataParallel:

@@ -23,11 +23,11 @@ from argonne.plan.devices import (
     Device,
     best_choice,
     expected_rate,
-    refusal_of,
     usable_memory,
     what_would_fit,
 )
 from argonne.plan.memory import Setup
+from argonne.plan.mesh import refusal_of, sending_seconds
 from argonne.plan.published import MEASURED, PUBLISHED, SOURCE_TOKENS, Measured
 from argonne.plan.shape import as_trained, shape_of, weights_on_disk
 from argonne.presets import preset
@@ -44,8 +44,9 @@ SMALL = 50_000_000  # parameters under which a plan without --gpu is one for the
 class Plan:
     """What `argonne plan` prints and a run keeps. Memory in bytes of one device, speeds for all devices together.
 
-    past_errors: speed as planned / speed as measured, of releases whose speed is known. refusals: why no run would
-    start.
+    traffic: what one device sends in a step, by kind; traffic_seconds: how long that takes, None where no link is
+    known. past_errors: speed as planned / speed as measured, of releases whose speed is known. refusals: why no run
+    would start.
     """
 
     recipe: str | None
@@ -72,6 +73,8 @@ class Plan:
     memory_limit: float | None
     fits: bool
     advice: str | None
+    traffic: list[dict[str, Any]]
+    traffic_seconds: float | None
     steps: int | None
     tokens: int | None
     expected_mfu: float | None
@@ -125,7 +128,7 @@ def plan_of(
     hours = tokens / rate / 3600 if tokens is not None and rate else None
     uses = source_uses(recipe.data, tokens, SOURCE_TOKENS.get(name or ""))
     advice = None if choice.fits else what_would_fit(recipe, shape, device, gpus)
-    refusals = _refusals(recipe, uses, choice, advice and _too_large(choice, device, gpus, advice))
+    refusals = _refusals(recipe, uses, choice, _misfit(recipe, choice, device, gpus, advice))
     return Plan(
         recipe=name,
         stage=recipe.stage,
@@ -149,6 +152,8 @@ def plan_of(
         memory_limit=usable_memory(device, gpus),
         fits=choice.fits,
         advice=advice,
+        traffic=[asdict(sent) for sent in choice.traffic],
+        traffic_seconds=sending_seconds(choice.traffic),
         steps=steps,
         tokens=tokens,
         expected_mfu=mfu,
@@ -179,9 +184,9 @@ def choose_setup(recipe: Recipe, device: Device, world_size: int = 1, *, overrun
     """
     recipe, shape = _replicated(recipe, world_size), shape_of(recipe.model, recipe.data.sequence_length)
     choice = best_choice(recipe, shape, device, world_size)
-    if not choice.fits and not overrun:
-        advice = what_would_fit(recipe, shape, device, world_size)
-        raise InputError(_too_large(choice, device, world_size, advice))
+    advice = None if choice.fits else what_would_fit(recipe, shape, device, world_size)
+    if (misfit := _misfit(recipe, choice, device, world_size, advice)) and not overrun:
+        raise InputError(misfit)
     return choice.setup
 
 
@@ -202,21 +207,29 @@ def _replicated(recipe: Recipe, world_size: int) -> Recipe:
     return replace(recipe, parallel=replace(asked, replicate=world_size))
 
 
-def _too_large(choice: Choice, device: Device, gpus: int, advice: str) -> str:
+def _misfit(recipe: Recipe, choice: Choice, device: Device, gpus: int, advice: str | None) -> str | None:
+    """Why a run with the recipe's own degrees would not fit, and what would; None where it fits."""
+    if choice.fits and choice.layout.shard == recipe.parallel.shard:
+        return None
+    if choice.fits:
+        return (
+            f"memory: a whole copy does not fit on one {device.name}; this plan shards weights, gradients and moments, "
+            f"so start it with --parallel.shard {choice.layout.shard}"
+        )
     return (
         f"memory: a step is planned with {choice.memory.total / 1e9:.2f} GB on each {device.name}, of "
         f"{usable_memory(device, gpus) / 1e9:.2f} GB usable; {advice}; or say --allow memory"
     )
 
 
-def _refusals(recipe: Recipe, uses: list[SourceUse], choice: Choice, too_large: str | None) -> list[str]:
+def _refusals(recipe: Recipe, uses: list[SourceUse], choice: Choice, misfit: str | None) -> list[str]:
     """Why pretrain would not start this run."""
     found = [
         f"source {use.path} would be read {use.passes:.2f} times, more than its max_epochs {use.max_epochs:g}"
         for use in uses
         if use.here and use.passes is not None and use.passes > use.max_epochs
     ]
-    return [reason for reason in (refusal_of(recipe, choice.layout), too_large, *found) if reason]
+    return [reason for reason in (refusal_of(recipe, choice.layout), misfit, *found) if reason]
 
 
 def _warnings(
@@ -243,9 +256,10 @@ def _warnings(
         found.append(
             "the run's length is in epochs of data that is not on this disk: steps, hours and cost are not known"
         )
-    if choice.layout.shard > 1 and recipe.parallel.shard == 1 and choice.fits:
+    if recipe.batch.tokens_per_step < choice.layout.data_parallel * recipe.data.sequence_length:
         found.append(
-            f"a full copy does not fit on a device: this plan shards the state, --parallel.shard {choice.layout.shard}"
+            f"a step has {recipe.batch.tokens_per_step // recipe.data.sequence_length} rows for "
+            f"{choice.layout.data_parallel} devices that read rows of their own: the others train on nothing"
         )
     if device.name == "cpu":
         found.append(

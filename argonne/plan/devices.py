@@ -6,13 +6,13 @@ import difflib
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from argonne.config import Recipe
 from argonne.errors import InputError
-from argonne.keys import check_replicated
 from argonne.plan.memory import LIBRARIES_CPU, Memory, Setup, memory_of
+from argonne.plan.mesh import Layout, Sent, layouts, sending_seconds, traffic_of
 from argonne.plan.shape import ModelShape
 
 GIB = 1024**3
@@ -152,37 +152,14 @@ _GPU_NAMES = ("rtx-4090", "a100-40gb", "a100-80gb", "h100", "h200", "b200")
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Degrees of parallelism; their product is the number of devices."""
-
-    replicate: int = 1
-    shard: int = 1
-    tensor: int = 1
-    context: int = 1
-    pipeline: int = 1
-
-    @property
-    def data_parallel(self) -> int:
-        return self.replicate * self.shard
-
-    @property
-    def speed(self) -> float:
-        """Assumed share of the speed that communication leaves."""
-        return (
-            (0.95 if self.shard > 1 else 1.0)
-            * (0.85 if self.tensor > 1 else 1.0)
-            * (0.9 if self.context * self.pipeline > 1 else 1.0)
-        )
-
-
-@dataclass(frozen=True)
 class Choice:
-    """One way to run a step: what a device holds at its peak, and its speed relative to an unhindered one."""
+    """One way to run a step: what a device holds at its peak and sends, and its speed relative to an unhindered one."""
 
     setup: Setup
     micro_batches: int
     layout: Layout
     memory: Memory
+    traffic: list[Sent]
     speed: float
     fits: bool
 
@@ -206,33 +183,19 @@ def machine_memory() -> float:
 
 
 def best_choice(recipe: Recipe, shape: ModelShape, known: Device, gpus: int) -> Choice:
-    """The fastest choice that fits; where none does, the one that needs least. Raises InputError for degrees that do
-    not divide the devices.
+    """The fastest choice that fits in the first layout where one does: the smallest shard, the rest replicas. Where
+    none does, the one that needs least. Raises InputError for degrees that do not make the devices.
     """
     if gpus < 1:
         raise InputError(f"--gpus: found {gpus}, expected at least 1")
     limit = usable_memory(known, gpus)
-    choices = [choice for layout in layouts(recipe, gpus) for choice in _choices(recipe, shape, known, layout, limit)]
-    if fitting := [choice for choice in choices if choice.fits]:
-        # Shards that nobody asked for only where replicas, which the trainer would start, do not fit.
-        asked = recipe.parallel.shard
-        return max(fitting, key=lambda choice: (choice.layout.shard == asked, choice.speed, -choice.memory.total))
+    choices: list[Choice] = []
+    for layout in layouts(recipe, gpus):
+        found = list(_choices(recipe, shape, known, layout, limit))
+        if fitting := [choice for choice in found if choice.fits]:
+            return max(fitting, key=lambda choice: (choice.speed, -choice.memory.total))
+        choices += found
     return min(choices, key=lambda choice: choice.memory.total)
-
-
-def layouts(recipe: Recipe, gpus: int) -> Iterator[Layout]:
-    """The recipe's degrees; where it leaves all of them open, every device a replica, or the state sharded over all."""
-    asked = recipe.parallel
-    fixed = asked.shard * asked.tensor * asked.context * asked.pipeline * max(1, asked.replicate)
-    if gpus % fixed or (asked.replicate and gpus != fixed):
-        raise InputError(
-            f"[parallel]: replicate {asked.replicate or 'auto'}, shard {asked.shard}, tensor {asked.tensor}, context "
-            f"{asked.context}, pipeline {asked.pipeline} do not make {gpus} devices; give --gpus a multiple of "
-            f"{fixed}, or other degrees"
-        )
-    yield Layout(asked.replicate or gpus // fixed, asked.shard, asked.tensor, asked.context, asked.pipeline)
-    if fixed == 1 and asked.replicate == 0 and gpus > 1:
-        yield Layout(shard=gpus)
 
 
 def _choices(recipe: Recipe, shape: ModelShape, known: Device, layout: Layout, limit: float) -> Iterator[Choice]:
@@ -272,7 +235,24 @@ def _choices(recipe: Recipe, shape: ModelShape, known: Device, layout: Layout, l
             micro_speed = 1.0 if cpu else min(1.0, tokens / (tokens + HALF_SPEED_TOKENS) / best)
             speed = micro_speed * 3 / (3 + setup.share_recomputed(shape.num_hidden_layers)) * layout.speed
             micro_batches = math.ceil(rows_of_step(recipe, layout) / setup.rows)
-            yield Choice(setup, micro_batches, layout, memory, speed, memory.total <= limit)
+            traffic = traffic_of(shape, setup, layout, micro_batches, known.name)
+            speed *= _share_of_step(recipe, shape, known, setup, layout, speed, traffic)
+            yield Choice(setup, micro_batches, layout, memory, traffic, speed, memory.total <= limit)
+
+
+def _share_of_step(
+    recipe: Recipe, shape: ModelShape, known: Device, setup: Setup, layout: Layout, speed: float, traffic: list[Sent]
+) -> float:
+    """The share of a step in which a device computes, on average. A step takes as long as the device with most rows
+    computes, or as each sends, whichever is longer: the shorter of the two is assumed to be hidden.
+    """
+    rows = rows_of_step(recipe, layout)
+    even = recipe.batch.tokens_per_step / setup.sequence_length / (rows * layout.data_parallel)
+    rate, sending = full_speed(known, setup, shape)[1], sending_seconds(traffic)
+    if rate is None or sending is None:
+        return even
+    computing = rows * setup.sequence_length / (layout.inner * rate * speed)
+    return even * computing / max(computing, sending)
 
 
 def running_device(name: str, memory: float | None = None) -> Device:
@@ -292,8 +272,10 @@ def _with_micro_rows(recipe: Recipe, shape: ModelShape, setup: Setup, layout: La
     """The recipe's micro-batch, or the largest that fits, evened out over the micro-batches of a step."""
     share = rows_of_step(recipe, layout)
 
+    buckets = layout.replicate > 1 and layout.shard == 1  # DDP's, which live from step to step
+
     def with_rows(rows: int) -> Setup:
-        return replace(setup, rows=rows, accumulates=rows < share)
+        return replace(setup, rows=rows, accumulates=rows < share or buckets)
 
     if isinstance(recipe.batch.micro, int):
         return with_rows(min(recipe.batch.micro, share))
@@ -306,37 +288,48 @@ def _with_micro_rows(recipe: Recipe, shape: ModelShape, setup: Setup, layout: La
     return with_rows(math.ceil(share / math.ceil(share / low)))
 
 
-def expected_rate(choice: Choice, known: Device, gpus: int, shape: ModelShape) -> tuple[float | None, float | None]:
-    """(assumed MFU, tokens a second over all devices). MFU is None where a sustained rate is assumed instead, both
-    where nothing is known.
+def full_speed(known: Device, setup: Setup, shape: ModelShape) -> tuple[float | None, float | None]:
+    """(assumed MFU, tokens a second) of one device that nothing hinders. MFU is None where a sustained rate is assumed
+    instead, both where nothing is known.
     """
-    peak, flops = peak_of(known, choice.setup.precision), shape.flops_per_token(choice.setup.sequence_length)
+    peak, flops = peak_of(known, setup.precision), shape.flops_per_token(setup.sequence_length)
     if peak is None:
-        return None, gpus * known.sustained * choice.speed / flops if known.sustained else None
+        return None, known.sustained / flops if known.sustained else None
     parameters = shape.parameters()
-    mfu = known.expected_use * choice.speed * parameters / (parameters + HALF_USE_PARAMETERS)
-    return mfu, gpus * mfu * peak / flops
+    mfu = known.expected_use * parameters / (parameters + HALF_USE_PARAMETERS)
+    return mfu, mfu * peak / flops
+
+
+def expected_rate(choice: Choice, known: Device, gpus: int, shape: ModelShape) -> tuple[float | None, float | None]:
+    """`full_speed` at the speed of a choice: of each device, and over all."""
+    mfu, rate = full_speed(known, choice.setup, shape)
+    return mfu and mfu * choice.speed, rate and gpus * rate * choice.speed
 
 
 def what_would_fit(recipe: Recipe, shape: ModelShape, known: Device, gpus: int) -> str:
-    """The smallest number of these devices, and the smallest other device in this number, that could hold the run."""
+    """What could hold the run: these devices sharded, the smallest number of them, the smallest other device in this
+    number, a narrower precision.
+    """
     found = []
     train = replace(recipe.train, activation_checkpointing="auto", loss="auto")
     chosen = replace(recipe, train=train, batch=replace(recipe.batch, micro="auto"))
-    if chosen != recipe and _fits(chosen, shape, known, gpus):
+    if chosen != recipe and _shard_that_fits(chosen, shape, known, gpus):
         found.append(f"{gpus} x {known.name} with batch.micro, train.activation_checkpointing and train.loss at auto")
-    if more := next((count for count in _GPU_COUNTS if count > gpus and _fits(recipe, shape, known, count)), None):
-        layout = best_choice(recipe, shape, known, more).layout
-        how = f", --parallel.shard {more}" if layout.shard > 1 else ""
-        how += ", which is not built yet" if refusal_of(recipe, layout) else ""
-        found.append(f"{more} x {known.name} (--gpus {more}{how})")
+    opened = replace(recipe, parallel=replace(recipe.parallel, replicate=0, shard=1))
     least = known.memory or machine_memory()
     larger = [other for other in map(device, _GPU_NAMES) if (other.memory or 0) > least]
-    if bigger := next((other.name for other in larger if _fits(recipe, shape, other, gpus)), None):
-        found.append(f"{gpus} x {bigger}")
+    for places in (
+        [(gpus, known)],
+        [(count, known) for count in _GPU_COUNTS if count > gpus],
+        [(gpus, other) for other in larger],
+    ):
+        fitting = ((*place, _shard_that_fits(opened, shape, place[1], place[0])) for place in places)
+        if first := next((place for place in fitting if place[2]), None):
+            flags = [f"--gpus {first[0]}"] * (first[0] > gpus) + [f"--parallel.shard {first[2]}"] * (first[2] > 1)
+            found.append(f"{first[0]} x {first[1].name}" + (f" ({', '.join(flags)})" if flags else ""))
     if recipe.train.precision != "bf16_full" and known.bf16:
         narrow = replace(recipe, train=replace(recipe.train, precision="bf16_full"))
-        if _fits(narrow, shape, known, gpus):
+        if _shard_that_fits(narrow, shape, known, gpus):
             found.append(f"{gpus} x {known.name} with weights and moments in bf16 (--train.precision bf16_full)")
     return (
         "would fit on " + " or ".join(found)
@@ -345,17 +338,10 @@ def what_would_fit(recipe: Recipe, shape: ModelShape, known: Device, gpus: int) 
     )
 
 
-def refusal_of(recipe: Recipe, layout: Layout) -> str | None:
-    """Why no run starts in this layout, None where one does."""
+def _shard_that_fits(recipe: Recipe, shape: ModelShape, known: Device, gpus: int) -> int:
+    """The degree of the choice, 0 where none fits."""
     try:
-        check_replicated(replace(recipe.parallel, **asdict(layout)))
-    except InputError as error:
-        return str(error)
-    return None
-
-
-def _fits(recipe: Recipe, shape: ModelShape, known: Device, gpus: int) -> bool:
-    try:
-        return best_choice(recipe, shape, known, gpus).fits
+        choice = best_choice(recipe, shape, known, gpus)
     except InputError:
-        return False
+        return 0
+    return choice.layout.shard if choice.fits else 0

@@ -37,8 +37,8 @@ PARTS = ("weights", "moments", "gradients", "activations", "logits and loss", "t
 
 @dataclass(frozen=True)
 class Setup:
-    """How one device runs a micro-batch. `accumulates`: gradients of earlier micro-batches are held during the pass
-    (always so under DDP).
+    """How one device runs a micro-batch. `accumulates`: gradients are held during the pass: of earlier micro-batches,
+    or in the buckets of DDP.
     """
 
     rows: int
@@ -114,7 +114,12 @@ def peaks(shape: ModelShape, setup: Setup) -> dict[str, dict[str, float]]:
     head = 4.0 * shape.vocab_size * shape.hidden_size / setup.tensor
     # The head's gradient: part of the embedding's where they are tied, and then waiting for it; else one of the
     # gradients.
-    waiting = head if shape.tie_word_embeddings or not setup.accumulates else 0.0
+    waiting = head if shape.tie_word_embeddings or not setup.accumulates or setup.shard > 1 else 0.0
+    # When the embedding's backward pass ends: of a tied weight two shares to be added. Sharded, the group of embedding
+    # and head is whole: both shares and their sum, or both gradients and the copies that are sent.
+    ends = head * (setup.accumulates + shape.tie_word_embeddings)
+    if setup.shard > 1:
+        ends = head * (3 if shape.tie_word_embeddings else 4)
     found = {
         "loss": {
             **always,
@@ -125,9 +130,7 @@ def peaks(shape: ModelShape, setup: Setup) -> dict[str, dict[str, float]]:
         "embedding": {
             **always,
             "gradients": state.gradients,
-            "temporaries": (head if setup.accumulates else 0.0)
-            + (head if shape.tie_word_embeddings else 0.0)
-            + 2 * stream,
+            "temporaries": ends + 2 * stream,
         },
         "update": {**always, "gradients": state.gradients, "temporaries": state.update_temporaries},
     }
@@ -170,11 +173,9 @@ class State:
         size = setup.wide
         gathered = 0.0
         if setup.shard > 1:  # two layers and the ends are whole at a time: one computes, the next is on its way
-            gathered = (
-                setup.narrow * (2 * shape.layer_parameters() + shape.vocab_size * shape.hidden_size) / setup.tensor
-            )
-        elif setup.narrow < size:  # autocast keeps the narrow copies of the weights until their backward pass
-            gathered = setup.narrow * local / setup.tensor
+            gathered = size * (2 * shape.layer_parameters() + local - layers / setup.pipeline) / setup.tensor
+        if setup.narrow < size:  # autocast keeps narrow copies until their backward pass, of gathered weights too
+            gathered += setup.narrow * local / setup.tensor
         of_layer = size * shape.layer_parameters() / setup.pipeline / split
         matrices = turning = 0.0
         if setup.optimizer == "muon":
@@ -182,6 +183,8 @@ class State:
             short, long = sorted((shape.hidden_size, shape.intermediate_size))
             # One matrix in its Newton-Schulz iteration.
             turning = setup.muon_width * (2.0 * short * long + 3.0 * short * short)
+            if setup.shard > 1:  # one for each rank of the group is whole at a time, with its update
+                turning += setup.shard * (size + setup.muon_width) * short * long
         return State(
             weights=size * local / split + gathered,
             gradients=size * local / split,
@@ -241,8 +244,11 @@ def backward_work(shape: ModelShape, setup: Setup, layer: int) -> float:
     stream = setup.tokens * shape.hidden_size * setup.wide
     # Its input is kept anyway.
     again = activations_of_layer(shape, setup, layer) - stream if setup.recomputes(layer) else 0.0
-    # The gradient of the MLP's last product is made where the temporaries are most.
-    weight = setup.wide * shape.hidden_size * middle / setup.shard
+    # The gradient of the MLP's last product is made where the temporaries are most. Sharded, all gradients of the layer
+    # are whole, and copied to be sent.
+    weight = setup.wide * shape.hidden_size * middle
+    if setup.shard > 1:
+        weight = 2 * setup.wide * shape.layer_parameters() / setup.tensor
     return again + gradients + weight + 2 * stream
 
 

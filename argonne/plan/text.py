@@ -38,6 +38,7 @@ def plan_lines(plan: Plan) -> list[str]:
         ("memory", f"{_bytes(plan.memory_total)} a device at its highest moment ({plan.memory_peak}){limit}"),
         *[("", f"{_bytes(size):>12}  {part}") for part, size in plan.memory.items()],
         *([] if plan.fits else [("DOES NOT FIT", plan.advice or "")]),
+        *_traffic_rows(plan),
         *_length_rows(plan),
         *[("source", _source(use)) for use in plan.sources],
     ]
@@ -48,6 +49,27 @@ def plan_lines(plan: Plan) -> list[str]:
 
 def _bytes(size: float) -> str:
     return f"{size / GB:.2f} GB" if size >= GB / 10 else f"{size / 1e6:.1f} MB"
+
+
+def _traffic_rows(plan: Plan) -> list[tuple[str, str]]:
+    if not plan.traffic:
+        return []
+    total = f"{_bytes(sum(sent['bytes'] for sent in plan.traffic))} a device and step"
+    if plan.traffic_seconds is not None:
+        total += f", in {_seconds(plan.traffic_seconds)}"
+        if plan.tokens_per_second:
+            total += f" of a step's {_seconds(plan.tokens_per_step / plan.tokens_per_second)}"
+    rows = [("sends", total)]
+    for sent in plan.traffic:
+        where = "within a node" if sent["in_a_node"] else "between nodes"
+        speed = f" at an assumed {sent['bytes_per_second'] / GB:,.4g} GB/s" if sent["bytes_per_second"] else ""
+        kind = f"{sent['kind']} over {sent['over']} {sent['ranks']}"
+        rows.append(("", f"{_bytes(sent['bytes']):>12}  {kind}, {where}{speed}"))
+    return rows
+
+
+def _seconds(time: float) -> str:
+    return f"{time:.2f} s" if time >= 0.1 else f"{1000 * time:.2g} ms"
 
 
 def _length_rows(plan: Plan) -> list[tuple[str, str]]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shlex
-import subprocess
 import sys
 import threading
 import time
@@ -19,8 +18,9 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from argonne import files, layout
+from argonne import files, jobs, layout
 from argonne.errors import InputError
+from argonne.jobs import JobSettings
 from argonne.prepare import encoders
 from argonne.prepare.encode import Job, record_path
 
@@ -29,16 +29,17 @@ POLL_SECONDS = 1.0
 PARENT_SECONDS = 0.2
 SUBMISSIONS = 3
 SLURM_TASKS = 8
+NO_SETTINGS = JobSettings()
 
 
-def run(engine: str, job: Job, units: list[int], workers: int) -> Results:
-    """Encode `units` with `workers` processes, array tasks or Ray tasks (0 = a sensible number). Raises what a worker
-    raised.
+def run(engine: str, job: Job, units: list[int], workers: int, settings: JobSettings = NO_SETTINGS) -> Results:
+    """Encode `units` with `workers` processes, array tasks or Ray tasks (0 = a sensible number); `settings`: of SLURM's
+    jobs. Raises what a worker raised.
     """
     if not units:
         return iter(())
     if engine == "slurm":
-        return _slurm(job, units, workers or SLURM_TASKS)
+        return _slurm(job, units, workers or SLURM_TASKS, settings)
     if engine == "ray":
         return _ray(job, units, workers)
     return local(job, units, workers)
@@ -124,7 +125,7 @@ def _run_one(job: Job, number: int) -> tuple[int, dict[str, Any], str | None]:
         return number, {}, str(error)
 
 
-def _slurm(job: Job, units: list[int], tasks: int) -> Results:
+def _slurm(job: Job, units: list[int], tasks: int, settings: JobSettings) -> Results:
     """An array of `tasks`, waited for here; what a killed or failed task left undone is submitted again, three times in
     all.
     """
@@ -132,9 +133,9 @@ def _slurm(job: Job, units: list[int], tasks: int) -> Results:
     folder = out / "slurm"
     folder.mkdir(exist_ok=True)
     for _ in range(SUBMISSIONS):
-        identifier = _submit(job, folder, tasks)
+        identifier = _submit(job, folder, tasks, settings)
         while True:
-            running = _is_queued(identifier)
+            running = jobs.is_queued("slurm", identifier)
             for number in sorted(waiting):
                 if record_path(out, number).exists():
                     waiting.remove(number)
@@ -154,7 +155,7 @@ def _slurm(job: Job, units: list[int], tasks: int) -> Results:
     )
 
 
-def _submit(job: Job, folder: Path, tasks: int) -> str:
+def _submit(job: Job, folder: Path, tasks: int, settings: JobSettings) -> str:
     """Write the array's script, submit it, and return its identifier."""
     script = folder / "array.sh"
     arguments = [sys.executable, "-m", "argonne.prepare.engines", job.out, job.encoder, str(job.shard_tokens)]
@@ -162,25 +163,12 @@ def _submit(job: Job, folder: Path, tasks: int) -> str:
         "#!/bin/sh",
         f"#SBATCH --job-name=argonne-prepare --array=0-{tasks - 1} --ntasks=1",
         f"#SBATCH --output={folder}/%A-%a.log",
+        *jobs.directives("slurm", settings),
         f"exec {shlex.join(arguments)} $SLURM_ARRAY_TASK_ID {tasks}",
     ]
     files.write_text(script, "\n".join(lines) + "\n")
-    try:
-        found = subprocess.run(
-            ["sbatch", "--parsable", str(script)], capture_output=True, text=True, check=True, cwd=Path.cwd()
-        )
-    except FileNotFoundError:
-        remedy = "start it where SLURM is, or use --part K/N in jobs of your own"
-        raise InputError(f"--engine slurm: there is no sbatch here; {remedy}") from None
-    except subprocess.CalledProcessError as error:
-        raise InputError(f"--engine slurm: sbatch refused {script}: {error.stderr.strip()}") from None
-    return found.stdout.strip().split(";")[0]
-
-
-def _is_queued(identifier: str) -> bool:
-    """Is any task of the array waiting or running?"""
-    found = subprocess.run(["squeue", "-h", "-j", identifier, "-o", "%T"], capture_output=True, text=True, check=False)
-    return found.returncode == 0 and bool(found.stdout.strip())
+    remedy = "start it where SLURM is, or use --part K/N in jobs of your own"
+    return jobs.submit("slurm", script, "--engine slurm", remedy)
 
 
 def array_task(out: str, encoder: str, shard_tokens: int, task: int, tasks: int) -> None:

@@ -8,7 +8,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,8 @@ EVALUATION_SUFFIXES = {".csv": "csv", ".json": "json", ".tsv": "csv"}
 WORD = re.compile(r"\w+")
 
 Filter = Callable[[Text], bool]
-Grams = frozenset[tuple[str, ...]]
+Gram = tuple[str, ...]
+Grams = Container[Gram]
 
 
 def evaluation_files(patterns: Sequence[str]) -> list[dict[str, Any]]:
@@ -92,45 +93,60 @@ def _words(text: Text) -> Iterator[list[str]]:
         block = tail + block
         cut = max(block.rfind(" "), block.rfind("\n")) if isinstance(text, LongText) else -1
         block, tail = (block[:cut], block[cut:]) if cut > 0 else (block, "")
-        words = carried + WORD.findall(block.lower())
+        words = carried + words_of(block)
         yield words
         carried = words[-(GRAM_WORDS - 1) :]
     if tail:
-        yield carried + WORD.findall(tail.lower())
+        yield carried + words_of(tail)
+
+
+def grams_of(words: Sequence[str]) -> Iterator[Gram]:
+    """All runs of 13 words."""
+    return (tuple(words[start : start + GRAM_WORDS]) for start in range(len(words) - GRAM_WORDS + 1))
+
+
+def words_of(text: str) -> list[str]:
+    """Its words: case and punctuation do not count."""
+    return WORD.findall(text.lower())
+
+
+def shared_grams(grams: Grams, beginnings: Grams, text: Text) -> Iterator[Gram]:
+    """The runs of 13 words in the text that are among the `grams`. `beginnings`: the first three words of each of them,
+    which nearly always decide.
+    """
+    for words in _words(text):
+        for start in range(len(words) - GRAM_WORDS + 1):
+            if (words[start], words[start + 1], words[start + 2]) in beginnings:
+                gram = tuple(words[start : start + GRAM_WORDS])
+                if gram in grams:
+                    yield gram
 
 
 def shares_a_gram(grams: Grams, beginnings: Grams, text: Text) -> bool:
-    """Does the text hold 13 words in a row that an evaluation text holds too? Case and punctuation do not count.
-
-    `beginnings`: the first three words of each of the `grams`, which nearly always decide.
-    """
-    return any(
-        tuple(words[start : start + GRAM_WORDS]) in grams
-        for words in _words(text)
-        for start in range(len(words) - GRAM_WORDS + 1)
-        if (words[start], words[start + 1], words[start + 2]) in beginnings
-    )
+    """Does the text hold 13 words in a row that an evaluation text holds too?"""
+    return next(shared_grams(grams, beginnings, text), None) is not None
 
 
-def _strings(value: Any) -> Iterator[str]:
+def strings_in(value: Any) -> Iterator[str]:
+    """Every text of a row, whatever its fields are."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
         for inner in value.values():
-            yield from _strings(inner)
+            yield from strings_in(inner)
     elif isinstance(value, list | tuple | np.ndarray):
         for inner in value:
-            yield from _strings(inner)
+            yield from strings_in(inner)
 
 
 @functools.lru_cache(maxsize=2)
-def evaluation_grams(listed: tuple[tuple[str, str, str], ...]) -> tuple[Grams, Grams]:
+def evaluation_grams(listed: tuple[tuple[str, str, str], ...]) -> tuple[frozenset[Gram], frozenset[Gram]]:
     """All 13-word runs of the evaluation files (path, format, sha256), of every text in every field, and the first
     three words of each.
 
     Raises InputError when a file is not the one that was listed or no text has 13 words.
     """
-    grams: set[tuple[str, ...]] = set()
+    grams: set[Gram] = set()
     for path, kind, digest in listed:
         if _digest(path) != digest:
             raise InputError(
@@ -138,9 +154,8 @@ def evaluation_grams(listed: tuple[tuple[str, str, str], ...]) -> tuple[Grams, G
                 "again"
             )
         for value in _values(path, kind):
-            for text in _strings(value):
-                words = WORD.findall(text.lower())
-                grams.update(tuple(words[start : start + GRAM_WORDS]) for start in range(len(words) - GRAM_WORDS + 1))
+            for text in strings_in(value):
+                grams.update(grams_of(words_of(text)))
     if not grams:
         names = ", ".join(path for path, *_ in listed)
         raise InputError(f"--decontaminate {names}: no text of {GRAM_WORDS} words or more in it")

@@ -23,6 +23,7 @@ from typing import Any
 from argonne import files, layout
 from argonne.config import DataSection
 from argonne.errors import InputError, InUse, NothingMatches
+from argonne.jobs import JobSettings
 from argonne.prepare import documents, encode, engines, planning, prepare
 from argonne.prepare.options import PrepareOptions
 from argonne.tokens import shards as tokens
@@ -287,7 +288,7 @@ def work_in_background(request: str) -> None:
     values: dict[str, Any] = json.loads(request)
     values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
     values |= {name: Path(values[name]) for name in ("out", "tokenizer")}
-    options = PrepareOptions(**values)
+    options = PrepareOptions(**{**values, "jobs": JobSettings(**values["jobs"])})
     try:
         prepare.prepare(options)
     except InUse:

@@ -10,6 +10,7 @@ from typing import Any
 
 from argonne.declare import key
 from argonne.errors import InputError
+from argonne.jobs import JobSettings, directives
 
 FILTERS = ("quality",)
 TEXT = "text: parquet, arrow, jsonl(.gz|.zst), txt"
@@ -63,6 +64,7 @@ class PrepareOptions:
     encoder: str = key("auto", "reference encoder, or the fast one", ("auto", "tokenizers", "gigatoken"))
     skip_bad_shards: bool = key(False, "count and pass over files that cannot be read")
     max_drop_fraction: float = key(0.1, "abort when more rows than this are dropped", metavar="F")
+    jobs: JobSettings = key(JobSettings(), "settings of SLURM's jobs")
 
     def recipe(self) -> dict[str, Any]:
         """The options that decide which bytes are written."""
@@ -90,6 +92,12 @@ def check_options(options: PrepareOptions) -> None:
         if choices and found not in choices:
             expected = f"{', '.join(choices[:-1])} or {choices[-1]}"
             raise InputError(f"--{field.name.replace('_', '-')}: found {found!r}, expected {expected}")
+    for item in fields(options.jobs) if options.engine != "slurm" else ():
+        if found := getattr(options.jobs, item.name):
+            raise InputError(
+                f"--{item.name}: found {found!r}, but it acts only with --engine slurm; remove it, or set that"
+            )
+    directives("slurm", options.jobs)
     if options.workers < 0:
         raise InputError(f"--workers: found {options.workers}, expected 0 (one a core) or more")
     check_split(options.split)

@@ -129,7 +129,11 @@ def encode_units(options: PrepareOptions, plan: dict[str, Any], out: Path, progr
     job = encode.Job(str(out), _encoder(options, plan, out, progress) if wanted else "tokenizers")
     try:
         for number, record in engines.run(
-            options.engine, job, wanted, options.workers or _sensible_workers(options, job, weights, wanted)
+            options.engine,
+            job,
+            wanted,
+            options.workers or _sensible_workers(options, job, weights, wanted),
+            options.jobs,
         ):
             for warning in record["warnings"]:
                 progress.log(f"warning: unit {number}: {warning}")

@@ -18,13 +18,15 @@ def compare(folder: str, expected_path: str) -> dict[str, Any]:
     its difference so.
     """
     import torch
+    import transformers
     from safetensors.torch import load_file
     from torch.nn import functional as F
-    from transformers import AutoModel, AutoModelForCausalLM
+    from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig
 
     expected = load_file(expected_path)
     settings: dict[str, Any] = {"trust_remote_code": True, "dtype": torch.float32, "local_files_only": True}
     model = AutoModelForCausalLM.from_pretrained(folder, **settings).eval()
+    model.generation_config = GenerationConfig()  # so that the greedy text may hold any id, as the model's does
 
     def difference(found: Any, wanted: Any) -> float:
         return float((found - wanted).abs().max() / wanted.abs().max())
@@ -43,6 +45,7 @@ def compare(folder: str, expected_path: str) -> dict[str, Any]:
         second = AutoModelForCausalLM.from_pretrained(folder, **settings).eval()(input_ids=ids).logits
         return {
             "class": type(model).__name__,
+            "version": f"transformers {transformers.__version__}",
             "relative_difference": difference(logits, expected["logits"]),
             "loss_difference": difference(first, loss),
             "second_difference": difference(second, expected["logits"]),

@@ -14,7 +14,7 @@ import torch
 from argonne import layout
 from argonne.errors import InputError
 from argonne.files import atomic_directory, write_json
-from argonne.model.load import LoadedModel, load_model, resolve_model
+from argonne.model.load import LoadedModel, identity_of, load_model, resolve_model
 from argonne.model.save import check_finite, copy_tokenizer, save_model_folder
 from argonne.tokens.tokenizer import load_tokenizer
 
@@ -72,7 +72,9 @@ class Mixer:
         check_finite("the average", model.state_dict())
         ids = {f"{name}_id": getattr(model.config, f"{name}_token_id") for name in ("eos", "bos", "pad")}
         listed = zip(self.names, weights, strict=True)
-        record = {"merged": [{"model": name, "weight": weight, **_origin(name)} for name, weight in listed]}
+        record = {
+            "merged": [{"model": name, "weight": weight, **identity_of(resolve_model(name))} for name, weight in listed]
+        }
         with atomic_directory(out) as folder:
             save_model_folder(model, folder, **ids)
             copy_tokenizer(self.first.tokenizer_folder, folder)
@@ -134,8 +136,3 @@ def _template(names: Sequence[str], loaded: Sequence[LoadedModel]) -> str | None
         one, other = list(found.values())[:2]
         raise InputError(f"{other}: its chat template is not that of {one}; merge models that are asked alike")
     return next(iter(found), None)
-
-
-def _origin(name: str) -> dict[str, Any]:
-    found = resolve_model(name)
-    return {"run_id": found.run_id, "step": found.step}

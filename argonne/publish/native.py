@@ -137,7 +137,8 @@ def to_gpt2(config: ArgonneConfig, state: dict[str, Tensor]) -> Native:
 # ----------------------------------------------------------------------------------------------------
 
 
-def _llama_like(config: ArgonneConfig) -> dict[str, bool]:
+def llama_like(config: ArgonneConfig) -> dict[str, bool]:
+    """What Llama, Mistral and llama.cpp's llama have in common."""
     return {
         "its positions are rotary": config.position_embedding == "rope",
         "it has RMSNorm": config.norm_type == "rms",
@@ -151,7 +152,7 @@ def _llama_like(config: ArgonneConfig) -> dict[str, bool]:
 def llama_is(config: ArgonneConfig) -> dict[str, bool]:
     hidden, heads = config.hidden_size, config.num_attention_heads
     return {
-        **_llama_like(config),
+        **llama_like(config),
         "it has no local layers": SLIDING not in (config.layer_types or []),
         f"its heads divide the hidden size, {hidden} / {heads} do not": hidden % heads == 0,
     }
@@ -159,7 +160,7 @@ def llama_is(config: ArgonneConfig) -> dict[str, bool]:
 
 def mistral_is(config: ArgonneConfig) -> dict[str, bool]:
     return {
-        **_llama_like(config),
+        **llama_like(config),
         "it has no biases": not (config.attention_bias or config.mlp_bias),
         "its layers are all local or all full": len(set(config.layer_types or [])) == 1,
     }

@@ -5,30 +5,39 @@ lineage.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from argonne import layout
 from argonne.errors import InputError
-from argonne.files import hash_list_of, read_json, verify_directory
+from argonne.files import hash_list_of, read_json
 from argonne.layout import Kind
+from argonne.report.chain import chain_of
+from argonne.report.checks import Checks
+from argonne.report.links import Link
 
 Facts = dict[str, Any]
 EXPECTED = "expected a token set, a tokenizer, a run, a checkpoint or a model folder"
 
 
-def inspect_path(path: Path) -> Facts:
-    """Facts of the artifact at `path`: kind, what it holds, lineage, and `problems`, one line for each thing that does
-    not verify.
+def inspect_path(path: Path, results: Sequence[Path] = ()) -> Facts:
+    """Facts of the artifact at `path`: kind, what it holds, the chain of what it was made of, and `problems`, one line
+    for each thing that does not verify.
 
-    Raises InputError where nothing is there or it is no artifact of ours.
+    results: folders of `argonne eval --out` that are said to be of it. Raises InputError where nothing is there or it
+    is no artifact of ours, and for a folder without results.
     """
-    kind = layout.kind_of(path)
+    checks, kind = Checks(), layout.kind_of(path)
     if kind in _READERS:
-        return _READERS[kind](path)
+        facts = _READERS[kind](path, checks)
+        links = chain_of(path, results, checks)
+        told = {"chain": [asdict(link) for link in links]} if links else {}
+        problems = [*facts.pop("problems"), *(problem for link in links for problem in link.problems)]
+        return {**facts, **told, "problems": list(dict.fromkeys(problems))}
     if layout.is_pattern(path):
-        return _tokens(path)
+        return _tokens(path, checks)
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
     if path.is_file():
@@ -37,13 +46,11 @@ def inspect_path(path: Path) -> Facts:
     raise InputError(f"{path}: found {found} in it; {EXPECTED}")
 
 
-def _tokens(path: Path) -> Facts:
-    from argonne.tokens.inspection import inspect_tokens
-
-    return inspect_tokens(path)
+def _tokens(path: Path, checks: Checks) -> Facts:
+    return dict(checks.tokens(str(path)))
 
 
-def _tokenizer(path: Path) -> Facts:
+def _tokenizer(path: Path, checks: Checks) -> Facts:
     from argonne.tokens.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(path)
@@ -58,12 +65,8 @@ def _tokenizer(path: Path) -> Facts:
         "path": str(path),
         **facts,
         "fingerprint": tokenizer.fingerprint,
-        "problems": _sealed(path),
+        "problems": checks.problems_if_sealed(path),
     }
-
-
-def _sealed(path: Path) -> list[str]:
-    return verify_directory(path) if hash_list_of(path).exists() else []
 
 
 def _shape(path: Path) -> Facts:
@@ -80,15 +83,16 @@ def _shape(path: Path) -> Facts:
     return {name: config[name] for name in names if config.get(name) is not None}
 
 
-def _checkpoint(path: Path) -> Facts:
+def _checkpoint(path: Path, checks: Checks) -> Facts:
     from argonne.model.load import tokens_before
-    from argonne.train.checkpoint import read_state, stored_shapes
+    from argonne.model.stored import StoredTensors
+    from argonne.train.checkpoint import read_state
 
-    problems = verify_directory(path)
+    problems = checks.problems(path)
     facts: Facts = {"kind": "checkpoint", "path": str(path), "problems": problems}
     if problems:
         return facts
-    state, shapes = read_state(path), stored_shapes(path)
+    state, shapes = read_state(path), StoredTensors(path).shapes
     return facts | {
         "step": state["step"],
         "tokens": state["tokens"],
@@ -102,15 +106,14 @@ def _checkpoint(path: Path) -> Facts:
     }
 
 
-def _run(path: Path) -> Facts:
+def _run(path: Path, checks: Checks) -> Facts:
     from argonne.plan import compare_plan
     from argonne.report.records import read_metrics
     from argonne.train.checkpoint import list_checkpoints
 
     saved = list_checkpoints(path)
-    problems = [problem for item in saved for problem in verify_directory(item.path)] + _sealed(
-        path / layout.FINAL_MODEL
-    )
+    problems = [problem for item in saved for problem in checks.problems(item.path)]
+    problems += checks.problems_if_sealed(path / layout.FINAL_MODEL)
     metrics = read_metrics(path) if (path / layout.METRICS).is_file() else None
     last = metrics.last("step") if metrics else None
     plan = next(
@@ -130,7 +133,7 @@ def _run(path: Path) -> Facts:
     }
 
 
-def _exported(path: Path) -> Facts:
+def _exported(path: Path, checks: Checks) -> Facts:
     from safetensors import SafetensorError, safe_open
 
     from argonne.model.load import family_config
@@ -139,7 +142,7 @@ def _exported(path: Path) -> Facts:
     record = read_json(written) if written.is_file() else {}
     if not record:
         family_config(path)  # another family is refused by name
-    problems, parameters = _sealed(path), 0
+    problems, parameters = checks.problems_if_sealed(path), 0
     for file in sorted(path.glob(layout.WEIGHTS)):
         try:
             with safe_open(file, "pt") as tensors:
@@ -167,7 +170,15 @@ def _exported(path: Path) -> Facts:
     }
 
 
-_READERS: dict[Kind, Callable[[Path], Facts]] = {
+def _for_one_engine(path: Path, checks: Checks) -> Facts:
+    record = read_json(path / layout.EXPORT_RECORD)
+    told = {name: record[name] for name in ("class", "dtype", "parameters", "tokenizer", "notes", "proof")}
+    engines = {engine: f"{of['verdict']} ({of['why']})" for engine, of in record["engines"].items()}
+    kind = layout.kind_of(path).value.removeprefix("an ")
+    return {"kind": kind, "path": str(path), **told, "engines": engines, "problems": checks.problems_if_sealed(path)}
+
+
+_READERS: dict[Kind, Callable[[Path, Checks], Facts]] = {
     Kind.TOKEN_SET: _tokens,
     Kind.UNFINISHED_TOKEN_SET: _tokens,
     Kind.TOKEN_FILE: _tokens,
@@ -176,14 +187,21 @@ _READERS: dict[Kind, Callable[[Path], Facts]] = {
     Kind.CHECKPOINT: _checkpoint,
     Kind.MODEL_FOLDER: _exported,
     Kind.LEGACY_FOLDER: _exported,
+    Kind.GGUF_EXPORT: _for_one_engine,
+    Kind.ONNX_EXPORT: _for_one_engine,
 }
 
 
 def render(facts: Facts) -> str:
     """The facts as indented lines for a person, problems last."""
     lines = [f"{facts['path']}: {facts['kind']}"]
-    lines += _lines({name: value for name, value in facts.items() if name not in ("path", "kind", "problems")}, "  ")
-    lines += [f"  PROBLEM: {problem}" for problem in facts["problems"]] or ["  everything verifies"]
+    apart = ("path", "kind", "chain", "problems")
+    lines += _lines({name: value for name, value in facts.items() if name not in apart}, "  ")
+    if facts.get("chain"):
+        lines += ["  chain:", *(f"    {Link(**link).line()}" for link in facts["chain"])]
+    left = any(link["not_checked"] for link in facts.get("chain", []))
+    sound = "no problem was found; what was not checked is named above" if left else "everything verifies"
+    lines += [f"  PROBLEM: {problem}" for problem in facts["problems"]] or [f"  {sound}"]
     return "\n".join(lines)
 
 

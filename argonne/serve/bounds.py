@@ -20,8 +20,9 @@ MOST_ITEMS = 20  # of an array, and keys of an object that the schema does not n
 LARGEST, SMALLEST_STEP = 10**15 - 1, 1e-6  # of numbers: 15 digits, and 6 behind the point; no exponents
 MOST_LEVELS = 3  # of arrays and objects within a value of which the schema says nothing
 
-# Beyond them llguidance ends the process (a range below what 64 bits hold) or takes minutes (of a multiple).
-MOST_OF_A_BOUND, MOST_OF_A_MULTIPLE = 10**17, 1000
+# Beyond them llguidance rounds (bounds are doubles), ends the process (a range below what 64 bits hold) or takes
+# minutes (of a multiple).
+MOST_OF_A_BOUND, MOST_OF_A_MULTIPLE = 2**53, 1000
 
 # Where a schema holds schemas: by name, in a list, or one.
 NAMED = ("properties", "patternProperties", "$defs", "definitions")

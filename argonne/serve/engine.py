@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from argonne import layout
 from argonne.errors import InputError
+from argonne.files import read_json
 from argonne.serve.decoder import Answer, Decoder
 from argonne.serve.options import SamplingOptions, Shaping
 from argonne.serve.sampling import Constraint
 from argonne.serve.text_stream import TextStream, overlap
 from argonne.tokens.tokenizer import TextTokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from argonne.model.load import LoadedModel
 
 ROWS = 32
 Result = TypeVar("Result")
@@ -200,14 +205,43 @@ def open_engine(model_path: str | Path, *, device: str = "auto", int8: bool = Fa
     """
     from argonne.model.load import load_model
     from argonne.parallel.mesh import choose_device
-    from argonne.serve.forward import can_be_served_so, pack
-    from argonne.serve.quantize import quantize
+    from argonne.serve.forward import can_be_served_so
+    from argonne.serve.quantize import pack, quantize
 
     loaded = load_model(Path(model_path), device=choose_device(device))
-    if loaded.tokenizer_folder is None:
-        raise InputError(f"{loaded.folder}: no tokenizer in it; copy the tokenizer's files there")
+    tokenizer = tokenizer_of(loaded, Path(model_path))
     if int8:
         quantize(loaded.model)
-    elif can_be_served_so(loaded.model):
+    if can_be_served_so(loaded.model):
         pack(loaded.model)
-    return Engine(loaded.model, load_tokenizer(loaded.tokenizer_folder), loaded.folder)
+    return Engine(loaded.model, tokenizer, loaded.folder)
+
+
+def tokenizer_of(loaded: LoadedModel, name: Path) -> TextTokenizer:
+    """The tokenizer beside a model. name: by which it was opened. Raises InputError where there is none, it has more
+    entries than the model, or is not the one of the training.
+    """
+    if loaded.tokenizer_folder is None:
+        raise InputError(f"{loaded.folder}: no tokenizer in it; copy the tokenizer's files there")
+    tokenizer, rows = load_tokenizer(loaded.tokenizer_folder), int(loaded.model.config.vocab_size)
+    if tokenizer.vocab_size > rows:
+        raise InputError(
+            f"{name}: its tokenizer in {tokenizer.folder} has ids up to {tokenizer.vocab_size - 1:,}, the model's "
+            f"embedding {rows:,} rows: it is another model's tokenizer; put the model's own there"
+        )
+    trained, found = _recorded(name.expanduser(), loaded.folder), tokenizer.fingerprint
+    if trained not in (None, found):
+        raise InputError(
+            f"{name}: its tokenizer in {tokenizer.folder} has the fingerprint {found[:12]}, the training's had "
+            f"{str(trained)[:12]}: the same id means something else in each; put the training's own there"
+        )
+    return tokenizer
+
+
+def _recorded(path: Path, folder: Path) -> str | None:
+    """The fingerprint of the tokenizer that a checkpoint, or the last one of a run, was trained with."""
+    for place in (folder, layout.last_checkpoint(path), layout.last_checkpoint(folder.parent)):
+        if place is not None and (place / layout.STATE).is_file():
+            state: Any = read_json(place / layout.STATE)
+            return state.get("tokenizer_fingerprint") if isinstance(state, dict) else None
+    return None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from argonne.model import ArgonneForCausalLM
 from argonne.model.attention import IMPLEMENTATION
 from argonne.model.layers import ArgonneDecoderLayer, ArgonneRMSNorm
-from argonne.serve.quantize import Int8Linear, in_a_row, lay_side_by_side, several
+from argonne.serve.quantize import Int8Linear, Part, in_a_row
 from argonne.serve.slots import Slots
 
 Product = Callable[[Tensor], Tensor]
@@ -33,11 +33,20 @@ def can_be_served_so(model: Any) -> bool:
     return plain and not hooked and all(layer.attention_kernel == "auto" for layer in model._attentions())
 
 
+def rows_of_attention(group: int, tokens: int) -> int:
+    """Rows of queries that a head of keys is given for each token: one more where a lone token has an odd number. torch
+    gives each thread working memory behind the other's, and only for an even number does every row lie as the next
+    thread's does: MKL rounds otherwise where memory is not aligned as elsewhere (seen on AMD).
+    """
+    return group + group % 2 if tokens == 1 else group
+
+
 def joined(*linears: nn.Module) -> Product:
     """Their outputs side by side."""
-    rounded = [linear for linear in linears if isinstance(linear, Int8Linear)]
-    if rounded:
-        return several(rounded)
+    if isinstance(linears[0], Part):
+        return linears[0].together
+    if isinstance(linears[0], Int8Linear):
+        return linears[0] if len(linears) == 1 else lambda x: torch.cat([linear(x) for linear in linears], -1)
     plain: list[Any] = list(linears)
     weights, biases = [linear.weight for linear in plain], [linear.bias for linear in plain]
     bias = torch.cat(biases) if biases[0] is not None else None
@@ -47,11 +56,6 @@ def joined(*linears: nn.Module) -> Product:
     if bias is None:
         return lambda x: torch.cat([part(x) for part in parts], -1)
     return lambda x: torch.cat([part(x) for part in parts], -1) + bias
-
-
-def pack(model: ArgonneForCausalLM) -> None:
-    """Lay the weights that have the same input side by side, in place: one product gives what several gave."""
-    lay_side_by_side(model, "weight")
 
 
 def product_of(weight: Tensor, bias: Tensor | None) -> Product:
@@ -84,7 +88,7 @@ class Forward:
         masks = {
             kind: torch.zeros(mask.shape, dtype=hidden.dtype, device=mask.device)
             .masked_fill_(~mask, -torch.inf)
-            .repeat_interleave(queries // keys, dim=2)
+            .repeat_interleave(rows_of_attention(queries // keys, positions.shape[1]), dim=2)
             for kind, mask in seen.items()
         }
         turns = self._turns(positions, hidden) if self.rotary is not None else None
@@ -109,12 +113,18 @@ class Forward:
 
 
 def norm_of(module: nn.Module) -> Product:
-    if not isinstance(module, ArgonneRMSNorm):
+    if not isinstance(module, ArgonneRMSNorm) or module.weight.dtype not in (torch.float32, torch.float64):
         return module
-    weight, size, eps = module.weight, (module.weight.shape[0],), module.variance_epsilon
-    if weight.dtype in (torch.float32, torch.float64):
-        return lambda x: F.rms_norm(x, size, weight, eps)
-    return module
+    length, gain = root_mean_square(module.weight.shape[0], module.variance_epsilon, module.weight), module.weight
+    return lambda x: (x / length(x)).mul_(gain)
+
+
+def root_mean_square(size: int, eps: float, like: Tensor) -> Product:
+    """sqrt(mean(x^2) + eps) over the last dimension, which is kept; in a third of the calls of F.rms_norm, each of
+    which takes a CPU longer than its numbers.
+    """
+    root, least = size**-0.5, torch.tensor(eps**0.5, dtype=like.dtype, device=like.device)
+    return lambda x: torch.linalg.vector_norm(x, dim=-1, keepdim=True).mul_(root).hypot_(least)
 
 
 class _Layer:
@@ -129,7 +139,8 @@ class _Layer:
         )
         self.out = joined(attention.o_proj)
         self.gains, self.normed = self._gains(attention)
-        self.eps = config.rms_norm_eps
+        wide = torch.empty(0, dtype=torch.promote_types(attention.q_proj.weight.dtype, torch.float32))
+        self.length = root_mean_square(self.size, config.rms_norm_eps, wide.to(attention.q_proj.weight.device))
         self.behind = self.fed = None
         self.into = norm_of(layer.post_attention_layernorm)
         if layer.sandwich:
@@ -161,17 +172,22 @@ class _Layer:
         dtype = x.dtype
         if self.gains is not None:
             wide = x.to(torch.promote_types(dtype, torch.float32))
-            normed = F.rms_norm(wide, (self.size,), None, self.eps).to(dtype) * self.gains
+            normed = (wide / self.length(wide)).to(dtype) * self.gains
             x = normed if self.normed is None else torch.where(self.normed, normed, x)
         if turns is not None:
             x = torch.addcmul(x * turns[0], x.roll(self.size // 2, -1), turns[1])
         x = x.to(dtype)
         key, value = slots.write(index, x[:, :, self.queries :])
         query = x[:, :, : self.queries].view(rows, tokens, self.keys, -1, self.size)
-        query = query.transpose(1, 2).reshape(rows, self.keys, -1, self.size) if tokens > 1 else query[:, 0]
+        if tokens > 1:
+            query = query.transpose(1, 2).reshape(rows, self.keys, -1, self.size)
+        else:
+            query = F.pad(query[:, 0], (0, 0, 0, mask.shape[2] - query.shape[3]))
         found = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.scale)
         if tokens > 1:
             found = found.view(rows, self.keys, tokens, -1, self.size).transpose(1, 2)
+        else:
+            found = found[:, :, : self.queries // self.keys]
         attended = self.out(found.reshape(rows, tokens, -1))
         hidden = hidden + (attended if self.behind is None else self.behind(attended))
         inner = self.up(self.into(hidden))

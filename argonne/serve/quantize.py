@@ -4,7 +4,8 @@ For one answer a matrix product waits for the memory, and int8 is a quarter of f
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import platform
+import warnings
 from typing import Any
 
 import torch
@@ -13,7 +14,6 @@ from torch import Tensor, nn
 from argonne.errors import InputError
 
 LEAST = 1e-30  # a scale at least: a row of zeros has none
-FEW = 8  # rows
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
@@ -25,36 +25,75 @@ def levels() -> int:
 
 
 class Int8Linear(nn.Module):
-    """x W^T + b with W (out, in) in int8. What a row of x gives does not depend on the others: its scale is its own.
-
-    A few rows wait for the memory: there x is rounded to bf16 only. Many rows are rounded to whole numbers.
+    """x W^T + b with W (out, in) in int8, by FBGEMM. What a row of x gives does not depend on the others: it is rounded
+    in steps of its own, the same whole numbers for every row, and whole numbers are summed exactly.
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, whole: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+        """whole: (out, in) int8. scale: (out,), what each row of it is multiplied by."""
         super().__init__()
-        weight = linear.weight.detach().float()
-        self.in_features, self.levels = weight.shape[1], levels()
-        self.scale = (weight.abs().amax(1) / 127).clamp_min(LEAST)
-        self.whole = (weight / self.scale[:, None]).round().to(torch.int8)
-        self.packed = torch.ops.onednn.qlinear_prepack(self.whole, None)
-        self.ones, self.zeros = torch.ones(1), torch.zeros(1, dtype=torch.int32)
-        self.offset = self.levels * self.whole.sum(1, dtype=torch.int32).float()
-        self.bias = None if linear.bias is None else linear.bias.detach()
+        self.scale, self.bias, self.levels = scale, bias, levels()
+        self.out_features, self.in_features = whole.shape
+        zeros = torch.zeros(len(whole), dtype=torch.int64)
+        with warnings.catch_warnings():
+            # The one way to FBGEMM's layout is through a tensor type that torch will drop.
+            warnings.simplefilter("ignore", UserWarning)
+            rounded = torch._make_per_channel_quantized_tensor(whole, scale.double(), zeros, 0)
+        self.packed = torch.ops.quantized.linear_prepack(rounded, None)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return several([self])(x)
+    @classmethod
+    def rounded(cls, weight: Tensor, bias: Tensor | None) -> Int8Linear:
+        """Of a weight (out, in) in any floating dtype, to the nearest of 127 steps to each side of a row."""
+        weight = weight.detach().float()
+        scale = (weight.abs().amax(1) / 127).clamp_min(LEAST)
+        return cls((weight / scale[:, None]).round().to(torch.int8), scale, None if bias is None else bias.detach())
 
-    def of_many(self, whole: Tensor, step: Tensor) -> Tensor:
-        """(rows, in) uint8 around `levels`, and the step of each row, to (rows, out)."""
-        found: Tensor = torch.ops.onednn.qlinear_pointwise(
-            whole, 1.0, 0, self.packed, self.ones, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
-        )
-        return (found - self.offset) * self.scale * step
+    @classmethod
+    def of(cls, layers: list[Int8Linear]) -> Int8Linear:
+        """Several with the same input, as one."""
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        whole, scale = torch.cat([layer.whole for layer in layers]), torch.cat([layer.scale for layer in layers])
+        return cls(whole, scale, torch.cat(biases) if biases else None)
+
+    @property
+    def whole(self) -> Tensor:
+        """(out, in) in int8."""
+        found: Tensor = torch.ops.quantized.linear_unpack(self.packed)[0].int_repr()
+        return found
 
     @property
     def weight(self) -> Tensor:
         """(out, in): W as it is multiplied, in fp32."""
         return self.whole.float() * self.scale[:, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        largest = wide.abs().amax(-1, keepdim=True).clamp_min_(LEAST)
+        found: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+            wide / largest, 1 / self.levels, self.levels, self.packed
+        )
+        found.mul_(largest)
+        return (found if self.bias is None else found.add_(self.bias)).to(x.dtype)
+
+
+class Part(nn.Module):
+    """The outputs from `first` on, `count` of them, of a layer that has those of several."""
+
+    def __init__(self, together: Int8Linear, first: int, count: int) -> None:
+        super().__init__()
+        self.together, self.first, self.count = together, first, count
+
+    @property
+    def weight(self) -> Tensor:
+        return self.together.weight.narrow(0, self.first, self.count)
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias = self.together.bias
+        return None if bias is None else bias.narrow(0, self.first, self.count)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.together(x).narrow(-1, self.first, self.count)
 
 
 def in_a_row(weights: list[Tensor]) -> Tensor | None:
@@ -68,37 +107,23 @@ def in_a_row(weights: list[Tensor]) -> Tensor | None:
     return first.as_strided((sum(map(len, weights)), first.shape[1]), first.stride())
 
 
-def lay_side_by_side(model: nn.Module, name: str) -> None:
-    """Move what layers with the same input hold under this name into one piece of memory, one behind the other."""
+def pack(model: Any) -> None:
+    """Lay the weights that have the same input side by side, in place: one product gives what several gave."""
     for module in model.modules():
         for names in SAME_INPUT:
-            linears: list[Any] = [getattr(module, one) for one in names if hasattr(module, one)]
-            if len(linears) > 1:
-                held = [getattr(linear, name).detach() for linear in linears]
-                for linear, part in zip(linears, torch.cat(held).split([len(one) for one in held]), strict=True):
-                    setattr(linear, name, nn.Parameter(part, requires_grad=False) if name == "weight" else part)
-
-
-def several(linears: list[Int8Linear]) -> Callable[[Tensor], Tensor]:
-    """Their outputs side by side; what they are multiplied with is rounded once."""
-    first, biases = linears[0], [linear.bias for linear in linears if linear.bias is not None]
-    together = in_a_row([linear.whole for linear in linears])
-    weights = torch.cat([linear.whole for linear in linears]) if together is None else together
-    scale, bias = torch.cat([linear.scale for linear in linears]), torch.cat(biases) if biases else None
-    ones = torch.ones(len(weights), dtype=torch.bfloat16)
-
-    def product(x: Tensor) -> Tensor:
-        flat = x.reshape(-1, first.in_features)
-        if len(flat) <= FEW:
-            found = torch._weight_int8pack_mm(flat.to(torch.bfloat16), weights, ones).float() * scale
-        else:
-            step = (flat.float().abs().amax(-1, keepdim=True) / first.levels).clamp_min(LEAST)
-            whole = torch.add(flat / step, first.levels + 0.5).to(torch.uint8)  # cut off, which rounds half up
-            found = torch.cat([linear.of_many(whole, step) for linear in linears], -1)
-        found = found if bias is None else found + bias
-        return found.view(*x.shape[:-1], -1).to(x.dtype)
-
-    return product
+            linears: list[Any] = [getattr(module, name) for name in names if hasattr(module, name)]
+            if len(linears) < 2:
+                continue
+            sizes = [linear.out_features for linear in linears]
+            if all(isinstance(linear, Int8Linear) for linear in linears):
+                together, first = Int8Linear.of(linears), 0
+                for name, size in zip(names, sizes, strict=True):
+                    setattr(module, name, Part(together, first, size))
+                    first += size
+            elif all(type(linear) is nn.Linear for linear in linears):
+                parts = torch.cat([linear.weight.detach() for linear in linears]).split(sizes)
+                for linear, part in zip(linears, parts, strict=True):
+                    linear.weight = nn.Parameter(part, requires_grad=False)
 
 
 def quantize(model: Any) -> None:
@@ -106,13 +131,13 @@ def quantize(model: Any) -> None:
     run.
     """
     device = next(model.parameters()).device
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    if device.type != "cpu" or "fbgemm" not in torch.backends.quantized.supported_engines:
         raise InputError(
-            f"--quantize int8: is for CPUs with oneDNN, found {device.type}; leave it out, or --device cpu"
+            f"--quantize int8: is for x86 CPUs (FBGEMM), found {device.type} on {platform.machine()}; leave it out, or "
+            "--device cpu"
         )
     with torch.no_grad():
         for module in list(model.modules()):
             for name, child in module.named_children():
                 if type(child) is nn.Linear:
-                    setattr(module, name, Int8Linear(child))
-        lay_side_by_side(model, "whole")
+                    setattr(module, name, Int8Linear.rounded(child.weight, child.bias))

@@ -12,8 +12,8 @@ from torch import Tensor
 from argonne import files
 from argonne.config import Recipe
 from argonne.data.pair_data import REFERENCES, PairData, Reference
-from argonne.layout import WEIGHTS
 from argonne.model.load import resolve_model
+from argonne.model.stored import hashes_of_weights
 from argonne.parallel.objective import Head, Loss, MicroBatch, Objective
 from argonne.parallel.parallelise import Parallelised
 from argonne.stages.hooks import Shown
@@ -46,8 +46,7 @@ def _identity(recipe: Recipe, run_folder: Path) -> str:
         if recipe.model.init_from is None:
             return "unknown"  # of --resume-from alone: the run that began knows
         folder = resolve_model(recipe.model.init_from).folder
-        hashes = [[path.name, files.quick_hash_of_file(path)] for path in sorted(folder.glob(WEIGHTS))]
-        found = files.fingerprint([hashes, recipe.train.precision])
+        found = files.fingerprint([hashes_of_weights(folder), recipe.train.precision])
         files.write_json(kept, {"model": found, "init_from": recipe.model.init_from})
         return found
 

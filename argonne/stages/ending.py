@@ -26,7 +26,8 @@ def finish_or_stop(outcome: Outcome, run: Path) -> None:
     """
     if not outcome.complete:
         raise Stopped(f"stopped at step {outcome.step} ({outcome.reason}); the same command resumes it from {run}")
-    if os.environ.get("RANK", "0") != "0" or not (run / METRICS).is_file():  # of a launcher's workers the first alone
+    others = any(os.environ.get(name, "0") != "0" for name in ("RANK", "NODE_RANK"))  # the first worker alone
+    if others or not (run / METRICS).is_file():
         return
     page, name = run / REPORT, shlex.quote(str(run))
     if not page.exists() or page.stat().st_mtime < (run / METRICS).stat().st_mtime:

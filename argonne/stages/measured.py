@@ -14,6 +14,7 @@ from argonne.errors import InputError
 from argonne.evaluate.requests import Task, TaskContext
 from argonne.evaluate.run import measuring
 from argonne.evaluate.tasks import make_tasks
+from argonne.tokens.tokenizer import TextTokenizer
 from argonne.train.aside import Sampled, Work
 from argonne.train.data import Data
 
@@ -36,7 +37,7 @@ def tasks_of(recipe: Recipe, data: Data) -> dict[str, Callable[[nn.Module], Work
             requests = task.requests(_context(recipe, data, task, where or None))
         except InputError as error:
             raise InputError(f'eval.tasks, {entry!r}: {error} (data is given as "{name}:DATA")') from None
-        found[name] = partial(_measured, task, requests)
+        found[name] = partial(_measured, task, requests, data.tokenizer)
     return found
 
 
@@ -48,13 +49,14 @@ def _context(recipe: Recipe, data: Data, task: Task, where: str | None) -> TaskC
         length,
         data=where,
         own_data=sources[0].path if len(sources) == 1 else None,
-        limit=recipe.eval.task_limit * (length if task.asks == "scores" else 1),
+        limit=recipe.eval.task_limit * (length if task.name == "bpb" else 1),
         template=data.chat if isinstance(data.chat, ChatTemplate) else None,
     )
 
 
-def _measured(task: Task, requests: Sequence[Any], model: nn.Module) -> Work[Sampled]:
-    values = yield from measuring(model, task, requests)
+def _measured(task: Task, requests: Sequence[Any], tokenizer: TextTokenizer, model: nn.Module) -> Work[Sampled]:
+    values = yield from measuring(model, task, requests, tokenizer=tokenizer)
+    values.pop("items", None)  # of thousands of questions
     assert task.headline is not None
     measure = task.headline[0]
     told = "\n".join(task.lines(values))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import cast
@@ -14,11 +16,12 @@ from torch import nn
 
 from argonne.errors import Ended, InputError, Stopped, first_line
 from argonne.files import fingerprint
-from argonne.keys import is_free
-from argonne.layout import FINAL_MODEL, last_checkpoint
+from argonne.keys import is_free, parse_duration
+from argonne.layout import FINAL_MODEL, LOCK, last_checkpoint
 from argonne.model.kernels import KernelUnavailable
 from argonne.parallel.launch import let_the_cause_speak_first, run_workers
 from argonne.parallel.mesh import Mesh, open_mesh, worker_count
+from argonne.parallel.nodes import place_of
 from argonne.recipe import to_tree
 from argonne.stages.chat_tokens import ADDED_TOKENS
 from argonne.stages.hooks import banner, checkpoint_files, export_final, run_state
@@ -26,13 +29,15 @@ from argonne.stages.setup import Built, Opened, Session, build, changes, open_ru
 from argonne.stages.start import Start
 from argonne.train.aside import Sampled, Work
 from argonne.train.checkpoint import list_checkpoints, read_state
-from argonne.train.guard import StopWatch, parse_duration
+from argonne.train.guard import StopWatch
 from argonne.train.run import COMPLETE, STOPPED, RunFolder
 from argonne.train.telemetry import MetricsLog
 from argonne.train.trainer import Hooks, Outcome, Trainer
 
 # Measured beside training, by name.
 Tasks = dict[str, Callable[[nn.Module], Work[Sampled]]]
+# What a network file system may take to show a new file to other nodes.
+SEEN_SECONDS = 30.0
 # What every worker imports.
 PRELOADED = ("torch.distributed", "transformers", "argonne.stages.session")
 
@@ -42,11 +47,13 @@ def run_session(session: Session) -> Outcome:
     several.
     """
     parallel = session.recipe.parallel
-    session.mode.check(parallel)
-    count = worker_count(parallel.nproc, session.recipe.train.device)
+    place = place_of(os.environ) if "NNODES" in os.environ else None
+    nodes = 1 if place is None else place.nodes
+    count = worker_count(parallel, session.recipe.train.device, nodes)
+    session.mode.check(parallel, int(os.environ.get("WORLD_SIZE", count * nodes)))
     session = dataclasses.replace(session, watch=session.watch or StopWatch(session.recipe.stop))
     try:
-        if count == 1:
+        if count == 1 and place is None:
             return train_session(session)
         results = run_workers(
             _work,
@@ -55,6 +62,8 @@ def run_session(session: Session) -> Outcome:
             max_restarts=parallel.max_restarts,
             grace_seconds=parse_duration(session.recipe.stop.grace, "stop.grace"),
             preload=PRELOADED,
+            place=place,
+            join_seconds=parse_duration(parallel.timeout, "parallel.timeout"),
         )
         for found in results:  # before an outcome of another rank
             if isinstance(found, Ended):
@@ -123,10 +132,31 @@ def _join(session: Session, watch: StopWatch) -> Outcome:
         if (problem := mesh.broadcast(problem)) is not None:
             raise problem
         try:
+            _check_alike(session, mesh)
             with _determinism(session.recipe.train.deterministic):
                 return _train(session, run, mesh, watch)
         finally:
             run.release()
+
+
+def _check_alike(session: Session, mesh: Mesh) -> None:
+    """Workers of several nodes were started by as many commands: all must say one recipe, and see one run folder."""
+    if mesh.world_size == int(os.environ.get("LOCAL_WORLD_SIZE", mesh.world_size)):
+        return
+    lock, end = session.folder / LOCK, time.monotonic() + SEEN_SECONDS
+    owner = mesh.broadcast(lock.read_text() if mesh.is_main else None)
+    while not (seen := lock.exists() and lock.read_text() == owner) and time.monotonic() < end:
+        time.sleep(0.5)
+    tree = {name: value for name, value in to_tree(session.recipe).items() if name not in ("parallel", "stop")}
+    found = mesh.gather((socket.gethostname(), seen, fingerprint(tree)))
+    for host, seen, said in found:
+        if not seen:
+            raise InputError(
+                f"--run {session.folder}: {host} does not see what {found[0][0]} wrote there; give a folder that every "
+                "node sees, by its whole path"
+            )
+        if said != found[0][2]:
+            raise InputError(f"{host} was given another recipe than {found[0][0]}; give every node the same command")
 
 
 @contextmanager

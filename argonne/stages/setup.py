@@ -25,6 +25,7 @@ from argonne.parallel.compile import compile_blocks
 from argonne.parallel.mesh import Mesh
 from argonne.parallel.objective import MicroBatch, Objective
 from argonne.parallel.parallelise import REPLICATED, Mode, Parallelised
+from argonne.parallel.shard import SHARDED
 from argonne.plan import Device, Setup, choose_setup, plan_of_run, running_device, shape_of
 from argonne.plan.build import total_steps as planned_steps
 from argonne.plan.shape import fitted, short_base
@@ -48,8 +49,8 @@ HISTORY = "# Changed at step "
 
 @dataclass(frozen=True)
 class Session:
-    """What a training verb was asked to do. `watch`: it listens already. `mode`: how the model is spread over the
-    workers.
+    """What a training verb was asked to do. `watch`: it listens already. `given_mode`: another way to spread the model
+    over the workers than the one that the recipe's degrees ask for.
     """
 
     recipe: Recipe
@@ -63,7 +64,11 @@ class Session:
     data_from_start: bool = False
     rewind: int | None = None
     take_over: bool = False
-    mode: Mode = REPLICATED
+    given_mode: Mode | None = None
+
+    @property
+    def mode(self) -> Mode:
+        return self.given_mode or (SHARDED if self.recipe.parallel.shard > 1 else REPLICATED)
 
 
 @dataclass(frozen=True)
@@ -183,9 +188,11 @@ def record_start(
     # The weights say what the model is: of a preset beside them only some defaults are left.
     origin = f"from {recipe.model.init_from}" if recipe.model.init_from else recipe.model.preset or "sizes of its own"
     log(f"model: {parameters:,} parameters, {recipe.model.num_hidden_layers} layers, {origin}")
+    spread = f" ({mesh.world_size // mesh.shard} copies in {mesh.shard} parts)" if mesh.shard > 1 else ""
     log(
         f"batch: {rows * length:,} tokens a step = {rows} rows x {length}, {micro_rows} rows a micro-batch on "
-        f"{mesh.world_size} x {mesh.device.type}; {total_steps:,} steps, {data.tokens_before(total_steps):,} tokens"
+        f"{mesh.world_size} x {mesh.device.type}{spread}; {total_steps:,} steps, {data.tokens_before(total_steps):,} "
+        "tokens"
     )
     rates = "  ".join(f"{step}: {rate:.3g}" for step, rate in curve(total_steps, recipe.optim, recipe.schedule))
     log(f"learning rate at steps {rates}")
@@ -201,14 +208,14 @@ def build(session: Session, opened: Opened, run: RunFolder, mesh: Mesh, log: Cal
     recipe, start, data, stage = opened.recipe, opened.start, opened.data, session.stage
     device = planned_device(mesh)
     choice = choose_setup(recipe, device, mesh.world_size, overrun="memory" in session.allow)
-    model = stage.weights(recipe, start).to(mesh.device).train()  # type: ignore[arg-type] # nn.Module.to takes a device
-    dtype = compute_dtype(recipe.train.precision, mesh.device)
-    kernels = check_attention(model, recipe.train.attention, dtype, documents=data.document_mask)
-    configure_model(model, recipe, choice)
+    weights = stage.weights(recipe, start)
+    dtype, config = compute_dtype(recipe.train.precision, mesh.device), weights.config
+    kernels = check_attention(config, mesh.device, recipe.train.attention, dtype, documents=data.document_mask)
+    configure_model(weights.model, recipe, choice)
     objective = stage.objective(recipe, data)
     progress = Progress(**start.progress)
     precision = Precision(recipe.train.precision, mesh.device, progress.scaler)
-    parallelised = session.mode.parallelise(model, mesh, objective, precision)
+    parallelised = session.mode.parallelise(weights, mesh, objective, precision)
     optimizer = build_optimizer(parallelised.plain, recipe.optim, mesh)
     if start.checkpoint is not None:
         load_tensors(start.checkpoint, run_tensors(parallelised.plain, optimizer), mesh)
@@ -321,8 +328,10 @@ def choose_micro_rows(
     share = min(rows, recorded or rows)
     if isinstance(recipe.batch.micro, int):
         return min(recipe.batch.micro, share)
-    if mesh.device.type != "cuda" or model.forward != "alone":
+    if mesh.device.type != "cuda":
         return max(1, min(share, choice.rows, 4096 // length))
+    if model.forward != "alone":  # a try is a collective, which one rank cannot leave: the plan decides
+        return max(1, min(share, choice.rows))
     if recorded is not None:
         return share
 

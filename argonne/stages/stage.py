@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from argonne.config import Recipe
 from argonne.data.loader import Rows
-from argonne.model.modeling_argonne import ArgonneForCausalLM
+from argonne.model.build import Weights
 from argonne.parallel.objective import Objective
 from argonne.stages.hooks import Shown, show_text
 from argonne.stages.start import Start, build_weights
@@ -29,11 +29,11 @@ class Stage:
     """open_data(recipe, state, run_folder, allow) raises InputError for anything wrong with it; the others may look at
     what it returned.
 
-    weights(recipe, start): the model on the CPU in its training dtype. shows(recipe, data, micro_rows): held-out loss
-    and samples.
+    weights(recipe, start): the model and its tensors in their training dtype. shows(recipe, data, micro_rows): held-out
+    loss and samples.
     """
 
     objective: Callable[[Recipe, StageData], Objective]
     open_data: Callable[[Recipe, dict[str, Any] | None, Path, frozenset[str]], StageData]
-    weights: Callable[[Recipe, Start], ArgonneForCausalLM] = build_weights
+    weights: Callable[[Recipe, Start], Weights] = build_weights
     shows: Callable[[Recipe, StageData, int], Shown] = show_text

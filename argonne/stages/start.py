@@ -18,9 +18,8 @@ from argonne.files import verify_directory
 from argonne.layout import LEGACY_SUFFIXES, followed
 from argonne.legacy.position import carried_position
 from argonne.legacy.training import TrainingFile, read_training_file
-from argonne.model.build import build_model, config_from_fields
-from argonne.model.load import load_weights_into, resolve_model, tokens_before
-from argonne.model.modeling_argonne import ArgonneForCausalLM
+from argonne.model.build import Weights, config_from_fields, fresh_weights
+from argonne.model.load import identity_of, resolve_model, started_from, tokens_before
 from argonne.plan.shape import ARCHITECTURE, left_to, with_new_tokens
 from argonne.tokens.tokenizer import AddedTokens, TextTokenizer, load_tokenizer
 from argonne.train.checkpoint import list_checkpoints, newest_complete, read_state
@@ -139,7 +138,7 @@ def find_start(
         description=f"starting from the weights of {found.folder}{seen}, with a schedule of its own",
         weights=str(found.folder),
         weights_config=found.fields,
-        parent={"model": recipe.model.init_from, "run_id": found.run_id, "step": found.step},
+        parent={"model": recipe.model.init_from, **identity_of(found)},
         data_state=carried_data(found.data_state, recipe) if found.data_state else None,
         tokenizer_fingerprint=load_tokenizer(found.tokenizer_folder).fingerprint if found.tokenizer_folder else None,
         tokens_before=found.tokens,
@@ -235,16 +234,16 @@ def architecture_fields(model: ModelSection) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def build_weights(recipe: Recipe, start: Start) -> ArgonneForCausalLM:
-    """The model on the CPU in its training dtype: fresh from the seed, or from given weights. A checkpoint is loaded
-    into it afterwards.
+def build_weights(recipe: Recipe, start: Start) -> Weights:
+    """The weights in their training dtype: fresh from the seed, or given ones. A checkpoint is loaded into the model
+    afterwards.
     """
     dtype = torch.bfloat16 if recipe.train.precision == "bf16_full" else torch.float32
     try:
         config = config_from_fields(architecture_fields(recipe.model))
     except ValueError as error:
         raise InputError(f"model: {error}") from None
-    model = build_model(config, initializer=recipe.model.initializer, seed=recipe.seed, dtype=dtype)
-    if start.weights is not None:
-        load_weights_into(model, Path(start.weights), start.new_tokens.ids if start.new_tokens else range(0))
-    return model
+    fresh = fresh_weights(config, initializer=recipe.model.initializer, seed=recipe.seed, dtype=dtype)
+    if start.weights is None:
+        return fresh
+    return started_from(Path(start.weights), fresh, dtype, start.new_tokens.ids if start.new_tokens else range(0))

@@ -7,7 +7,6 @@ read back, rename, fsync of the parent, `checkpoint_last`, and only then prune. 
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import warnings
@@ -40,6 +39,7 @@ from argonne.files import (
 )
 from argonne.layout import LAST, METRICS, STATE, STATE_VERSION, WEIGHTS, checkpoint_name, last_checkpoint, step_in_name
 from argonne.model.save import is_finite
+from argonne.model.stored import StoredTensors
 from argonne.parallel.mesh import Mesh
 from argonne.train.optim import optimizer_tensors
 from argonne.train.tensor_files import HashingWriter
@@ -238,23 +238,6 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def stored_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
-    """Full shape of every tensor in a checkpoint, joined over the shards that several ranks may have written."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in sorted(checkpoint.glob(WEIGHTS)):
-        try:
-            with safe_open(path, "pt") as file:
-                sharding = json.loads((file.metadata() or {}).get("DCP_SHARDING_INFO", "{}"))
-                for name in file.keys():  # noqa: SIM118 - not a dict
-                    part = tuple(file.get_slice(name).get_shape())
-                    offsets = sharding[name]["saved_offsets"] if name in sharding else [0] * len(part)
-                    end = tuple(start + size for start, size in zip(offsets, part, strict=True))
-                    shapes[name] = tuple(map(max, shapes.get(name, end), end))
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{path}: cannot be read as safetensors ({error}); the checkpoint is damaged") from None
-    return shapes
-
-
 def load_tensors(checkpoint: Path, tensors: dict[str, torch.Tensor], mesh: Mesh) -> None:
     """Fill live tensors in place from a checkpoint of any number of ranks.
 
@@ -263,7 +246,7 @@ def load_tensors(checkpoint: Path, tensors: dict[str, torch.Tensor], mesh: Mesh)
     """
     shapes = mesh.gather({name: tuple(tensor.shape) for name, tensor in tensors.items()})
     wanted = {name: shape for part in shapes for name, shape in part.items()}
-    stored = stored_shapes(checkpoint)
+    stored = StoredTensors(checkpoint).shapes
     problems = [f"{name} is missing" for name in sorted(wanted.keys() - stored.keys())]
     problems += [f"{name} is unknown here" for name in sorted(stored.keys() - wanted.keys())]
     for name in sorted(wanted.keys() & stored.keys()):

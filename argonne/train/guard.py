@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import faulthandler
 import math
-import re
 import signal
 import statistics
 import time
@@ -18,22 +17,7 @@ from typing import Any, TextIO
 
 from argonne.config import StopSection
 from argonne.errors import REQUESTS, InputError, Stopped
-
-_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-
-
-def parse_duration(text: str, where: str) -> float:
-    """Seconds of `90`, `15m`, `1.5h`, `2d`, `12:30:00` or SLURM's `1-12:00:00`. Raises InputError naming the key, also
-    for `12:30`, which is hours to one reader and minutes to another.
-    """
-    if match := re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text.strip()):
-        return float(match[1]) * _UNITS[match[2] or "s"]
-    if re.fullmatch(r"\d+:\d{1,2}", text.strip()):
-        raise InputError(f"{where}: found {text!r}, expected hours or minutes: {text}:00 or 00:{text}")
-    if match := re.fullmatch(r"(?:(\d+)-)?(\d+):(\d{1,2})(?::(\d{1,2}))?", text.strip()):
-        days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
-        return days * 86400.0 + hours * 3600.0 + minutes * 60.0 + seconds
-    raise InputError(f"{where}: found {text!r}, expected seconds, or 90m, 12h, 2d, 12:30:00 or 1-12:00:00")
+from argonne.keys import parse_duration
 
 
 def parse_deadline(text: str, where: str) -> float:

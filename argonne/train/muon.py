@@ -103,15 +103,17 @@ class MuonAdamW(torch.optim.Optimizer):
         if not sharded:
             return self._spread(directions, self._data_size, self._data_group)
         # One mesh for all: its innermost dimension shards; copies beside it (HSDP) do the same work on the same values.
+        # At once so many whole matrices as there are ranks, each of which works on one.
         mesh = sharded[0].device_mesh
-        wholes = [direction.full_tensor() if isinstance(direction, DTensor) else direction for direction in directions]
-        found = self._spread(wholes, mesh.size(mesh.ndim - 1), mesh.get_group(mesh.ndim - 1))
-        return [
-            distribute_tensor(update, direction.device_mesh, direction.placements, src_data_rank=None)
-            if isinstance(direction, DTensor)
-            else update
-            for update, direction in zip(found, directions, strict=True)
-        ]
+        size, group = mesh.size(mesh.ndim - 1), mesh.get_group(mesh.ndim - 1)
+        order = sorted(range(len(directions)), key=lambda index: (-directions[index].numel(), index))
+        found: dict[int, torch.Tensor] = {}
+        for start in range(0, len(order), size):
+            turn = order[start : start + size]
+            updates = self._spread([_whole(directions[index]) for index in turn], size, group)
+            for index, update in zip(turn, updates, strict=True):
+                found[index] = _part_of(update, directions[index])
+        return [found[index] for index in range(len(directions))]
 
     def _spread(self, directions: list[torch.Tensor], size: int, group: dist.ProcessGroup | None) -> list[torch.Tensor]:
         """Orthogonalise every direction, each on one rank, largest first so that the shares are even; every rank gets
@@ -132,3 +134,14 @@ class MuonAdamW(torch.optim.Optimizer):
         for work in works:
             work.wait()
         return results
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _part_of(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """This rank's part of it, placed as `like` is."""
+    if not isinstance(like, DTensor):
+        return whole
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)

@@ -71,11 +71,12 @@ class Saver:
         self._writing: tuple[int, float, float, Best | None] = (first_step, 0.0, 0.0, best)
         self._copies: dict[str, torch.Tensor] = {}
         if keep.asynchronous:  # beside the first steps: fresh memory costs more than the copy into it
-            self._preparing = threading.Thread(target=self._make_copies, name="copies", daemon=True)
+            tensors = checkpoint.run_tensors(model, optimizer)
+            self._preparing = threading.Thread(target=self._make_copies, args=(tensors,), name="copies", daemon=True)
             self._preparing.start()
 
-    def _make_copies(self) -> None:
-        for name, tensor in checkpoint.run_tensors(self.model, self.optimizer).items():
+    def _make_copies(self, tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
             if not isinstance(tensor, DTensor):  # of a sharded one a copy is made each time: it is a rank's part only
                 self._copies[name] = torch.empty_like(tensor, device="cpu").zero_()
 

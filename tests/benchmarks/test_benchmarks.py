@@ -255,12 +255,56 @@ def test_clients_at_once_are_served_whole_and_timed() -> None:
     assert 0 < found["first"] <= found["slow"]
 
 
-def test_the_engine_and_transformers_give_as_many_tokens_and_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(decode.SIZES, "tiny", (32, 2, 4, 2, 64, 2048))
+def test_a_contestant_that_takes_no_part_at_a_point_is_not_run_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    run: list[tuple[str, str]] = []
+    monkeypatch.setattr(
+        harness, "_run_child", lambda benchmark, name, point: run.append((name, point)) or {"speed": 1.0}
+    )
+    benchmark = make_benchmark(
+        points={"small": "Small", "large": "Large"}, takes_part=lambda name, point: (name, point) != ("ours", "large")
+    )
+    results, failures = measure(benchmark, ["ours", "theirs"], ["small", "large"], 1)
+    assert run == [("ours", "small"), ("theirs", "small"), ("theirs", "large")]
+    assert list(results["large"]) == ["theirs"]
+    assert failures == 0
+
+
+@pytest.fixture
+def tiny_decode(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("tiny", "tiny-2.x"):
+        monkeypatch.setitem(decode.SIZES, name, (32, 2, 4, 2, 64, 2048))
     monkeypatch.setattr(decode, "NEW", 4)
+    monkeypatch.setattr(decode, "bytes_a_second", lambda: 1e10)
+
+
+@pytest.mark.usefixtures("tiny_decode")
+def test_the_engine_and_transformers_give_as_many_tokens_and_the_same() -> None:
     assert list(decode.benchmark(["tiny"], [1, 8]).points) == ["tiny-1", "tiny-8"]
-    for contestant in decode.BENCHMARK.contestants.values():
-        found = contestant("tiny-8")
-        assert found["rate"] > 0
+    for name, contestant in decode.BENCHMARK.contestants.items():
+        if decode.takes_part(name, "tiny-8"):
+            assert contestant("tiny-8")["rate"] > 0
     model, rows = decode.build("tiny"), decode.prompts(3)
     assert decode.engine(model, rows, 4) == decode.transformers(model, rows, 4) == 12
+
+
+@pytest.mark.usefixtures("tiny_decode")
+@pytest.mark.skipif(bool(decode.MISSING), reason="llama_cpp is not installed (pip install llama-cpp-python)")
+def test_llama_cpp_answers_several_prompts_at_once_as_the_model_does() -> None:
+    from benchmarks.llama_cpp_engine import Engine, generate
+
+    model, rows = decode.build("tiny-2.x"), decode.prompts(3)
+    found = generate(Engine(model, "f32", 3, decode.PROMPT + 4), rows, 4)
+    settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    assert found == model.generate(torch.tensor(rows), **settings)[:, decode.PROMPT :].tolist()
+    for name in decode.LLAMA_CPP:
+        assert decode.BENCHMARK.contestants[name]("tiny-2.x-8")["rate"] > 0
+    assert not decode.takes_part("llama.cpp f32", "tiny-8")
+
+
+@pytest.mark.usefixtures("tiny_decode")
+def test_the_memorys_limit_is_what_reading_every_weight_once_allows() -> None:
+    weights = decode.read_weights(decode.build("tiny-2.x"))
+    assert weights == 2048 * 32 + 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 64 + 2 * 32) + 32
+    assert decode.limit("tiny-2.x-8", decode.FP32)["rate"] == pytest.approx(8 * 1e10 / (4 * weights))
+    found = decode.measure(decode.engine, "tiny-2.x-8", decode.INT8)
+    assert found["share"] == pytest.approx(100 * found["rate"] / (8 * 1e10 / weights))

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from argonne.errors import InputError
-from argonne.evaluate.bits_per_byte import ratio, windows
-from argonne.evaluate.requests import Score, ScoreRequest
+from argonne.evaluate.bits_per_byte import BitsPerByte, ratio, windows
+from argonne.evaluate.requests import Score, ScoreRequest, TaskContext
 from argonne.evaluate.run import baseline_results, evaluate, render
 from argonne.evaluate.scorer import scoring
 from argonne.evaluate.tasks import make_tasks
@@ -33,7 +33,8 @@ WORDS = ["time", "ago", "there", "was", "a", "model", "Straße", "naïve", "你�
 
 
 def score(model: Any, requests: Sequence[ScoreRequest], **how: Any) -> list[Score]:
-    return to_the_end(scoring(model, requests, **how))
+    found = to_the_end(scoring(model, requests, **how))
+    return [found[number] for number in range(len(requests))]
 
 
 def texts(count: int, seed: int) -> list[str]:
@@ -110,6 +111,24 @@ def test_bits_per_byte_of_the_held_out_part_equals_a_plain_loop(
     residuals = [bit - found["bits_per_byte"] * size for bit, size in zip(bits, sizes, strict=True)]
     error = math.sqrt(len(bits) / (len(bits) - 1) * sum(value**2 for value in residuals)) / sum(sizes)
     assert found["standard_error"] == pytest.approx(error, rel=1e-4)
+
+
+def test_each_band_of_positions_has_its_bits_per_byte(tokenizer: TextTokenizer, tmp_path: Path) -> None:
+    task = BitsPerByte()
+    data = write_jsonl(tmp_path / "a.jsonl", [" ".join(["there was a model and then text"] * 40), "time ago"])
+    requests = task.requests(TaskContext(tokenizer, 128, data))
+    assert len(requests) > 2  # windows of one document, and the other
+    planted = [np.arange(1.0, len(request.ids)) for request in requests]  # bits of each place in its window
+    found = task.measure([Score(-bits * math.log(2), np.zeros(len(bits), bool)) for bits in planted])["by_position"]
+    expected = {}
+    for first, last in ((0, 32), (32, 64), (64, 128)):
+        bits = sum(part[first:last].sum() for part in planted)
+        sizes = [tokenizer.token_bytes[request.ids[1:]][first:last] for request in requests]
+        expected[f"{first + 1}-{last}"] = {
+            "bits_per_byte": pytest.approx(bits / sum(part.sum() for part in sizes)),
+            "tokens": sum(map(len, sizes)),
+        }
+    assert found == expected
 
 
 def test_text_files_give_the_same_as_a_plain_loop(

@@ -165,7 +165,7 @@ def test_sampled_answers_are_looked_at_apart_from_the_greedy_ones(tokenizer: Tex
 
 
 @pytest.mark.parametrize(
-    ("data", "told"), [((), "no data given"), (("--data", "missing.jsonl"), "missing.jsonl: no file")]
+    ("data", "told"), [((), "no data given"), (("--data", "missing.jsonl"), "missing.jsonl: no such file")]
 )
 def test_a_test_file_that_is_not_there_ends_with_2(
     data: tuple[str, ...], told: str, base: Path, capsys: pytest.CaptureFixture[str]

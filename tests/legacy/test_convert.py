@@ -21,8 +21,9 @@ import argonne.publish.fresh_load
 from argonne.errors import InputError
 from argonne.legacy.convert import import_checkpoint, load_legacy, modern_name
 from argonne.legacy.reader import read_legacy
-from argonne.publish.export import expectations, save_native
+from argonne.publish.export import save_native
 from argonne.publish.native import native_twin
+from argonne.publish.proof import expectations
 
 FIXTURES = ["a10_odd108", "a15_sdpa_odd81", "a20_floor_headdim", "a25_base", "a30_full", "a30fa2_full", "a40_shape"]
 

@@ -53,6 +53,18 @@ def test_cached_equals_recomputed_beyond_the_window(
     torch.testing.assert_close(in_pieces, expected, rtol=0, atol=1e-10)
 
 
+def test_a_cache_comes_by_either_name(make_model: Make, ids: torch.Tensor) -> None:
+    """`generate` of transformers 5.24 and later calls it `cache`; unseen, each token would be written from the last."""
+    model = make_model("3-window")
+    cache = DynamicCache()
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits
+        model(input_ids=ids[:, :20], cache=cache)
+        assert cache.get_seq_length() == 20
+        found = model(input_ids=ids[:, 20:], cache=cache).logits
+    torch.testing.assert_close(found, expected[:, 20:], rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("implementation", ["argonne", "sdpa", "eager"])
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_a_left_padded_batch_equals_its_rows_alone(

@@ -165,12 +165,12 @@ def test_a_forced_kernel_that_cannot_run_is_an_error_with_its_reason(
 ) -> None:
     model = make_model("3-window").train()
     with pytest.raises(InputError, match=f"train.attention: .*{reason}"):
-        check_attention(model, kernel, torch.float32, documents=True)
+        check_attention(model.config, model.device, kernel, torch.float32, documents=True)
     if kernel in ORDER:
         model.configure_training(attention=kernel)
         with pytest.raises(ValueError, match=reason):
             model(input_ids=torch.zeros(1, 12, dtype=torch.int64), use_cache=False)
-    check_attention(model, "sdpa", torch.float32, documents=True)
+    check_attention(model.config, model.device, "sdpa", torch.float32, documents=True)
 
 
 def test_running_out_of_memory_is_no_reason_to_take_another_kernel(

@@ -26,19 +26,22 @@ from tests.train.helpers import curve, stage_of, stored
 
 Nano = Callable[..., Recipe]
 TWO = {"parallel.nproc": "2", "parallel.timeout": "5s"}
+# Two copies of the model, each in two parts.
+FOUR = {"parallel.nproc": "4", "parallel.shard": "2", "parallel.timeout": "20s"}
 
 
 def run(recipe: Recipe, folder: Path, fault: Fault | None = None) -> Outcome:
     return run_session(Session(recipe, folder, stage_of(fault or next_token)))
 
 
+@pytest.mark.parametrize("mesh", [TWO, FOUR], ids=["two", "four"])
 @pytest.mark.parametrize("kind", ["SIGKILL", "exit", "raise", "SIGSTOP"])
 def test_a_worker_that_dies_or_hangs_is_restarted_from_the_last_checkpoint_with_nothing_lost(
-    nano: Nano, tmp_path: Path, kind: str
+    nano: Nano, tmp_path: Path, kind: str, mesh: dict[str, str]
 ) -> None:
-    recipe = nano(**TWO)
+    recipe = nano(**mesh, **{"eval.every_steps": "0", "checkpoint.sample_prompt": ""})
     run(recipe, tmp_path / "whole")
-    # 256 tokens a step on two ranks of 4 rows: one call a step, so call 7 is step 7, after the save at 4.
+    # 256 tokens a step, 4 rows or 2 a rank: one call a step, so call 7 is step 7, after the save at 4.
     assert run(recipe, tmp_path / "hurt", Fault(kind, rank=1, call=7, mark=tmp_path / "fired")).complete
     assert (tmp_path / "fired").exists()
     assert curve(tmp_path / "hurt") == curve(tmp_path / "whole")
@@ -48,20 +51,34 @@ def test_a_worker_that_dies_or_hangs_is_restarted_from_the_last_checkpoint_with_
         assert "trainer.py" in (tmp_path / "hurt" / "stacks_rank_0.txt").read_text()
 
 
-def test_without_restarts_the_failure_is_told_in_the_workers_own_words(nano: Nano, tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="a planted fault"):
+@pytest.mark.parametrize(
+    ("mesh", "kind", "told"),
+    [
+        (TWO, "raise", "worker 1 failed .*a planted fault"),
+        (FOUR, "raise", "worker 1 failed .*a planted fault"),
+        (FOUR, "SIGKILL", r"worker 1 failed \(exit code -9\)"),
+        (FOUR, "SIGSTOP", "worker . failed"),
+    ],
+)
+def test_without_restarts_the_failure_ends_all_and_is_told_in_the_workers_own_words(
+    nano: Nano, tmp_path: Path, mesh: dict[str, str], kind: str, told: str
+) -> None:
+    with pytest.raises(RuntimeError, match=told):
         run(
-            nano(**TWO, **{"parallel.max_restarts": "0"}),
+            nano(**mesh, **{"parallel.max_restarts": "0"}),
             tmp_path / "run",
-            Fault("raise", rank=1, call=3, mark=tmp_path / "fired"),
+            Fault(kind, rank=1, call=3, mark=tmp_path / "fired"),
         )
 
 
-@pytest.mark.parametrize(("kind", "rank"), [("SIGTERM", 1), ("SIGUSR1", 0), ("parent SIGTERM", 0)])
+@pytest.mark.parametrize(
+    ("kind", "rank", "mesh"),
+    [("SIGTERM", 1, TWO), ("SIGUSR1", 0, TWO), ("parent SIGTERM", 0, TWO), ("SIGTERM", 3, FOUR)],
+)
 def test_a_request_to_one_worker_or_to_the_launcher_stops_all_with_a_checkpoint(
-    nano: Nano, tmp_path: Path, kind: str, rank: int
+    nano: Nano, tmp_path: Path, kind: str, rank: int, mesh: dict[str, str]
 ) -> None:
-    recipe = nano(**TWO)
+    recipe = nano(**mesh)
     run(recipe, tmp_path / "whole")
     outcome = run(recipe, tmp_path / "cut", Fault(kind, rank=rank, call=5, mark=tmp_path / "fired", parent=os.getpid()))
     assert not outcome.complete
@@ -83,8 +100,10 @@ def test_divergence_is_told_once_and_starts_nothing_again(
     assert read_metrics(tmp_path / "run").of("resume") == []
 
 
-def test_nan_on_one_rank_skips_the_step_on_both_and_is_counted(nano: Nano, tmp_path: Path) -> None:
-    assert run(nano(**TWO), tmp_path / "run", Fault("nan", rank=1, call=3, mark=tmp_path / "fired")).complete
+@pytest.mark.parametrize("mesh", [TWO, FOUR], ids=["two", "four"])
+def test_nan_on_one_rank_skips_the_step_on_all_and_is_counted(nano: Nano, tmp_path: Path, mesh: dict[str, str]) -> None:
+    recipe = nano(**mesh, **{"eval.every_steps": "0", "checkpoint.sample_prompt": ""})
+    assert run(recipe, tmp_path / "run", Fault("nan", rank=1, call=3, mark=tmp_path / "fired")).complete
     assert [record["step"] for record in read_metrics(tmp_path / "run").of("skip")] == [3]
     assert curve(tmp_path / "run")[-1]["loss"] < curve(tmp_path / "run")[0]["loss"]
 

@@ -3,6 +3,8 @@ took as JSON.
 
 Usage: python measured_step.py '{"model": {...}, "sequence_length": 128, "rows": 4, "micro": 2, "checkpointing": "none",
 "loss": "full"}'
+
+With "shard": 2 it is one rank of two, and finds the other as under torchrun. Rows are then a rank's own.
 """
 
 from __future__ import annotations
@@ -19,9 +21,11 @@ import torch
 import argonne.model  # noqa: F401 part of the imports whose memory is not the run's
 from argonne.config import BatchSection, DataSection, ModelSection, OptimSection, Recipe, ScheduleSection, TrainSection
 from argonne.data.loader import Batch
-from argonne.model.build import build_model, config_from_fields
-from argonne.parallel.mesh import Mesh
-from argonne.parallel.parallelise import replicate
+from argonne.model.build import config_from_fields, fresh_weights
+from argonne.operation import ParallelSection
+from argonne.parallel.mesh import open_mesh
+from argonne.parallel.parallelise import REPLICATED
+from argonne.parallel.shard import SHARDED
 from argonne.train.allocator import return_freed_memory
 from argonne.train.objectives import next_token
 from argonne.train.optim import Precision, build_optimizer
@@ -39,16 +43,17 @@ def memory_kib(field: str) -> int:
 
 
 def recipe_of(case: dict[str, Any]) -> Recipe:
-    """The recipe of a case: fp32 on the CPU."""
+    """The recipe of a case: on the CPU, fp32 where it names nothing else."""
     return Recipe(
         model=ModelSection(**case["model"]),
         data=DataSection(sequence_length=case["sequence_length"]),
         batch=BatchSection(tokens_per_step=case["rows"] * case["sequence_length"], micro=case["micro"]),
         optim=OptimSection(name=case.get("optimizer", "adamw")),
         schedule=ScheduleSection(kind="constant"),
+        parallel=ParallelSection(shard=case.get("shard", 1)),
         train=TrainSection(
             steps=STEPS,
-            precision="fp32",
+            precision=case.get("precision", "fp32"),
             device="cpu",
             activation_checkpointing=case.get("checkpointing", "none"),
             checkpointing_stride=case.get("stride", 2),
@@ -77,23 +82,25 @@ def run_steps(case: dict[str, Any]) -> None:
         for name, value in dataclasses.asdict(recipe.model).items()
         if name not in ("preset", "init_from", "initializer")
     }
-    model = build_model(config_from_fields(fields), seed=recipe.seed)
-    model.train()
     train = recipe.train
     if not case.get("heap"):
         assert return_freed_memory()
-    model.configure_training(
-        activation_checkpointing=train.activation_checkpointing,
-        checkpointing_stride=train.checkpointing_stride,
-        loss=train.loss,
-        loss_chunk=train.loss_chunk,
-    )
-    mesh = Mesh(torch.device("cpu"))
-    precision = Precision("fp32", mesh.device)
-    parallelised = replicate(model, mesh, next_token, precision)
-    trained = Trained(parallelised, build_optimizer(model, recipe.optim), precision)
-    for step in range(STEPS):
-        take_step(trained, random_batch(recipe, step), recipe.batch.tokens_per_step, recipe.optim.lr, grad_clip=1.0)
+    with open_mesh(recipe.parallel, "cpu") as mesh:
+        precision = Precision(train.precision, mesh.device)
+        weights = fresh_weights(config_from_fields(fields), seed=recipe.seed)
+        mode = SHARDED if mesh.shard > 1 else REPLICATED
+        parallelised = mode.parallelise(weights, mesh, next_token, precision)
+        plain: Any = parallelised.plain
+        plain.train()
+        plain.configure_training(
+            activation_checkpointing=train.activation_checkpointing,
+            checkpointing_stride=train.checkpointing_stride,
+            loss=train.loss,
+            loss_chunk=train.loss_chunk,
+        )
+        trained = Trained(parallelised, build_optimizer(parallelised.model, recipe.optim), precision)
+        for step in range(STEPS):
+            take_step(trained, random_batch(recipe, step), recipe.batch.tokens_per_step, recipe.optim.lr, grad_clip=1.0)
 
 
 def main() -> None:

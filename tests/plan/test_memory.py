@@ -1,8 +1,12 @@
-"""Planned memory beside what a process of its own really held while it trained: eight shapes, each within a tenth."""
+"""Planned memory beside what processes of their own really held while they trained: eight shapes alone and five on two
+ranks that share the model, each within a tenth.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -91,6 +95,21 @@ MUON = {**case(sized(SECOND, 4096, 768, 6, (12, 4), 64, 2048), 128, 2, 2), "opti
 DROPOUT = case(sized(FIRST, 4096, 384, 6, (6, 6), 64, 1536), 256, 8, 8)
 
 
+def shared(model: dict[str, Any], length: int, rows: int, micro: int, **more: Any) -> dict[str, Any]:
+    return {**case(model, length, rows, micro), "shard": 2, **more}
+
+
+SHARED = {
+    "deep": shared(sized(SECOND, 1024, 512, 12, (8, 4), 64, 1344), 64, 1, 1),
+    "deep, in autocast's copies": shared(sized(SECOND, 1024, 512, 12, (8, 4), 64, 1344), 64, 1, 1, precision="bf16"),
+    "wide, two micro-batches": shared(sized(SECOND, 1024, 1024, 8, (16, 8), 64, 2688), 64, 2, 1),
+    "a table of 80,000": shared(sized(SECOND, 80_000, 512, 2, (8, 4), 64, 1344), 64, 1, 1),
+    "two tables of 80,000, two micro-batches": shared(
+        sized({**SECOND, "tie_word_embeddings": False}, 80_000, 512, 2, (8, 4), 64, 1344), 64, 2, 1
+    ),
+}
+
+
 def planned(shape: dict[str, Any]) -> Memory:
     setup = Setup(
         optimizer=shape.get("optimizer", "adamw"),
@@ -100,16 +119,32 @@ def planned(shape: dict[str, Any]) -> Memory:
         loss=shape["loss"],
         cpu=True,
         accumulates=shape["micro"] < shape["rows"],
+        precision=shape.get("precision", "fp32"),
+        shard=shape.get("shard", 1),
     )
     return memory_of(shape_of(shape["model"], shape["sequence_length"]), setup)
 
 
 def measured(shape: dict[str, Any]) -> float:
-    """Bytes of the highest RSS above that after the imports."""
+    """Bytes of the highest RSS above that after the imports; of the ranks that share a model, the larger."""
+    ranks = shape.get("shard", 1)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(ranks)}
     command = [sys.executable, str(SCRIPT), json.dumps(shape)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return float(json.loads(done.stdout.splitlines()[-1])["peak"])
+    started = [
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, **place, "RANK": str(rank)} if ranks > 1 else None,
+        )
+        for rank in range(ranks)
+    ]
+    said = [process.communicate() for process in started]
+    assert all(process.returncode == 0 for process in started), said[0][1][-2000:]
+    return max(float(json.loads(out.splitlines()[-1])["peak"]) for out, _ in said)
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.campaign) for name in SHAPES])
@@ -117,6 +152,14 @@ def test_a_process_holds_what_was_planned_for_it(name: str) -> None:
     plan, found = planned(SHAPES[name]), measured(SHAPES[name])
     assert plan.total == pytest.approx(1e9 * float(name.split()[0]), rel=0.04)
     assert found == pytest.approx(plan.total, rel=0.1), plan.parts
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("name", SHARED)
+def test_ranks_that_share_a_model_hold_what_was_planned_for_each(name: str) -> None:
+    plan, found = planned(SHARED[name]), measured(SHARED[name])
+    print(f"{name}: planned {plan.total / 1e9:.3f} GB, measured {found / 1e9:.3f}, {found / plan.total:.3f}")
+    assert found == pytest.approx(plan.total, rel=0.1), (plan.peak, plan.parts)
 
 
 @pytest.mark.campaign

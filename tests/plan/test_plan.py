@@ -207,9 +207,11 @@ def test_a_recommended_layout_does_fit() -> None:
     recipe = load_recipe("argonne-3.0-pretrain")
     refused = make_plan(recipe, gpu="rtx-4090")
     assert not refused.fits
-    count = int((refused.advice or "").split("would fit on ")[1].split(" x ")[0])
-    assert make_plan(recipe, gpu="rtx-4090", gpus=count).fits
-    assert not make_plan(recipe, gpu="rtx-4090", gpus=count - 1).fits
+    assert "would fit on 8 x rtx-4090 (--gpus 8, --parallel.shard 8) or 1 x a100-80gb" in (refused.advice or "")
+    sharded = load_recipe("argonne-3.0-pretrain", {"parallel.shard": "8"})
+    assert make_plan(sharded, gpu="rtx-4090", gpus=8).refusals == []
+    assert not make_plan(recipe, gpu="rtx-4090", gpus=4).fits
+    assert make_plan(recipe, gpu="a100-80gb").fits
 
 
 def test_the_micro_batch_is_the_largest_that_fits() -> None:
@@ -353,19 +355,21 @@ def test_degrees_that_pretrain_refuses_are_told_and_end_with_2(capsys: pytest.Ca
     assert main(asked) == 0
 
 
-def test_replicas_that_fit_are_planned_and_not_shards_that_pretrain_refuses() -> None:
+def test_replicas_that_fit_are_planned_and_not_shards() -> None:
     recipe = load_recipe("argonne-3.0-pretrain", {"train.activation_checkpointing": '"none"'})
     for gpus in (2, 8):
         plan = make_plan(recipe, gpu="h200", gpus=gpus)
         assert (plan.layout["replicate"], plan.refusals) == (gpus, [])
 
 
-def test_a_plan_in_which_only_shards_fit_says_that_they_are_refused() -> None:
-    recipe = load_recipe("argonne-3.0-pretrain")
-    plan = make_plan(recipe, gpu="rtx-4090", gpus=8)
-    assert plan.layout["shard"] == 8
-    assert plan.refusals[0].startswith("parallel.shard: found 8")
-    assert "not built" in (make_plan(recipe, gpu="rtx-4090").advice or "")
+def test_a_run_whose_copy_does_not_fit_is_told_the_shard_that_does_before_it_starts() -> None:
+    recipe, card = load_recipe("argonne-3.0-pretrain"), running_device("NVIDIA GeForce RTX 4090")
+    with pytest.raises(InputError, match=r"would fit on 8 x rtx-4090 \(--parallel.shard 8\)"):
+        choose_setup(recipe, card, world_size=8)
+    sharded = load_recipe("argonne-3.0-pretrain", {"parallel.shard": "8"})
+    setup = choose_setup(sharded, card, world_size=8)
+    assert setup.shard == 8
+    assert plan_of_run(sharded, setup, card, world_size=8)["layout"]["shard"] == 8
 
 
 def test_what_does_not_fit_and_a_source_read_too_often_end_with_2(

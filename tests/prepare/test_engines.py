@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +15,9 @@ from pathlib import Path
 import pyarrow.parquet as parquet
 import pytest
 
+from argonne import jobs
 from argonne.errors import InputError
+from argonne.jobs import JobSettings
 from argonne.prepare import encode, engines
 from argonne.prepare.options import PrepareOptions
 from argonne.prepare.prepare import prepare
@@ -57,7 +58,7 @@ def test_slurm_is_asked_again_for_what_a_killed_task_left_undone(
 ) -> None:
     submitted: list[int] = []
 
-    def submit(job: encode.Job, folder: Path, tasks: int) -> str:
+    def submit(job: encode.Job, folder: Path, tasks: int, settings: JobSettings) -> str:
         submitted.append(tasks)
         engines.array_task(job.out, job.encoder, job.shard_tokens, 0, tasks)
         if len(submitted) > 1:
@@ -65,7 +66,7 @@ def test_slurm_is_asked_again_for_what_a_killed_task_left_undone(
         return "1"
 
     monkeypatch.setattr(engines, "_submit", submit)
-    monkeypatch.setattr(engines, "_is_queued", lambda identifier: False)
+    monkeypatch.setattr(jobs, "is_queued", lambda scheduler, identifier: False)
     options = PrepareOptions((corpus,), tmp_path / "out", tokenizer_folder, engine="slurm", workers=2, hold_out=0.1)
     assert content(prepare(options, QUIET)) == expected
     assert submitted == [2, 2]
@@ -137,26 +138,6 @@ def test_two_ray_workers_write_the_same_bytes(
     assert content(prepare(options, QUIET)) == expected
 
 
-@pytest.fixture
-def slurm(shared: Path, tmp_path: Path) -> Iterator[None]:
-    """A SLURM of one node: the one that runs here, or one started for this test."""
-    if (
-        shutil.which("sinfo")
-        and "idle" in subprocess.run(["sinfo", "-h", "-o", "%T"], capture_output=True, text=True, check=False).stdout
-    ):
-        yield
-        return
-    if os.geteuid() != 0:
-        pytest.skip("needs a running SLURM, or root to start one")
-    start = subprocess.run(
-        [str(shared / "slurm/start_slurm.sh"), str(tmp_path / "slurm")], capture_output=True, text=True, check=False
-    )
-    if "ready" not in start.stdout:
-        pytest.skip(f"SLURM could not be started: {start.stderr.strip()[-200:]}")
-    yield
-    subprocess.run([str(shared / "slurm/stop_slurm.sh"), str(tmp_path / "slurm")], check=False)
-
-
 @pytest.mark.campaign
 @pytest.mark.usefixtures("slurm")
 def test_a_slurm_array_of_two_with_one_task_killed_writes_the_same_bytes(
@@ -172,8 +153,8 @@ def test_a_slurm_array_of_two_with_one_task_killed_writes_the_same_bytes(
     submit = engines._submit
     submitted: list[str] = []
 
-    def submit_and_kill(job: encode.Job, folder: Path, tasks: int) -> str:
-        identifier = submit(job, folder, tasks)
+    def submit_and_kill(job: encode.Job, folder: Path, tasks: int, settings: JobSettings) -> str:
+        identifier = submit(job, folder, tasks, settings)
         submitted.append(identifier)
         if len(submitted) == 1:
             deadline = time.monotonic() + 120
@@ -185,9 +166,14 @@ def test_a_slurm_array_of_two_with_one_task_killed_writes_the_same_bytes(
     monkeypatch.setattr(engines, "_submit", submit_and_kill)
     monkeypatch.setenv("PYTHONPATH", str(Path.cwd()))
     out = tmp_path / "out"
-    options = PrepareOptions((corpus,), out, tokenizer_folder, engine="slurm", workers=2, hold_out=0.1)
+    settings = JobSettings(partition="test", time="10m", directive=("--comment=ours",))
+    options = PrepareOptions((corpus,), out, tokenizer_folder, engine="slurm", workers=2, hold_out=0.1, jobs=settings)
     assert content(prepare(options, QUIET)) == expected
     assert len(submitted) == 2
+    assert (
+        "#SBATCH --partition=test\n#SBATCH --time=00:10:00\n#SBATCH --comment=ours\n"
+        in (out / "slurm" / "array.sh").read_text()
+    )
 
 
 def small_disk(tmp_path: Path, megabytes: int) -> Path:

@@ -15,13 +15,14 @@ from pathlib import Path
 
 import pytest
 
+from argonne.jobs import JobSettings
 from argonne.prepare import encode, engines
 from argonne.prepare.options import PrepareOptions
 from argonne.prepare.prepare import prepare
 from tests.prepare.helpers import QUIET, content
-from tests.prepare.test_engines import ray_for_workers, slurm
+from tests.prepare.test_engines import ray_for_workers
 
-__all__ = ["ray_for_workers", "slurm"]
+__all__ = ["ray_for_workers"]
 pytestmark = pytest.mark.campaign
 NAMES = ("*.parquet", "*.jsonl", "tinyshakespeare.txt", "wiki_demo.txt")
 
@@ -89,8 +90,8 @@ def test_a_slurm_array_of_two_with_one_killed_in_the_middle_writes_the_same_byte
 ) -> None:
     submit, submitted = engines._submit, list[str]()
 
-    def submit_and_kill(job: encode.Job, folder: Path, tasks: int) -> str:
-        submitted.append(submit(job, folder, tasks))
+    def submit_and_kill(job: encode.Job, folder: Path, tasks: int, settings: JobSettings) -> str:
+        submitted.append(submit(job, folder, tasks, settings))
         if len(submitted) == 1:
             deadline = time.monotonic() + 120
             while len(list((Path(job.out) / "units").glob("*.json"))) < 2 and time.monotonic() < deadline:

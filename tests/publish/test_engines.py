@@ -24,7 +24,7 @@ from tests.publish.test_export import FOUND, NATIVE, model_of, saved
 def unproven(monkeypatch: pytest.MonkeyPatch) -> None:
     """The proof itself is tested in test_export.py and test_fresh_load.py."""
     monkeypatch.setattr(
-        "argonne.publish.export.prove", lambda folder, model: {**FOUND, "class": class_in(folder / "config.json")}
+        "argonne.publish.export.prove", lambda folder, expected: {**FOUND, "class": class_in(folder / "config.json")}
     )
 
 
@@ -43,23 +43,29 @@ def verdicts(name: str, fields: dict[str, Any], *, custom: bool = False) -> dict
     ("name", "llama_cpp", "mlx"),
     [
         ("1", DIFFERENT, DIFFERENT),
-        ("2", EXACT, EXACT),
-        ("2 with floor heads", UNPROVEN, EXACT),
+        ("2", UNPROVEN, UNPROVEN),
+        ("2 with floor heads", UNPROVEN, UNPROVEN),
         ("2 all local", DIFFERENT, DIFFERENT),
         ("3", DIFFERENT, DIFFERENT),
     ],
 )
-def test_a_stock_class_is_exact_in_transformers_and_elsewhere_only_where_it_was_measured(
+def test_a_stock_class_is_exact_in_transformers_and_elsewhere_unproven_or_wrong(
     name: str, llama_cpp: str, mlx: str
 ) -> None:
-    expected = [EXACT, UNPROVEN, UNPROVEN, llama_cpp, mlx]
+    expected = [EXACT, UNPROVEN, UNPROVEN, llama_cpp, mlx, REFUSES]
     assert verdicts(name, NATIVE[name][0]) == dict(zip(ENGINES, expected, strict=True))
 
 
 def test_the_custom_class_is_loaded_by_engines_with_a_transformers_backend_alone() -> None:
-    expected = [EXACT, UNPROVEN, UNPROVEN, REFUSES, REFUSES]
+    expected = [EXACT, UNPROVEN, UNPROVEN, REFUSES, REFUSES, REFUSES]
     for name in ("1", "2", "3-window"):
         assert verdicts(name, GENERATIONS[name], custom=True) == dict(zip(ENGINES, expected, strict=True))
+
+
+def test_a_gate_of_another_activation_is_for_transformers_alone() -> None:
+    """Llama elsewhere is SiLU: llama.cpp and mlx-lm do not look, vLLM and SGLang stop."""
+    found = verdicts("2", {**GENERATIONS["2"], "hidden_act": "gelu"})
+    assert found == dict(zip(ENGINES, [EXACT, REFUSES, REFUSES, DIFFERENT, DIFFERENT, REFUSES], strict=True))
 
 
 def test_scaled_rotary_positions_take_the_proof_away() -> None:
@@ -75,7 +81,7 @@ def test_an_engine_that_would_compute_something_else_is_refused_with_what_works_
     name: str, kind: str, engine: str, tmp_path: Path
 ) -> None:
     folder = saved(NATIVE[name][0], tmp_path / "model")
-    with pytest.raises(InputError, match=rf"--for {engine}: .*instead: 2\.x with --as native is exact") as caught:
+    with pytest.raises(InputError, match=rf"--for {engine}: .*instead: .*2\.x with --as gguf in llama\.cpp") as caught:
         export_model(folder, tmp_path / "out", kind=kind, engines=["transformers", engine])
     assert ("GELU" in str(caught.value)) == (kind == "native")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
@@ -84,14 +90,22 @@ def test_an_engine_that_would_compute_something_else_is_refused_with_what_works_
 def test_an_engine_that_nobody_knows_is_refused(tmp_path: Path) -> None:
     folder = saved(GENERATIONS["2"], tmp_path / "model")
     with pytest.raises(
-        InputError, match=r"--for is 'onnx'; expected some of transformers, vllm, sglang, llama\.cpp, mlx"
+        InputError, match=r"--for is 'ollama'; expected some of transformers, vllm, sglang, llama\.cpp, mlx, onnx"
     ):
-        export_model(folder, tmp_path / "out", engines=["onnx"])
+        export_model(folder, tmp_path / "out", engines=["ollama"])
 
 
 def test_engines_that_fit_are_exported_for(tmp_path: Path) -> None:
+    folder, fitting = saved(NATIVE["2"][0], tmp_path / "model"), [engine for engine in ENGINES if engine != "onnx"]
+    assert export_model(folder, tmp_path / "out", kind="native", engines=fitting)["class"] == "LlamaForCausalLM"
+
+
+def test_engines_are_named_with_commas_or_spaces(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = saved(NATIVE["2"][0], tmp_path / "model")
-    assert export_model(folder, tmp_path / "out", kind="native", engines=ENGINES)["class"] == "LlamaForCausalLM"
+    for words in (["vllm,onnx"], ["vllm", "onnx"], ["vllm,", "onnx"]):
+        assert main(["export", str(folder), "--as", "native", "--for", *words, "--out", str(tmp_path / "out")]) == 2
+        assert "--for onnx: of a LlamaForCausalLM it loads nothing: " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("kind", ["hf", "native"])

@@ -17,9 +17,13 @@ from argonne.model import ArgonneForCausalLM
 from argonne.model.build import build_model, config_from_fields
 from argonne.model.load import load_model
 from argonne.model.save import save_model_folder
-from argonne.publish.export import expectations, export_model, prove, save_native
+from argonne.model.stored import fingerprint_of_weights
+from argonne.publish.engines import EXACT
+from argonne.publish.export import export_model, save_native
 from argonne.publish.fresh_load import compare
 from argonne.publish.native import native_twin
+from argonne.publish.proof import expectations, expected_file, is_installed, prove
+from argonne.tokens.tokenizer import load_tokenizer
 from tests.model.conftest import GENERATIONS, SIZES, THIRD, WINDOW, roughen
 
 LAST_FULL = {**WINDOW, "layer_types": ["sliding_attention", "full_attention"] * 2}
@@ -93,6 +97,10 @@ def test_an_export_is_complete_and_proven_in_a_fresh_process(name: str, kind: st
     assert report["proof"]["relative_difference"] < 1e-4
     assert report["proof"]["greedy_equal"]
     assert report["proof"]["hidden_shape"][-1] == fields["hidden_size"]
+    source = tmp_path / "model"
+    assert report["source"]["model"] == str(source)
+    assert report["source"]["weights"] == fingerprint_of_weights(source)
+    assert report["source"]["tokenizer"] == load_tokenizer(source).fingerprint
     family = "Argonne1" if name == "1" else "Argonne"
     assert report["class"] == (f"{family}ForCausalLM" if kind == "hf" else NATIVE[name][1])
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -110,6 +118,15 @@ def test_an_export_is_complete_and_proven_in_a_fresh_process(name: str, kind: st
         }
         assert config["layer_types"] == model_of(fields).config.layer_types
     assert not list(tmp_path.glob(".tmp-*"))
+
+
+@pytest.mark.skipif(not is_installed("mlx"), reason="mlx is not installed (pip install mlx-lm 'mlx[cpu]')")
+@pytest.mark.parametrize("name", ["2", "2 with floor heads"])
+def test_a_native_export_of_2_is_proven_in_mlx_too(name: str, tmp_path: Path) -> None:
+    folder = saved({**NATIVE[name][0], "rope_theta": 5e5}, tmp_path / "model")
+    report = export_model(folder, tmp_path / "out", kind="native", engines=["mlx"])
+    assert report["engines"]["mlx"]["verdict"] == EXACT
+    assert report["proofs"]["mlx"]["greedy_equal"] == report["proofs"]["mlx"]["greedy_tokens"] == 64
 
 
 REWARD = """
@@ -171,14 +188,14 @@ def test_a_mixture_of_generations_is_refused_with_its_reason(change: dict[str, A
 def test_a_wrong_export_is_caught_before_it_is_put_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The comparison itself, in this process: that it runs in a fresh one is shown above.
     monkeypatch.setattr(
-        "argonne.publish.export.run_fresh", lambda folder, expected, scratch: compare(str(folder), str(expected))
+        "argonne.publish.proof.run_fresh", lambda folder, expected, **how: compare(str(folder), str(expected))
     )
     model = model_of(GENERATIONS["2"])
     twin = native_twin(model)
     twin.state["model.layers.2.mlp.up_proj.weight"] = twin.state["model.layers.2.mlp.up_proj.weight"] * 1.01
     save_native(twin, tmp_path, {"eos_id": None, "bos_id": None, "pad_id": None}, torch.float32)
-    with pytest.raises(RuntimeError, match="logits differ by"):
-        prove(tmp_path, model)
+    with expected_file(model) as expected, pytest.raises(RuntimeError, match="logits differ by"):
+        prove(tmp_path, expected)
 
 
 @pytest.mark.parametrize("kind", ["hf", "native"])
@@ -200,9 +217,9 @@ def test_weights_that_are_not_finite_are_not_exported(kind: str, value: float, t
 def test_each_difference_fails_the_proof_also_one_that_is_not_a_number(
     broken: str, value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("argonne.publish.export.run_fresh", lambda *paths: {**FOUND, broken: value})
+    monkeypatch.setattr("argonne.publish.proof.run_fresh", lambda *paths, **how: {**FOUND, broken: value})
     with pytest.raises(RuntimeError, match=f"by {value:.1e}"):
-        prove(tmp_path, model_of(GENERATIONS["2"]))
+        prove(tmp_path, tmp_path)
 
 
 @pytest.mark.parametrize("known_by", ["config", "generation config", "tokenizer"])
@@ -221,7 +238,7 @@ def test_the_pad_id_survives_every_way_out(
         own = {"pad_token": "w7"} if known_by == "tokenizer" else {"pad_token_id": 7}
         given = own if name == places[known_by] else {"pad_token_id": None}
         (folder / name).write_text(json.dumps({**about, **given}))
-    monkeypatch.setattr("argonne.publish.export.prove", lambda folder, model: FOUND)
+    monkeypatch.setattr("argonne.publish.export.prove", lambda folder, expected: FOUND)
     if way == "save_pretrained":
         load_model(folder).model.save_pretrained(tmp_path / "out")
     else:
@@ -234,7 +251,7 @@ def test_an_existing_folder_and_an_unknown_kind_are_refused(tmp_path: Path) -> N
     folder = saved(GENERATIONS["2"], tmp_path / "model")
     with pytest.raises(InputError, match="exists already"):
         export_model(folder, folder, kind="hf")
-    with pytest.raises(InputError, match="--as is 'onnx'"):
+    with pytest.raises(InputError, match="--as is 'onnx'; expected hf or native"):
         export_model(folder, tmp_path / "out", kind="onnx")
 
 

@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaForCausalLM, StaticCache
 
-from argonne.publish.export import TOLERANCE, expectations, save_native
+from argonne.publish.export import save_native
 from argonne.publish.fresh_load import compare
 from argonne.publish.native import native_twin
+from argonne.publish.proof import TOLERANCE, expectations
 from tests.model.conftest import GENERATIONS
 from tests.publish.test_export import DIFFERENCES, model_of
 

@@ -272,39 +272,3 @@ def test_the_dry_run_of_a_recipe_prints_what_would_run(
     printed = tomllib.loads(capsys.readouterr().out)
     assert any(printed["train"].get(length, 0) > 0 for length in ("steps", "tokens", "epochs"))
     assert not (tmp_path / "run").exists()
-
-
-EARLIER_OPTIONS = {
-    "--data-glob": ("data.input", '["text/*.parquet"]'),
-    "--no-streaming": ("data.prefetch", '"all"'),
-    "--tokenizer-path": ("data.tokenizer", '"tok"'),
-    "--learning-rate": ("optim.lr", "2e-4"),
-    "--min-learning-rate": ("schedule.min_lr", "1e-6"),
-    "--warmup-steps": ("schedule.warmup", "50"),
-    "--max-steps": ("train.steps", "300"),
-    "--batch-size": ("batch.micro", "4"),
-    "--block_size": ("data.sequence_length", "2048"),
-    "--bf16": ("train.precision", '"bf16"'),
-    "--cooldown": ("schedule.decay", "40"),
-    "--wall_time": ("stop.wall_time", '"3600"'),
-}
-
-
-@pytest.mark.parametrize("earlier", EARLIER_OPTIONS)
-def test_every_option_of_the_earlier_scripts_has_a_key_that_is_accepted(
-    earlier: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from argonne.cli import main
-
-    key, value = EARLIER_OPTIONS[earlier]
-    section, field = key.split(".")
-    extra = {
-        "data.input": ["--data.tokenizer", "tok"],
-        "data.prefetch": ["--data.input", '["a.txt"]', "--data.tokenizer", "tok"],
-    }.get(key, [])
-    extra += ["--batch.tokens_per_step", "245760"] if key == "data.sequence_length" else []
-    assert main(["pretrain", "argonne-3.0-pretrain", f"--{key}", value, *extra, "--dry-run"]) == 0
-    assert tomllib.loads(capsys.readouterr().out)[section][field] == tomllib.loads(f"x = {value}")["x"]
-    docs = (Path(__file__).resolve().parent.parent.parent / "docs" / "recipes.md").read_text()
-    assert f"`{earlier}" in docs
-    assert f"`{key}" in docs or key == "stop.wall_time"

@@ -1,41 +1,23 @@
-"""Toy modes: FSDP2 over all ranks, and a pipeline of two processes. What the real ones will be, on a page each."""
+"""A toy mode: a pipeline of two processes. What the real one will be, on a page."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 
 from argonne.config import ParallelSection
 from argonne.parallel.mesh import Mesh
 from argonne.parallel.objective import Loss, MicroBatch, Objective
-from argonne.parallel.parallelise import Casts, Mode, Parallelised, Sums, in_one_call, placed
+from argonne.parallel.parallelise import Casts, Mode, Parallelised, Sums, Weights, placed
 
 
-def anything(parallel: ParallelSection) -> None:
+def anything(parallel: ParallelSection, workers: int) -> None:
     """A toy refuses nothing."""
-
-
-def shard(model: Any, mesh: Mesh, objective: Objective, casts: Casts) -> Parallelised:
-    """FSDP2: a group for each layer, one for embedding, norm and head."""
-    ranks = init_device_mesh("cpu", (mesh.world_size,))
-    for layer in model.model.layers:
-        fully_shard(layer, mesh=ranks)
-    fully_shard(model, mesh=ranks)
-
-    @contextmanager
-    def sync(wanted: bool) -> Any:
-        model.set_requires_gradient_sync(wanted)
-        yield
-
-    return in_one_call(model, model, mesh, objective, casts, sync=sync, forward="together")
 
 
 class First(nn.Module):
@@ -60,10 +42,11 @@ class Last(nn.Module):
         return self.model.model.norm(self.model.run_layers(hidden, self.cut))
 
 
-def pipeline(model: Any, mesh: Mesh, objective: Objective, casts: Casts) -> Parallelised:
+def pipeline(weights: Weights, mesh: Mesh, objective: Objective, casts: Casts) -> Parallelised:
     """Two stages under GPipe. The tied embedding lies on both: its gradients are summed, and the norm
     counts it once.
     """
+    model: Any = weights.fill(mesh.device)
     layers, cut, first = model.model.layers, len(model.model.layers) // 2, mesh.rank == 0
     for index in range(len(layers)):
         if (index < cut) != first:
@@ -115,4 +98,4 @@ def pipeline(model: Any, mesh: Mesh, objective: Objective, casts: Casts) -> Para
     return Parallelised(model, model, forward_backward, gradient_norm, evaluate, "never")
 
 
-SHARDED, PIPELINED = Mode(anything, shard), Mode(anything, pipeline)
+PIPELINED = Mode(anything, pipeline)

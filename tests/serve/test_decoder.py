@@ -14,10 +14,9 @@ from argonne.errors import InputError
 from argonne.serve import sampling
 from argonne.serve.decoder import Answer, Decoder
 from argonne.serve.engine import stream_several
-from argonne.serve.forward import pack
 from argonne.serve.lookup import Lookup
 from argonne.serve.options import SamplingOptions, Shaping
-from argonne.serve.quantize import in_a_row
+from argonne.serve.quantize import in_a_row, pack
 from argonne.serve.sampling import Chooser, choose_together, likeliest
 from tests.serve.test_engine import choose, make_model
 

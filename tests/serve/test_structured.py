@@ -154,10 +154,10 @@ def added(tokenizer: TextTokenizer) -> set[int]:
 scalars = st.one_of(
     st.builds(
         lambda low, more: {"type": "integer", "minimum": low, "maximum": low + more},
-        st.integers(-(10**16), 10**16),
+        st.integers(-(2**53), 2**53 - 99),
         st.integers(0, 99),
     ),
-    st.builds(lambda low: {"type": "number", "minimum": low}, st.integers(-(10**16), 10**16)),
+    st.builds(lambda low: {"type": "number", "minimum": low}, st.integers(-(2**53), 2**53)),
     st.builds(
         lambda least, more: {"type": "string", "minLength": least, "maxLength": least + more}, *[st.integers(0, 20)] * 2
     ),

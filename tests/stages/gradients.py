@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,19 @@ TINY: dict[str, dict[str, Any]] = {
 }
 TINY["1"] |= {"attention_dropout": 0.0, "hidden_dropout": 0.0}
 TINY["3-window"] |= {"layer_types": ["full_attention", "sliding_attention"]}
+
+
+@dataclass(frozen=True)
+class Filled:
+    """Weights of a model that has them already."""
+
+    model: ArgonneForCausalLM
+
+    def fill(self, device: torch.device | str, ended: Callable[[torch.nn.Module], object] = id, /) -> torch.nn.Module:
+        for layer in self.model.model.layers:
+            ended(layer)
+        return self.model
+
 
 # The loss, and the gradient of each tensor.
 Found = tuple[float, dict[str, torch.Tensor]]
@@ -105,7 +119,7 @@ def in_micro_batches(
         return loss
 
     mesh = mesh or Mesh(CPU)
-    replicate(model, mesh, objective, Precision("fp32", CPU)).forward_backward(micro_batches, count)
+    replicate(Filled(model), mesh, objective, Precision("fp32", CPU)).forward_backward(micro_batches, count)
     return float(sum(totals)) / count, gradients(model)
 
 

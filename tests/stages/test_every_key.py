@@ -17,7 +17,7 @@ import torch
 
 from argonne.config import Recipe
 from argonne.errors import InputError
-from argonne.keys import all_keys, check_replicated, with_value
+from argonne.keys import all_keys, check_mesh, with_value
 from argonne.report.records import read_metrics
 from argonne.stages import pretrain, setup
 from argonne.train.checkpoint import LAST
@@ -177,12 +177,13 @@ ELSEWHERE = {
     "train.return_memory": "tests/train/test_allocator.py",
     "log.wandb": "tests/train/test_telemetry.py",
     "log.trackio": "tests/train/test_telemetry.py",
-    "parallel.replicate": "tests/parallel/test_data_parallel.py",
+    "parallel.replicate": "tests/parallel/test_sharded.py",
+    "parallel.shard": "tests/seam/test_seam.py",
     "parallel.max_restarts": "tests/parallel/test_failures.py",
     "parallel.timeout": "tests/parallel/test_failures.py",
     "stop.grace": "tests/parallel/test_failures.py",
 }
-REFUSED = ("parallel.shard", "parallel.tensor", "parallel.context", "parallel.pipeline")
+REFUSED = ("parallel.tensor", "parallel.context", "parallel.pipeline")
 
 
 @dataclass(frozen=True)
@@ -299,7 +300,7 @@ def test_every_key_has_a_flip_or_a_test_elsewhere() -> None:
 @pytest.mark.parametrize("path", REFUSED)
 def test_a_degree_that_is_not_built_is_refused(nano: Nano, path: str) -> None:
     with pytest.raises(InputError, match=path):
-        check_replicated(nano(**{path: "2"}).parallel)
+        check_mesh(nano(**{path: "2"}).parallel, 2)
 
 
 PLANTED = (

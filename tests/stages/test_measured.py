@@ -45,9 +45,23 @@ def test_a_task_within_a_run_finds_what_eval_finds_on_the_checkpoint(
     context = json.loads((folder / LAST / "config.json").read_text())["max_position_embeddings"]
     for name, data, limit in (("gsm8k", problems, 4), ("bpb", tokens, 4 * context), ("sums", None, 4)):
         there = evaluate(folder / LAST, [name], data, limit=limit, device="cpu")["tasks"][name]
+        del there["items"]
         assert found[4, name]["values"] == there
     assert found[4, "bpb"]["metrics"] == {"bpb/bits_per_byte": found[4, "bpb"]["values"]["bits_per_byte"]}
     assert found[4, "bpb"]["metrics"] != found[0, "bpb"]["metrics"]
+
+
+def test_a_base_model_is_asked_behind_examples_within_a_run_too(nano: Nano, tmp_path: Path) -> None:
+    for name, count in (("test", 3), ("train", 6)):
+        rows = [{"question": f"{n} + 1?", "answer": f"#### {n + 1}"} for n in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = {"eval.tasks": f'["gsm8k_base:{tmp_path}"]', "eval.task_limit": "2", "train.steps": "4"}
+    run(nano(**QUIET, **more, **{"model.max_position_embeddings": "512"}), tmp_path / "run")
+    found = read_metrics(tmp_path / "run").of("task")[-1]
+    there = evaluate(tmp_path / "run" / LAST, ["gsm8k_base"], tmp_path, limit=2, device="cpu")["tasks"]["gsm8k_base"]
+    del there["items"]
+    assert found["values"] == there
+    assert found["metrics"] == {"gsm8k_base/exact_match": there["exact_match"]}
 
 
 def test_a_task_is_told_in_the_log_the_samples_and_the_report(
@@ -98,7 +112,7 @@ BAD = {
     "sumz": "did you mean 'sums'?",
     "probes": "no number to follow",
     "gsm8k": "no data given",
-    "gsm8k:nowhere.jsonl": "nowhere.jsonl: no file",
+    "gsm8k:nowhere.jsonl": "nowhere.jsonl: no such file",
     "bpb:nowhere*.txt": "matches no file",
     "sums:some.jsonl": "would not be read",
 }

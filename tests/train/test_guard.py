@@ -10,7 +10,8 @@ import pytest
 
 from argonne.config import StopSection
 from argonne.errors import InputError
-from argonne.train.guard import NonFinitePolicy, StopWatch, parse_deadline, parse_duration
+from argonne.keys import parse_duration
+from argonne.train.guard import NonFinitePolicy, StopWatch, parse_deadline
 
 
 @pytest.mark.parametrize(

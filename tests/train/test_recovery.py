@@ -15,7 +15,7 @@ from argonne.config import Recipe
 from argonne.errors import InputError
 from argonne.parallel.mesh import Mesh
 from argonne.parallel.objective import Head, Loss, MicroBatch
-from argonne.parallel.parallelise import replicate
+from argonne.parallel.parallelise import in_one_call
 from argonne.report.records import read_metrics
 from argonne.stages.pretrain import run
 from argonne.stages.session import run_session
@@ -48,7 +48,7 @@ def gradients(preset: str, sizes: list[int], nano: Nano) -> tuple[float, dict[st
         labels[row, : 3 * row] = -100
     rows = {"input_ids": ids[:, :-1], "shift_labels": labels}
     mesh = Mesh(torch.device("cpu"))
-    parallelised = replicate(model, mesh, next_token, Precision("fp32", mesh.device))
+    parallelised = in_one_call(model, model, mesh, next_token, Precision("fp32", mesh.device))
     pieces = {name: tensor.split(sizes) for name, tensor in rows.items()}
     micro_batches = [{name: pieces[name][index] for name in rows} for index in range(len(sizes))]
     sums = parallelised.forward_backward(micro_batches, int((labels != -100).sum()))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -79,10 +81,16 @@ def test_tensorboard_has_a_point_for_each_record(nano: Nano, tmp_path: Path) -> 
     assert [(point.step, point.value) for point in events.Scalars("step/loss")] == expected
 
 
-def test_tensorboard_shows_a_step_that_was_trained_twice_once(nano: Nano, tmp_path: Path) -> None:
+def test_tensorboard_shows_a_step_that_was_trained_twice_once(
+    nano: Nano, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     accumulator = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator", reason="tensorboard is not installed"
     )
+    # Files are read in the order of their names, which tell the second: here each begins in one of its own, as two
+    # processes do.
+    names = pytest.importorskip("tensorboard.summary.writer.event_file_writer")
+    monkeypatch.setattr(names, "time", SimpleNamespace(time=partial(next, itertools.count(1_700_000_000))))
     run(nano(**{"log.tensorboard": "true"}), tmp_path / "run", stop_after_step=7)
     shutil.rmtree(tmp_path / "run" / "checkpoint_step_7")  # as if the run had been killed there
     run(nano(**{"log.tensorboard": "true"}), tmp_path / "run")

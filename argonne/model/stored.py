@@ -1,0 +1,72 @@
+"""The tensors of a folder, whole, one at a time: of a model's safetensors files, or of a checkpoint, where several
+ranks may each have written a part of one.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from argonne.errors import InputError
+from argonne.files import fingerprint, quick_hash_of_file
+from argonne.layout import WEIGHTS
+
+SHARDING = "DCP_SHARDING_INFO"  # in the header of a file: tensor -> where in the whole its part begins
+
+
+class StoredTensors:
+    """shapes: name -> full shape, of the names that begin with `prefix`, which is left out. Raises InputError for a
+    damaged file.
+    """
+
+    def __init__(self, folder: Path, prefix: str = "") -> None:
+        self.folder, self.shapes = folder, dict[str, tuple[int, ...]]()
+        self._parts: dict[str, list[tuple[Path, str, tuple[slice, ...]]]] = {}
+        for path in sorted(folder.glob(WEIGHTS)):
+            try:
+                with safe_open(path, "pt") as file:
+                    begins = json.loads((file.metadata() or {}).get(SHARDING, "{}"))
+                    for stored in file.keys():  # noqa: SIM118 - not a dict
+                        if not stored.startswith(prefix):
+                            continue
+                        part = file.get_slice(stored)
+                        size = tuple(part.get_shape())
+                        start = begins[stored]["saved_offsets"] if stored in begins else [0] * len(size)
+                        place = tuple(slice(first, first + one) for first, one in zip(start, size, strict=True))
+                        name, end = stored.removeprefix(prefix), tuple(one.stop for one in place)
+                        self.shapes[name] = tuple(map(max, self.shapes.get(name, end), end))
+                        self._parts.setdefault(name, []).append((path, stored, place))
+            except (SafetensorError, OSError) as error:
+                raise InputError(
+                    f"{path}: cannot be read as safetensors ({error}); it is truncated or damaged"
+                ) from None
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, whole, in memory of its own: a mapped file that somebody writes over would change it later."""
+        parts = self._parts[name]
+        whole: torch.Tensor | None = None
+        for path, stored, place in parts:
+            try:
+                with safe_open(path, "pt") as file:
+                    part: torch.Tensor = file.get_tensor(stored)
+            except (SafetensorError, OSError) as error:
+                raise InputError(f"{path}: {stored} cannot be read ({error}); it is truncated or damaged") from None
+            if len(parts) == 1:
+                return part.clone()
+            whole = part.new_empty(self.shapes[name]) if whole is None else whole
+            whole[place] = part
+        assert whole is not None
+        return whole
+
+
+def hashes_of_weights(folder: Path) -> list[list[str]]:
+    """[name, XXH3] of each file of weights in a folder, which tell one model from another."""
+    return [[path.name, quick_hash_of_file(path)] for path in sorted(folder.glob(WEIGHTS))]
+
+
+def fingerprint_of_weights(folder: Path) -> str:
+    """One hash of all of them: by it results and exports name the model that they are of."""
+    return fingerprint(hashes_of_weights(folder))

@@ -1,0 +1,108 @@
+"""Faults as they have been made, here and elsewhere, each planted in the product's own code while the block runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+from argonne.parallel import parallelise, shard
+from argonne.train import muon
+
+LOCAL_COUNT = "the loss is divided by the rank's own count"
+LOCAL_NORM = "the norm is of the rank's own parts"
+ROOT_ONLY = "the gradient divide factor is set on the root alone"
+TIED_TWICE = "the norm counts the tied head twice"
+DEFAULT_GROUP = "Muon deals its work over torch's default group"
+OF_PARTS = "Muon takes a rank's part of a matrix for the whole"
+NO_ALL_REDUCE = "copies of the model are never put together"
+
+
+@contextmanager
+def planted(name: str) -> Iterator[None]:
+    if not name:
+        yield
+        return
+    with ExitStack() as faults:
+        for target, attribute, fault in FAULTS[name]:
+            faults.enter_context(mock.patch.object(target, attribute, fault))
+        yield
+
+
+def _divide_by_own(original: Callable[..., Any]) -> Callable[..., Any]:
+    def in_one_call(stepped: nn.Module, plain: nn.Module, mesh: Any, *rest: Any, **more: Any) -> Any:
+        made = original(stepped, plain, mesh, *rest, **more)
+
+        def forward_backward(micro_batches: Sequence[Any], count: int) -> Any:
+            own = sum(int((micro["shift_labels"] >= 0).sum()) for micro in micro_batches)
+            return made.forward_backward(micro_batches, own * mesh.data_size)
+
+        return parallelise.Parallelised(
+            stepped, plain, forward_backward, made.gradient_norm, made.evaluate, made.forward
+        )
+
+    return in_one_call
+
+
+def _own_norm(parameters: Sequence[Tensor]) -> Tensor:
+    parts = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    own = [part.to_local() if isinstance(part, DTensor) else part for part in parts]
+    return torch.nn.utils.get_total_norm(own)
+
+
+def _twice(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def total_norm(parameters: Sequence[Tensor]) -> Tensor:
+        table = max(parameters, key=lambda parameter: parameter.numel())
+        return original([*parameters, table])
+
+    return total_norm
+
+
+def _undivided(module: Any, **how: Any) -> FSDPModule:
+    sharded = fully_shard(module, **how)
+    if hasattr(module, "lm_head"):
+        sharded.set_gradient_divide_factor(1.0)
+    return sharded
+
+
+def _without_all_reduce(module: Any, **how: Any) -> FSDPModule:
+    sharded = fully_shard(module, **how)
+    sharded.set_requires_all_reduce = lambda wanted: None  # type: ignore[method-assign,assignment]
+    FSDPModule.set_requires_all_reduce(sharded, False)
+    return sharded
+
+
+def _dealt_by_global_rank(self: Any, directions: list[Tensor], size: int, group: Any) -> list[Tensor]:
+    with mock.patch.object(dist, "get_rank", return_value=int(os.environ["RANK"])):
+        return SPREAD(self, directions, size, group)
+
+
+def _of_parts(self: Any, directions: list[Tensor]) -> list[Tensor]:
+    parts = [one.to_local() if isinstance(one, DTensor) else one for one in directions]
+    found = [muon.orthogonalise(part, self._dtype) for part in parts]
+    return [
+        DTensor.from_local(part, one.device_mesh, one.placements, shape=one.shape, stride=one.stride())
+        if isinstance(one, DTensor)
+        else part
+        for part, one in zip(found, directions, strict=True)
+    ]
+
+
+SPREAD = muon.MuonAdamW._spread
+FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
+    LOCAL_COUNT: [(page, "in_one_call", _divide_by_own(parallelise.in_one_call)) for page in (parallelise, shard)],
+    LOCAL_NORM: [(parallelise, "total_norm", _own_norm)],
+    ROOT_ONLY: [(shard, "fully_shard", _undivided)],
+    TIED_TWICE: [(parallelise, "total_norm", _twice(parallelise.total_norm))],
+    DEFAULT_GROUP: [(muon.MuonAdamW, "_spread", _dealt_by_global_rank)],
+    OF_PARTS: [(muon.MuonAdamW, "_orthogonal", _of_parts)],
+    NO_ALL_REDUCE: [(shard, "fully_shard", _without_all_reduce)],
+}
