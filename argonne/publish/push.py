@@ -138,7 +138,11 @@ class Hub:
             raise InputError(
                 f"{self.repository}: the Hub answers with status {status} ({first_line(error)}); try again later"
             ) from None
-        except (OfflineModeIsEnabled, HTTPError) as error:
+        except OfflineModeIsEnabled:
+            raise InputError(
+                f"{self.api.endpoint} is not asked while HF_HUB_OFFLINE is set; unset it, or check all else by --dry-run"
+            ) from None
+        except HTTPError as error:
             raise InputError(
                 f"{self.api.endpoint} cannot be reached ({first_line(error)}); --dry-run checks everything without it"
             ) from None

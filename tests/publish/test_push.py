@@ -127,6 +127,9 @@ def test_without_a_token_and_without_a_network_the_way_on_is_told(
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(InputError, match=r"127.0.0.1:9 cannot be reached .*; --dry-run checks everything"):
         Hub(NAME).check_room(replace=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match=r"127.0.0.1:9 is not asked while HF_HUB_OFFLINE is set; unset it"):
+        Hub(NAME).check_room(replace=False)
 
 
 @pytest.mark.parametrize("name", ["small", "a/b/c", "some one/small", "someone/"])
