@@ -140,7 +140,7 @@ class Hub:
             ) from None
         except OfflineModeIsEnabled:
             raise InputError(
-                f"{self.api.endpoint} is not asked while HF_HUB_OFFLINE is set; unset it, or check all else by --dry-run"
+                f"{self.api.endpoint} is not asked while HF_HUB_OFFLINE is set; unset it, or check by --dry-run"
             ) from None
         except HTTPError as error:
             raise InputError(
