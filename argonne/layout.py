@@ -70,6 +70,7 @@ CONTENT_TOKENS = (*THINK_TOKENS, "<tool_call>", "</tool_call>", "<tool_response>
 # A token set: manifest.json, tokenizer/ and shards; while it is made, its plan and a record of each unit
 UNITS_PLAN = "plan.json"
 UNITS = "units"
+SOURCES = "sources.jsonl"  # what was read, a line a file, where these are too many for the manifest
 TOKENS_LOCK, TOKENS_TURN = ".lock", ".turn"  # of `argonne prepare`; empty files that stay and belong to no set
 TOKEN_SUFFIXES = (".bin", ".idx", ".ds", ".json")  # .ds: datatrove's; .json: a document manifest of the family
 RAW_TOKENS = {"raw-uint16:": "uint16", "raw-uint32:": "uint32"}  # tokens without a header: nothing in the file tells

@@ -136,6 +136,8 @@ class TrainingData:
             others = [pattern for pattern in self.data.input if pattern not in self.work.options.input]
             unused = f"; not used: {', '.join(others)}" if others else ""
             lines.append(f"  tokenised from {self.work.options.input[0]} into {self.work.out}{unused}")
+            if self.work.changed_input:
+                lines.append(f"  warning: {self.work.changed_input}: the run goes on with what it began with")
         for phase in self.mixture.phases:
             mask = ", document mask" if phase.document_mask else ""
             rows = (

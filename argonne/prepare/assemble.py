@@ -22,6 +22,8 @@ from argonne.tokens.shards import entries_of, read_header, totals_of
 from argonne.tokens.writer import ShardWriter
 
 PARTS = "parts"
+# What is counted of each file.
+COUNTS = ("rows", "documents", "tokens", "text_bytes", "held_out_documents")
 # One document: 128-bit hash of its text, bytes of its text.
 DOCUMENT = np.dtype([("low", "<u8"), ("high", "<u8"), ("bytes", "<i8")])
 COPY_TOKENS = 1 << 22
@@ -54,9 +56,11 @@ def text_hash(text: bytes | memoryview) -> tuple[int, int]:
     return value & (2**64 - 1), value >> 64
 
 
-def assemble(recipe: dict[str, Any], records: Sequence[dict[str, Any]], out: Path, dtype: str) -> list[dict[str, Any]]:
+def assemble(
+    recipe: dict[str, Any], records: Sequence[dict[str, Any]], out: Path, dtype: str, *, ends_are_held: bool
+) -> list[dict[str, Any]]:
     """Write the final shards of `out` from those of the units; the records as they are then, drops of duplicates
-    included.
+    included. `ends_are_held`: what is held out are ends of the training documents, no rows of their own.
 
     Of equal texts the first in the order of the plan stays (within a unit: training documents before held-out ones).
     """
@@ -66,8 +70,9 @@ def assemble(recipe: dict[str, Any], records: Sequence[dict[str, Any]], out: Pat
     found, position = [], 0
     for record in records:
         after = {**record, "drops": Counter(record["drops"])}
+        after["sources"] = [{**own, "drops": Counter(own["drops"])} for own in sources_of(record)]
         for split, part in (("train", record), ("held_out", record["held_out"])):
-            shards = []
+            shards, first = [], 0
             for entry in part["shards"]:
                 mask = None if keep is None else keep[position : position + entry["documents"]]
                 position += entry["documents"]
@@ -76,8 +81,11 @@ def assemble(recipe: dict[str, Any], records: Sequence[dict[str, Any]], out: Pat
                 else:
                     writer = single.get(split) or single.setdefault(split, ShardWriter(out, split, dtype, limit=None))
                     shards.append(_append(writer, out, entry, mask))
-                if duplicates := entry["documents"] - shards[-1]["documents"]:
-                    after["drops"]["duplicate"] += duplicates
+                if mask is not None and not mask.all():
+                    counted = split == "train" or not ends_are_held
+                    after["drops"]["duplicate"] += int((~mask).sum()) * counted
+                    _leave_out(after["sources"], sources_of(record), split, out, entry, first, mask, counted)
+                first += entry["documents"]
             changed = {
                 **totals_of(shards),
                 "shards": [shard for shard in shards if shard["documents"] and single is None],
@@ -87,6 +95,38 @@ def assemble(recipe: dict[str, Any], records: Sequence[dict[str, Any]], out: Pat
     for split, writer in (single or {}).items():
         (found[0] if split == "train" else found[0]["held_out"])["shards"] = [writer.close()]
     return found
+
+
+def sources_of(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a unit's record counts of each of its files; in version 1 of the plan it has one."""
+    own = {**record, "held_out_documents": record["held_out"]["documents"]}
+    return record.get("sources") or [{name: own[name] for name in (*COUNTS, "drops")}]
+
+
+def _leave_out(
+    sources: list[dict[str, Any]],
+    before: list[dict[str, Any]],
+    split: str,
+    out: Path,
+    entry: dict[str, Any],
+    first: int,
+    mask: np.ndarray,
+    counted: bool,
+) -> None:
+    """Take the documents that `mask` does not keep out of what is counted of each file. A unit's documents lie in the
+    order of its files; those of `entry` begin with its `first`.
+    """
+    documents = "documents" if split == "train" else "held_out_documents"
+    owners = np.repeat(np.arange(len(before)), [own[documents] for own in before])[first : first + len(mask)]
+    lengths = np.diff(np.fromfile(index_of(out / PARTS / entry["file"]), dtype="<u8").astype(np.int64), prepend=0)
+    sizes = _documents(out, entry)["bytes"]
+    for number in np.unique(owners[~mask]).tolist():
+        gone = ~mask & (owners == number)
+        sources[number][documents] -= int(gone.sum())
+        if split == "train":
+            sources[number]["tokens"] -= int(lengths[gone].sum())
+            sources[number]["text_bytes"] -= int(sizes[gone].sum())
+        sources[number]["drops"]["duplicate"] += int(gone.sum()) * counted
 
 
 def _first_copies(out: Path, records: Sequence[dict[str, Any]]) -> np.ndarray:

@@ -123,12 +123,15 @@ def _check_column(path: str, schema: Any, text_column: str) -> None:
 
 
 def parquet_rows(path: str, start: int, stop: int, text_column: str) -> Iterator[Any]:
-    """Values of the row groups `start <= i < stop`: text, None, or bytes for what is long or not UTF-8."""
+    """Values of the row groups `start <= i < stop`, with `stop` -1 of all from `start` on: text, None, or bytes for
+    what is long or not UTF-8.
+    """
     import pyarrow as pa
 
     row = 0
     with _parquet(path) as source:
         try:
+            stop = source.num_row_groups if stop < 0 else stop
             groups = [source.metadata.row_group(group) for group in range(start, stop)]
             before = sum(source.metadata.row_group(group).num_rows for group in range(start))
             expected = sum(group.num_rows for group in groups)
@@ -189,7 +192,8 @@ def arrow_rows(path: str, start: int, stop: int, text_column: str) -> Iterator[A
     row = 0
     with _arrow(path) as (reader, random_access, source):
         try:
-            for batch in (reader.get_batch(number) for number in range(start, stop)) if random_access else reader:
+            numbers = range(start, reader.num_record_batches if stop < 0 else stop) if random_access else range(0)
+            for batch in map(reader.get_batch, numbers) if random_access else reader:
                 column = batch.column(text_column)
                 _check_offsets(column)
                 step = max(1, min(BATCH_ROWS, ARROW_BYTES * batch.num_rows // max(column.nbytes, 1)))

@@ -10,8 +10,8 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,10 @@ JSON_HINT = (
     "datasets.load_dataset('json', data_files=...).to_parquet(...)"
 )
 WHOLE_FILE = -1
+FEW_UNITS, FILES_A_UNIT = 64, 4096
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class InputFile:
     """One matched file. `path` is local or an fsspec URL."""
 
@@ -38,14 +39,15 @@ class InputFile:
 
 @dataclass(frozen=True)
 class Unit:
-    """One piece of work: row groups, record batches or bytes `start <= i < stop` of a file; `stop` -1
-    means to its end.
+    """One piece of work: row groups, record batches or bytes `start <= i < stop` of a file, `stop` -1 to its end; or
+    that file and those after it, whole, `files` in all.
     """
 
     index: int
     file: int
     start: int
     stop: int
+    files: int = 1
 
 
 def find_files(
@@ -113,7 +115,7 @@ def unit_bytes(files: Sequence[InputFile]) -> int:
     """Target size of a unit: 64 units for a small input, 128 MiB for a large one. From the input alone, so that the cut
     never varies.
     """
-    return min(128 << 20, max(1 << 20, sum(file.bytes for file in files) // 64))
+    return min(128 << 20, max(1 << 20, sum(file.bytes for file in files) // FEW_UNITS))
 
 
 def cut(file: InputFile, target: int, text_column: str | None) -> list[tuple[int, int]]:
@@ -136,14 +138,42 @@ def cut(file: InputFile, target: int, text_column: str | None) -> list[tuple[int
     return list(itertools.pairwise(edges))
 
 
+def cut_all(
+    files: Sequence[InputFile], text_column: str | None, unreadable: Callable[[InputFile, InputError], None]
+) -> list[Unit]:
+    """The units of all files in their order. Of more than 64 files small ones that follow one another share a unit, up
+    to the size that a unit aims at. `unreadable` is told of a file that cannot be read, and may raise.
+    """
+    target = unit_bytes(files)
+    units: list[Unit] = []
+    shared = 0  # bytes of the last unit, where it may take more files
+    for number, file in enumerate(files):
+        try:
+            pieces = cut(file, target, text_column)
+        except InputError as error:
+            unreadable(file, error)
+            continue
+        last = units[-1] if units else None
+        joins = last is not None and last.file + last.files == number and last.files < FILES_A_UNIT
+        if last is not None and joins and shared and len(pieces) == 1 and shared + file.bytes <= target:
+            units[-1] = replace(last, start=0, stop=WHOLE_FILE, files=last.files + 1)
+            shared += file.bytes
+            continue
+        units += [Unit(len(units) + index, number, start, stop) for index, (start, stop) in enumerate(pieces)]
+        shared = max(1, file.bytes) if len(pieces) == 1 and len(files) > FEW_UNITS else 0
+    return units
+
+
 def read_unit(file: InputFile, unit: Unit, text_column: str, split: str) -> Iterator[RowBatch]:
-    """The rows of one unit in bounded batches. Raises InputError naming file and row where the file is damaged."""
+    """The rows of one file of a unit in bounded batches. Raises InputError naming file and row where it is damaged."""
     if file.format == "parquet":
         values = columnar.parquet_rows(file.path, unit.start, unit.stop, text_column)
     elif file.format == "arrow":
         values = columnar.arrow_rows(file.path, unit.start, unit.stop, text_column)
     elif file.format == "jsonl":
-        values = textual.jsonl_rows(file.path, unit.start, None if unit.stop == WHOLE_FILE else unit.stop, text_column)
+        whole = None if textual.is_compressed(file.path) else file.bytes
+        stop = whole if unit.stop == WHOLE_FILE else unit.stop
+        values = textual.jsonl_rows(file.path, unit.start, stop, text_column)
     else:
         values = textual.text_rows(file.path, file.bytes, split)
     batch = RowBatch()

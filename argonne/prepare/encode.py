@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import functools
-import hashlib
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,9 +14,9 @@ import numpy as np
 
 from argonne import files, layout
 from argonne.errors import InputError
-from argonne.prepare import assemble, encoders, filters
+from argonne.prepare import assemble, encoders, filters, hold_out
 from argonne.prepare.documents import InputFile, Unit, read_unit
-from argonne.prepare.texts import LongText, RowBatch
+from argonne.prepare.texts import CHARACTERS_A_BATCH, ROWS_A_BATCH, LongText, RowBatch, Text
 from argonne.tokens import shards as tokens
 from argonne.tokens.tokenizer import TextTokenizer, load_tokenizer
 from argonne.tokens.writer import ShardWriter
@@ -58,17 +57,6 @@ def _loaded(
     return plan, tokenizer, encoders.load(encoder, tokenizer)
 
 
-def held_out_numbers(share: float, unit: int) -> Iterator[bool]:
-    """For each document of a unit in turn: is it held out? Exactly `share` of them to within one, spread evenly, with a
-    start that differs by unit."""
-    exact = Fraction(str(share))
-    begin = Fraction(int.from_bytes(hashlib.sha256(f"hold-out {unit}".encode()).digest()[:4], "little"), 1 << 32)
-    total = begin
-    while True:
-        before, total = total, total + exact
-        yield int(total) > int(before)
-
-
 class _Output:
     """The shards of one split of a unit; a new one begins where the next document would make the last too large."""
 
@@ -103,8 +91,10 @@ class _Output:
             self._documents.append(part)
             first = last
 
-    def add_long(self, ids: Iterator[np.ndarray], document: np.ndarray) -> None:
-        """Append one document whose ids come in pieces; there are at most as many as bytes, BOS and EOS apart."""
+    def add_long(self, ids: Iterator[np.ndarray], document: np.ndarray) -> np.ndarray:
+        """Append one document whose ids come in pieces; there are at most as many as bytes, BOS and EOS apart. Returns
+        (1,) how many.
+        """
         text_bytes = int(document["bytes"].sum())
         if self.writer is not None and self.writer.tokens and self.writer.tokens + text_bytes + 2 > self.limit:
             self._close()
@@ -112,8 +102,10 @@ class _Output:
         before = writer.tokens
         for piece in ids:
             writer.extend(piece)
-        writer.end_documents(np.array([writer.tokens - before]), text_bytes)
+        length = np.array([writer.tokens - before])
+        writer.end_documents(length, text_bytes)
         self._documents.append(document)
+        return length
 
     def _close(self) -> None:
         if self.writer is not None:
@@ -134,18 +126,20 @@ class _Output:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Documents as ids: all ids in a row, ids of each document, hash (where duplicates are looked for) and UTF-8 bytes
-    of each document.
+    """Documents as ids: all ids in a row, ids of each document, hash (where it is asked for) and UTF-8 bytes of each
+    document, and the file of the unit that each comes from.
     """
 
     ids: np.ndarray
     lengths: np.ndarray
     documents: np.ndarray
+    sources: np.ndarray
 
     def chosen(self, mask: np.ndarray) -> Encoded:
         if mask.all():
             return self
-        return Encoded(self.ids[np.repeat(mask, self.lengths)], self.lengths[mask], self.documents[mask])
+        ids = self.ids[np.repeat(mask, self.lengths)]
+        return Encoded(ids, self.lengths[mask], self.documents[mask], self.sources[mask])
 
 
 class _UnitWork:
@@ -160,46 +154,94 @@ class _UnitWork:
         staged, dtype = assemble.is_staged(self.recipe), tokens.dtype_for(self.tokenizer["vocab_size"])
         folder = Path(job.out) / assemble.PARTS if staged else Path(job.out)
         folder.mkdir(exist_ok=True)
-        for leftover in folder.glob(f"{files.TEMPORARY}*-{number:05d}*"):
-            leftover.unlink(missing_ok=True)
         self.train = _Output(folder, layout.shard_name(number), dtype, job.shard_tokens, staged)
         self.held = _Output(folder, layout.shard_name(number, held_out=True), dtype, job.shard_tokens, staged)
-        self.choose = held_out_numbers(self.recipe["hold_out"], number)
+        self.share = self.recipe["hold_out"]
+        self.rule = hold_out.rule_of(self.plan)
+        self.places = hold_out.places(self.share, number)
         self.filters = filters.build(self.recipe, self.plan["evaluation_files"])
-        self.rows, self.drops, self.warnings = 0, Counter[str](), list[str]()
-        self.bad: list[dict[str, str]] = []
+        self.counts = {name: np.zeros(self.unit.files, dtype=np.int64) for name in assemble.COUNTS}
+        self.drops = [Counter[str]() for _ in range(self.unit.files)]
+        self.waiting: list[tuple[int, Text]] = []
+        self.characters = 0
+        self.warnings, self.bad = list[str](), list[dict[str, str]]()
 
-    def take(self, batch: RowBatch) -> None:
-        """Filter and encode one batch of rows."""
-        self.rows += len(batch.texts) + sum(batch.drops.values())
+    def take(self, batch: RowBatch, source: int) -> None:
+        """Filter one batch of rows of the unit's file `source`; encode them once enough wait."""
+        self.counts["rows"][source] += len(batch.texts) + sum(batch.drops.values())
         texts = batch.texts
         for name, is_dropped in self.filters.items():
             kept = [text for text in texts if not is_dropped(text)]
             if len(kept) < len(texts):
                 batch.drops[name] += len(texts) - len(kept)
             texts = kept
-        if texts and isinstance(texts[0], LongText):  # a batch of its own
-            output = self.held if self.recipe["hold_out"] and next(self.choose) else self.train
-            output.add_long(self._long_ids(texts[0]), self._documents([texts[0].data]))
-        elif texts:
-            self._take_texts(cast(list[str], texts), batch)
-        self.drops.update(batch.drops)
+        self.drops[source] += batch.drops
+        self.waiting += [(source, text) for text in texts]
+        self.characters += batch.characters
+        if len(self.waiting) >= ROWS_A_BATCH or self.characters >= CHARACTERS_A_BATCH:
+            self.encode_waiting()
 
-    def _take_texts(self, texts: list[str], batch: RowBatch) -> None:
-        encoded = self._encode(texts)
+    def encode_waiting(self) -> None:
+        """Encode what was taken, in its order; a long document by itself."""
+        waiting, self.waiting, self.characters = self.waiting, [], 0
+        for _, run in itertools.groupby(waiting, key=lambda taken: isinstance(taken[1], LongText)):
+            taken = list(run)
+            if isinstance(taken[0][1], LongText):
+                for source, text in taken:
+                    self._take_long(source, cast(LongText, text))
+            else:
+                self._take_texts([source for source, _ in taken], [cast(str, text) for _, text in taken])
+
+    def _take_texts(self, sources: list[int], texts: list[str]) -> None:
+        ends = [""] * len(texts)
+        if self.rule == hold_out.BY_CUT:
+            texts, ends = (list(part) for part in zip(*(hold_out.cut(text, self.share) for text in texts), strict=True))
+        encoded = self._encode(sources, texts)
         if "quality" in self.recipe["filter"]:
             extra = 1 + (self.tokenizer["bos_id"] is not None)
             long_enough = encoded.lengths - extra >= filters.FEWEST_TOKENS
-            if not long_enough.all():
-                batch.drops["too-short"] += int((~long_enough).sum())
-                encoded = encoded.chosen(long_enough)
-        if self.recipe["hold_out"] and len(encoded.lengths):
-            held = np.array([next(self.choose) for _ in encoded.lengths], dtype=bool)
-            self.held.add(encoded.chosen(held))
-            encoded = encoded.chosen(~held)
-        self.train.add(encoded)
+            for place in np.flatnonzero(~long_enough).tolist():
+                self.drops[sources[place]]["too-short"] += 1
+                ends[place] = ""
+            encoded = encoded.chosen(long_enough)
+        if self.rule == hold_out.BY_HASH:
+            held = hold_out.falls_out(encoded.documents["low"], self.share)
+        elif self.rule == hold_out.BY_PLACE:
+            held = np.array([next(self.places) for _ in encoded.lengths], dtype=bool)
+        else:
+            held = np.zeros(len(encoded.lengths), dtype=bool)
+        self._add(self.train, encoded.chosen(~held))
+        self._add(self.held, encoded.chosen(held))
+        if cut := [(source, end) for source, end in zip(sources, ends, strict=True) if end]:
+            self._add(self.held, self._encode([source for source, _ in cut], [end for _, end in cut]))
 
-    def _encode(self, texts: list[str]) -> Encoded:
+    def _take_long(self, source: int, text: LongText) -> None:
+        begin, end = hold_out.cut(text, self.share) if self.rule == hold_out.BY_CUT else (text, None)
+        documents = self._documents([begin.data])
+        held = (self.rule == hold_out.BY_HASH and bool(hold_out.falls_out(documents["low"], self.share)[0])) or (
+            self.rule == hold_out.BY_PLACE and next(self.places)
+        )
+        output = self.held if held else self.train
+        self._count(output, [source], output.add_long(self._long_ids(begin), documents), documents)
+        if end:
+            documents = self._documents([end.data])
+            self._count(self.held, [source], self.held.add_long(self._long_ids(end), documents), documents)
+
+    def _add(self, output: _Output, encoded: Encoded) -> None:
+        output.add(encoded)
+        self._count(output, encoded.sources, encoded.lengths, encoded.documents)
+
+    def _count(
+        self, output: _Output, sources: Sequence[int] | np.ndarray, lengths: np.ndarray, documents: np.ndarray
+    ) -> None:
+        """Add documents of the unit's files `sources` to what these count."""
+        if output is self.held:
+            np.add.at(self.counts["held_out_documents"], sources, 1)
+            return
+        for name, values in (("documents", 1), ("tokens", lengths), ("text_bytes", documents["bytes"])):
+            np.add.at(self.counts[name], sources, values)
+
+    def _encode(self, sources: list[int], texts: list[str]) -> Encoded:
         """BOS where asked for, and EOS, included."""
         ids, lengths = self.encoder.encode(texts)
         bos, count = self.tokenizer["bos_id"], len(texts)
@@ -214,13 +256,14 @@ class _UnitWork:
             whole[begins] = bos
             text[begins] = False
         whole[text] = ids
-        return Encoded(whole, lengths + extra, self._documents([text.encode() for text in texts]))
+        documents = self._documents([text.encode() for text in texts])
+        return Encoded(whole, lengths + extra, documents, np.array(sources, dtype=np.int64))
 
     def _documents(self, texts: Sequence[bytes | memoryview]) -> np.ndarray:
-        """Size of each text and, where duplicates are looked for, its hash."""
+        """Size of each text and, where duplicates are looked for or a hash decides, its hash."""
         found = np.zeros(len(texts), dtype=assemble.DOCUMENT)
         found["bytes"] = [len(text) for text in texts]
-        if self.recipe["dedup"]:
+        if self.recipe["dedup"] or self.rule == hold_out.BY_HASH:
             hashes = [assemble.text_hash(text) for text in texts]
             found["low"], found["high"] = [low for low, _ in hashes], [high for _, high in hashes]
         return found
@@ -238,14 +281,22 @@ class _UnitWork:
         yield np.array([self.tokenizer["eos_id"]], np.uint32)
 
     def record(self) -> dict[str, Any]:
-        found = {
+        self.encode_waiting()
+        counts = {name: values.tolist() for name, values in self.counts.items()}
+        sources = [
+            {**{name: values[number] for name, values in counts.items()}, "drops": drops}
+            for number, drops in enumerate(self.drops)
+        ]
+        return {
             "unit": self.unit.index,
-            "rows": self.rows,
-            "drops": self.drops,
+            "rows": sum(counts["rows"]),
+            "drops": sum(self.drops, Counter[str]()),
             **self.train.close(),
             "held_out": self.held.close(),
+            "sources": sources,
+            "warnings": self.warnings,
+            "bad": self.bad,
         }
-        return {**found, "warnings": self.warnings, "bad": self.bad}
 
     def abort(self) -> None:
         self.train.abort()
@@ -260,15 +311,16 @@ def encode_unit(job: Job, number: int) -> dict[str, Any]:
     (out / layout.UNITS).mkdir(exist_ok=True)
     work = _UnitWork(job, number)
     recipe = work.recipe
-    file = InputFile(**work.plan["files"][work.unit.file])
     try:
-        try:
-            for batch in read_unit(file, work.unit, recipe["text_column"], recipe["split"]):
-                work.take(batch)
-        except InputError as error:
-            if not recipe["skip_bad_shards"]:
-                raise
-            work.bad.append({"path": file.path, "error": str(error)})
+        for source in range(work.unit.files):
+            file = InputFile(**work.plan["files"][work.unit.file + source])
+            try:
+                for batch in read_unit(file, work.unit, recipe["text_column"], recipe["split"]):
+                    work.take(batch, source)
+            except InputError as error:
+                if not recipe["skip_bad_shards"]:
+                    raise
+                work.bad.append({"path": file.path, "error": str(error)})
         record = work.record()
     except BaseException:
         work.abort()

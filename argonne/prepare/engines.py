@@ -13,8 +13,10 @@ import shlex
 import sys
 import threading
 import time
+from collections import Counter, deque
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,14 @@ from argonne import files, jobs, layout
 from argonne.errors import InputError
 from argonne.jobs import JobSettings
 from argonne.prepare import encoders
+from argonne.prepare.documents import Unit
 from argonne.prepare.encode import Job, record_path
 
 Results = Iterator[tuple[int, dict[str, Any]]]
 POLL_SECONDS = 1.0
 PARENT_SECONDS = 0.2
-SUBMISSIONS = 3
+SUBMISSIONS = ATTEMPTS = 3
+KILLED_ONCE = "a worker process was killed while it encoded this unit; another has encoded it (out of memory?)"
 SLURM_TASKS = 8
 NO_SETTINGS = JobSettings()
 
@@ -46,21 +50,59 @@ def run(engine: str, job: Job, units: list[int], workers: int, settings: JobSett
 
 
 def local(job: Job, units: list[int], workers: int) -> Results:
-    """In this process, or with more workers in a pool of them."""
+    """In this process, or in worker processes; one that is killed is replaced, and its unit begun again."""
     count = max(1, min(workers or os.cpu_count() or 1, len(units)))
     if count == 1:
         yield from ((number, job.run(number)) for number in units)
         return
     encoders.forget()
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(count, mp_context=context, initializer=_begin_worker, initargs=(os.getpid(),)) as pool:
-        waiting = {pool.submit(job.run, number): number for number in units}
-        try:
-            for future in as_completed(waiting):
-                yield waiting[future], future.result()
-        except BaseException:
+    pools = [_one_worker() for _ in range(count)]
+    waiting, deaths = deque(units), Counter[int]()
+    running: dict[Future[dict[str, Any]], tuple[int, int]] = {}
+    free = list(range(count))
+    try:
+        while waiting or running:
+            while waiting and free:
+                place, number = free.pop(), waiting.popleft()
+                try:
+                    future = pools[place].submit(job.run, number)
+                except BrokenProcessPool:  # killed while it waited for work
+                    pools[place] = _one_worker()
+                    future = pools[place].submit(job.run, number)
+                running[future] = place, number
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                place, number = running.pop(future)
+                free.append(place)
+                try:
+                    record = future.result()
+                except BrokenProcessPool:  # killed; a process of its own for each worker tells which unit it had
+                    deaths[number] += 1
+                    if deaths[number] == ATTEMPTS:
+                        raise InputError(_killed(job, number)) from None
+                    pools[place] = _one_worker()
+                    waiting.appendleft(number)
+                    continue
+                if deaths[number]:
+                    record["warnings"] = [*record["warnings"], KILLED_ONCE]
+                yield number, record
+    finally:
+        for pool in pools:
             pool.shutdown(wait=True, cancel_futures=True)
-            raise
+
+
+def _one_worker() -> ProcessPoolExecutor:
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(1, mp_context=context, initializer=_begin_worker, initargs=(os.getpid(),))
+
+
+def _killed(job: Job, number: int) -> str:
+    plan = files.read_json(Path(job.out) / layout.UNITS_PLAN)
+    unit = Unit(**plan["units"][number])
+    more = f" and the {unit.files - 1:,} files after it" if unit.files > 1 else ""
+    return (
+        f"unit {number} ({plan['files'][unit.file]['path']}{more}): {ATTEMPTS} worker processes were killed while they "
+        "encoded it; out of memory? Give fewer --workers; the finished units are kept, run the same command again"
+    )
 
 
 def _begin_worker(parent: int) -> None:

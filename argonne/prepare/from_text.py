@@ -170,8 +170,10 @@ class TextWork:
         self._finished = 0
         self._shards: list[Shard] = []
         plan = planning.open_plan(options, self.out)
+        self.changed_input: str | None = None
         if plan is None:
-            prepare.prepare(options)
+            prepare.check_complete(options, self.out)
+            self.changed_input = prepare.changed_input(options, self.out)
         else:
             (self.out / FAILURE).unlink(missing_ok=True)
         self.plan = plan or {}  # empty when nothing is left to do

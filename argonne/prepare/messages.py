@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from argonne.prepare.documents import InputFile
+from argonne.prepare.hold_out import BY_CUT
 from argonne.prepare.textual import field_names
 
 ADVICE = {
@@ -59,13 +60,20 @@ def account(manifest: Mapping[str, Any]) -> str:
     """One line in which every row is somewhere."""
     dropped = sum(manifest["drops"].values())
     reasons = f" ({describe_drops(manifest['drops'])})" if dropped else ""
-    held = f" + {manifest['held_out']['documents']:,} held out" if manifest["held_out"]["share"] else ""
+    split, held = manifest["held_out"], ""
+    if split.get("rule") == BY_CUT:
+        ends = f"; of {split['documents']:,} of them the last {100 * split['share']:g} % are held out"
+    else:
+        expected = split["share"] * (manifest["documents"] + split["documents"])
+        held = f" + {split['documents']:,} held out (expected {expected:,.0f})" if split["share"] else ""
+        ends = ""
     bad = (
         f"; {len(manifest['bad_files']):,} files could not be read whole, see bad_files in the manifest"
         if manifest["bad_files"]
         else ""
     )
-    return f"{manifest['rows']:,} rows = {manifest['documents']:,} documents{held} + {dropped:,} dropped{reasons}{bad}"
+    kept = f"{manifest['documents']:,} documents{held}"
+    return f"{manifest['rows']:,} rows = {kept} + {dropped:,} dropped{reasons}{ends}{bad}"
 
 
 def held_out_warning(manifest: Mapping[str, Any]) -> str | None:

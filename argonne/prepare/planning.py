@@ -15,12 +15,14 @@ from typing import Any
 
 from argonne import files, layout
 from argonne.errors import InputError
-from argonne.prepare import documents, filters, messages
+from argonne.prepare import documents, filters, hold_out, messages
 from argonne.prepare.documents import InputFile, Unit
 from argonne.prepare.options import PrepareOptions, TokenizerOptions, check_split
+from argonne.prepare.texts import RowBatch
 from argonne.tokens.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 
-PLAN_VERSION = 1
+# Version 1: a unit is of one file, and places in it are held out.
+PLAN_VERSION, READ_VERSIONS = 2, (1, 2)
 TOKENIZER_CHARACTERS = 500_000_000
 
 
@@ -62,6 +64,8 @@ def open_plan(options: PrepareOptions, out: Path) -> dict[str, Any] | None:
     found = documents.find_files(options.input, outside=out)
     units, bad = _cut_all(options, found)
     _check_text(options, found, units)
+    every = (len(batch.texts) for unit in units for batch in _read(found, unit, options.recipe()))
+    rule = hold_out.rule_for(options.hold_out, every)
     evaluation = filters.evaluation_files(options.decontaminate)
     filters.build(options.recipe(), evaluation)  # those that cannot be read are refused here
     tokenizer = None if options.tokenizer is None else load_tokenizer(options.tokenizer, options.added_tokens)
@@ -78,6 +82,7 @@ def open_plan(options: PrepareOptions, out: Path) -> dict[str, Any] | None:
             "format_version": PLAN_VERSION,
             "recipe": options.recipe(),
             "tokenizer": _described(options, tokenizer),
+            "hold_out_rule": rule,
             "files": [dataclasses.asdict(file) for file in found],
             "bad_files": bad,
             "evaluation_files": evaluation,
@@ -93,10 +98,10 @@ def _known_plan(options: PrepareOptions, out: Path) -> dict[str, Any] | None:
     if not (out / layout.UNITS_PLAN).exists() or (out / layout.MANIFEST).exists():
         return None
     plan: dict[str, Any] = files.read_json(out / layout.UNITS_PLAN)
-    if plan.get("format_version") != PLAN_VERSION:
+    if plan.get("format_version") not in READ_VERSIONS:
         raise InputError(
-            f"{out / layout.UNITS_PLAN}: version {plan.get('format_version')}, this argonne writes {PLAN_VERSION}; "
-            f"remove {out} and start again"
+            f"{out / layout.UNITS_PLAN}: version {plan.get('format_version')}, this argonne reads "
+            f"{' and '.join(map(str, READ_VERSIONS))}; remove {out} and start again"
         )
     listed = [(file["path"], file["bytes"]) for file in plan["files"]]
     if other := what_differs(options, plan):
@@ -147,18 +152,14 @@ def _described(options: PrepareOptions, tokenizer: TextTokenizer) -> dict[str, A
 
 
 def _cut_all(options: PrepareOptions, found: list[InputFile]) -> tuple[list[Unit], list[dict[str, str]]]:
-    target = documents.unit_bytes(found)
-    units: list[Unit] = []
     bad: list[dict[str, str]] = []
-    for number, file in enumerate(found):
-        try:
-            pieces = documents.cut(file, target, options.text_column)
-        except InputError as error:
-            if not options.skip_bad_shards:
-                raise
-            bad.append({"path": file.path, "error": str(error)})
-            continue
-        units += [Unit(len(units) + index, number, start, stop) for index, (start, stop) in enumerate(pieces)]
+
+    def unreadable(file: InputFile, error: InputError) -> None:
+        if not options.skip_bad_shards:
+            raise error
+        bad.append({"path": file.path, "error": str(error)})
+
+    units = documents.cut_all(found, options.text_column, unreadable)
     if not units:
         problem = f"no file of it can be read; first: {bad[0]['error']}" if bad else "holds no row"
         raise InputError(f"input {', '.join(options.input)}: {problem}")
@@ -171,6 +172,16 @@ def _check_text(options: PrepareOptions, found: list[InputFile], units: list[Uni
         raise InputError(messages.no_text(found, options.text_column, dropped))
 
 
+def _read(found: list[InputFile], unit: Unit, recipe: dict[str, Any]) -> Iterator[RowBatch]:
+    """The rows of a unit, without those of a file that cannot be read where such are passed over."""
+    for file in found[unit.file : unit.file + unit.files]:
+        try:
+            yield from documents.read_unit(file, unit, recipe["text_column"], recipe["split"])
+        except InputError:
+            if not recipe["skip_bad_shards"]:
+                raise
+
+
 def sample_texts(
     found: list[InputFile], units: list[Unit], recipe: dict[str, Any], dropped: Counter[str] | None = None
 ) -> Iterator[str]:
@@ -180,17 +191,13 @@ def sample_texts(
     share = TOKENIZER_CHARACTERS // len(units)
     for unit in units:
         characters = 0
-        try:
-            for batch in documents.read_unit(found[unit.file], unit, recipe["text_column"], recipe["split"]):
-                yield from (text if isinstance(text, str) else next(text.blocks()) for text in batch.texts)
-                characters += batch.characters
-                if dropped is not None:
-                    dropped.update(batch.drops)
-                if characters >= share:
-                    break
-        except InputError:
-            if not recipe["skip_bad_shards"]:
-                raise
+        for batch in _read(found, unit, recipe):
+            yield from (text if isinstance(text, str) else next(text.blocks()) for text in batch.texts)
+            characters += batch.characters
+            if dropped is not None:
+                dropped.update(batch.drops)
+            if characters >= share:
+                break
 
 
 def train_tokenizer_on_files(flags: TokenizerOptions) -> Path:
@@ -208,4 +215,8 @@ def train_tokenizer_on_files(flags: TokenizerOptions) -> Path:
 def unit_weights(plan: dict[str, Any]) -> list[int]:
     """Input bytes of each unit, for the progress line."""
     count = Counter(unit["file"] for unit in plan["units"])
-    return [plan["files"][unit["file"]]["bytes"] // count[unit["file"]] for unit in plan["units"]]
+    units = (Unit(**unit) for unit in plan["units"])
+    return [
+        sum(file["bytes"] for file in plan["files"][unit.file : unit.file + unit.files]) // count[unit.file]
+        for unit in units
+    ]

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from argonne import files, layout
-from argonne.errors import InputError, InUse
-from argonne.prepare import assemble, encode, encoders, engines, messages
-from argonne.prepare.documents import InputFile, Unit
+from argonne.errors import InputError, InUse, NothingMatches
+from argonne.prepare import assemble, encode, encoders, engines, hold_out, messages
+from argonne.prepare.documents import InputFile, Unit, find_files
 from argonne.prepare.options import PrepareOptions, check_options
 from argonne.prepare.planning import open_plan, sample_texts, turn, unit_weights, what_differs
 from argonne.prepare.progress import ProgressBar
@@ -43,7 +43,8 @@ def prepare(options: PrepareOptions, progress: ProgressBar | None = None) -> Pat
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: is a file; give a folder")
     if (out / layout.MANIFEST).exists() and not (out / layout.UNITS_PLAN).exists():
-        _check_complete(options, out)  # without a lock: it may lie where nothing can be written
+        check_complete(options, out)  # without a lock: it may lie where nothing can be written
+        _refuse_changed_input(options, out)
         return out
     log = (progress or ProgressBar("prepare", 0)).log
     try:
@@ -51,10 +52,13 @@ def prepare(options: PrepareOptions, progress: ProgressBar | None = None) -> Pat
         with ExitStack() as held:
             with turn(out):
                 if (out / layout.MANIFEST).exists() or plan is None:
-                    _check_complete(options, out)
+                    check_complete(options, out)
+                    _refuse_changed_input(options, out)
                     return out
                 held.enter_context(sole_writer(out, shared=options.part is not None))
             log(messages.input_summary([InputFile(**file) for file in plan["files"]]))
+            if options.part is None and options.engine == "local":
+                files.collect_temporaries(out)
             encode_units(options, plan, out, progress)
             if options.part is not None:
                 held.close()
@@ -89,13 +93,39 @@ def _finish_last(
         return finish(options, plan, out)
 
 
-def _check_complete(options: PrepareOptions, out: Path) -> None:
+def check_complete(options: PrepareOptions, out: Path) -> None:
     """Raise InputError where the finished set in `out` is not what the options ask for."""
     manifest = tokens.read_manifest(out)
     if other := what_differs(options, manifest):
         raise InputError(f"{out}: holds a finished token set made with {other}; choose another --out or remove it")
     if (out / layout.UNITS_PLAN).exists():
         _clean(out)
+
+
+def _refuse_changed_input(options: PrepareOptions, out: Path) -> None:
+    if other := changed_input(options, out):
+        raise InputError(
+            f"{out}: {other}; the set is finished and stays as it is: choose another --out, or remove it and run again"
+        )
+
+
+def changed_input(options: PrepareOptions, out: Path) -> str | None:
+    """Which of the files that the patterns match now are not, or not with this size, in the finished set. What is gone
+    by now does not count, nor where the files lie.
+    """
+    try:
+        found = find_files(options.input, outside=out)
+    except NothingMatches:
+        return None
+    manifest = tokens.read_manifest(out)
+    read = Counter((Path(source["path"]).name, source["bytes"]) for source in tokens.sources_of(out, manifest))
+    others = []
+    for file in found:
+        if not read[known := (Path(file.path).name, file.bytes)]:
+            others.append(file.path)
+        read[known] -= 1
+    more = f" and {len(others) - 1:,} more files" if len(others) > 1 else ""
+    return f"{others[0]}{more} came or changed since it was made" if others else None
 
 
 @contextmanager
@@ -168,7 +198,11 @@ def finish(options: PrepareOptions, plan: dict[str, Any], out: Path) -> dict[str
     ordered = [records[unit["index"]] for unit in plan["units"]]
     _check_drops(options, ordered, out)
     if assemble.is_staged(plan["recipe"]):
-        ordered = assemble.assemble(plan["recipe"], ordered, out, tokens.dtype_for(plan["tokenizer"]["vocab_size"]))
+        dtype, ends_are_held = (
+            tokens.dtype_for(plan["tokenizer"]["vocab_size"]),
+            hold_out.rule_of(plan) == hold_out.BY_CUT,
+        )
+        ordered = assemble.assemble(plan["recipe"], ordered, out, dtype, ends_are_held=ends_are_held)
     manifest = _manifest(plan, ordered)
     for leftover in files.collect_temporaries(out):
         ProgressBar("prepare", 0).log(f"removed the unfinished {leftover.name}")
@@ -178,7 +212,7 @@ def finish(options: PrepareOptions, plan: dict[str, Any], out: Path) -> dict[str
 
 
 def _check_drops(options: PrepareOptions, records: list[dict[str, Any]], out: Path) -> None:
-    manifest = _totals(records)
+    manifest = _totals([own for record in records for own in assemble.sources_of(record)])
     bad_rows = sum(manifest["drops"].get(reason, 0) for reason in FAULTS)
     if bad_rows > options.max_drop_fraction * max(manifest["rows"], 1):
         advice = f": {found}" if (found := messages.advice(manifest["drops"])) else ""
@@ -201,16 +235,18 @@ def _manifest(plan: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, 
     """
     of_file: list[list[dict[str, Any]]] = [[] for _ in plan["files"]]
     for record, unit in zip(records, plan["units"], strict=True):
-        of_file[unit["file"]].append(record)
+        for number, own in enumerate(assemble.sources_of(record), unit["file"]):
+            of_file[number].append(own)
     held = [record["held_out"] for record in records]
     return {
         "format": tokens.FORMAT,
         "format_version": tokens.FORMAT_VERSION,
         "dtype": tokens.dtype_for(plan["tokenizer"]["vocab_size"]),
         "tokenizer": plan["tokenizer"],
-        **_totals(records),
+        **_totals([own for record in records for own in assemble.sources_of(record)]),
         "held_out": {
             "share": plan["recipe"]["hold_out"],
+            "rule": hold_out.rule_of(plan),
             **tokens.totals_of(held),
             "shards": [shard for part in held for shard in part["shards"]],
         },
@@ -223,13 +259,13 @@ def _manifest(plan: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, 
     }
 
 
-def _totals(records: list[dict[str, Any]]) -> dict[str, Any]:
+def _totals(sources: list[dict[str, Any]]) -> dict[str, Any]:
+    """The sum of what is counted of each file."""
     drops = Counter[str]()
-    for record in records:
-        drops.update(record["drops"])
+    for own in sources:
+        drops.update(own["drops"])
     return {
-        **{name: sum(record[name] for record in records) for name in ("rows", "documents", "tokens", "text_bytes")},
-        "held_out_documents": sum(record["held_out"]["documents"] for record in records),
+        **{name: sum(own[name] for own in sources) for name in assemble.COUNTS},
         "drops": dict(sorted(drops.items())),
     }
 

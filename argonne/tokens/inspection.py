@@ -64,7 +64,7 @@ def _facts(opened: TokenSet) -> dict[str, Any]:
         "shards": len(opened.train.shards),
         "bytes": sum(shard.path.stat().st_size for shard in [*opened.train.shards, *opened.held_out.shards]),
         "fingerprint": opened.fingerprint,
-        **recorded("tokenizer", "recipe", "sources", "evaluation_files", "bad_files"),
+        **recorded("tokenizer", "recipe", "sources", "sources_file", "evaluation_files", "bad_files"),
     }
 
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from argonne import files
 from argonne.errors import InputError
-from argonne.layout import MANIFEST, TOKENIZER, UNITS_PLAN, index_of
+from argonne.layout import MANIFEST, SOURCES, TOKENIZER, UNITS_PLAN, index_of
 
 FORMAT, FORMAT_VERSION = "argonne-tokens", 1
 HEADER_BYTES = 1024
@@ -30,6 +30,7 @@ MAGIC = {"uint32": (20240801, 7), "uint16": (20240520, 1)}
 DTYPES = {magic: dtype for dtype, (magic, _) in MAGIC.items()}
 LARGEST_SHARD = 2**31 - 1
 OPEN_MAPS = 300
+SOURCES_IN_MANIFEST = 1000
 
 
 def dtype_for(vocab_size: int) -> str:
@@ -333,11 +334,29 @@ def shard_of(folder: Path, entry: dict[str, Any], dtype: str) -> Shard:
     return Shard(path, dtype, tokens, index=index, sha256=entry["sha256"], index_sha256=entry["index_sha256"])
 
 
+def sources_of(folder: Path, manifest: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What was read into a set, file by file: path, format, bytes, and what became of its rows."""
+    if "sources_file" not in manifest:
+        yield from manifest["sources"]
+        return
+    with open(folder / SOURCES, encoding="utf-8", newline="\n") as lines:
+        yield from map(json.loads, lines)
+
+
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Write `sha256.json` (every file of the set, in the form of `files.seal_directory`), then the manifest: the last
-    file makes the set complete."""
+    file makes the set complete. Sources past a thousand stand in a file of their own: a set opens in no time."""
+    entries: dict[str, Any] = {}
+    if (count := len(manifest["sources"])) > SOURCES_IN_MANIFEST:
+        lines = "".join(json.dumps(source, ensure_ascii=False) + "\n" for source in manifest["sources"])
+        files.write_text(folder / SOURCES, lines)
+        entries[SOURCES] = {
+            "bytes": (folder / SOURCES).stat().st_size,
+            "sha256": files.sha256_of_file(folder / SOURCES),
+        }
+        manifest = {**manifest, "sources": [], "sources_file": {"file": SOURCES, "sources": count}}
     content = (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode()
-    entries: dict[str, Any] = {MANIFEST: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}}
+    entries[MANIFEST] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     for entry in entries_of(manifest):
         entries[entry["file"]] = {"bytes": entry["bytes"], "sha256": entry["sha256"]}
         entries[index_of(Path(entry["file"])).name] = {"bytes": 8 * entry["documents"], "sha256": entry["index_sha256"]}

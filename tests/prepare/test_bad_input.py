@@ -401,12 +401,12 @@ def test_a_full_disk_keeps_what_is_finished_and_the_same_command_goes_on(
 def test_a_hold_out_that_came_out_empty_is_said(
     tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "in.jsonl").write_bytes(b"".join(LINES.splitlines(keepends=True)[:5]))
-    assert main(arguments(tmp_path / "in.jsonl", tokenizer_folder, tmp_path / "out", "--hold-out", "0.01")) == 0
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": "ab"}) + "\n" for _ in range(100)))
+    assert main(arguments(tmp_path / "in.jsonl", tokenizer_folder, tmp_path / "out", "--hold-out", "0.05")) == 0
     said = capsys.readouterr().err
-    assert "5 rows = 5 documents + 0 held out + 0 dropped" in said
-    assert "warning: --hold-out 0.01 held out none of 5 documents" in said
-    assert "give --hold-out 0.4 or more" in said
+    assert "100 rows = 100 documents + 0 held out (expected 5) + 0 dropped" in said
+    assert "warning: --hold-out 0.05 held out none of 100 documents" in said
+    assert "give --hold-out 0.02 or more" in said
 
 
 def test_a_first_file_without_text_does_not_stop_the_others(

@@ -23,11 +23,13 @@ from tokenizers import Tokenizer
 
 from argonne.errors import InputError
 from argonne.prepare import documents, textual
+from argonne.prepare import hold_out as hold_out_rule
 from argonne.prepare.documents import Unit, cut, find_files, read_unit
 from argonne.prepare.options import PrepareOptions
 from argonne.prepare.prepare import prepare
 from argonne.prepare.texts import LongText
 from argonne.tokens.formats import open_tokens
+from argonne.tokens.tokenizer import load_tokenizer
 from tests.prepare.helpers import QUIET, documents_of
 from tests.tokensets import words
 
@@ -232,11 +234,18 @@ def test_every_format_gives_the_same_documents_and_counts_the_same_faults(
         expected = written[Path(source["path"]).name]
         drops = Counter(found for row in expected if (found := reason(row)))
         assert (source["rows"], source["drops"]) == (len(expected), dict(drops)), source["path"]
-        assert source["rows"] == source["documents"] + source["held_out_documents"] + sum(source["drops"].values())
+        rows_held = 0 if manifest["held_out"]["rule"] == "cut" else source["held_out_documents"]
+        assert source["rows"] == source["documents"] + rows_held + sum(source["drops"].values())
+    cut = manifest["held_out"]["rule"] == "cut"
     texts = [row for name in WRITERS for row in written[name] if reason(row) is None]
     eos = manifest["tokenizer"]["eos_id"]
     expected_ids = [[*ids, eos] for ids in reference(tokenizer_folder, texts)]
-    if hold_out:
+    if cut:
+        tokenizer = load_tokenizer(tokenizer_folder)
+        parts = [(hold_out_rule.cut(text, hold_out)) for text in map(str, texts)]
+        assert documents_of(out) == [[*tokenizer.encode(begin), eos] for begin, _ in parts]
+        assert documents_of(out, held_out=True) == [[*tokenizer.encode(end), eos] for _, end in parts if end]
+    elif hold_out:
         assert sorted(documents_of(out) + documents_of(out, held_out=True)) == sorted(expected_ids)
     else:
         assert documents_of(out) == expected_ids

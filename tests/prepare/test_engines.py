@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -11,15 +12,17 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as parquet
 import pytest
 
-from argonne import jobs
+from argonne import files, jobs, layout
 from argonne.errors import InputError
 from argonne.jobs import JobSettings
 from argonne.prepare import encode, engines
 from argonne.prepare.options import PrepareOptions
+from argonne.prepare.planning import open_plan
 from argonne.prepare.prepare import prepare
 from argonne.tokens.inspection import inspect_tokens
 from tests.prepare.helpers import QUIET, content, documents_of
@@ -70,6 +73,64 @@ def test_slurm_is_asked_again_for_what_a_killed_task_left_undone(
     options = PrepareOptions((corpus,), tmp_path / "out", tokenizer_folder, engine="slurm", workers=2, hold_out=0.1)
     assert content(prepare(options, QUIET)) == expected
     assert submitted == [2, 2]
+
+
+class Deadly(encode.Job):
+    """Work whose unit 2 kills the process that begins it, `times` times."""
+
+    times = 1
+
+    def run(self, number: int) -> dict[str, Any]:
+        deaths = Path(self.out) / "deaths"
+        count = len(deaths.read_text()) if deaths.exists() else 0
+        if number == 2 and count < self.times:
+            deaths.write_text("x" * (count + 1))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().run(number)
+
+
+class AlwaysDeadly(Deadly):
+    times = 100
+
+
+def units_of(job: encode.Job) -> list[int]:
+    return list(range(len(files.read_json(Path(job.out) / layout.UNITS_PLAN)["units"])))
+
+
+@pytest.fixture
+def planned(corpus: str, tokenizer_folder: Path, tmp_path: Path) -> Path:
+    """The folder of a set that is planned, and nothing of it encoded."""
+    open_plan(PrepareOptions((corpus,), tmp_path / "out", tokenizer_folder, hold_out=0.1), tmp_path / "out")
+    return tmp_path / "out"
+
+
+def test_a_killed_worker_is_replaced_and_its_unit_encoded_by_another(planned: Path, expected: dict[str, str]) -> None:
+    job = Deadly(str(planned))
+    records = dict(engines.local(job, units_of(job), 2))
+    assert sorted(records) == units_of(job)
+    assert [number for number, record in records.items() if record["warnings"] == [engines.KILLED_ONCE]] == [2]
+    found = content(planned)
+    assert {name: found[name] for name in expected if name.endswith((".bin", ".idx"))} == {
+        name: digest for name, digest in expected.items() if name.endswith((".bin", ".idx"))
+    }
+
+
+def test_workers_that_are_killed_while_they_wait_are_replaced(planned: Path) -> None:
+    job = encode.Job(str(planned))
+    found = []
+    for number, _ in engines.local(job, units_of(job), 2):
+        found.append(number)
+        if len(found) < 3:
+            for child in multiprocessing.active_children():
+                child.kill()
+                child.join()
+    assert sorted(found) == units_of(job)
+
+
+def test_a_unit_that_kills_every_worker_is_named_with_its_file(planned: Path) -> None:
+    job = AlwaysDeadly(str(planned))
+    with pytest.raises(InputError, match=r"unit 2 \(.*part_2.jsonl\): 3 worker processes were killed .* Give fewer"):
+        list(engines.local(job, units_of(job), 2))
 
 
 COMMAND = """

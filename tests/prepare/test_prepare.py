@@ -189,7 +189,7 @@ def test_too_many_rows_that_are_no_documents_stop_the_work_and_a_higher_limit_fi
     assert open_tokens(out).documents == 1
 
 
-def test_held_out_documents_are_the_asked_share_and_none_is_in_both_parts(
+def test_held_out_documents_are_about_the_asked_share_and_none_is_in_both_parts(
     tokenizer_folder: Path, tmp_path: Path
 ) -> None:
     jsonl(tmp_path / "in.jsonl", [{"text": f"{number} {words(8, number)}"} for number in range(200)])
@@ -197,8 +197,8 @@ def test_held_out_documents_are_the_asked_share_and_none_is_in_both_parts(
         PrepareOptions((str(tmp_path / "in.jsonl"),), tmp_path / "out", tokenizer_folder, hold_out=0.05), QUIET
     )
     train, held = documents_of(out), documents_of(out, held_out=True)
-    assert len(held) == 10
-    assert len(train) == 190
+    assert 5 <= len(held) <= 17  # of 200 documents 5 %: 10, and three standard deviations of 3.1
+    assert len(train) + len(held) == 200
     everything = {tuple(ids) for ids in [*train, *held]}
     assert len(everything) == 200
 

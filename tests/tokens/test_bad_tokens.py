@@ -56,7 +56,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         edited(SHARD, replaced(0, struct.pack("<I", 7))),
         [SHARD, "magic number 7, expected 20240801 or 20240520"],
     ),
-    "index cut": (edited(INDEX, lambda whole: whole[:-3]), [INDEX, "expected 2,880 for 360 documents", "restore it"]),
+    "index cut": (edited(INDEX, lambda whole: whole[:-3]), [INDEX, "expected 2,928 for 366 documents", "restore it"]),
     "held-out shard gone": (
         lambda folder: (folder / "held_out-00000.bin").unlink(),
         ["held_out-00000.bin", "cannot be read", "restore it"],
