@@ -16,6 +16,7 @@ MODULES = (
     "saves",
     "encode_text",
     "prepare_tokens",
+    "small_files",
     "read_windows",
     "open_tokens",
     "packing",

@@ -27,11 +27,13 @@ SIZE, FAST_SIZE = (1.0, 4), (1.0, 16)
 
 
 def measure(work: Callable[[Path, Path], Any], size: tuple[float, int]) -> dict[str, float]:
-    """MB/s of text from the parquet file to whatever `work(file, folder)` writes, start-up of its
-    processes included.
-    """
+    """MB/s of text from the parquet file to whatever `work(file, folder)` writes."""
     path = parquet_file(*size)
-    text = megabytes(path)
+    return measured(work, path, megabytes(path))
+
+
+def measured(work: Callable[[Path, Path], Any], path: Path, text: float) -> dict[str, float]:
+    """MB/s of `text` megabytes and the peak of memory, start-up of its processes included."""
     with tempfile.TemporaryDirectory() as folder, TreeMemory() as memory:
         start = time.perf_counter()
         work(path, Path(folder))
