@@ -83,6 +83,11 @@ def run_verb(argv: Sequence[str] | None) -> int:
     started = time.monotonic()
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
+        for text in arguments:
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise InputError(
+                    f"{text!r}: is not UTF-8, and no file of a run could hold it; rename the file or folder"
+                )
         if arguments[:1] == ["completion"]:
             return print_completion(arguments[1:])
         mark = arguments.index("--") if arguments[:1] == ["launch"] and "--" in arguments else len(arguments)

@@ -19,7 +19,7 @@ from typing import Any
 
 from argonne import files, layout
 from argonne.errors import InputError, InUse
-from argonne.prepare import assemble, encode, encoders, engines, messages
+from argonne.prepare import assemble, documents, encode, encoders, engines, filters, messages
 from argonne.prepare.documents import InputFile, Unit
 from argonne.prepare.options import PrepareOptions, check_options
 from argonne.prepare.planning import open_plan, sample_texts, turn, unit_weights, what_differs
@@ -54,7 +54,10 @@ def prepare(options: PrepareOptions, progress: ProgressBar | None = None) -> Pat
                     _check_complete(options, out)
                     return out
                 held.enter_context(sole_writer(out, shared=options.part is not None))
-            log(messages.input_summary([InputFile(**file) for file in plan["files"]]))
+            found, beside = [InputFile(**file) for file in plan["files"]], documents.not_taken(options.input, out)
+            log(messages.input_summary(found, beside))
+            if plan["recipe"]["decontaminate"]:
+                log(filters.coverage(plan["recipe"], plan["evaluation_files"]))
             encode_units(options, plan, out, progress)
             if options.part is not None:
                 held.close()
