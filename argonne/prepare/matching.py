@@ -64,7 +64,10 @@ def matches(
         raise NothingMatches(
             f"input {pattern!r}: matches no file{where}; check the folder, the pattern and that you may read it"
         )
-    return [_checked(name if _is_local(system) else system.unstrip_protocol(name), found[name], also) for name in found]
+    return [
+        _checked(path if _is_local(system) else system.unstrip_protocol(path), size, also)
+        for path, size in found.items()
+    ]
 
 
 def described(passed: Mapping[str, int]) -> str:
@@ -121,7 +124,7 @@ def _globbed(pattern: str) -> list[str]:
     head, deep, tail = pattern.partition("/**")
     if not deep or tail[:1] not in ("", "/"):
         return layout.matches_of(pattern)
-    found = []
+    found = list[str]()
     for top in layout.matches_of(f"{head}/"):
         for folder, names in _walk(top.rstrip("/") or "/", Counter(), None):
             shown = (os.path.join(folder, name) for name in names if name[0] != ".")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -185,3 +188,15 @@ def test_an_argument_that_is_no_utf_8_is_refused_before_anything_is_written(
     out = str(tmp_path / os.fsdecode(b"out\xff"))
     assert "out\\udcff': is not UTF-8" in refusal([verb, out], capsys)
     assert not any(tmp_path.iterdir())
+
+
+def test_a_terminal_that_lacks_letters_of_a_name_is_shown_them_escaped(
+    tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jsonl(tmp_path / "in.jsonl", [{"text": "words"}])
+    assert main(arguments(tmp_path / "in.jsonl", tokenizer_folder, tmp_path / "größe")) == 0
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    command = [sys.executable, "-m", "argonne", "inspect", str(tmp_path / "größe")]
+    found = [subprocess.run([*command, *more], capture_output=True, check=True).stdout for more in ((), ("--json",))]
+    assert rb"gr\xf6\xdfe" in found[0]
+    assert any("größe" in str(value) for value in json.loads(found[1]).values())
