@@ -94,7 +94,7 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def json_text(value: Any, indent: int | None = None) -> str:
+def json_text(value: Any, indent: int | None = None, *, ascii_only: bool = False) -> str:
     """`value` as JSON that any reader takes: null for what JSON has no word for, NaN and the infinities."""
 
     def finite(part: Any) -> Any:
@@ -104,7 +104,7 @@ def json_text(value: Any, indent: int | None = None) -> str:
             return [finite(inner) for inner in part]
         return None if isinstance(part, float) and not math.isfinite(part) else part
 
-    return json.dumps(finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    return json.dumps(finite(value), indent=indent, ensure_ascii=ascii_only, allow_nan=False)
 
 
 def human(number: float) -> str:

@@ -7,7 +7,9 @@ for its own reader to say. Working files that one module alone writes and reads 
 
 from __future__ import annotations
 
+import glob
 import json
+import os
 import re
 from enum import Enum
 from functools import partial
@@ -171,6 +173,15 @@ def _tensor_names(file: Path) -> list[str]:
 def is_pattern(path: Path | str) -> bool:
     """Is it a glob? A file that has such a name stands for itself."""
     return any(character in str(path) for character in "*?[") and not Path(path).exists()
+
+
+def matches_of(pattern: str) -> list[str]:
+    """What a glob matches; as in a shell, no hidden names. The folders that it begins with stand for themselves where
+    they exist: `runs[1]/*.bin`.
+    """
+    parts = pattern.split("/")
+    known = next((count for count in range(len(parts) - 1, 0, -1) if os.path.isdir("/".join(parts[:count]) or "/")), 0)
+    return glob.glob("/".join([*map(glob.escape, parts[:known]), *parts[known:]]))
 
 
 def shard_name(number: int, *, held_out: bool = False) -> str:

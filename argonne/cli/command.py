@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import io
 import itertools
 import signal
 import sys
@@ -73,6 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is not None:
         return run_verb(argv)
     outlive_stderr()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may not know the letters of a name
+        sys.stdout.reconfigure(errors="backslashreplace")
     code = run_verb(argv)
     for number in REQUESTS:  # the process ends: a request that comes now is too late to change how
         signal.signal(number, signal.SIG_IGN)
@@ -83,6 +86,11 @@ def run_verb(argv: Sequence[str] | None) -> int:
     started = time.monotonic()
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
+        for text in arguments:
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise InputError(
+                    f"{text!r}: is not UTF-8, and no file of a run could hold it; rename the file or folder"
+                )
         if arguments[:1] == ["completion"]:
             return print_completion(arguments[1:])
         mark = arguments.index("--") if arguments[:1] == ["launch"] and "--" in arguments else len(arguments)
@@ -284,7 +292,7 @@ def show(found: Any, text: str | None = None, *, as_json: bool) -> None:
     if as_json:
         from argonne.files import json_text
 
-        text = json_text(found, indent=2)
+        text = json_text(found, indent=2, ascii_only=str(getattr(sys.stdout, "encoding", "")).lower() != "utf-8")
     print("\n".join(f"{name}: {value}" for name, value in found.items()) if text is None else text)
 
 

@@ -7,7 +7,6 @@ began; a merge's record tells its parts.
 
 from __future__ import annotations
 
-import glob
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -131,7 +130,7 @@ def lies_here(path: str) -> bool:
     """Is there anything at the path of a source: a folder, a file, a pattern or a `raw-uint16:PATH`?"""
     for prefix in layout.RAW_TOKENS:
         path = path.removeprefix(prefix)
-    return bool(glob.glob(path)) if layout.is_pattern(path) else Path(path).exists()
+    return bool(layout.matches_of(path)) if layout.is_pattern(path) else Path(path).exists()
 
 
 def holds(tokens: TokenSet, fingerprint: str | None) -> bool:

@@ -24,7 +24,7 @@ def stored(folder: Path) -> dict[str, Any] | None:
     results = read_json(folder / RESULTS)
     for name, values in results["tasks"].items():
         if (file := folder / f"{name}.jsonl").is_file():
-            values["items"] = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+            values["items"] = [json.loads(line) for line in file.read_bytes().splitlines()]
     return dict(results)
 
 

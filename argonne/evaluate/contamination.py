@@ -1,6 +1,4 @@
-"""Items of a measurement that stand in what the model was trained on: 13 words in a row, as `prepare --decontaminate`
-finds them.
-"""
+"""Items of a measurement that stand in what the model was trained on, by the rule of `prepare --decontaminate`."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ from argonne.evaluate.choices import error_of
 from argonne.evaluate.compare import is_right
 from argonne.evaluate.lineage import sources_of
 from argonne.evaluate.requests import Task
-from argonne.prepare.filters import GRAM_WORDS, Gram, grams_of, shared_grams, words_of
+from argonne.prepare.grams import FEWEST_WORDS, Gram, Wanted, grams_of, words_of
 
 NAMED = 5  # items in the lines for a person
 Item = tuple[str, int]  # name of its task, number from 0 among the task's items
@@ -27,18 +25,20 @@ def contamination_of(
     results: dict[str, Any],
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """For each task with texts: which items share 13 words in a row with the training documents of the model's lineage,
-    and the accuracy with and without them (None where nothing could be checked).
+    """For each task with texts: which items stand in the training documents of the model's lineage, and the
+    accuracy with and without them (None where nothing could be checked).
 
-    An item's grams are those of all its parts one after the other. One that is not found and none of whose parts
-    has 13 words is too short: only its layout in a document could tell. `results`: of each task, with their items.
+    An item is found by its parts one after the other, and by each of them. One that is not found and none of whose
+    parts is long enough is too short: only its layout in a document could tell. `results`: of each task, with their
+    items.
     progress: called with (bytes read, bytes in all).
     """
     texts = {task.name: task.texts() for task in tasks if hasattr(task, "texts")}
     owners: dict[Gram, tuple[Item, ...]] = {}
     for name, items in texts.items():
         for number, parts in enumerate(items):
-            for gram in dict.fromkeys(grams_of(words_of(" ".join(parts)))):
+            whole = [" ".join(parts), *parts]
+            for gram in dict.fromkeys(gram for text in whole for gram in grams_of(words_of(text))):
                 owners[gram] = (*owners.get(gram, ()), (name, number))
     places, checked, missing = _search(model, owners, progress)
     found = {}
@@ -46,7 +46,7 @@ def contamination_of(
         right = [is_right(item) for item in results[name]["items"]]
         hit = {number: where for number in range(len(items)) if (where := places.get((name, number)))}
         short = [
-            number not in hit and max(len(words_of(part)) for part in parts) < GRAM_WORDS
+            number not in hit and not any(any(grams_of(words_of(part))) for part in parts)
             for number, parts in enumerate(items)
         ]
         found[name] = {
@@ -68,7 +68,7 @@ def _search(
 ) -> tuple[dict[Item, list[str]], list[dict[str, Any]], list[dict[str, Any]]]:
     """(sources of each item that is found, sources that were read to their end, the others and why)."""
     places, checked, missing = dict[Item, list[str]](), list[dict[str, Any]](), list[dict[str, Any]]()
-    beginnings = frozenset(gram[:3] for gram in owners)
+    wanted = Wanted(owners)
     sources, read = sources_of(model), 0
     total = sum(source.size for source in sources)
     for source in sources:
@@ -76,7 +76,7 @@ def _search(
         try:
             for document, size in source.documents():
                 for text in document:
-                    hits.update(item for gram in shared_grams(owners, beginnings, text) for item in owners[gram])
+                    hits.update(item for gram in wanted.found_in(text) for item in owners[gram])
                 count, read = count + 1, read + size
                 if progress is not None:
                     progress(read, total)
@@ -114,7 +114,7 @@ def lines(found: dict[str, Any]) -> list[str]:
         told = [
             *(f"checked: {one['source']}, {one['documents']:,} documents" for one in found["checked"]),
             *told,
-            f"{found['too_short']:,} items not found are too short to check (no part of {GRAM_WORDS} words)",
+            f"{found['too_short']:,} items not found are too short to check (no part of {FEWEST_WORDS} words)",
             f"with them {score(found['with'])}, without {score(found['without'])}",
         ]
         return [f"    contamination: {first}{more}", *(f"        {line}" for line in told)]

@@ -207,7 +207,7 @@ class Probes:
 def read_lines(file: Path, advice: str) -> list[str]:
     """The lines of a text file. Raises InputError where it cannot be read, or says nothing."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")  # nothing else ends a line of JSON
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--data {file}: {error}; {advice}") from None
     if not any(map(str.strip, lines)):

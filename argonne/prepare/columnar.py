@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from argonne.errors import InputError, first_line
-from argonne.prepare.texts import LONG_CHARACTERS, READ_BYTES, REMEDY, read_faults
+from argonne.prepare.texts import LONG_CHARACTERS, READ_BYTES, REMEDY, open_path, read_faults
 
 BATCH_ROWS = 2048
 ARROW_BYTES = 8 << 20
@@ -84,10 +84,9 @@ def rows_before(path: str, format: str, start: int) -> int:
 
 
 def _opened_parquet(path: str) -> Any:
-    import fsspec
     import pyarrow.parquet as parquet
 
-    source = fsspec.open(path, "rb").open() if "://" in path else path
+    source = open_path(path) if "://" in path else path
     return parquet.ParquetFile(source, buffer_size=READ_BYTES, page_checksum_verification=True)
 
 
@@ -161,10 +160,9 @@ def _column_bytes(group: Any, name: str) -> int:
 
 def _opened_arrow(path: str) -> tuple[Any, bool, Any]:
     """(reader, whether it is of the random-access file format, the opened file)."""
-    import fsspec
     import pyarrow as pa
 
-    source = pa.PythonFile(fsspec.open(path, "rb").open(), mode="r") if "://" in path else pa.memory_map(path)
+    source = pa.PythonFile(open_path(path), mode="r") if "://" in path else pa.memory_map(path)
     magic = source.read(6)
     source.seek(0)
     random_access = magic == b"ARROW1"

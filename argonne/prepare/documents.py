@@ -1,29 +1,25 @@
 """Files of text to documents: find them, cut them into work units, read the rows of a unit.
 
-Formats: parquet, Arrow IPC (file and stream), jsonl (.gz, .zst), plain text. A unit is a run of row groups, of record
-batches or of bytes; the cut depends on the files alone, never on who reads them. Every row that is no document comes
-out with the reason.
+Formats: parquet, Arrow IPC (file and stream), jsonl and plain text, packed or not. A unit is a run of row groups, of
+record batches or of bytes; the cut depends on the files alone, never on who reads them. Every row that is no document
+comes out with the reason.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
-import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from argonne.errors import InputError, NothingMatches, first_line
-from argonne.prepare import columnar, textual
+from argonne.errors import InputError, first_line
+from argonne.prepare import columnar, matching, textual
 from argonne.prepare.texts import REMEDY, LongText, Refused, RowBatch, checked, read_faults
-from argonne.tokens.formats import KINDS, format_of, natural_key
+from argonne.tokens.formats import natural_key
 
-JSON_HINT = (
-    "; one JSON object a line: rename it to .jsonl; one array: `jq -c '.[]' FILE.json > FILE.jsonl`, or "
-    "datasets.load_dataset('json', data_files=...).to_parquet(...)"
-)
 WHOLE_FILE = -1
 FEW_UNITS, FILES_A_UNIT = 64, 4096
 
@@ -62,7 +58,7 @@ def find_files(
     """
     if not patterns:
         raise InputError("input: no pattern given, expected at least one glob of text files")
-    found = {file.path: file for pattern in patterns for file in _matches(pattern, also)}
+    found = {match[0]: InputFile(*match) for pattern in patterns for match in matching.matches(pattern, also)}
     once: dict[str, InputFile] = {}
     for file in sorted(found.values(), key=lambda file: natural_key(file.path)):
         once.setdefault(file.path if "://" in file.path else os.path.realpath(file.path), file)
@@ -76,39 +72,12 @@ def find_files(
     return list(once.values())
 
 
-def _matches(pattern: str, also: Mapping[str, str] | None) -> Iterator[InputFile]:
-    import fsspec
-
-    if not pattern.strip():
-        raise InputError("input '': an empty pattern, expected a file, a folder or a glob")
-    try:
-        system, path = fsspec.core.url_to_fs(pattern)
-        names = [path] if not re.search(r"[*?\[]", path) or system.exists(path) else sorted(system.glob(path))
-        folders = [name for name in names if system.isdir(name)]
-        below = {name: [file for file in system.find(name) if format_of(file, also)] for name in folders}
-        matches = [
-            file for name in names for file in (below[name] if name in below else [name] if system.exists(name) else [])
-        ]
-        sizes = {name: system.size(name) for name in matches}
-    except Exception as error:  # every kind of remote system has errors of its own
-        raise InputError(
-            f"input {pattern!r}: cannot be listed ({first_line(error)}); check the address and your access to it"
-        ) from None
-    if not matches:
-        where = f", only folders without one ({KINDS}) in them" if folders else ""
-        raise NothingMatches(
-            f"input {pattern!r}: matches no file{where}; check the folder, the pattern and that you may read it"
-        )
-    local = "file" in (system.protocol if isinstance(system.protocol, tuple | list) else (system.protocol,))
-    for name in matches:
-        full = name if local else system.unstrip_protocol(name)
-        kind = format_of(name, also)
-        if kind is None:
-            hint = JSON_HINT if name.lower().endswith(".json") else ""
-            raise InputError(f"input {full}: unknown kind of file, expected {KINDS}{hint}")
-        if sizes[name] is None:
-            raise InputError(f"input {full}: the server does not say how large it is; download it first")
-        yield InputFile(full, kind, int(sizes[name]))
+def not_taken(patterns: Sequence[str], outside: Path | None = None) -> Counter[str]:
+    """What lies in the folders that the patterns name, not in `outside`, and is not read, by kind."""
+    passed = Counter[str]()
+    for pattern in patterns:
+        matching.matches(pattern, None, passed, outside)
+    return +passed
 
 
 def unit_bytes(files: Sequence[InputFile]) -> int:

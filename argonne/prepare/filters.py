@@ -7,29 +7,27 @@ import dataclasses
 import functools
 import hashlib
 import json
-import re
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from argonne.errors import InputError, first_line
-from argonne.prepare import columnar
+from argonne.prepare import columnar, grams
 from argonne.prepare.documents import find_files
-from argonne.prepare.texts import LongText, Text, read_faults
+from argonne.prepare.grams import Gram, Wanted, blocks_of
+from argonne.prepare.texts import Text, open_path, read_faults
 from argonne.prepare.textual import open_file
 
 QUALITY_FROM_CHARACTERS = 50
 LARGEST_DIGIT_SHARE = 0.5
 SMALLEST_LETTER_SHARE = 0.3
 FEWEST_TOKENS = 10
-GRAM_WORDS = 13
 EVALUATION_SUFFIXES = {".csv": "csv", ".json": "json", ".tsv": "csv"}
-WORD = re.compile(r"\w+")
+SHOWN = 40  # characters of a text in a line for a person
 
 Filter = Callable[[Text], bool]
-Gram = tuple[str, ...]
-Grams = Container[Gram]
 
 
 def evaluation_files(patterns: Sequence[str]) -> list[dict[str, Any]]:
@@ -43,11 +41,9 @@ def evaluation_files(patterns: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _digest(path: str) -> str:
-    import fsspec
-
     try:
-        with fsspec.open(path, "rb") as source:
-            return hashlib.file_digest(source, "sha256").hexdigest()
+        with open_path(path) as source:
+            return hashlib.file_digest(source, "sha256").hexdigest()  # type: ignore[arg-type]
     except OSError as error:
         raise InputError(
             f"--decontaminate {path}: cannot be read ({first_line(error)}); restore it or leave it out"
@@ -62,13 +58,19 @@ def build(recipe: dict[str, Any], evaluation: Sequence[dict[str, Any]]) -> dict[
     if "quality" in recipe["filter"]:
         found["quality"] = is_low_quality
     if recipe["decontaminate"]:
-        grams = evaluation_grams(tuple((file["path"], file["format"], file["sha256"]) for file in evaluation))
-        found["contaminated"] = functools.partial(shares_a_gram, *grams)
+        found["contaminated"] = _evaluation(recipe, evaluation)[0].are_in
     return found
 
 
-def blocks_of(text: Text) -> Iterator[str]:
-    return text.blocks() if isinstance(text, LongText) else iter([text])
+def coverage(recipe: dict[str, Any], evaluation: Sequence[dict[str, Any]]) -> str:
+    """One line on which of the evaluation texts are looked for, and how."""
+    counts, example = _evaluation(recipe, evaluation)[1:]
+    shown = f" (first: {example[:SHOWN]!r})" if example is not None else ""
+    return (
+        f"decontamination: {sum(counts.values()):,} evaluation texts in {len(evaluation):,} files: "
+        f"{counts['words']:,} by {grams.GRAM_WORDS} words, {counts['short']:,} by fewer, "
+        f"{counts['characters']:,} by characters, {counts['none']:,} too short to be looked for{shown}"
+    )
 
 
 def is_low_quality(text: Text) -> bool:
@@ -83,50 +85,6 @@ def is_low_quality(text: Text) -> bool:
     return digits / length > LARGEST_DIGIT_SHARE or letters / length < SMALLEST_LETTER_SHARE
 
 
-def _words(text: Text) -> Iterator[list[str]]:
-    """Lower-case words, block by block; each block begins with the last words of the one before, so that no gram is
-    lost between them.
-    """
-    carried: list[str] = []
-    tail = ""
-    for block in blocks_of(text):
-        block = tail + block
-        cut = max(block.rfind(" "), block.rfind("\n")) if isinstance(text, LongText) else -1
-        block, tail = (block[:cut], block[cut:]) if cut > 0 else (block, "")
-        words = carried + words_of(block)
-        yield words
-        carried = words[-(GRAM_WORDS - 1) :]
-    if tail:
-        yield carried + words_of(tail)
-
-
-def grams_of(words: Sequence[str]) -> Iterator[Gram]:
-    """All runs of 13 words."""
-    return (tuple(words[start : start + GRAM_WORDS]) for start in range(len(words) - GRAM_WORDS + 1))
-
-
-def words_of(text: str) -> list[str]:
-    """Its words: case and punctuation do not count."""
-    return WORD.findall(text.lower())
-
-
-def shared_grams(grams: Grams, beginnings: Grams, text: Text) -> Iterator[Gram]:
-    """The runs of 13 words in the text that are among the `grams`. `beginnings`: the first three words of each of them,
-    which nearly always decide.
-    """
-    for words in _words(text):
-        for start in range(len(words) - GRAM_WORDS + 1):
-            if (words[start], words[start + 1], words[start + 2]) in beginnings:
-                gram = tuple(words[start : start + GRAM_WORDS])
-                if gram in grams:
-                    yield gram
-
-
-def shares_a_gram(grams: Grams, beginnings: Grams, text: Text) -> bool:
-    """Does the text hold 13 words in a row that an evaluation text holds too?"""
-    return next(shared_grams(grams, beginnings, text), None) is not None
-
-
 def strings_in(value: Any) -> Iterator[str]:
     """Every text of a row, whatever its fields are."""
     if isinstance(value, str):
@@ -139,27 +97,38 @@ def strings_in(value: Any) -> Iterator[str]:
             yield from strings_in(inner)
 
 
-@functools.lru_cache(maxsize=2)
-def evaluation_grams(listed: tuple[tuple[str, str, str], ...]) -> tuple[frozenset[Gram], frozenset[Gram]]:
-    """All 13-word runs of the evaluation files (path, format, sha256), of every text in every field, and the first
-    three words of each.
+def _evaluation(
+    recipe: dict[str, Any], evaluation: Sequence[dict[str, Any]]
+) -> tuple[Wanted, Counter[str], str | None]:
+    listed = tuple((file["path"], file["format"], file["sha256"]) for file in evaluation)
+    return _wanted(listed, recipe.get("decontaminate_rule", 1))
 
-    Raises InputError when a file is not the one that was listed or no text has 13 words.
+
+@functools.lru_cache(maxsize=2)
+def _wanted(listed: tuple[tuple[str, str, str], ...], rule: int) -> tuple[Wanted, Counter[str], str | None]:
+    """(what is looked for, how many texts by `grams.how`, the first that is too short) of the evaluation files (path,
+    format, sha256): every text in every field.
+
+    Raises InputError when a file is not the one that was listed, and where every text is too short.
     """
-    grams: set[Gram] = set()
+    found, counts, example = set[Gram](), Counter[str](), None
     for path, kind, digest in listed:
         if _digest(path) != digest:
             raise InputError(
                 f"--decontaminate {path}: has changed since the work began; restore it, or remove the output and start "
                 "again"
             )
-        for value in _values(path, kind):
-            for text in strings_in(value):
-                grams.update(grams_of(words_of(text)))
-    if not grams:
+        for text in (text for value in _values(path, kind) for text in strings_in(value)):
+            if words := grams.words_of(text, rule):
+                counts[how := grams.how(words, rule)] += 1
+                found.update(grams.grams_of(words, rule))
+                if how == "none" and example is None:
+                    example = text
+    if not found:
         names = ", ".join(path for path, *_ in listed)
-        raise InputError(f"--decontaminate {names}: no text of {GRAM_WORDS} words or more in it")
-    return frozenset(grams), frozenset(gram[:3] for gram in grams)
+        fewest = grams.FEWEST_WORDS if rule > 1 else grams.GRAM_WORDS
+        raise InputError(f"--decontaminate {names}: no text of {fewest} words or more in it")
+    return Wanted(found, rule), counts, example
 
 
 def _values(path: str, kind: str) -> Iterator[Any]:

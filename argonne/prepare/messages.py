@@ -10,6 +10,7 @@ from typing import Any
 
 from argonne.prepare.documents import InputFile
 from argonne.prepare.hold_out import BY_CUT
+from argonne.prepare.matching import described
 from argonne.prepare.textual import field_names
 
 ADVICE = {
@@ -24,11 +25,12 @@ def describe_drops(drops: Mapping[str, int]) -> str:
     return ", ".join(f"{reason} {count:,}" for reason, count in sorted(drops.items()))
 
 
-def input_summary(found: Sequence[InputFile]) -> str:
-    """One line for what the patterns matched: a README beside the parquet files is noticed here."""
+def input_summary(found: Sequence[InputFile], not_taken: Mapping[str, int]) -> str:
+    """One line for what the patterns matched, and for what lies beside it in the folders and is not taken."""
     kinds = Counter(file.format for file in found)
     listed = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
-    return f"input: {listed} file{'s' if len(found) > 1 else ''}, {size(sum(file.bytes for file in found))}"
+    beside = f"; {described(not_taken)}" if not_taken else ""
+    return f"input: {listed} file{'s' if len(found) > 1 else ''}, {size(sum(file.bytes for file in found))}{beside}"
 
 
 def size(count: int) -> str:

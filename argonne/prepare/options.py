@@ -13,7 +13,8 @@ from argonne.errors import InputError
 from argonne.jobs import JobSettings, directives
 
 FILTERS = ("quality",)
-TEXT = "text: parquet, arrow, jsonl(.gz|.zst), txt"
+CONTAMINATION_RULE = 2  # 1: texts of 13 words or more alone
+TEXT = "text: parquet, arrow, jsonl, txt; the last two also .gz, .bz2, .xz, .zst"
 SPLITS = ("file", "blank-lines", "lines")
 COLUMN = "column or field that holds the text"
 SPLIT = "txt: file (one document), blank-lines, lines, or a separator"
@@ -51,7 +52,7 @@ class PrepareOptions:
     split: str = key("file", SPLIT, metavar="HOW")
     filter: tuple[str, ...] = key((), "quality filters to apply (quality)", metavar="NAME")
     dedup: bool = key(False, "drop exact duplicates, counted")
-    decontaminate: tuple[str, ...] = key((), "drop documents that share 13-grams with these files", metavar="FILE")
+    decontaminate: tuple[str, ...] = key((), "drop documents that hold text of these files", metavar="FILE")
     hold_out: float = key(0.0, "share of the documents that is never trained on", metavar="F")
     bos: bool = key(False, "begin each document with the tokenizer's BOS")
     added_tokens: str = key("library", "plain: added tokens in text are plain text", ("library", "plain"))
@@ -74,6 +75,7 @@ class PrepareOptions:
             "input": list(self.input),
             "filter": sorted(self.filter),
             "decontaminate": list(self.decontaminate),
+            **({"decontaminate_rule": CONTAMINATION_RULE} if self.decontaminate else {}),
         }
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -118,6 +119,8 @@ def _known_plan(options: PrepareOptions, out: Path) -> dict[str, Any] | None:
 def what_differs(options: PrepareOptions, made: dict[str, Any]) -> str | None:
     """What is other in the options than in the plan or the manifest `made`."""
     recipe = options.recipe()
+    if "decontaminate_rule" not in made["recipe"]:  # made by the rule of before, and finished by it
+        recipe.pop("decontaminate_rule", None)
     if made["recipe"] != recipe:
         return f"other options ({', '.join(name for name in recipe if made['recipe'].get(name) != recipe[name])})"
     if (
@@ -207,6 +210,7 @@ def train_tokenizer_on_files(flags: TokenizerOptions) -> Path:
         flags.input, flags.out, train_tokenizer=flags.vocab_size, text_column=flags.text_column, split=flags.split
     )
     found = documents.find_files(flags.input)
+    print(messages.input_summary(found, documents.not_taken(flags.input)), file=sys.stderr)
     units, _ = _cut_all(options, found)
     _check_text(options, found, units)
     return train_tokenizer(sample_texts(found, units, options.recipe()), flags.vocab_size, flags.out, bare=flags.bare)

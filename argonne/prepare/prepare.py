@@ -19,7 +19,7 @@ from typing import Any
 
 from argonne import files, layout
 from argonne.errors import InputError, InUse, NothingMatches
-from argonne.prepare import assemble, encode, encoders, engines, hold_out, messages
+from argonne.prepare import assemble, documents, encode, encoders, engines, filters, hold_out, messages
 from argonne.prepare.documents import InputFile, Unit, find_files
 from argonne.prepare.options import PrepareOptions, check_options
 from argonne.prepare.planning import open_plan, sample_texts, turn, unit_weights, what_differs
@@ -56,7 +56,10 @@ def prepare(options: PrepareOptions, progress: ProgressBar | None = None) -> Pat
                     _refuse_changed_input(options, out)
                     return out
                 held.enter_context(sole_writer(out, shared=options.part is not None))
-            log(messages.input_summary([InputFile(**file) for file in plan["files"]]))
+            found, beside = [InputFile(**file) for file in plan["files"]], documents.not_taken(options.input, out)
+            log(messages.input_summary(found, beside))
+            if plan["recipe"]["decontaminate"]:
+                log(filters.coverage(plan["recipe"], plan["evaluation_files"]))
             if options.part is None and options.engine == "local":
                 files.collect_temporaries(out)
             encode_units(options, plan, out, progress)

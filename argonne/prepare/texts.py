@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import codecs
+import lzma
 import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import IO, Any
 
 ROWS_A_BATCH = 512
 CHARACTERS_A_BATCH = 1 << 20
@@ -22,7 +23,18 @@ def read_faults(path: str) -> tuple[type[Exception], ...]:
     """
     import zstandard
 
-    return (Exception,) if "://" in path else (OSError, EOFError, ValueError, zlib.error, zstandard.ZstdError)
+    kinds = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, zstandard.ZstdError)
+    return (Exception,) if "://" in path else kinds
+
+
+def open_path(path: str) -> IO[bytes]:
+    """A file of this machine, whatever its name, or what a URL leads to. Raises what `read_faults` names."""
+    if "://" not in path:
+        return open(path, "rb")
+    import fsspec
+
+    opened: IO[bytes] = fsspec.open(path, "rb").open()
+    return opened
 
 
 class LongText:

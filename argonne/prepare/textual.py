@@ -1,55 +1,62 @@
-"""Rows of text files: the bytes of a file decompressed, the lines of jsonl, plain text whole or split."""
+"""Rows of text files: the bytes of a file unpacked, the lines of jsonl, plain text whole or split."""
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import mmap
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 from argonne.errors import InputError, first_line
-from argonne.prepare.texts import READ_BYTES, REMEDY, Refused, read_faults
+from argonne.prepare.texts import READ_BYTES, REMEDY, Refused, open_path, read_faults
+from argonne.tokens.formats import PACKED
 
 LONG_SEPARATOR = 1 << 12
-ZSTD_BYTES = 1 << 13
+PACKED_BYTES = 1 << 13
 ZSTD_WINDOW = 1 << 31
 
 
 def is_compressed(path: str) -> bool:
-    return path.lower().endswith((".gz", ".zst"))
+    return path.lower().endswith(PACKED)
 
 
 def open_file(path: str) -> IO[bytes]:
-    """The file's bytes, decompressed. Raises InputError when it cannot be opened; reading may raise `read_faults`."""
-    import fsspec
-
+    """The file's bytes, unpacked. Raises InputError when it cannot be opened; reading may raise `read_faults`."""
     try:
-        raw: IO[bytes] = fsspec.open(path, "rb").open()
+        raw = open_path(path)
     except read_faults(path) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise InputError(f"{path}: cannot be opened ({reason}); {REMEDY}") from None
     if path.lower().endswith(".gz"):
         return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
-    if path.lower().endswith(".zst"):
-        return io.BufferedReader(_ZstdFile(raw), READ_BYTES)
+    if path.lower().endswith(".bz2"):
+        return io.BufferedReader(_Streams(raw, bz2.BZ2Decompressor), READ_BYTES)
+    if path.lower().endswith(".xz"):
+        return io.BufferedReader(_Streams(raw, lzma.LZMADecompressor), READ_BYTES)
+    if path.lower().endswith((".zst", ".zstd")):
+        import zstandard
+
+        return io.BufferedReader(
+            _Streams(raw, zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW).decompressobj), READ_BYTES
+        )
     return raw
 
 
-class _ZstdFile(io.RawIOBase):
-    """zstd frames one after the other, decompressed. A last one that is cut off is an error: the library's own reader
-    ends there in silence.
+class _Streams(io.RawIOBase):
+    """Compressed streams one after the other, unpacked. A last one that is cut off is an error, and so is what begins
+    none: the libraries' own readers end there in silence.
 
-    8 KiB go in at a time: what comes out of them is bounded, and no slower than larger pieces.
+    8 KiB go in at a time and, where the library can stop, at most 1 MiB comes out.
     """
 
-    def __init__(self, raw: IO[bytes]) -> None:
-        import zstandard
-
-        self._raw, self._decompressor = raw, zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW)
-        self._frame: Any = None
+    def __init__(self, raw: IO[bytes], new: Callable[[], Any]) -> None:
+        self._raw, self._new = raw, new
+        self._stream: Any = None
         self._left, self._ready = b"", memoryview(b"")
 
     def readable(self) -> bool:
@@ -57,14 +64,20 @@ class _ZstdFile(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self._ready:
-            compressed = self._left or self._raw.read(ZSTD_BYTES)
-            if not compressed:
-                if self._frame is not None:
-                    raise EOFError("it ends in the middle of a zstd frame")
-                return 0
-            frame = self._frame or self._decompressor.decompressobj()
-            self._ready = memoryview(frame.decompress(compressed))
-            self._frame, self._left = (None, frame.unused_data) if frame.eof else (frame, b"")
+            hungry = getattr(self._stream, "needs_input", True)  # zstd gives all there is
+            packed = (self._left or self._raw.read(PACKED_BYTES)) if hungry else b""
+            if self._stream is None:
+                if not packed:
+                    return 0
+                self._left = packed = packed.lstrip(b"\0")  # xz pads its streams
+                if not packed:
+                    continue
+                self._stream = self._new()
+            elif hungry and not packed:
+                raise EOFError("it ends in the middle of a compressed stream")
+            limit = (READ_BYTES,) if hasattr(self._stream, "needs_input") else ()
+            self._ready = memoryview(self._stream.decompress(packed, *limit))
+            self._stream, self._left = (None, self._stream.unused_data) if self._stream.eof else (self._stream, b"")
         count = min(len(buffer), len(self._ready))
         buffer[:count] = self._ready[:count]
         self._ready = self._ready[count:]

@@ -7,7 +7,6 @@ tells: `raw-uint16:PATH` (nanoGPT), `raw-uint32:PATH`.
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
@@ -22,11 +21,15 @@ from argonne.tokens.shards import Shard, TokenSet, TokenStream, open_folder, rea
 MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
 MEGATRON_DTYPES = {8: "uint16", 4: "int32", 3: "int16", 5: "int64", 1: "uint8"}
 SAMPLES, SAMPLE_BYTES = 64, 4096
-PLAIN_KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".txt": "txt", ".md": "txt"}
-SUFFIXES = {".parquet": "parquet", ".arrow": "arrow", ".json.gz": "jsonl"} | {
-    plain + packed: kind for plain, kind in PLAIN_KINDS.items() for packed in ("", ".gz", ".zst")
+PACKED = (".gz", ".bz2", ".xz", ".zst", ".zstd")
+TEXT_KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".jl": "jsonl", ".json": "jsonl", ".txt": "txt", ".md": "txt"}
+SUFFIXES = {".parquet": "parquet", ".arrow": "arrow"} | {
+    plain + packed: kind
+    for plain, kind in TEXT_KINDS.items()
+    for packed in ("", *PACKED)
+    if plain + packed != ".json"  # may be one array, which would have to be read at once
 }
-KINDS = ".parquet, .arrow, .jsonl, .ndjson, .txt or .md, the text kinds also with .gz or .zst"
+KINDS = f".parquet, .arrow, .jsonl, .ndjson, .jl, .txt or .md, the text kinds also with {', '.join(PACKED)}"
 
 
 def natural_key(path: str) -> list[tuple[int, int, str]]:
@@ -55,7 +58,7 @@ def open_tokens(path: Path | str) -> TokenSet:
     if path.is_dir():
         return open_folder(path)
     if layout.is_pattern(text):
-        return _headed([Path(name) for name in sorted(glob.glob(text), key=natural_key)], text)
+        return _headed([Path(name) for name in sorted(layout.matches_of(text), key=natural_key)], text)
     if not path.exists():
         raise InputError(f"token set {text}: no such file or folder; write one with `argonne prepare`")
     if format_of(text):

@@ -65,3 +65,13 @@ def test_models_and_stored_results_are_compared_by_the_command(
     assert "Comparison" in page.read_text()
     assert cli.main(["compare", str(base), *asked]) == 2
     assert "expected at least 2" in capsys.readouterr().err
+
+
+def test_kept_items_may_hold_separators_of_lines(tmp_path: Path) -> None:
+    items = [{"asked": "a\u2028b\x85c"}, {"asked": "d"}]
+    (tmp_path / "results.json").write_text('{"tasks": {"piqa": {}}}')
+    lines = (json.dumps(item, ensure_ascii=False) + "\n" for item in items)
+    (tmp_path / "piqa.jsonl").write_text("".join(lines), encoding="utf-8")
+    results = compare.stored(tmp_path)
+    assert results is not None
+    assert results["tasks"]["piqa"]["items"] == items

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,8 +14,9 @@ import pytest
 from argonne.cli.command import main
 from argonne.config import Recipe
 from argonne.evaluate import lineage
-from argonne.evaluate.contamination import lines
+from argonne.evaluate.contamination import contamination_of, lines
 from argonne.evaluate.lineage import sources_of
+from argonne.evaluate.requests import Task
 from argonne.evaluate.run import evaluate
 from argonne.layout import CONVERSATIONS, FINAL_MODEL
 from argonne.prepare.options import PrepareOptions
@@ -116,6 +117,23 @@ def test_items_in_the_sets_of_a_run_and_of_its_ancestor_are_named_those_across_d
     }
     assert found["too_short"] == 1
     assert find(ancestor)["items"] == [0]
+
+
+def test_an_item_is_found_by_one_part_alone_where_it_is_short_or_has_no_spaces(
+    make_set: Callable[[Sequence[str]], Path], train: Callable[..., Path], tmp_path: Path
+) -> None:
+    class Asked:
+        name = "asked"
+
+        def texts(self) -> list[tuple[str, ...]]:
+            short = "how many eggs do the sixteen ducks lay"
+            return [(short, "forty two of them"), ("中国的首都是哪里请从以下选项中选择", "北京"), ("what is it", "tea")]
+
+    planted = ["Q: How many eggs do the sixteen ducks lay? A: none", "问：中国的首都是哪里？请从以下选项中选择！"]
+    folder = train(tmp_path / "run", make_set([*FILLER, *planted]))
+    results = {"asked": {"items": [{"correct": True}] * 3}}
+    found = contamination_of(folder, cast(Sequence[Task], [Asked()]), results)["asked"]
+    assert (found["items"], found["too_short"]) == ([0, 1], 1)
 
 
 def test_the_scores_with_and_without_the_found_items_are_those_of_counting_by_hand(second: Path, find: Find) -> None:

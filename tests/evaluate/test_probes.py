@@ -12,7 +12,8 @@ from argonne.cli import main
 from argonne.data.chat import ChatTemplate, Conversation, Message, template_of
 from argonne.errors import InputError
 from argonne.evaluate.answers import answering
-from argonne.evaluate.probes import QUESTIONS, look_at, questions_of, side_by_side, summary
+from argonne.evaluate.own_files import rows_of
+from argonne.evaluate.probes import QUESTIONS, look_at, questions_of, read_lines, side_by_side, summary
 from argonne.evaluate.requests import AnswerRequest
 from argonne.evaluate.run import evaluate, render
 from argonne.layout import CHAT_TEMPLATE
@@ -209,3 +210,12 @@ def test_what_cannot_be_asked_is_told(model_folder: Path, tmp_path: Path, given:
         given = {"data": tmp_path / given["data"]}
     with pytest.raises(InputError, match=told):
         evaluate(model_folder, ["probes"], **given)
+
+
+def test_only_a_line_feed_ends_a_line_of_a_file(tmp_path: Path) -> None:
+    asked = [f"a{separator}b" for separator in "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"]
+    (tmp_path / "asked.txt").write_bytes(("\ufeff" + "\r\n".join([*asked, ""])).encode())
+    assert read_lines(tmp_path / "asked.txt", "") == asked
+    lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in asked)
+    (tmp_path / "asked.jsonl").write_text(lines, encoding="utf-8")
+    assert list(rows_of("lambada", tmp_path / "asked.jsonl", "text", lambda _, row: row["text"])) == asked

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import re
 import struct
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -91,6 +94,17 @@ def jsonl_zst(path: Path, rows: Sequence[Row]) -> None:
     )
 
 
+def packed_with(compress: Callable[[bytes], bytes]) -> Writer:
+    """Several streams, cut inside lines, an empty one at the end."""
+
+    def write(path: Path, rows: Sequence[Row]) -> None:
+        whole = b"".join(line(row) + b"\n" for row in rows)
+        parts = [whole[start : start + 100] for start in range(0, len(whole), 100)]
+        path.write_bytes(b"".join(map(compress, [*parts, b""])))
+
+    return write
+
+
 def txt(path: Path, rows: Sequence[Row]) -> None:
     path.write_bytes(SEPARATOR.encode().join(row if isinstance(row, bytes) else row.encode() for row in rows))
 
@@ -159,6 +173,10 @@ WRITERS: dict[str, tuple[Writer, str]] = {
     "f_13.arrow": (arrow_of(pa.string_view(), False), COLUMNS),
     "f_14.arrow": (arrow_of(pa.large_string(), True), COLUMNS),
     "f_15.arrow": (arrow_of(pa.string_view(), True), COLUMNS),
+    "f_16.json.bz2": (packed_with(bz2.compress), LINES),
+    "f_17.jl.xz": (packed_with(lambda part: lzma.compress(part) + bytes(8)), LINES),
+    "f_18.json.zstd": (jsonl_zst, LINES),
+    "f_19.jl": (jsonl, LINES),
 }
 
 
@@ -347,7 +365,10 @@ def test_a_name_with_brackets_is_a_name_where_there_is_such_a_file(tmp_path: Pat
     assert texts_of(str(tmp_path / "part[1].jsonl")) == ["one"]
 
 
-REMOTE = ("f_1.jsonl", "f_4.jsonl.gz", "f_5.jsonl.zst", "f_6.txt", "f_7.parquet", "f_11.arrow", "f_14.arrow")
+REMOTE = (
+    *("f_1.jsonl", "f_4.jsonl.gz", "f_5.jsonl.zst", "f_6.txt", "f_7.parquet", "f_11.arrow", "f_14.arrow"),
+    *("f_16.json.bz2", "f_17.jl.xz"),
+)
 
 
 @pytest.fixture
@@ -370,10 +391,56 @@ def test_remote_files_give_what_local_ones_give(remote: str, tmp_path: Path, tok
     assert texts_of(f"{remote}/f_6.txt") == [SEPARATOR.join(words(9, number) for number in range(5))]
 
 
-@pytest.mark.parametrize("name", ["f_4.jsonl.gz", "f_5.jsonl.zst", "f_7.parquet", "f_11.arrow", "f_14.arrow"])
+@pytest.mark.parametrize(
+    "name",
+    ["f_4.jsonl.gz", "f_5.jsonl.zst", "f_7.parquet", "f_11.arrow", "f_14.arrow", "f_16.json.bz2", "f_17.jl.xz"],
+)
 def test_a_remote_file_that_was_cut_is_named(name: str, remote: str) -> None:
     system = fsspec.filesystem("memory")
     whole = system.cat_file(f"/argonne-test/{name}")
     system.pipe_file(f"/argonne-test/{name}", whole[:-20])
     with pytest.raises(InputError, match=re.escape(name)):
         texts_of(f"{remote}/{name}")
+
+
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": zstandard.compress,
+    ".zstd": zstandard.compress,
+}
+
+
+@pytest.mark.parametrize("packed", COMPRESS)
+@pytest.mark.parametrize("kind", [".jsonl", ".ndjson", ".jl", ".json", ".txt", ".md"])
+def test_every_kind_of_text_is_found_and_read_packed_in_every_way(kind: str, packed: str, tmp_path: Path) -> None:
+    content = line("größe") if kind not in (".txt", ".md") else "größe".encode()
+    (tmp_path / f"a{kind.upper()}{packed}").write_bytes(COMPRESS[packed](content[:5]) + COMPRESS[packed](content[5:]))
+    assert texts_of(str(tmp_path)) == ["größe"]
+
+
+@pytest.mark.parametrize("packed", COMPRESS)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_a_packed_file_that_is_cut_or_goes_on_with_something_else_is_an_error(
+    name: str, packed: str, tmp_path: Path
+) -> None:
+    whole = COMPRESS[packed](line(words(400)) + b"\n")
+    path = tmp_path / f"{name}{packed}"
+    for damaged in (whole[:-1], whole[: len(whole) // 2], whole[:3], whole + whole[:-1], whole + b"QQ" + whole[2:]):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match=rf"{re.escape(path.name)}: .*cannot be read"):
+            texts_of(str(path))
+
+
+@pytest.mark.parametrize("packed", [".bz2", ".xz", ".gz"])
+def test_a_packed_file_that_is_mostly_repetition_is_read_in_bounded_memory(packed: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a.txt{packed}"
+    path.write_bytes(COMPRESS[packed](b"word \n" * 8_000_000))
+    tracemalloc.start()
+    try:
+        with textual.open_file(str(path)) as source:
+            size = sum(len(part) for part in iter(lambda: source.read(1 << 16), b""))
+        assert (size, tracemalloc.get_traced_memory()[1] < 16 << 20) == (48_000_000, True)
+    finally:
+        tracemalloc.stop()

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from argonne import files
 from argonne.errors import InputError
 from argonne.prepare import filters
 from argonne.prepare.options import PrepareOptions
@@ -97,6 +98,59 @@ def test_evaluation_files_that_changed_since_the_work_began_are_refused(tokenize
         prepare(options, QUIET)
     jsonl(tmp_path / "eval.jsonl", [{"q": text}])
     assert prepare(options, QUIET) == tmp_path / "out"
+
+
+SHORT = "How many eggs do the sixteen ducks lay per day?"
+CHINESE = "中国的首都是哪里？请从以下选项中选择一个最合适的答案，并说明你选择这个答案的理由和依据是什么"
+
+
+def evaluated(folder: Path, tokenizer: Path) -> PrepareOptions:
+    """Documents with evaluation texts of every length in them."""
+    asked = [" ".join(f"w{number}" for number in range(14)), SHORT, CHINESE, "What is the capital of France?"]
+    jsonl(folder / "eval.jsonl", [{"q": text, "a": "Paris"} for text in asked])
+    for number, text in enumerate([*asked, words(30, 7)]):
+        jsonl(folder / f"in_{number}.jsonl", [{"text": f"so: {text} {words(9, 5)}"}])
+    return PrepareOptions(
+        (str(folder / "in_*"),), folder / "out", tokenizer, decontaminate=(str(folder / "eval.jsonl"),), workers=1
+    )
+
+
+def test_short_texts_and_texts_without_spaces_are_looked_for_and_what_is_not_is_said_at_every_start(
+    tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = evaluated(tmp_path, tokenizer_folder)
+    line = (
+        "decontamination: 8 evaluation texts in 1 files: 1 by 13 words, 1 by fewer, 1 by characters, 5 too short to be "
+        "looked for (first: 'Paris')\n"
+    )
+    for part in ((1, 2), (2, 2)):
+        prepare(dataclasses.replace(options, part=part))
+        assert line in capsys.readouterr().err
+    manifest = open_tokens(tmp_path / "out").manifest
+    assert (manifest["drops"], manifest["documents"]) == ({"contaminated": 3}, 2)
+    assert manifest["recipe"]["decontaminate_rule"] == 2
+
+
+def test_work_that_an_earlier_version_began_is_finished_by_its_rule(
+    tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = evaluated(tmp_path, tokenizer_folder)
+    prepare(dataclasses.replace(options, part=(5, 5)), QUIET)
+    plan = files.read_json(tmp_path / "out" / "plan.json")
+    del plan["recipe"]["decontaminate_rule"]
+    files.write_json(tmp_path / "out" / "plan.json", plan)
+    manifest = open_tokens(prepare(options)).manifest
+    assert "1 by 13 words, 0 by fewer, 0 by characters, 7 too short" in capsys.readouterr().err
+    assert (manifest["drops"], manifest["documents"]) == ({"contaminated": 1}, 4)
+    assert prepare(options, QUIET) == tmp_path / "out"
+
+
+def test_the_documents_of_the_case_are_found(tokenizer_folder: Path, tmp_path: Path, shared: Path) -> None:
+    case = shared / "cases" / "short_eval"
+    options = PrepareOptions(
+        (str(case / "dec.jsonl"),), tmp_path / "out", tokenizer_folder, decontaminate=(str(case / "ev.jsonl"),)
+    )
+    assert open_tokens(prepare(options, QUIET)).manifest["drops"] == {"contaminated": 2}
 
 
 def evaluation_table(path: Path) -> str:
