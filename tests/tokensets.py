@@ -70,6 +70,7 @@ def write_token_set(
             "shards": held,
         },
         "shards": train,
+        "sources": [],
     }
     tokens.write_manifest(folder, manifest)
     return folder

@@ -111,7 +111,7 @@ def _is_local(system: Any) -> bool:
 
 
 def _expanded(system: Any, path: str) -> list[str]:
-    if system.exists(path) or os.path.islink(path):
+    if system.isdir(path) or system.exists(path) or os.path.islink(path):  # a server that is down says so to the first
         return [path]
     if not re.search(r"[*?\[]", path):
         return []
