@@ -104,11 +104,13 @@ def _known_plan(options: PrepareOptions, out: Path) -> dict[str, Any] | None:
             f"{out / layout.UNITS_PLAN}: version {plan.get('format_version')}, this argonne reads "
             f"{' and '.join(map(str, READ_VERSIONS))}; remove {out} and start again"
         )
-    listed = [(file["path"], file["bytes"]) for file in plan["files"]]
+    listed = {file["path"]: file["bytes"] for file in plan["files"]}
+    found = {file.path: file.bytes for file in documents.find_files(options.input, outside=out)}
     if other := what_differs(options, plan):
         problem = f"holds unfinished work with {other}; use the same as then"
-    elif listed != [(file.path, file.bytes) for file in documents.find_files(options.input, outside=out)]:
-        problem = "the input files have changed since the work began; restore them"
+    elif changed := sorted(path for path in listed | found if listed.get(path) != found.get(path)):
+        more = f" and {len(changed) - 1:,} more input files have" if len(changed) > 1 else " has"
+        problem = f"{changed[0]}{more} come, gone or changed in size since the work began; restore what was there"
     elif plan["evaluation_files"] != filters.evaluation_files(options.decontaminate):
         problem = "the --decontaminate files have changed since the work began; restore them"
     else:
