@@ -55,6 +55,8 @@ def prepare(options: PrepareOptions, progress: ProgressBar | None = None) -> Pat
                     return out
                 held.enter_context(sole_writer(out, shared=options.part is not None))
             log(messages.input_summary([InputFile(**file) for file in plan["files"]]))
+            tokenizer = load_tokenizer(out / layout.TOKENIZER, plan["tokenizer"]["added_tokens"])
+            log(tokenizer.ending_as(plan["tokenizer"]["eos_id"]).end_told)
             encode_units(options, plan, out, progress)
             if options.part is not None:
                 held.close()
