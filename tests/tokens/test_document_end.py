@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 from argonne import layout
+from argonne.config import BatchSection
+from argonne.data.dataset import open_training_data
 from argonne.data.phases import end_of
 from argonne.errors import InputError
 from argonne.model.load import stop_ids as stored_stop_ids
@@ -21,6 +23,7 @@ from argonne.serve.engine import stop_ids
 from argonne.tokens.formats import open_tokens
 from argonne.tokens.shards import header
 from argonne.tokens.tokenizer import load_tokenizer
+from tests.data.rows import section
 from tests.prepare.helpers import QUIET, documents_of, jsonl
 
 END, TURN_END = "<|endoftext|>", "<|im_end|>"
@@ -148,6 +151,20 @@ def test_tokens_of_others_end_documents_with_what_they_hold(token: str, qwen_lik
     ids = np.tile([40, 41, tokenizer.token_to_id(token) or 0, 42], 9)
     (tmp_path / "train.bin").write_bytes(header("uint16", len(ids)) + ids.astype("<u2").tobytes())
     assert end_of(open_tokens(tmp_path / "train.bin"), tokenizer) == tokenizer.token_to_id(token)
+
+
+def test_documents_do_not_see_one_another_whichever_token_ends_them(qwen_like: Path, tmp_path: Path) -> None:
+    end, turn_end = load_tokenizer(qwen_like).stop_ids
+    paths = []
+    for name, token in (("a", end), ("b", turn_end)):
+        (tmp_path / name).mkdir()
+        ids = np.tile([40, 41, token, 42], 16)
+        (tmp_path / name / "train.bin").write_bytes(header("uint16", len(ids)) + ids.astype("<u2").tobytes())
+        paths.append(tmp_path / name / "train.bin")
+    asked = section(*paths, length=8, document_mask=True, tokenizer=str(qwen_like), weights=(1.0, 1.0))
+    rows = open_training_data(asked, BatchSection(tokens_per_step=32), 0).read(0, 0, 4, 4)
+    assert {*rows["source"].values.tolist()} == {0, 1}
+    assert (rows["position_ids"].values == [0, 1, 2, 0, 1, 2, 3, 0]).all()
 
 
 def test_a_model_that_was_trained_with_another_end_is_asked_with_it(qwen_like: Path) -> None:
