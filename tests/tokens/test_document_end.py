@@ -106,6 +106,16 @@ def test_documents_end_with_it_and_the_start_says_so(
     assert all(ids[-1] == tokenizer.eos_id and not {*ids[:-1]} & tokenizer.controls for ids in documents)
 
 
+def test_training_from_text_says_it_too(qwen_like: Path, tmp_path: Path) -> None:
+    options = prepared(tmp_path, qwen_like)
+    asked = section(length=8, input=options.input, tokenizer=str(qwen_like), prefetch="all")
+    data = open_training_data(asked, BatchSection(tokens_per_step=16), 0, run_folder=tmp_path / "run")
+    try:
+        assert f"  {load_tokenizer(qwen_like).end_told}" in data.description
+    finally:
+        data.close()
+
+
 def earlier(folder: Path, name: str, tokenizer: Path) -> int:
     """Make the plan or manifest of `folder` one of an earlier version, which ended documents with the turn end."""
     tree, end = json.loads((folder / name).read_text()), load_tokenizer(tokenizer).named_end_id
