@@ -57,11 +57,12 @@ _LEGACY_TENSOR = re.compile(r"(?:^|\.)(?:blocks|pipeline_stages\.\d+)\.0\.")
 TOKENIZER = "tokenizer"
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+SPECIAL_TOKENS_MAP = "special_tokens_map.json"
 VOCABULARY, MERGES = "vocab.json", "merges.txt"
 CHAT_TEMPLATE = "chat_template.jinja"
 CONVERSATIONS = "conversations"  # rendered ones, in a run
 TOKENIZER_FILES = (
-    *(TOKENIZER_FILE, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", VOCABULARY, MERGES),
+    *(TOKENIZER_FILE, TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, "added_tokens.json", VOCABULARY, MERGES),
     CHAT_TEMPLATE,
 )
 # What a conversation is made of, as tokens: turns, and what an answer holds beside words

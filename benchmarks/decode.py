@@ -103,7 +103,7 @@ def measure(run: Any, point: str, weight: int = FP32) -> dict[str, float]:
             quantize(model)
         pack(model)
     if run is llama_cpp:
-        from argonne.tokens.tokenizer import give_memory_back
+        from argonne.tokens.parsed import give_memory_back
         from benchmarks.llama_cpp_engine import Engine
 
         model = Engine(model, "q8_0" if weight == INT8 else "f32", len(rows), PROMPT + NEW)

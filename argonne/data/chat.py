@@ -142,12 +142,7 @@ class ChatTemplate:
                         'chat.template = "plain", or a model whose tokenizer has the turn tokens'
                     )
             self.turn_start_id, self.turn_end_id = (found for found in ids if found is not None)
-        end = tokenizer.decode([self.turn_end_id])
-        if self.turn_end_id in tokenizer.encode(f"a{end}b {end}"):
-            raise InputError(
-                f'{tokenizer.folder}: a text that holds {end!r} makes the turn end; mark the token as "special": true '
-                "in tokenizer.json"
-            )
+        tokenizer.check_text({self.turn_end_id})
 
     @property
     def stop_ids(self) -> tuple[int, ...]:

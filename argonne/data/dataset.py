@@ -52,6 +52,10 @@ class TrainingData:
         self.work: TextWork | None = None
         self._verification: Verification | None = None
         self._streams = [source.tokens.train for source in sources]
+        # What ends documents in each source, where it keeps no ends.
+        opened = [source.tokens for source in sources]
+        ends = [one.eos_id if one.train.has_documents else phases.end_of(one, tokenizer) for one in opened]
+        self._ends = [self.eos_id if end is None else end for end in ends]
         self._blocks: dict[tuple[int, int], GlobalRows] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -138,6 +142,7 @@ class TrainingData:
             lines.append(f"  tokenised from {self.work.options.input[0]} into {self.work.out}{unused}")
             if self.work.changed_input:
                 lines.append(f"  warning: {self.work.changed_input}: the run goes on with what it began with")
+            lines.append(f"  {self.tokenizer.end_told}")
         for phase in self.mixture.phases:
             mask = ", document mask" if phase.document_mask else ""
             rows = (
@@ -173,8 +178,9 @@ class TrainingData:
             arrays = {"input_ids": inputs, "shift_labels": labels, "source": sources}
             if self.data.document_mask:
                 arrays["position_ids"] = np.zeros_like(inputs)
-                for ids, targets, positions in zip(inputs, labels, arrays["position_ids"], strict=True):
-                    mask_documents(np.nonzero(ids == self.eos_id)[0] + 1, targets, positions)
+                for line, source in enumerate(sources.tolist()):
+                    found = np.nonzero(inputs[line] == self._ends[source])[0] + 1
+                    mask_documents(found, labels[line], arrays["position_ids"][line])
             arrays["tokens"] = (labels >= 0).sum(axis=1)
             yield {name: torch.from_numpy(array) for name, array in arrays.items()}
 
@@ -246,7 +252,7 @@ class TrainingData:
                 stream.copy_shifted(begin, inputs[row, filled : filled + size], labels[row, filled : filled + size])
                 filled += size
             if positions is not None:
-                mask_documents(ends_in_row(stream, runs, inputs[row], self.eos_id), labels[row], positions[row])
+                mask_documents(ends_in_row(stream, runs, inputs[row], self._ends[source]), labels[row], positions[row])
         if inputs[:count].max(initial=0) >= self.vocab_size:
             row = int((inputs[:count] >= self.vocab_size).any(axis=1).argmax())
             raise InputError(

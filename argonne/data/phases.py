@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from argonne.config import BatchSection, DataSection
 from argonne.data.mixture import Mixture, Phase, PhaseSource, exact_weight, phase_from_json
 from argonne.data.windows import Position, SourceRows
@@ -21,6 +23,7 @@ from argonne.tokens.shards import TokenSet
 from argonne.tokens.tokenizer import TextTokenizer, load_tokenizer
 
 STATE_VERSION = 1
+END_TOKENS = 1 << 20  # looked at to learn what ends documents
 # Keys whose change would reorder what was already read: refused on resume unless allowed.
 FIXED_KEYS = {
     "order": "data.order",
@@ -81,7 +84,20 @@ def shared_tokenizer(data: DataSection, sources: Sequence[Source]) -> TextTokeni
                 f"{source.tokens.path}: was made with another tokenizer (fingerprint {made_with[:12]}) than {folder} "
                 f"({tokenizer.fingerprint[:12]}); prepare it again with that tokenizer, or remove data.tokenizer"
             )
-    return tokenizer
+    ends = (end_of(source.tokens, tokenizer) for source in sources)
+    return tokenizer.ending_as(next((end for end in ends if end is not None), None))
+
+
+def end_of(tokens: TokenSet, tokenizer: TextTokenizer) -> int | None:
+    """The id that ends its documents: as it was recorded, else the one of the tokenizer's ends that its beginning holds
+    most of; None where it holds none.
+    """
+    if tokens.eos_id is not None or len(tokenizer.stop_ids) < 2:
+        return tokens.eos_id
+    ids = np.empty(min(tokens.train.tokens, END_TOKENS), np.int64)
+    tokens.train.copy(0, ids)
+    counts = {end: np.count_nonzero(ids == end) for end in tokenizer.stop_ids}
+    return max(counts, key=lambda end: counts[end]) if any(counts.values()) else None
 
 
 def batch_at(batch: BatchSection, data: DataSection, step: int) -> tuple[int, int]:

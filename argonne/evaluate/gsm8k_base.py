@@ -59,7 +59,7 @@ class BaseProblems(WordProblems):
             yield AnswerRequest(
                 np.array(ids[-room:]),
                 SamplingOptions(tokens, temperature=0.0, top_p=1.0),
-                () if tokenizer.eos_id is None else (tokenizer.eos_id,),
+                tokenizer.stop_ids,
                 STOPS,
             )
 

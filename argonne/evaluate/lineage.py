@@ -16,6 +16,7 @@ from argonne import layout
 from argonne.config import CHAT_STAGES
 from argonne.data.chat_data import IDS
 from argonne.data.origin import Origin, Parent, holds, origin_of, path_of_source, rendered_folder
+from argonne.data.phases import end_of
 from argonne.data.rendered import RENDERED, open_rendered
 from argonne.errors import InputError
 from argonne.prepare import documents
@@ -89,7 +90,7 @@ def _opened(origin: Origin, tokenizer: Path | None, name: str, fingerprint: str 
         if not holds(tokens, fingerprint):
             raise InputError("holds other tokens than the run was trained on")
         reader = load_tokenizer(tokens.tokenizer_folder or recipe.get("data", {}).get("tokenizer") or where)
-        ends = None if tokens.train.has_documents else reader.eos_id
+        ends = None if tokens.train.has_documents else reader.ending_as(end_of(tokens, reader)).eos_id
         if ends is None and not tokens.train.has_documents:
             raise InputError("nothing tells where its documents end")
         size = np.dtype(tokens.dtype).itemsize * tokens.tokens

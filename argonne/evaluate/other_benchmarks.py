@@ -119,7 +119,7 @@ def harness_engine(loaded: LoadedModel, name: Path, progress: Callable[[int, int
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
     words, context = tokenizer_of(loaded, name), int(loaded.model.config.max_position_embeddings)
-    stops = () if words.eos_id is None else (words.eos_id,)
+    stops = words.stop_ids
 
     class Engine(LM):
         def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:

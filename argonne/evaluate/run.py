@@ -227,6 +227,7 @@ def baseline_results(data: str | Path, tokenizer: TextTokenizer, *, limit: int |
         raise InputError(f"{data}: names no EOS, and the bigram model starts each document with it")
     train = np.empty(min(tokens.train.tokens, BASELINE_TOKENS), dtype=np.int64)
     tokens.train.copy(0, train)
+    tokenizer.ending_as(tokens.eos_id)
     size, vocabulary = sum(held_out.bytes), tokenizer.vocab_size
     text = _text(tokenizer, np.concatenate(held_out.documents))
     return {

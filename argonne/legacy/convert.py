@@ -209,9 +209,8 @@ def load_legacy(
     if tokenizer is not None and (tokenizer / layout.TOKENIZER_FILE).is_file():
         from tokenizers import Tokenizer
 
-        entries = int(
-            Tokenizer.from_file(str(tokenizer / layout.TOKENIZER_FILE)).get_vocab_size(with_added_tokens=True)
-        )
+        known = Tokenizer.from_file(str(tokenizer / layout.TOKENIZER_FILE)).get_vocab(with_added_tokens=True)
+        entries = 1 + max(known.values())
     state = modern_state(legacy, config, entries)
     check_finite(path, state)
     stored = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()})

@@ -22,6 +22,7 @@ from argonne.model.configuration_argonne import Argonne1Config, ArgonneConfig
 from argonne.model.modeling_argonne import ArgonneForCausalLM
 from argonne.model.stored import StoredTensors, fingerprint_of_weights
 from argonne.plan.shape import architecture_of
+from argonne.tokens.tokenizer import TURN_ENDS, document_end, named_tokens
 
 FAMILY = ("argonne", "argonne2")
 VOCABULARY_TABLES = ("model.embed_tokens.", "lm_head.")  # what has a row for each token
@@ -201,15 +202,17 @@ def stop_ids(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     known = {**config, **{name: value for name, value in chosen.items() if value is not None}}
     found: dict[str, Any] = {f"{name}_id": known.get(f"{name}_token_id") for name in ("eos", "bos", "pad")}
     source = layout.tokenizer_of(folder) or folder
-    about, tokenizer = source / layout.TOKENIZER_CONFIG, source / layout.TOKENIZER_FILE
-    if None in found.values() and about.is_file() and tokenizer.is_file():
+    tokenizer = source / layout.TOKENIZER_FILE
+    if None in found.values() and tokenizer.is_file():
         from tokenizers import Tokenizer
 
-        words, said = Tokenizer.from_file(str(tokenizer)), json.loads(about.read_text())
+        words, said = Tokenizer.from_file(str(tokenizer)), named_tokens(source)
         for name in (name for name, value in found.items() if value is None):
             token = said.get(name.replace("_id", "_token"))
             token = token.get("content") if isinstance(token, dict) else token
             found[name] = words.token_to_id(token) if token else None
+            if name == "eos_id" and token in TURN_ENDS and (end := document_end(token, words.token_to_id)[0]) != token:
+                found[name] = [found[name], words.token_to_id(str(end))]
     return found
 
 

@@ -285,14 +285,19 @@ def vocabulary_of(data: DataSection) -> int | None:
 
 
 def _ids_of(folder: Path) -> dict[str, int]:
-    """Every token of a tokenizer's folder, added ones too, and its id."""
+    """Every token of a tokenizer's folder, added ones too, and its id, as the library gives them: an added token that
+    is no entry gets the count so far, whatever id the file says.
+    """
     if not (folder / layout.TOKENIZER_FILE).is_file():
         return dict(files.read_json(folder / layout.VOCABULARY))
     tree = files.read_json(folder / layout.TOKENIZER_FILE)
     entries = tree["model"]["vocab"]
     if not isinstance(entries, dict):  # a unigram model lists its entries, the others give each its id
         entries = {entry[0]: number for number, entry in enumerate(entries)}
-    return {**entries, **{token["content"]: token["id"] for token in tree.get("added_tokens", [])}}
+    ids = dict(entries)
+    for token in tree.get("added_tokens", []):
+        ids.setdefault(token["content"], len(ids))
+    return ids
 
 
 def longest_wavelength(theta: float, head_dim: int) -> float:

@@ -54,14 +54,15 @@ def _loaded(
     """
     plan = files.read_json(Path(out) / layout.UNITS_PLAN)
     tokenizer = load_tokenizer(Path(out) / layout.TOKENIZER, plan["tokenizer"]["added_tokens"])
+    tokenizer.ending_as(plan["tokenizer"]["eos_id"])
     return plan, tokenizer, encoders.load(encoder, tokenizer)
 
 
 class _Output:
     """The shards of one split of a unit; a new one begins where the next document would make the last too large."""
 
-    def __init__(self, folder: Path, name: str, dtype: str, limit: int, keep_documents: bool) -> None:
-        self.folder, self.name, self.dtype, self.limit = folder, name, dtype, limit
+    def __init__(self, folder: Path, name: str, vocab_size: int, limit: int, keep_documents: bool) -> None:
+        self.folder, self.name, self.vocab_size, self.limit = folder, name, vocab_size, limit
         self.keep_documents = keep_documents
         self._documents: list[np.ndarray] = []
         self.writer: ShardWriter | None = None
@@ -69,8 +70,9 @@ class _Output:
 
     def _open(self) -> ShardWriter:
         if self.writer is None:
-            number = len(self.entries)
-            self.writer = ShardWriter(self.folder, self.name if number == 0 else f"{self.name}-{number}", self.dtype)
+            name = f"{self.name}-{len(self.entries)}" if self.entries else self.name
+            dtype = tokens.dtype_for(self.vocab_size)
+            self.writer = ShardWriter(self.folder, name, dtype, vocab_size=self.vocab_size)
         return self.writer
 
     def add(self, documents: Encoded) -> None:
@@ -151,11 +153,11 @@ class _UnitWork:
         self.recipe, self.tokenizer = self.plan["recipe"], self.plan["tokenizer"]
         self.cuttable = tokenizer.has_pre_tokens
         self.unit = Unit(**self.plan["units"][number])
-        staged, dtype = assemble.is_staged(self.recipe), tokens.dtype_for(self.tokenizer["vocab_size"])
+        staged, size = assemble.is_staged(self.recipe), self.tokenizer["vocab_size"]
         folder = Path(job.out) / assemble.PARTS if staged else Path(job.out)
         folder.mkdir(exist_ok=True)
-        self.train = _Output(folder, layout.shard_name(number), dtype, job.shard_tokens, staged)
-        self.held = _Output(folder, layout.shard_name(number, held_out=True), dtype, job.shard_tokens, staged)
+        self.train = _Output(folder, layout.shard_name(number), size, job.shard_tokens, staged)
+        self.held = _Output(folder, layout.shard_name(number, held_out=True), size, job.shard_tokens, staged)
         self.share = self.recipe["hold_out"]
         self.rule = hold_out.rule_of(self.plan)
         self.places = hold_out.places(self.share, number)

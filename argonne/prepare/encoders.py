@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from argonne.errors import InputError, first_line
-from argonne.tokens.tokenizer import TextTokenizer, forget_parsed, give_memory_back
+from argonne.tokens.parsed import forget_parsed, give_memory_back
+from argonne.tokens.tokenizer import TextTokenizer
 
 PIECE_BYTES = 1 << 20
 WHOLE_WITHIN_BYTES = 16 << 20
@@ -64,9 +65,22 @@ class ReferenceEncoder:
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """(all ids one after the other as uint32, the number of ids of each text as int64)."""
         arrays = self._tokenizer.encode_batch(texts)
-        return np.concatenate([np.zeros(0, np.uint32), *arrays]), np.array(
-            [len(array) for array in arrays], dtype=np.int64
-        )
+        lengths = np.array([len(array) for array in arrays], dtype=np.int64)
+        return self._without_end(np.concatenate([np.zeros(0, np.uint32), *arrays]), lengths, texts)
+
+    def _without_end(self, ids: np.ndarray, lengths: np.ndarray, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, lengths). Raises InputError where a text came out as the end of a document: the last guard behind what
+        the tokenizer promises.
+        """
+        end = self._tokenizer.eos_id
+        if end is not None and (ids == end).any():
+            number = int(np.searchsorted(np.cumsum(lengths), int((ids == end).argmax()), side="right"))
+            raise InputError(
+                f"tokenizer {self._tokenizer.folder}: a text made {self._tokenizer.decode([end])!r} (id {end}), with "
+                f"which documents end: the one that begins {texts[number][:40]!r}; use another tokenizer, or take that "
+                "text out"
+            )
+        return ids, lengths
 
 
 class FastEncoder(ReferenceEncoder):
@@ -87,7 +101,8 @@ class FastEncoder(ReferenceEncoder):
         if any_newer(texts):
             return super().encode(texts)
         found = self._fast.encode_batch(list(texts))
-        return np.asarray(awkward.flatten(found), dtype=np.uint32), np.asarray(awkward.num(found), dtype=np.int64)
+        ids, lengths = np.asarray(awkward.flatten(found), np.uint32), np.asarray(awkward.num(found), np.int64)
+        return self._without_end(ids, lengths, texts)
 
 
 @functools.lru_cache(maxsize=1)
@@ -145,8 +160,13 @@ def _fast_fault(tokenizer: TextTokenizer, texts: Sequence[str]) -> str | None:
     except Exception as error:  # a tokenizer of a kind that gigatoken does not know; its errors share no class
         return f"gigatoken cannot read this tokenizer: {first_line(error)}"
     reference = ReferenceEncoder(tokenizer)
-    probes = [*HARD_PROBES, *(added["content"] for added in tokenizer.head.get("added_tokens", [])), *texts]
-    expected, found = reference.encode(probes), fast.encode(probes)
+    added = (added["content"] for added in tokenizer.head.get("added_tokens", []))
+    probes = [*HARD_PROBES, *added, *tokenizer.probes(), *texts]
+    expected = reference.encode(probes)
+    try:
+        found = fast.encode(probes)
+    except InputError:
+        return "gigatoken takes a control token in a text for the token"
     differing = np.nonzero(expected[1] != found[1])[0]
     if not len(differing):
         differing = np.searchsorted(np.cumsum(expected[1]), np.nonzero(expected[0] != found[0])[0], side="right")

@@ -19,7 +19,8 @@ from argonne.errors import InputError
 from argonne.prepare import documents, filters, hold_out, messages
 from argonne.prepare.documents import InputFile, Unit
 from argonne.prepare.options import PrepareOptions, TokenizerOptions, check_split
-from argonne.prepare.texts import RowBatch
+from argonne.prepare.progress import ProgressBar
+from argonne.prepare.texts import LongText, RowBatch
 from argonne.tokens.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 
 # Version 1: a unit is of one file, and places in it are held out.
@@ -77,7 +78,7 @@ def open_plan(options: PrepareOptions, out: Path) -> dict[str, Any] | None:
             assert options.train_tokenizer is not None
             if not (out / layout.TOKENIZER / layout.TOKENIZER_FILE).exists():
                 texts = sample_texts(found, units, options.recipe())
-                train_tokenizer(texts, options.train_tokenizer, out / layout.TOKENIZER, bare=options.bare)
+                _train(texts, options.train_tokenizer, out / layout.TOKENIZER, options.bare)
             tokenizer = load_tokenizer(out / layout.TOKENIZER, options.added_tokens)
         plan = {
             "format_version": PLAN_VERSION,
@@ -125,12 +126,13 @@ def what_differs(options: PrepareOptions, made: dict[str, Any]) -> str | None:
         recipe.pop("decontaminate_rule", None)
     if made["recipe"] != recipe:
         return f"other options ({', '.join(name for name in recipe if made['recipe'].get(name) != recipe[name])})"
-    if (
-        options.tokenizer is not None
-        and load_tokenizer(options.tokenizer).fingerprint != made["tokenizer"]["fingerprint"]
-    ):
+    if options.tokenizer is None:
+        return None
+    tokenizer = load_tokenizer(options.tokenizer)
+    if tokenizer.fingerprint != made["tokenizer"]["fingerprint"]:
         return "another tokenizer"
-    return None
+    # Earlier sets of a tokenizer whose eos_token ends a turn end their documents with that.
+    return None if made["tokenizer"]["eos_id"] in tokenizer.stop_ids else "another end of documents"
 
 
 def _described(options: PrepareOptions, tokenizer: TextTokenizer) -> dict[str, Any]:
@@ -147,6 +149,8 @@ def _described(options: PrepareOptions, tokenizer: TextTokenizer) -> dict[str, A
             f"tokenizer {tokenizer.folder}: names no bos_token, which --bos asks for; set it in tokenizer_config.json "
             "or leave --bos out"
         )
+    used = {tokenizer.bos_id} if options.bos and tokenizer.bos_id is not None else set[int]()
+    tokenizer.check_text(tokenizer.controls | used)
     return {
         "fingerprint": tokenizer.fingerprint,
         "vocab_size": tokenizer.vocab_size,
@@ -190,19 +194,37 @@ def _read(found: list[InputFile], unit: Unit, recipe: dict[str, Any]) -> Iterato
 def sample_texts(
     found: list[InputFile], units: list[Unit], recipe: dict[str, Any], dropped: Counter[str] | None = None
 ) -> Iterator[str]:
-    """Documents to train a tokenizer on: the same share of every unit, at most 500 million characters together. Drops
-    are added to `dropped`.
+    """Documents to train a tokenizer on, long ones block by block: the same share of every unit, at most 500 million
+    characters together. Drops are added to `dropped`.
     """
     share = TOKENIZER_CHARACTERS // len(units)
     for unit in units:
-        characters = 0
+        left = share
         for batch in _read(found, unit, recipe):
-            yield from (text if isinstance(text, str) else next(text.blocks()) for text in batch.texts)
-            characters += batch.characters
             if dropped is not None:
                 dropped.update(batch.drops)
-            if characters >= share:
+            for block in (block for text in batch.texts for block in _blocks(text)):
+                yield block[:left]
+                left -= len(block)
+                if left <= 0:
+                    break
+            if left <= 0:
                 break
+
+
+def _blocks(text: str | LongText) -> Iterator[str]:
+    return iter((text,)) if isinstance(text, str) else filter(None, text.blocks())
+
+
+def _train(texts: Iterator[str], vocab_size: int, out: Path, bare: bool) -> Path:
+    """Train a tokenizer, and say so where the text gave fewer entries than were asked for."""
+    train_tokenizer(texts, vocab_size, out, bare=bare)
+    if (found := load_tokenizer(out).vocab_size) < vocab_size:
+        ProgressBar("tokenizer", 0).log(
+            f"warning: the text gave a tokenizer of {found:,} entries, asked for were {vocab_size:,}: no other pair of "
+            "tokens comes twice; give more text, or ask for fewer"
+        )
+    return out
 
 
 def train_tokenizer_on_files(flags: TokenizerOptions) -> Path:
@@ -215,7 +237,7 @@ def train_tokenizer_on_files(flags: TokenizerOptions) -> Path:
     print(messages.input_summary(found, documents.not_taken(flags.input)), file=sys.stderr)
     units, _ = _cut_all(options, found)
     _check_text(options, found, units)
-    return train_tokenizer(sample_texts(found, units, options.recipe()), flags.vocab_size, flags.out, bare=flags.bare)
+    return _train(sample_texts(found, units, options.recipe()), flags.vocab_size, flags.out, flags.bare)
 
 
 def unit_weights(plan: dict[str, Any]) -> list[int]:

@@ -60,6 +60,8 @@ def prepare(options: PrepareOptions, progress: ProgressBar | None = None) -> Pat
             log(messages.input_summary(found, beside))
             if plan["recipe"]["decontaminate"]:
                 log(filters.coverage(plan["recipe"], plan["evaluation_files"]))
+            tokenizer = load_tokenizer(out / layout.TOKENIZER, plan["tokenizer"]["added_tokens"])
+            log(tokenizer.ending_as(plan["tokenizer"]["eos_id"]).end_told)
             if options.part is None and options.engine == "local":
                 files.collect_temporaries(out)
             encode_units(options, plan, out, progress)

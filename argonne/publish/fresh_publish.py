@@ -84,8 +84,8 @@ def words(tokenizer: Any, config: Any, about: dict[str, Any]) -> list[str]:
         found.append("it has no pad token: batches cannot be made")
     if tokenizer.model_max_length != about["context"]:
         found.append(f"model_max_length is {tokenizer.model_max_length:,}, the context {about['context']:,}")
-    if len(tokenizer) > config.vocab_size:
-        found.append(f"it has {len(tokenizer):,} entries, the embedding {config.vocab_size:,} rows")
+    if (highest := max(tokenizer.get_vocab().values())) >= config.vocab_size:
+        found.append(f"it has ids up to {highest:,}, the embedding {config.vocab_size:,} rows")
     return found
 
 

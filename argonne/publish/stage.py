@@ -12,7 +12,7 @@ from argonne import layout
 from argonne.errors import InputError
 from argonne.files import read_json, verify_directory, write_json, write_text
 from argonne.layout import Kind
-from argonne.model.load import load_model
+from argonne.model.load import load_model, stop_ids
 from argonne.model.stored import fingerprint_of_weights
 from argonne.publish.card import LOSS_PLOT, CardFacts, eval_results, front_matter, model_card, read_results
 from argonne.publish.checks import Staged, tokenizer_config
@@ -69,6 +69,8 @@ def stage(given: Path, folder: Path, options: PublishOptions) -> Staged:
         shutil.rmtree(exported)
     loaded, past = load_model(name), past_of(name)
     tokenizer = None if loaded.tokenizer_folder is None else load_tokenizer(loaded.tokenizer_folder)
+    if tokenizer is not None:
+        tokenizer.ending_as(stop_ids(loaded.folder, loaded.model.config.to_dict())["eos_id"])
     template = None if tokenizer is None else chat_template_of(tokenizer)[0]
     staged = Staged(folder, record["kind"], options.repository, loaded, tokenizer, template, past, damaged)
     public = {**record["source"], "model": None if Path(name).is_absolute() else name}

@@ -147,12 +147,15 @@ def stream_several(
 
 
 def stop_ids(model: Any, tokenizer: TextTokenizer) -> list[int]:
-    """Where generation ends: the tokenizer's EOS and what the model's generation config names (a chat model's turn
-    end).
+    """Where generation ends: the tokenizer's ends of a document and of a turn, and what the model's generation config
+    names.
     """
+    return sorted({*tokenizer.stop_ids, *_named_ends(model)})
+
+
+def _named_ends(model: Any) -> list[int]:
     named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    named = named if isinstance(named, list) else [named]
-    return sorted({token for token in [tokenizer.eos_id, *named] if token is not None})
+    return [token for token in (named if isinstance(named, list) else [named]) if token is not None]
 
 
 def prompt_ids(tokenizer: TextTokenizer, prompt: str) -> list[int]:
@@ -235,7 +238,7 @@ def tokenizer_of(loaded: LoadedModel, name: Path) -> TextTokenizer:
             f"{name}: its tokenizer in {tokenizer.folder} has the fingerprint {found[:12]}, the training's had "
             f"{str(trained)[:12]}: the same id means something else in each; put the training's own there"
         )
-    return tokenizer
+    return tokenizer.ending_as(_named_ends(loaded.model))
 
 
 def _recorded(path: Path, folder: Path) -> str | None:

@@ -138,9 +138,11 @@ def _vocabulary(tokenizer: TextTokenizer) -> Vocabulary:
 
 
 def _token_bytes(tokenizer: TextTokenizer) -> list[bytes | None]:
-    """Of each id its bytes, None of added tokens and holes. Raises InputError where it is not byte-level BPE."""
+    """Of each id its bytes, None of added and control tokens and of holes. Raises InputError where it is not
+    byte-level BPE.
+    """
     value = byte_letters()
-    added = {int(token["id"]) for token in tokenizer.head.get("added_tokens", [])}
+    added = {int(token["id"]) for token in tokenizer.head.get("added_tokens", [])} | tokenizer.controls
     found: list[bytes | None] = [None] * tokenizer.vocab_size
     whole = tokenizer.has_pre_tokens
     for text, number in tokenizer.entries.items():

@@ -1,24 +1,21 @@
 """Text to token ids and back: one loader for every tokenizer file, and byte-level BPE training.
 
 `tokenizer.json` as the `tokenizers` library reads it is the truth. Nothing is downloaded and no remote code runs.
-Control tokens (`special: true`) that appear inside a text are encoded as plain text: a web page that quotes
-`<|endoftext|>` does not end a document.
+Control tokens that appear inside a text are encoded as plain text, whatever kind of tokenizer it is: a web page that
+quotes `<|endoftext|>` does not end a document (argonne.tokens.parsed).
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import itertools
 import json
 import shutil
-import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from threading import RLock
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +24,7 @@ from argonne.errors import InputError
 from argonne.layout import (
     CONTENT_TOKENS,
     MERGES,
+    SPECIAL_TOKENS_MAP,
     TOKENIZER_CONFIG,
     TOKENIZER_FILE,
     TOKENIZER_FILES,
@@ -34,12 +32,20 @@ from argonne.layout import (
     VOCABULARY,
     tokenizer_of,
 )
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+from argonne.tokens.parsed import (
+    ParsedTokenizer,
+    cannot_be_text,
+    control_ids,
+    kept_apart,
+    parse_tokenizer,
+    probes,
+)
 
 ADDED_TOKENS = ("library", "plain")
-END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>")
+END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
+# A chat model's configuration may name one of these as eos_token: it ends a turn, not a document.
+TURN_ENDS = (TURN_TOKENS[1], "<|eot_id|>", "<|eot|>", "<end_of_turn>", "<|end|>")
+ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 SPARE_TOKENS = tuple(f"<|spare_{number}|>" for number in range(16))
 BARE_TOKENS = ("<|start_of_text|>", "<pad>", "<|end_of_text|>", "<unk>", "<mask>")
 SPLIT_PATTERN = (
@@ -62,6 +68,9 @@ class AddedTokens:
 class TextTokenizer:
     """A loaded tokenizer. `added_tokens = "plain"` makes every added token plain text inside a document, not only the
     control tokens. `added`: what this run put behind its entries, None where it took the tokenizer as it was.
+
+    eos_id: what ends a document. named_end_id: the eos_token of its configuration, which may end a turn instead (Qwen).
+    controls: ids that no text produces.
     """
 
     added: AddedTokens | None = None
@@ -76,12 +85,63 @@ class TextTokenizer:
         self.folder = folder
         self.added_tokens = added_tokens
         self._whole = parsed.tokenizer
-        self._encoder = parsed if added_tokens == "library" else parse_tokenizer(self.text_json, folder)
         # Ids may have holes: what is indexed by id reaches up to the highest.
         self.vocab_size: int = 1 + max(self._whole.get_vocab(with_added_tokens=True).values(), default=-1)
-        self.bos_id = self._named("bos_token", ())
-        self.eos_id = self._named("eos_token", END_OF_TEXT)
-        self.pad_id = self._named("pad_token", ())
+        self.bos_id, self.named_end_id, self.pad_id = (
+            self._named(role) for role in ("bos_token", "eos_token", "pad_token")
+        )
+        named = None if self.named_end_id is None else self._whole.id_to_token(self.named_end_id)
+        end, self._why_end = document_end(named, self._whole.token_to_id)
+        self.eos_id: int | None = None if end is None else self._whole.token_to_id(end)
+        roles = {token_id for token_id in (self.bos_id, self.named_end_id, self.pad_id) if token_id is not None}
+        self.controls = control_ids(parsed, set() if self.eos_id is None else {self.eos_id}, roles)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Where generation ends: the end of a document, and the eos_token that the configuration names where it is
+        another.
+        """
+        return tuple(dict.fromkeys(end for end in (self.eos_id, self.named_end_id) if end is not None))
+
+    def ending_as(self, recorded: int | Sequence[int] | None) -> TextTokenizer:
+        """Itself, ending documents as a token set, or a model with these ends, was made. Earlier sets of a tokenizer
+        whose eos_token ends a turn were made with that.
+        """
+        ends = [recorded] if isinstance(recorded, int) else list(recorded or ())
+        if ends and self.eos_id not in ends:
+            self.eos_id, self._why_end = ends[-1], "as it was made"
+            self.controls |= {ends[-1]}
+        return self
+
+    @property
+    def end_told(self) -> str:
+        """The line for a person: what ends a document, and why this where others could."""
+        if self.eos_id is None:
+            return "documents have no end"
+        why = f": {self._why_end}" if self._why_end else ""
+        return f"documents end with {self._whole.id_to_token(self.eos_id)!r} (id {self.eos_id}){why}"
+
+    @cached_property
+    def _apart(self) -> ParsedTokenizer:
+        """The tokenizer to which control tokens are text."""
+        plain = {*self._whole.get_added_tokens_decoder()} if self.added_tokens == "plain" else frozenset[int]()
+        return kept_apart(self._parsed, self.controls | plain, self.folder)
+
+    @cached_property
+    def _encoder(self) -> ParsedTokenizer:
+        return self._apart if self.added_tokens == "library" else parse_tokenizer(self.text_json, self.folder)
+
+    def probes(self) -> list[str]:
+        """Texts that could be taken for control tokens."""
+        return [text for token_id in sorted(self.controls) for text in probes(self._parsed, token_id)]
+
+    def check_text(self, ids: Collection[int]) -> None:
+        """Raise InputError naming the first of these tokens that a text could make."""
+        if (found := cannot_be_text(self._encoder, self._parsed, ids)) is not None:
+            raise InputError(
+                f"tokenizer {self.folder}: {self._whole.id_to_token(found[0])!r} (id {found[0]}) is no word, and "
+                f"{found[1]}; name another token for it in {TOKENIZER_CONFIG}, or use another tokenizer"
+            )
 
     @property
     def text_json(self) -> str:
@@ -90,11 +150,11 @@ class TextTokenizer:
         """
         kept = [
             token
-            for token in self.head.get("added_tokens", [])
+            for token in self._apart.head.get("added_tokens", [])
             if self.added_tokens == "library" and not token["special"]
         ]
         return json.dumps(
-            {**self._parsed.specification(), "added_tokens": kept, "post_processor": None}, ensure_ascii=False
+            {**self._apart.specification(), "added_tokens": kept, "post_processor": None}, ensure_ascii=False
         )
 
     @property
@@ -102,18 +162,15 @@ class TextTokenizer:
         """Is a text cut into pre-tokens before merging? Where it is not (Llama), ids may depend on the whole text."""
         return '"ByteLevel"' in json.dumps(self.head.get("pre_tokenizer"))
 
-    def _named(self, role: str, candidates: Sequence[str]) -> int | None:
+    def _named(self, role: str) -> int | None:
         value = self.config.get(role)
-        content = value.get("content") if isinstance(value, dict) else value
-        for name in (content, *candidates):
-            if name is not None and (token_id := self._whole.token_to_id(name)) is not None:
-                return int(token_id)
-            if name is not None and name == content:
-                raise InputError(
-                    f"{self.folder}: {TOKENIZER_CONFIG} names the {role} {name!r}, which is not in {TOKENIZER_FILE}; "
-                    "mend one of them"
-                )
-        return None
+        name = value.get("content") if isinstance(value, dict) else value
+        if name is None or (token_id := self._whole.token_to_id(name)) is not None:
+            return None if name is None else token_id
+        raise InputError(
+            f"{self.folder}: {TOKENIZER_CONFIG} names the {role} {name!r}, which is not in {TOKENIZER_FILE}; mend one "
+            "of them"
+        )
 
     def specification(self) -> dict[str, Any]:
         """All of tokenizer.json, without truncation and padding; read anew at each call."""
@@ -159,6 +216,7 @@ class TextTokenizer:
                 sizes[token_id] = len(token.replace("▁", " ").encode())
         for token_id, added in self._whole.get_added_tokens_decoder().items():
             sizes[token_id] = 0 if added.special else len(added.content.encode())
+        sizes[list(self.controls)] = 0
         return sizes
 
     def save(self, folder: Path) -> None:
@@ -203,12 +261,7 @@ def load_tokenizer(folder: Path | str, added_tokens: str = "library") -> TextTok
     folder = tokenizer_of(folder) or folder  # of a token set or a model too
     if not folder.is_dir():
         raise InputError(f"tokenizer {folder}: no such folder; give a local folder that holds {TOKENIZER_FILE}")
-    config = files.read_json(folder / TOKENIZER_CONFIG) if (folder / TOKENIZER_CONFIG).is_file() else {}
-    if not isinstance(config, dict):
-        raise InputError(
-            f"{folder / TOKENIZER_CONFIG}: found a {type(config).__name__}, expected an object of settings; restore "
-            "the file"
-        )
+    config = named_tokens(folder)
     if (folder / TOKENIZER_FILE).is_file():
         text = (folder / TOKENIZER_FILE).read_bytes().decode(errors="replace")
     elif (folder / VOCABULARY).is_file() and (folder / MERGES).is_file():
@@ -225,6 +278,33 @@ def load_tokenizer(folder: Path | str, added_tokens: str = "library") -> TextTok
     return TextTokenizer(parse_tokenizer(text, folder), config, folder, added_tokens)
 
 
+def named_tokens(folder: Path) -> dict[str, Any]:
+    """The tokenizer_config.json of a folder, with the roles that only its special_tokens_map.json names. Raises
+    InputError where one of them is no object.
+    """
+    found: list[dict[str, Any]] = []
+    for path in (folder / TOKENIZER_CONFIG, folder / SPECIAL_TOKENS_MAP):
+        tree = files.read_json(path) if path.is_file() else {}
+        if not isinstance(tree, dict):
+            raise InputError(f"{path}: found a {type(tree).__name__}, expected an object of settings; restore the file")
+        found.append(tree)
+    config, others = found
+    return config | {role: others[role] for role in ROLES if others.get(role) and config.get(role) is None}
+
+
+def document_end(named: str | None, known: Callable[[str], int | None]) -> tuple[str | None, str]:
+    """(the token that ends a document, why it is this one where others could). named: the configuration's eos_token.
+    known: the id of a token. None where nothing is named and no usual one is known.
+    """
+    usual = [token for token in END_OF_TEXT if known(token) is not None]
+    chosen = next(iter(usual), None) if named is None or (named in TURN_ENDS and usual) else named
+    others = ", ".join(repr(token) for token in usual if token != chosen)
+    why = "no eos_token is named" if named is None else "it is the eos_token that is named"
+    if named not in (None, chosen):
+        return chosen, f"the eos_token that is named, {named!r}, ends a turn"
+    return chosen, f"{why}; {others} could too" if others else ""
+
+
 def _converted(folder: Path, config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """(tokenizer.json, configuration) for a folder that has only a vocabulary and merges."""
     from transformers import AutoTokenizer, GPT2Tokenizer
@@ -233,8 +313,7 @@ def _converted(folder: Path, config: dict[str, Any]) -> tuple[str, dict[str, Any
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     else:
         tokenizer = GPT2Tokenizer.from_pretrained(str(folder), local_files_only=True)
-    roles = ("bos_token", "eos_token", "pad_token", "unk_token")
-    names = {role: str(getattr(tokenizer, role)) for role in roles if getattr(tokenizer, role)}
+    names = {role: str(getattr(tokenizer, role)) for role in ROLES if getattr(tokenizer, role)}
     return tokenizer.backend_tokenizer.to_str(), {"tokenizer_class": "PreTrainedTokenizerFast", **names, **config}
 
 
@@ -289,100 +368,3 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path, *, bare: b
         (temporary / TOKENIZER_FILE).write_text(json.dumps(specification, ensure_ascii=False))
         (temporary / TOKENIZER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     return out
-
-
-class ParsedTokenizer:
-    """What a tokenizer.json says, without truncation and padding; control tokens inside a text are plain text to it.
-
-    `head`: all of it but the vocabulary and the merges, which as Python objects take more memory than the tokenizer
-    itself.
-    """
-
-    def __init__(self, text: str, head: dict[str, Any], tokenizer: Tokenizer) -> None:
-        self.text, self.head, self.tokenizer = text, head, tokenizer
-        self._lock = RLock()
-        contents = [token["content"] for token in head.get("added_tokens", [])]
-        self._only_nfc = head.get("normalizer") == {"type": "NFC"} and all(map(is_nfc, contents))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _parse, (self.text,)
-
-    def specification(self) -> dict[str, Any]:
-        """All of tokenizer.json, without truncation and padding; read anew at each call."""
-        return {**json.loads(self.text), "truncation": None, "padding": None}
-
-    @cached_property
-    def fingerprint(self) -> str:
-        return files.fingerprint(self.specification())
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of one text."""
-        with self._lock:
-            return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
-
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text as uint32, on the threads `tokenizers` is allowed.
-
-        Texts that are in the normal form already, which Python tells at gigabytes a second, go past a normalizer that
-        does nothing else: it takes a seventh of the work. A character that only one of the two knows is left as it is
-        by both.
-        """
-        normal = [self._only_nfc and is_nfc(text) for text in texts]
-        others = iter(self._ids([text for text, done in zip(texts, normal, strict=True) if not done]))
-        if not any(normal):
-            return list(others)
-        with self._lock:
-            normalizer = self.tokenizer.normalizer
-            self.tokenizer.normalizer = None
-            try:
-                passed = iter(self._ids([text for text, done in zip(texts, normal, strict=True) if done]))
-            finally:
-                self.tokenizer.normalizer = normalizer
-        return [next(passed if done else others) for done in normal]
-
-    def _ids(self, texts: list[str]) -> list[np.ndarray]:
-        with self._lock:
-            encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
-
-
-def is_nfc(text: str) -> bool:
-    return unicodedata.is_normalized("NFC", text)
-
-
-def parse_tokenizer(text: str, folder: Path) -> ParsedTokenizer:
-    """What the tokenizer.json of `folder` says. Raises InputError when the library cannot read it."""
-    try:
-        return _parse(text)
-    except Exception as error:  # the library raises a plain Exception for any fault in the file
-        raise InputError(
-            f"{folder / TOKENIZER_FILE}: not a tokenizer the tokenizers library can read ({error}); restore the file, "
-            "or name another folder"
-        ) from None
-
-
-@functools.lru_cache(maxsize=2)
-def _parse(text: str) -> ParsedTokenizer:
-    """150,000 entries take half a second, and several parts of one command ask for the same."""
-    from tokenizers import Tokenizer
-
-    head = {name: value for name, value in json.loads(text).items() if name != "model"}
-    tokenizer = Tokenizer.from_str(text)
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True
-    give_memory_back()  # reading takes twice what stays
-    return ParsedTokenizer(text, head, tokenizer)
-
-
-def forget_parsed() -> None:
-    """Free every tokenizer.json that was read: from here on other processes work."""
-    _parse.cache_clear()
-    give_memory_back()
-
-
-def give_memory_back() -> None:
-    """Return freed memory to the system where the C library can (glibc); elsewhere the process keeps it for itself."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)

@@ -16,10 +16,21 @@ from argonne.tokens.shards import HEADER_BYTES, LARGEST_SHARD, header
 
 
 class ShardWriter:
-    """Writes one shard and its document ends under temporary names; `close` makes both durable and renames them."""
+    """Writes one shard and its document ends under temporary names; `close` makes both durable and renames them.
 
-    def __init__(self, folder: Path, name: str, dtype: str, limit: int | None = LARGEST_SHARD) -> None:
+    vocab_size: ids are below it; None: below what the dtype holds.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        dtype: str,
+        limit: int | None = LARGEST_SHARD,
+        vocab_size: int | None = None,
+    ) -> None:
         self.limit = limit
+        self._bound = min(np.iinfo(dtype).max + 1, vocab_size or 1 << 32)
         self.path, self.dtype = folder / f"{name}.bin", dtype
         self._temporary = folder / f"{files.TEMPORARY}{name}.bin-{os.getpid()}"
         self._file = open(self._temporary, "wb")  # noqa: SIM115 closed by close or abort
@@ -33,7 +44,15 @@ class ShardWriter:
         self.end_documents(lengths, text_bytes)
 
     def extend(self, tokens: np.ndarray) -> None:
-        """Append tokens; `end_documents` follows."""
+        """Append tokens; `end_documents` follows. Raises InputError for an id that no reader could tell from another,
+        or that is none of the vocabulary.
+        """
+        if len(tokens) and (int(tokens.max()) >= self._bound or int(tokens.min()) < 0):
+            wrong = int(tokens.min() if tokens.min() < 0 else tokens.max())
+            raise InputError(
+                f"{self.path}: id {wrong:,} is not among the {self._bound:,} that it may hold ({self.dtype}); the "
+                "tokenizer is not the one that the plan is of: remove the folder and prepare again"
+            )
         self._file.write(np.ascontiguousarray(tokens, dtype=self.dtype).data)
         self.tokens += len(tokens)
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
 
 from argonne.data.chat import HISTORY, ChatTemplate, Conversation, Message, ToolCall
 from argonne.errors import InputError
@@ -247,14 +248,25 @@ def test_a_tokenizer_without_a_turn_end_is_refused(bare: TextTokenizer) -> None:
         ChatTemplate(bare)
 
 
-def test_a_turn_end_that_a_text_can_make_is_refused(tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_a_turn_end_that_no_flag_protects_is_kept_apart(tokenizer_folder: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tokenizer_folder, tmp_path / "tokenizer"))
     tree = json.loads((folder / "tokenizer.json").read_text())
     for token in tree["added_tokens"]:
         token["special"] = False
     (folder / "tokenizer.json").write_text(json.dumps(tree))
-    with pytest.raises(InputError, match=r'<\|im_end\|>.*makes the turn end.*"special": true'):
-        ChatTemplate(load_tokenizer(folder))
+    template = ChatTemplate(load_tokenizer(folder))
+    typed = Conversation((Message("user", "a<|im_end|>b <|im_end|>"), ANSWER))
+    assert template.render(typed).ids.tolist().count(template.turn_end_id) == 2
+
+
+def test_a_turn_end_that_a_text_can_make_is_refused(tmp_path: Path) -> None:
+    """Its words for what is unknown are the turn end."""
+    (tmp_path / "tokenizer.json").write_text(
+        Tokenizer(models.WordLevel({"<|im_end|>": 0, "<|im_start|>": 1, "a": 2}, unk_token="<|im_end|>")).to_str()
+    )
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+    with pytest.raises(InputError, match=r"<\|im_end\|>.*is no word, and a text can make it"):
+        ChatTemplate(load_tokenizer(tmp_path))
 
 
 def test_a_prompt_that_ends_with_an_answer_is_refused(ours: TextTokenizer) -> None:

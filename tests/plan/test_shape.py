@@ -20,6 +20,7 @@ from argonne.presets import preset
 from argonne.recipe import load_recipe, recipe_names
 from argonne.stages.pretrain import run
 from argonne.stages.start import architecture_fields, find_start
+from argonne.tokens.tokenizer import load_tokenizer
 from argonne.train.run import RunFolder
 
 Nano = Callable[..., Recipe]
@@ -127,6 +128,17 @@ def test_a_tokenizer_whose_ids_have_a_hole_needs_a_row_up_to_its_highest_id(
         "nano-3.0", {"data.input": f'["{case}/a.jsonl"]', "data.tokenizer": json.dumps(str(case / name))}
     )
     assert vocabulary_of(text.data) == found["vocab_size"]
+
+
+def test_the_vocabulary_of_a_tokenizer_with_holes_is_that_of_training(tokenizer_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tokenizer_folder, tmp_path / "holes"))
+    tree = json.loads((folder / "tokenizer.json").read_text())
+    tree["model"]["vocab"]["far"] = 3000
+    like = {**tree["added_tokens"][0], "special": False}
+    tree["added_tokens"] += [{**like, "id": 3000, "content": "far"}, {**like, "id": 5000, "content": "late"}]
+    (folder / "tokenizer.json").write_text(json.dumps(tree))
+    recipe = load_recipe("nano-3.0", {"data.input": '["x"]', "data.tokenizer": json.dumps(str(folder))})
+    assert vocabulary_of(recipe.data) == load_tokenizer(folder).vocab_size == 3001
 
 
 def test_the_vocabulary_of_tokens_of_another_program_is_that_of_the_tokenizer_beside_them(

@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, normalizers
 
-from argonne.tokens.tokenizer import ParsedTokenizer, byte_letters, is_nfc, parse_tokenizer
+from argonne.tokens.parsed import ParsedTokenizer, is_nfc, parse_tokenizer
+from argonne.tokens.tokenizer import byte_letters
 
 MARKS = [chr(code) for code in range(0x110000) if unicodedata.combining(chr(code))]
 PIECES = [
