@@ -28,7 +28,7 @@ from argonne.tokens import shards as tokens
 from argonne.tokens.tokenizer import load_tokenizer
 
 FAULTS = ("missing", "not-text", "empty", "invalid-utf8", "invalid-json")
-PROBES = 64
+PROBES, PROBE_CHARACTERS = 64, 1 << 16
 WORKER_BYTES, FAST_WORKER_BYTES = 16 << 20, 96 << 20
 
 
@@ -191,7 +191,8 @@ def _encoder(options: PrepareOptions, plan: dict[str, Any], out: Path, progress:
     """
     tokenizer = load_tokenizer(out / layout.TOKENIZER, plan["tokenizer"]["added_tokens"])
     first = sample_texts([InputFile(**file) for file in plan["files"]], [Unit(**plan["units"][0])], plan["recipe"])
-    probes = [] if options.encoder == "tokenizers" else list(itertools.islice(first, PROBES))
+    wanted = 0 if options.encoder == "tokenizers" else PROBES
+    probes = [text[:PROBE_CHARACTERS] for text in itertools.islice(first, wanted)]
     name, reason = encoders.choose(tokenizer, options.encoder, probes)
     progress.log(reason)
     return name
