@@ -63,24 +63,26 @@ def rehearse(parts: Sequence[Part], machine: Machine, log: Callable[[str], None]
     def tell(text: str) -> None:
         log(f"[{time.monotonic() - began:4.0f} s] {text}")
 
-    needs: list[tuple[Path, int]] = []
-    sizes: dict[int, int] = {}
-    for number, part in enumerate(parts):
-        with _phase("the check of the real run", part):
-            checks.check_run(part.recipe, part.folder, machine)
-            size = checks.parameters_of(part.recipe) or sizes.get(-1 if part.former is None else part.former, 0)
-            sizes[number] = size
-            needs.append((part.folder, checks.bytes_needed(part.recipe, size)))
-    with _phase("the check of the disk", parts[0]):
-        checks.check_disk(needs)
+    real: list[Recipe] = []
+    for part in parts:
+        with _phase("the check", part):
+            real.append(checks.real_recipe(part.recipe, None if part.former is None else real[part.former]))
+            checks.check_run(real[-1], part.folder, machine)
+    with _phase("the check", parts[0]):
+        checks.check_disk(
+            [(part.folder, checks.bytes_needed(recipe)) for part, recipe in zip(parts, real, strict=True)]
+        )
     tell("checked: the real recipes, their data, folders and disk")
     folder = Path(tempfile.mkdtemp(prefix="argonne-rehearsal-"))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that commands end with this one
     commands.load()
     done: list[Rehearsed] = []
-    for number, part in enumerate(parts):
-        start = None if part.former is None else done[part.former].run
-        done.append(_Rehearsal(part, start, folder / f"{number + 1}-{part.folder.name}", machine, tell).play())
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the commands end with this one
+    try:
+        for number, part in enumerate(parts):
+            start = None if part.former is None else done[part.former].run
+            done.append(_Rehearsal(part, start, folder / f"{number + 1}-{part.folder.name}", machine, tell).play())
+    finally:
+        signal.signal(signal.SIGTERM, before)
     shutil.rmtree(folder)
     return done
 

@@ -9,13 +9,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from argonne.config import Recipe
+from argonne.config import CHAT_STAGES, Recipe
 from argonne.errors import InputError
 from argonne.files import human
 from argonne.keys import check_mesh, parse_duration
 from argonne.layout import last_checkpoint
-from argonne.plan import make_plan
-from argonne.plan.shape import shape_of
+from argonne.plan.build import over_read, plan_of, source_uses, tokens_before
+from argonne.plan.shape import ARCHITECTURE, as_trained, fitted, shape_of, vocabulary_of
+from argonne.rehearse.shrink import real_steps
 
 # Copies of float32 weights that a checkpoint holds: themselves and the optimizer's moments.
 COPIES = {"adamw": 3, "muon": 2}
@@ -32,14 +33,29 @@ class Machine:
     seconds: float | None = None
 
 
+def real_recipe(recipe: Recipe, former: Recipe | None) -> Recipe:
+    """The recipe with the model that the real run will have; former: as this returned it, of the run whose weights it
+    starts from. Raises InputError where the two contradict one another, or the data's tokenizer does.
+    """
+    if former is None:
+        return as_trained(recipe)
+    known = {name: getattr(former.model, name) for name in ARCHITECTURE}
+    return fitted(recipe, None if recipe.stage in CHAT_STAGES else vocabulary_of(recipe.data), known)
+
+
 def check_run(recipe: Recipe, folder: Path, machine: Machine) -> None:
-    """Raise InputError for what would end the real run, or the first job of it."""
+    """Raise InputError for what would end the real run, or the first job of it. recipe: of `real_recipe`."""
     _check_folder(recipe, folder)
     if machine.gpus:
         check_mesh(recipe.parallel, recipe.parallel.nproc or machine.gpus)
+    if recipe.stage not in CHAT_STAGES:
+        steps = real_steps(recipe)
+        tokens = None if steps is None else tokens_before(recipe.batch, steps)
+        for refusal in over_read(source_uses(recipe.data, tokens)):
+            raise InputError(f"data.sources: {refusal}; take fewer steps, or allow more passes")
     step_seconds = None
     if machine.gpu is not None:
-        plan = make_plan(recipe, gpu=machine.gpu, gpus=machine.gpus or 1)
+        plan = plan_of(recipe, gpu=machine.gpu, gpus=machine.gpus or 1)
         if plan.refusals:
             raise InputError(f"the run will be refused: {plan.refusals[0]}")
         step_seconds = plan.tokens_per_step / plan.tokens_per_second if plan.tokens_per_second else None
@@ -74,13 +90,13 @@ def existing(path: Path) -> Path:
     return next(place for place in (path.absolute(), *path.absolute().parents) if os.path.lexists(place))
 
 
-def bytes_needed(recipe: Recipe, parameters: int) -> int:
-    """What a run leaves on the disk at most: the checkpoints it keeps and the one it writes, the final model, and an
+def bytes_needed(recipe: Recipe) -> int:
+    """What a real run takes of the disk at most: the checkpoints it keeps and the one it writes, the final model, an
     export.
     """
     width = 2 if recipe.train.precision == "bf16_full" else 4
     kept = recipe.checkpoint.keep_last + recipe.checkpoint.keep_best + 1
-    return parameters * width * (COPIES[recipe.optim.name] * kept + 2)
+    return shape_of(recipe.model).parameters() * width * (COPIES[recipe.optim.name] * kept + 2)
 
 
 def check_disk(needs: list[tuple[Path, int]]) -> None:
@@ -97,14 +113,6 @@ def check_disk(needs: list[tuple[Path, int]]) -> None:
                 f"--run {folder}: its disk has {human(free)} bytes free, and checkpoints and exports will take "
                 f"{human(size)}; make room, keep fewer (checkpoint.keep_last), or choose another disk"
             )
-
-
-def parameters_of(recipe: Recipe) -> int | None:
-    """Of the real model; None where only its weights would tell."""
-    model = recipe.model
-    if None in (model.hidden_size, model.num_hidden_layers, model.num_attention_heads, model.vocab_size):
-        return None
-    return shape_of(model).parameters()
 
 
 def _check_time(recipe: Recipe, machine: Machine, step_seconds: float | None) -> None:

@@ -25,7 +25,7 @@ TEXT_ROWS, CHAT_ROWS = 4, 2  # of a step, at most before ranks ask for more
 TEXT_ROW, CHAT_ROW = (32, 256), 1024  # tokens: a sixteenth of text within these; conversations stay whole
 RANKS = 4
 MOST = {"eval.windows": 2, "eval.task_limit": 2, "checkpoint.sample_tokens": 8, "chat.probes": 2}
-UNSEEN = "kernels of the card, its memory and its speed"
+UNSEEN = "kernels of the card, its memory and speed; the real width, depth and context"
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,9 @@ def shrink(recipe: Recipe, *, workers: int = 0, instead: Mapping[str, Any] | Non
     values: dict[str, Any] = {**_model(recipe), **_length(recipe), **_mesh(recipe, workers)}
     values |= _batch(recipe, max(1, values["parallel.nproc"])) | _device(recipe)
     values |= {path: min(value_of(recipe, path), most) for path, most in MOST.items()}
+    context = recipe.model.max_position_embeddings or recipe.data.sequence_length
+    if recipe.checkpoint.sample_tokens > context // 2:  # whether they fit is to be seen
+        del values["checkpoint.sample_tokens"]
     values |= {"log.every_steps": 1, "log.wandb": None, "log.trackio": None, "chat.cache": None}
     values |= {"stop.wall_time": None, "stop.deadline": None, **(instead or {})}
     small, changed = recipe, {}
@@ -211,7 +214,6 @@ def _untold(recipe: Recipe, changed: Mapping[str, Any]) -> list[str]:
         "parallel.nproc": f"more than {RANKS} workers, and several nodes",
         "log.wandb": "Weights & Biases",
         "log.trackio": "trackio",
-        "model.num_hidden_layers": "the real depth, width and context",
     }
     return told + [said for path, said in of.items() if path in changed]
 
