@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
@@ -51,6 +52,7 @@ class TrainingData:
         self.run_folder: Path | None = None
         self.work: TextWork | None = None
         self._verification: Verification | None = None
+        self._tells, self._last_step = False, -1  # which ranks speak, and where the run ends
         self._streams = [source.tokens.train for source in sources]
         self._blocks: dict[tuple[int, int], GlobalRows] = {}
 
@@ -96,6 +98,7 @@ class TrainingData:
 
     def check_steps(self, steps: int) -> None:
         """Raise InputError when `steps` steps would read a source more often than its `max_epochs`."""
+        self._last_step = steps - 1
         self.mixture.check_steps(steps)
 
     def passes(self, step: int) -> dict[str, float]:
@@ -136,6 +139,7 @@ class TrainingData:
             others = [pattern for pattern in self.data.input if pattern not in self.work.options.input]
             unused = f"; not used: {', '.join(others)}" if others else ""
             lines.append(f"  tokenised from {self.work.options.input[0]} into {self.work.out}{unused}")
+            lines += [f"  {account}"] if (account := self.work.account()) else []
         for phase in self.mixture.phases:
             mask = ", document mask" if phase.document_mask else ""
             rows = (
@@ -197,13 +201,16 @@ class TrainingData:
 
     def attach(self, model: object, mesh: Exchange) -> None:
         """The run begins: rank 0 begins to check the shards' hashes."""
+        self._tells = mesh.is_main
         if mesh.is_main:
             self.verify()
 
     def check(self) -> None:
-        """Raise InputError when the check of the hashes found a fault so far."""
+        """Raise InputError when the check of the hashes found a fault so far, TextEnds when the tokenising failed."""
         if self._verification is not None and self._verification.problem is not None:
             raise InputError(self._verification.problem)
+        if self.work is not None:
+            self.work.check()
 
     @contextmanager
     def not_waiting(self) -> Iterator[None]:
@@ -214,13 +221,16 @@ class TrainingData:
             yield
 
     def close(self) -> None:
-        """End what goes on in the background for this process: hashing, and tokenising of `data.input`. Raises what the
-        hashing found.
+        """End what goes on in the background for this process: hashing, and tokenising of `data.input`. Raises what was
+        found wrong there.
         """
+        work, self.work = self.work, None
         if self._verification is not None:
             self._verification.close()
-        if self.work is not None:
-            self.work.close()
+        if work is not None:
+            if self._tells and (account := work.account()):
+                print(f"{work.out}: {account}", file=sys.stderr, flush=True)
+            work.close()
         self.check()
 
     def read(self, step: int, first: int, count: int, rows: int) -> dict[str, Array]:
@@ -238,7 +248,8 @@ class TrainingData:
         inputs, labels = np.empty((rows, length), np.int64), np.empty((rows, length), np.int64)
         positions = np.empty((rows, length), np.int64) if phase.document_mask else None
         sources = np.full(rows, FILLER_SOURCE, np.int64)
-        for row, (source, runs) in enumerate(self._located(phase, sample, count)):
+        located = self._located(phase, sample, count)
+        for row, (source, runs) in enumerate(located):
             sources[row], stream, filled = source, self._streams[source], 0
             for begin, size in runs:
                 stream.copy_shifted(begin, inputs[row, filled : filled + size], labels[row, filled : filled + size])
@@ -252,6 +263,8 @@ class TrainingData:
                 f"{self.tokenizer_folder} has {self.vocab_size:,} entries; set data.tokenizer to the one that made "
                 "these tokens"
             )
+        if step == self._last_step and self.work is not None:
+            self.work.check_read(max((begin + size for _, runs in located for begin, size in runs), default=0))
         inputs[count:], labels[count:] = 0, IGNORED
         tokens = np.zeros(rows, np.int64)
         tokens[:count] = length if positions is None else np.count_nonzero(labels[:count] != IGNORED, axis=1)

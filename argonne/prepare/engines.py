@@ -13,7 +13,7 @@ import shlex
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from argonne.jobs import JobSettings
 from argonne.prepare import encoders
 from argonne.prepare.encode import Job, record_path
 
-Results = Iterator[tuple[int, dict[str, Any]]]
+Results = Generator[tuple[int, dict[str, Any]], None, None]
 POLL_SECONDS = 1.0
 PARENT_SECONDS = 0.2
 SUBMISSIONS = 3
@@ -36,11 +36,9 @@ def run(engine: str, job: Job, units: list[int], workers: int, settings: JobSett
     """Encode `units` with `workers` processes, array tasks or Ray tasks (0 = a sensible number); `settings`: of SLURM's
     jobs. Raises what a worker raised.
     """
-    if not units:
-        return iter(())
-    if engine == "slurm":
+    if units and engine == "slurm":
         return _slurm(job, units, workers or SLURM_TASKS, settings)
-    if engine == "ray":
+    if units and engine == "ray":
         return _ray(job, units, workers)
     return local(job, units, workers)
 
