@@ -27,6 +27,7 @@ from argonne.errors import InputError
 from argonne.prepare import from_text
 from argonne.prepare.from_text import TextWork
 from argonne.tokens.inspection import Verification
+from argonne.tokens.shards import TokenStream
 from argonne.tokens.tokenizer import TextTokenizer
 
 FILLER_SOURCE = -1
@@ -254,15 +255,16 @@ class TrainingData:
             for begin, size in runs:
                 stream.copy_shifted(begin, inputs[row, filled : filled + size], labels[row, filled : filled + size])
                 filled += size
-            if positions is not None:
-                mask_documents(ends_in_row(stream, runs, inputs[row], self.eos_id), labels[row], positions[row])
-        if inputs[:count].max(initial=0) >= self.vocab_size:
-            row = int((inputs[:count] >= self.vocab_size).any(axis=1).argmax())
-            raise InputError(
-                f"{self.sources[sources[row]].tokens.path}: holds id {int(inputs[row].max()):,}, the tokenizer "
-                f"{self.tokenizer_folder} has {self.vocab_size:,} entries; set data.tokenizer to the one that made "
-                "these tokens"
-            )
+        for part in (inputs[:count], labels[:count]):
+            ids = part.view(np.uint64)  # of a negative one that is far past the vocabulary
+            if ids.max(initial=0) >= self.vocab_size:
+                outside = int((ids >= self.vocab_size).argmax())
+                source, runs = located[outside // length]
+                raise self._outside(self._streams[source], runs, int(part.flat[outside]))
+        if positions is not None:
+            for row, (source, runs) in enumerate(located):
+                ends = ends_in_row(self._streams[source], runs, inputs[row], self.eos_id)
+                mask_documents(ends, labels[row], positions[row])
         if step == self._last_step and self.work is not None:
             self.work.check_read(max((begin + size for _, runs in located for begin, size in runs), default=0))
         inputs[count:], labels[count:] = 0, IGNORED
@@ -275,6 +277,19 @@ class TrainingData:
             positions[count:] = whole_row
             arrays["position_ids"] = Array(positions, whole_row)
         return arrays
+
+    def _outside(self, stream: TokenStream, runs: Sequence[tuple[int, int]], found: int) -> InputError:
+        """Says where in a row the id `found` lies, which the model has no row for."""
+        for begin, size in runs:
+            ids = np.empty(size + 1, np.int64)
+            stream.copy(begin, ids)
+            if (ids == found).any():
+                path, place = stream.place(begin + int((ids == found).argmax()))
+                break
+        return InputError(
+            f"{path}: holds id {found:,}, the tokenizer {self.tokenizer_folder} has {self.vocab_size:,} entries; set "
+            f"data.tokenizer to the one that made these tokens (it is token {place:,} of the file)"
+        )
 
     def _located(self, phase: Phase, first: int, count: int) -> list[tuple[int, list[tuple[int, int]]]]:
         """(number of the source in the recipe, runs of its tokens) of each row, out of blocks of rows that are located

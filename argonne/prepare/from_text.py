@@ -111,9 +111,9 @@ class GrowingStream(TokenStream):
                 return
             shards, whole = self._work.finished_shards()
             if len(shards) > len(self.shards) or whole:
-                kept = self._maps
+                kept = self._open
                 super().__init__(shards)
-                self._maps, self._whole = kept, whole
+                self._open, self._whole = kept, whole
 
     def reaches(self, position: int) -> bool:
         """Are there `position` tokens? Waits until it is known."""
