@@ -161,7 +161,8 @@ def _opened_arrow(path: str) -> tuple[Any, bool, Any]:
     import fsspec
     import pyarrow as pa
 
-    source = pa.PythonFile(fsspec.open(path, "rb").open(), mode="r") if "://" in path else pa.memory_map(path)
+    # Not mapped: a file that is cut while it is read would end the process.
+    source = pa.PythonFile(fsspec.open(path, "rb").open(), mode="r") if "://" in path else pa.OSFile(path)
     magic = source.read(6)
     source.seek(0)
     random_access = magic == b"ARROW1"

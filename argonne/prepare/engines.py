@@ -15,11 +15,12 @@ import threading
 import time
 from collections.abc import Generator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from argonne import files, jobs, layout
-from argonne.errors import InputError
+from argonne.errors import InputError, NoAnswer
 from argonne.jobs import JobSettings
 from argonne.prepare import encoders
 from argonne.prepare.encode import Job, record_path
@@ -29,6 +30,10 @@ POLL_SECONDS = 1.0
 PARENT_SECONDS = 0.2
 SUBMISSIONS = 3
 SLURM_TASKS = 8
+# How often in a row SLURM may not say whether the array is still there, and the longest wait between two questions:
+# half an hour in all.
+UNANSWERED, LONGEST_POLL = 30, 60.0
+SUBMITTED = "submitted"
 NO_SETTINGS = JobSettings()
 
 
@@ -125,15 +130,25 @@ def _run_one(job: Job, number: int) -> tuple[int, dict[str, Any], str | None]:
 
 def _slurm(job: Job, units: list[int], tasks: int, settings: JobSettings) -> Results:
     """An array of `tasks`, waited for here; what a killed or failed task left undone is submitted again, three times in
-    all.
+    all, and never while the array before may still be there.
     """
     out, waiting, tasks = Path(job.out).resolve(), set(units), min(tasks, len(units))
     folder = out / "slurm"
     folder.mkdir(exist_ok=True)
     for _ in range(SUBMISSIONS):
-        identifier = _submit(job, folder, tasks, settings)
+        identifier, unanswered = _handed_in(folder) or _submit(job, folder, tasks, settings), 0
         while True:
-            running = jobs.is_queued("slurm", identifier)
+            try:
+                running, unanswered = jobs.is_queued("slurm", identifier), 0
+            except NoAnswer as error:
+                running, unanswered = True, unanswered + 1
+                if unanswered == 1:
+                    print(f"warning: {error}; it is waited for", file=sys.stderr, flush=True)
+                if unanswered > UNANSWERED:
+                    raise InputError(
+                        f"--engine slurm: {error}, asked {unanswered} times; it may go on by itself: run the same "
+                        "command later, which waits for it before it hands in another"
+                    ) from None
             for number in sorted(waiting):
                 if record_path(out, number).exists():
                     waiting.remove(number)
@@ -142,7 +157,8 @@ def _slurm(job: Job, units: list[int], tasks: int, settings: JobSettings) -> Res
                 return
             if not running:
                 break
-            time.sleep(POLL_SECONDS)
+            time.sleep(min(POLL_SECONDS * 2**unanswered, LONGEST_POLL))
+        (folder / SUBMITTED).unlink(missing_ok=True)
         for problem in sorted(folder.glob("problem-*.json")):
             message = files.read_json(problem)["message"]
             problem.unlink()
@@ -151,6 +167,17 @@ def _slurm(job: Job, units: list[int], tasks: int, settings: JobSettings) -> Res
         f"--engine slurm: {len(waiting)} units are not done after {SUBMISSIONS} arrays; see {folder}/*.log, then run "
         "again"
     )
+
+
+def _handed_in(folder: Path) -> str | None:
+    """The array that an earlier command handed in, where it may still be there."""
+    if not (folder / SUBMITTED).exists():
+        return None
+    identifier = (folder / SUBMITTED).read_text().strip()
+    with suppress(NoAnswer):
+        if not jobs.is_queued("slurm", identifier):
+            return None
+    return identifier
 
 
 def _submit(job: Job, folder: Path, tasks: int, settings: JobSettings) -> str:
@@ -165,8 +192,12 @@ def _submit(job: Job, folder: Path, tasks: int, settings: JobSettings) -> str:
         f"exec {shlex.join(arguments)} $SLURM_ARRAY_TASK_ID {tasks}",
     ]
     files.write_text(script, "\n".join(lines) + "\n")
+    for problem in folder.glob("problem-*.json"):  # of an array before
+        problem.unlink()
     remedy = "start it where SLURM is, or use --part K/N in jobs of your own"
-    return jobs.submit("slurm", script, "--engine slurm", remedy)
+    identifier = jobs.submit("slurm", script, "--engine slurm", remedy)
+    files.write_text(folder / SUBMITTED, f"{identifier}\n")
+    return identifier
 
 
 def array_task(out: str, encoder: str, shard_tokens: int, task: int, tasks: int) -> None:

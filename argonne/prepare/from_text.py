@@ -228,7 +228,7 @@ class TextWork:
 
     def _counted(self, units: int) -> prepare.DropCount:
         """The rows of the first so many units. Its check raises TextEnds."""
-        count = prepare.DropCount(self.options.max_drop_fraction, self.out, self._weights, TextEnds)
+        count = prepare.DropCount(self.options.max_drop_fraction, self.out, self.plan, TextEnds)
         for number, record in enumerate(self._records[:units]):
             count.add(number, record)
         return count

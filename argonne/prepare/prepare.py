@@ -12,7 +12,7 @@ import itertools
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -122,7 +122,7 @@ def encode_units(options: PrepareOptions, plan: dict[str, Any], out: Path, progr
         del records[number]
     for number, record in records.items():
         progress.add(weights[number], record["documents"], record["tokens"], record["text_bytes"], fresh=False)
-    count = DropCount(options.max_drop_fraction, out, weights)
+    count = DropCount(options.max_drop_fraction, out, plan)
     for number, record in records.items():
         count.add(number, record)
     count.check()
@@ -168,7 +168,7 @@ def finish(options: PrepareOptions, plan: dict[str, Any], out: Path) -> dict[str
     """Write the manifest and the hash list, and remove what only the work needed; the manifest."""
     records = encode.finished(out, len(plan["units"]))
     ordered = [records[unit["index"]] for unit in plan["units"]]
-    count = DropCount(options.max_drop_fraction, out, unit_weights(plan))
+    count = DropCount(options.max_drop_fraction, out, plan)
     for number, record in records.items():
         count.add(number, record)
     count.check()
@@ -188,24 +188,37 @@ def finish(options: PrepareOptions, plan: dict[str, Any], out: Path) -> dict[str
 
 
 class DropCount:
-    """The rows of the units that are finished, and how many of them may be no documents. `weights`: of all units."""
+    """The rows of the units of a plan that are finished, and how many of them may be no documents."""
 
-    def __init__(self, limit: float, out: Path, weights: Sequence[int], error: type[InputError] = InputError) -> None:
-        self._limit, self._out, self._weights, self._error = limit, out, weights, error
-        self.rows, self.kept, self._done, self.drops = 0, 0, 0, Counter[str]()
+    def __init__(self, limit: float, out: Path, plan: dict[str, Any], error: type[InputError] = InputError) -> None:
+        self._limit, self._out, self._error = limit, out, error
+        self._weights = unit_weights(plan) if plan else []
+        self._formats = [plan["files"][unit["file"]]["format"] for unit in plan["units"]] if plan else []
+        self._left = Counter[str]()  # bytes still to come, by format: rows of one tell nothing of those of another
+        for format, weight in zip(self._formats, self._weights, strict=True):
+            self._left[format] += weight
+        self._done, self._rows, self.drops, self.kept = Counter[str](), Counter[str](), Counter[str](), 0
+
+    @property
+    def rows(self) -> int:
+        return self._rows.total()
 
     def add(self, number: int, record: Mapping[str, Any]) -> None:
-        self.rows += record["rows"]
+        format, weight = self._formats[number], self._weights[number]
+        self._rows[format] += record["rows"]
+        self._done[format] += weight
+        self._left[format] -= weight
         self.kept += record["documents"] + record["held_out"]["documents"]
         self.drops.update(record["drops"])
-        self._done += self._weights[number]
 
     def check(self, *, alone: bool = False) -> None:
         """Raise `error` where more rows are no documents than may be of all rows, as many as there will be by the
         share of the bytes that is done; `alone`: of those counted here.
         """
-        whole = sum(self._weights)
-        expected = self.rows if alone or self._done in (0, whole) else round(self.rows * whole / self._done)
+        left = {format: count for format, count in self._left.items() if count and not alone}
+        if not all(self._done[format] for format in left):
+            return
+        expected = self.rows + round(sum(self._rows[format] * left[format] / self._done[format] for format in left))
         bad_rows = sum(self.drops[reason] for reason in FAULTS)
         if bad_rows > self._limit * max(expected, 1):
             of_all = "" if expected == self.rows else f" of the {expected:,} or so that there will be"

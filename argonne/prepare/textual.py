@@ -5,13 +5,12 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import mmap
 import re
 from collections.abc import Iterator
 from typing import IO, Any
 
 from argonne.errors import InputError, first_line
-from argonne.prepare.texts import READ_BYTES, REMEDY, Refused, read_faults
+from argonne.prepare.texts import READ_BYTES, REMEDY, FileBytes, Refused, read_faults
 
 LONG_SEPARATOR = 1 << 12
 ZSTD_BYTES = 1 << 13
@@ -160,8 +159,9 @@ def text_rows(path: str, size: int, split: str) -> Iterator[Any]:
     """`split`: "file" (the file is one document), "blank-lines", "lines", or a separator that ends each document."""
     try:
         if split == "file" and size and not is_compressed(path) and "://" not in path:
-            with open(path, "rb") as local:  # mapped, so that one larger than memory is a document too
-                yield memoryview(mmap.mmap(local.fileno(), 0, access=mmap.ACCESS_READ))
+            if len(whole := FileBytes(path)) < size:
+                raise EOFError(f"it had {size:,} bytes when the work was planned")
+            yield whole
             return
         with open_file(path) as source:
             if split == "file":

@@ -110,7 +110,7 @@ class Numbers:
         return np.frombuffer(found, self._dtype)
 
     def _unreadable(self, reason: str | None) -> InputError:
-        return InputError(f"{self.path}: cannot be read ({reason}); restore it or prepare the tokens again")
+        return InputError(f"{self.path}: cannot be read ({reason}); restore it or write it again")
 
 
 @dataclass(frozen=True)

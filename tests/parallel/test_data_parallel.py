@@ -82,7 +82,7 @@ def test_a_shard_that_is_found_damaged_by_one_rank_ends_all_and_nothing_is_start
             "data.order": "sequential",
         },
     )
-    with pytest.raises(InputError, match="holds id 60,000, .* it is token 1,480 of the file"):
+    with pytest.raises(InputError, match=r"holds id 60,000, .*it is token 1,480 of the file"):
         run(recipe, tmp_path / "run")
     assert [row["step"] for row in curve(tmp_path / "run")] == [1, 2, 3, 4, 5]
     assert "all start again" not in capfd.readouterr().err

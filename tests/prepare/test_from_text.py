@@ -347,7 +347,7 @@ def test_a_part_with_many_faulty_rows_does_not_end_the_reading_of_a_text_that_ma
 def test_prepare_stops_at_the_unit_after_which_too_many_rows_are_faulty(text: DataSection, tmp_path: Path) -> None:
     for number in range(3):
         with_faults(text, f"*_{number}.jsonl", 40)
-    with pytest.raises(InputError, match="40 of 46 rows are no documents .* or so that there will be; mend the input"):
+    with pytest.raises(InputError, match=r"40 of 46 rows are no documents .* or so that there will be; mend the input"):
         prepared(text, tmp_path / "out")
     assert len(list((tmp_path / "out" / layout.UNITS).glob("*.json"))) == 1
 
@@ -393,3 +393,12 @@ def test_a_run_whose_own_text_has_too_many_faulty_rows_is_not_complete_until_tha
     assert not (tmp_path / "run" / layout.COMPLETE).exists()
     allowed = nano(**keys, **{"data.max_drop_fraction": "0.5"})
     assert run(allowed, tmp_path / "run", allow=["data.max_drop_fraction"]).outcome.complete
+
+
+def test_rows_of_one_format_say_nothing_of_how_many_another_will_have(text: DataSection, tmp_path: Path) -> None:
+    folder = Path(text.input[1]).parent
+    for number in range(3):
+        (folder / f"a_{number}.txt").write_bytes(b"\xff" * 2000)
+    assert text.tokenizer is not None
+    out = prepare(PrepareOptions((str(folder / "*"),), tmp_path / "out", Path(text.tokenizer), workers=1), QUIET)
+    assert json.loads((out / layout.MANIFEST).read_text())["drops"] == {"invalid-utf8": 3}
