@@ -103,7 +103,7 @@ def _unsealed(folder: Path, verify: bool, *others: str) -> list[str]:
 
 
 def _ids_outside(opened: TokenSet) -> list[str]:
-    """One line for each shard that holds an id past the vocabulary."""
+    """One line for each shard that holds an id outside the vocabulary."""
     from argonne.tokens.tokenizer import load_tokenizer
 
     limit = opened.vocab_size
@@ -114,14 +114,13 @@ def _ids_outside(opened: TokenSet) -> list[str]:
     problems = []
     for stream in (opened.train, opened.held_out):
         for number, shard in enumerate(stream.shards):
-            mapped = stream.shard_tokens(number)
-            for start in range(0, len(mapped), CHUNK):
-                piece = mapped[start : start + CHUNK]
-                if len(piece) and int(piece.max()) >= limit:
-                    place = start + int((piece >= limit).argmax())
-                    problems.append(
-                        f"{shard.path}: token {place:,} has id {int(mapped[place]):,}, the vocabulary has {limit:,}"
-                    )
+            tokens = stream.shard_tokens(number)
+            for start in range(0, len(tokens), CHUNK):
+                piece = tokens[start : start + CHUNK]
+                if len(piece) and not 0 <= int(piece.min()) <= int(piece.max()) < limit:
+                    outside = int(((piece < 0) | (piece >= limit)).argmax())
+                    found = f"token {start + outside:,} has id {int(piece[outside]):,}"
+                    problems.append(f"{shard.path}: {found}, the vocabulary has {limit:,}")
                     break
     return problems
 

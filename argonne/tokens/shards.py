@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +30,8 @@ HEADER_BYTES = 1024
 MAGIC = {"uint32": (20240801, 7), "uint16": (20240520, 1)}
 DTYPES = {magic: dtype for dtype, (magic, _) in MAGIC.items()}
 LARGEST_SHARD = 2**31 - 1
-OPEN_MAPS = 300
+OPEN_FILES = 300
+MARKED = 256
 SOURCES_IN_MANIFEST = 1000
 
 
@@ -79,9 +81,42 @@ def _size(path: Path) -> int:
         raise InputError(f"{path}: cannot be read ({error.strerror}); restore it or prepare the tokens again") from None
 
 
+class Numbers:
+    """`count` numbers (None: all) of a file from byte `offset` on, read when a slice of them is asked for: where the
+    file was cut since, that is an InputError, while a map of it would end the process.
+    """
+
+    def __init__(self, path: Path, dtype: str, offset: int, count: int | None) -> None:
+        self.path, self.offset, self._dtype = path, offset, np.dtype(dtype).newbyteorder("<")
+        try:
+            self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed with its last reader
+        except OSError as error:
+            raise self._unreadable(error.strerror) from None
+        self._count = os.fstat(self._file.fileno()).st_size // self._dtype.itemsize if count is None else count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        width, (start, stop, _) = self._dtype.itemsize, part.indices(self._count)
+        place, size, found = self.offset + start * width, max(0, stop - start) * width, b""
+        while len(found) < size:
+            try:
+                more = os.pread(self._file.fileno(), size - len(found), place + len(found))
+            except OSError as error:
+                raise self._unreadable(error.strerror) from None
+            if not more:
+                raise self._unreadable(f"it ends at byte {place + len(found):,}, and was longer when it was opened")
+            found = found + more if found else more
+        return np.frombuffer(found, self._dtype)
+
+    def _unreadable(self, reason: str | None) -> InputError:
+        return InputError(f"{self.path}: cannot be read ({reason}); restore it or write it again")
+
+
 @dataclass(frozen=True)
 class Shard:
-    """One memory-mapped run of tokens. `offset` is the byte where they start; `index` (or `ends`) holds document ends,
+    """One run of tokens in a file. `offset` is the byte where they start; `index` (or `ends`) holds document ends,
     where there are any.
     """
 
@@ -94,12 +129,12 @@ class Shard:
     sha256: str | None = None
     index_sha256: str | None = None
 
-    def map(self) -> np.ndarray:
-        if self.tokens == 0:
-            return np.zeros(0, dtype=self.dtype)
-        return np.memmap(
-            self.path, dtype=np.dtype(self.dtype).newbyteorder("<"), mode="r", offset=self.offset, shape=(self.tokens,)
-        )
+
+def _remember(files: dict[int, Any], number: int, opened: Any) -> None:
+    """Only so many are open at a time."""
+    files[number] = opened
+    if len(files) > OPEN_FILES:
+        files.pop(next(iter(files)))
 
 
 class TokenStream:
@@ -110,28 +145,26 @@ class TokenStream:
         self.starts = np.cumsum([0, *(shard.tokens for shard in shards)], dtype=np.int64)
         self.documents = documents
         self._bounds: list[int] = self.starts.tolist()
-        self._maps: dict[int, np.ndarray] = {}
-        self._ends: dict[int, np.ndarray] = {}
+        self._open: dict[int, Numbers] = {}
+        self._ends: dict[int, tuple[Numbers | np.ndarray, np.ndarray]] = {}
 
     @property
     def tokens(self) -> int:
         """Tokens of all shards."""
         return self._bounds[-1]
 
-    def shard_tokens(self, number: int) -> np.ndarray:
-        """The tokens of shard `number`, memory-mapped once."""
-        mapped = self._maps.get(number)
-        if mapped is None:
-            mapped = np.asarray(self.shards[number].map())
-            self._remember(self._maps, number, mapped)
-        return mapped
+    def shard_tokens(self, number: int) -> Numbers:
+        """The tokens of shard `number`, opened once."""
+        if (opened := self._open.get(number)) is None:
+            shard = self.shards[number]
+            opened = Numbers(shard.path, shard.dtype, shard.offset, shard.tokens)
+            _remember(self._open, number, opened)
+        return opened
 
-    @staticmethod
-    def _remember(maps: dict[int, np.ndarray], number: int, mapped: np.ndarray) -> None:
-        """Each map holds a file open: only so many at once."""
-        maps[number] = mapped
-        if len(maps) > OPEN_MAPS:
-            maps.pop(next(iter(maps)))
+    def place(self, position: int) -> tuple[Path, int]:
+        """The file that holds token `position`, and the token's number in it."""
+        number = self.find(position)
+        return self.shards[number].path, position - self._bounds[number]
 
     def find(self, position: int) -> int:
         """The shard that holds token `position`."""
@@ -157,12 +190,11 @@ class TokenStream:
         inside = start - self._bounds[number]
         shard = self.shard_tokens(number)
         if inside + length < len(shard):
-            inputs[:] = shard[inside : inside + length]
-            targets[:] = shard[inside + 1 : inside + length + 1]
+            whole = shard[inside : inside + length + 1]
         else:
             whole = np.empty(length + 1, dtype=np.int64)
             self.copy(start, whole)
-            inputs[:], targets[:] = whole[:-1], whole[1:]
+        inputs[:], targets[:] = whole[:-1], whole[1:]
 
     def ends_between(self, start: int, stop: int) -> np.ndarray:
         """Positions e with start < e <= stop just after a document, ascending, int64. Needs `has_documents`."""
@@ -171,27 +203,32 @@ class TokenStream:
             begin = int(self.starts[number])
             if begin >= stop:
                 break
-            ends = self._shard_ends(number)
-            low, high = np.searchsorted(ends, [max(start - begin, 0), stop - begin], side="right")
-            found.append(ends[low:high].astype(np.int64) + begin)
+            ends, marks = self._shard_ends(number)
+            low, high = np.searchsorted(marks, [start - begin, stop - begin], side="right").tolist()
+            part = ends[max(0, low - 1) * MARKED : high * MARKED].astype(np.int64)
+            found.append(part[(part > start - begin) & (part <= stop - begin)] + begin)
         return np.concatenate([np.zeros(0, np.int64), *found])
 
-    def _shard_ends(self, number: int) -> np.ndarray:
-        mapped = self._ends.get(number)
-        if mapped is None:
+    def _shard_ends(self, number: int) -> tuple[Numbers | np.ndarray, np.ndarray]:
+        """The document ends of shard `number`, and every `MARKED`-th of them in memory. Raises InputError where they do
+        not ascend.
+        """
+        if (known := self._ends.get(number)) is None:
             shard = self.shards[number]
-            if shard.ends is not None:
-                mapped = shard.ends
-            elif shard.index is None or shard.index.stat().st_size == 0:
-                mapped = np.zeros(0, "<u8")
-            else:
-                mapped = np.asarray(np.memmap(shard.index, dtype="<u8", mode="r"))
-            self._remember(self._ends, number, mapped)
-        return mapped
+            ends = shard.ends if shard.index is None else Numbers(shard.index, "uint64", 0, None)
+            whole = np.zeros(0, np.int64) if ends is None else ends[:].astype(np.int64)
+            if (np.diff(whole, prepend=0) < 0).any() or whole[-1:].max(initial=0) > shard.tokens:
+                raise InputError(
+                    f"{shard.index or shard.path}: its document ends do not ascend to {shard.tokens:,}, the tokens of "
+                    f"{shard.path.name}; restore it or prepare the tokens again"
+                )
+            known = whole if ends is None else ends, whole[::MARKED].copy()
+            _remember(self._ends, number, known)
+        return known
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the maps: a copy in another process knows where everything lies, and maps what it reads itself."""
-        return {**self.__dict__, "_maps": {}, "_ends": {}}
+        """Without open files: a copy in another process knows where everything lies, and opens what it reads itself."""
+        return {**self.__dict__, "_open": {}, "_ends": {}}
 
     def reaches(self, position: int) -> bool:
         """Are there `position` tokens?"""
@@ -225,7 +262,8 @@ class TokenStream:
                 f"{self.shards[0].path}: this token format does not record where documents end; prepare the text with "
                 "`argonne prepare`"
             )
-        ends = (self._shard_ends(number).astype(np.int64) + start for number, start in enumerate(self._bounds[:-1]))
+        each = enumerate(self._bounds[:-1])
+        ends = (self._shard_ends(number)[0][:].astype(np.int64) + start for number, start in each)
         return np.concatenate([np.zeros(0, np.int64), *ends])
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from argonne.config import Recipe
-from argonne.errors import Diverged, Stopped, first_line
+from argonne.errors import Diverged, InputError, Stopped, TextEnds, first_line
 from argonne.files import fingerprint
 from argonne.parallel.compile import is_compiler_error, undo_compile
 from argonne.parallel.mesh import Mesh
@@ -24,7 +24,7 @@ from argonne.parallel.parallelise import Parallelised
 from argonne.recipe import to_tree
 from argonne.train import checkpoint
 from argonne.train.aside import LeftBehind, Sampled, Work, beside
-from argonne.train.data import Batch, Batches, Data
+from argonne.train.data import Batch, Batches, Data, Upcoming
 from argonne.train.guard import HangWatch, NonFinitePolicy, StopWatch, parse_duration
 from argonne.train.micro_batch import back_off, is_out_of_memory
 from argonne.train.optim import Precision
@@ -77,18 +77,6 @@ class Outcome:
     @property
     def complete(self) -> bool:
         return self.reason == "complete"
-
-
-@dataclass(frozen=True)
-class Upcoming:
-    """The batch of a step (None only at a request to stop), and what the ranks agreed on: the count that its loss is
-    divided by, stopping, saving.
-    """
-
-    batch: Batch | None
-    count: int
-    stop: bool
-    save: bool
 
 
 def take_step(trained: Trained, batch: Batch, count: int, rate: float, *, grad_clip: float) -> StepResult:
@@ -188,6 +176,7 @@ class Trainer:
                 self._after_step()
                 if stop_after is not None and self.progress.step >= stop_after < self.total_steps:
                     return self._end(f"asked to stop after step {stop_after}")
+            self._end_together(self.loader.wrong())
             self._held_out()
             return self._end("complete")
         finally:
@@ -198,25 +187,36 @@ class Trainer:
             self.line.close()
 
     def _fetch(self, step: int) -> Callable[[], Upcoming] | None:
-        """Take the batch of `step` and start agreeing on it; None past the last step. Ranks that read the same rows
-        count them once.
-        """
+        """Take the batch of `step` and start agreeing on it; None past the last. Ranks of the same rows count once."""
         if step >= self.total_steps:
             return None
         batch: Batch | None = None
-        with suppress(Stopped):  # at a request nothing is waited for, such as text that is still being tokenised
-            with self.watch.interrupting() if self.loader.reads_alone else nullcontext():
+        wrong: InputError | None = None
+        try:  # at a request nothing is waited for, such as text that is still being tokenised
+            with suppress(Stopped), self.watch.interrupting() if self.loader.reads_alone else nullcontext():
                 batch = self.loader.batch(step)
-            self.telemetry.waited_for_data(batch.waited_seconds)
+                self.telemetry.waited_for_data(batch.waited_seconds)
+        except InputError as error:
+            wrong = error
         mine = batch.count if batch is not None and self.mesh.speaks_for_its_rows else 0
         due = self.mesh.is_main and self.saver.due_by_time(step)
-        agreed = self.mesh.sum_later([mine, int(self.watch.reason() is not None), int(due)])
+        agreed = self.mesh.sum_later([mine, int(self.watch.reason() is not None), int(due), int(wrong is not None)])
 
         def wait() -> Upcoming:
-            count, stop, save = agreed()
+            count, stop, save, ends = agreed()
+            if ends:
+                self._end_together(wrong)
             return Upcoming(batch, count, bool(stop), bool(save))
 
         return wait
+
+    def _end_together(self, wrong: InputError | None) -> None:
+        """Raise on all ranks what any of them found wrong with the input; after a save, where what was read is fine."""
+        for found in self.mesh.gather(wrong):
+            if isinstance(found, TextEnds) and self.progress.step:
+                self._save(final=True)
+            if found is not None:
+                raise found
 
     def _train_step(self, batch: Batch, count: int) -> Callable[[], Upcoming] | None:
         """One optimizer step on `batch`, whose global count is `count`; returns the next batch, fetched while the
