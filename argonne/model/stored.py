@@ -5,6 +5,7 @@ ranks may each have written a part of one.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -13,7 +14,6 @@ from safetensors import SafetensorError, safe_open
 from argonne.errors import InputError
 from argonne.files import fingerprint, quick_hash_of_file
 from argonne.layout import WEIGHTS
-from argonne.model.save import check_finite
 
 # What safetensors calls the types.
 DTYPES = {
@@ -102,3 +102,20 @@ def hashes_of_weights(folder: Path) -> list[list[str]]:
 def fingerprint_of_weights(folder: Path) -> str:
     """One hash of all of them: by it results and exports name the model that they are of."""
     return fingerprint(hashes_of_weights(folder))
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Are all its numbers finite? A sum is so only where all it adds are, and costs a fraction; one that overflowed is
+    looked at closely.
+    """
+    return not tensor.is_floating_point() or bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+
+
+def check_finite(where: Path | str, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise InputError naming the first parameter that holds NaN or infinity."""
+    for name, tensor in tensors.items():
+        if not is_finite(tensor):
+            raise InputError(
+                f"{where}: {name} holds NaN or infinity in {int((~tensor.isfinite()).sum()):,} of {tensor.numel():,} "
+                "places; the weights are damaged, or do not fit their dtype: give others"
+            )
