@@ -141,14 +141,15 @@ def parquet_rows(path: str, start: int, stop: int, text_column: str) -> Iterator
     """
     import pyarrow as pa
 
-    row = 0
+    row = before = 0
     with _parquet(path) as source:
         try:
             stop = source.num_row_groups if stop < 0 else stop
             groups = [source.metadata.row_group(group) for group in range(start, stop)]
             before = sum(source.metadata.row_group(group).num_rows for group in range(start))
             expected = sum(group.num_rows for group in groups)
-            size = sum(_column_bytes(group, text_column) for group in groups) // max(1, expected)
+            # Of all columns: what a damaged footer says of a single one ends the process where pyarrow reads it.
+            size = sum(group.total_byte_size for group in groups) // max(1, expected)
             rows = max(1, min(BATCH_ROWS, ARROW_BYTES // max(size, 1)))
             for group in range(start, stop):  # one by one, so that a damaged one is named by its first row
                 for batch in source.iter_batches(rows, row_groups=[group], columns=[text_column], use_threads=False):
@@ -162,14 +163,6 @@ def parquet_rows(path: str, start: int, stop: int, text_column: str) -> Iterator
             raise InputError(
                 f"{path}: after row {before + row:,}: cannot be read ({first_line(error)}); {REMEDY}"
             ) from None
-
-
-def _column_bytes(group: Any, name: str) -> int:
-    """Uncompressed bytes of a column in a row group; nested columns before it may have moved its number."""
-    columns = map(group.column, range(group.num_columns))
-    return next(
-        (column.total_uncompressed_size for column in columns if column.path_in_schema == name), group.total_byte_size
-    )
 
 
 def _opened_arrow(path: str) -> tuple[Any, bool, Any]:

@@ -203,13 +203,13 @@ class TokenStream:
             begin = int(self.starts[number])
             if begin >= stop:
                 break
-            ends, marks = self._shard_ends(number)
+            ends, marks = self.shard_ends(number)
             low, high = np.searchsorted(marks, [start - begin, stop - begin], side="right").tolist()
             part = ends[max(0, low - 1) * MARKED : high * MARKED].astype(np.int64)
             found.append(part[(part > start - begin) & (part <= stop - begin)] + begin)
         return np.concatenate([np.zeros(0, np.int64), *found])
 
-    def _shard_ends(self, number: int) -> tuple[Numbers | np.ndarray, np.ndarray]:
+    def shard_ends(self, number: int) -> tuple[Numbers | np.ndarray, np.ndarray]:
         """The document ends of shard `number`, and every `MARKED`-th of them in memory. Raises InputError where they do
         not ascend.
         """
@@ -263,7 +263,7 @@ class TokenStream:
                 "`argonne prepare`"
             )
         each = enumerate(self._bounds[:-1])
-        ends = (self._shard_ends(number)[0][:].astype(np.int64) + start for number, start in each)
+        ends = (self.shard_ends(number)[0][:].astype(np.int64) + start for number, start in each)
         return np.concatenate([np.zeros(0, np.int64), *ends])
 
 
@@ -358,7 +358,9 @@ def totals_of(parts: Sequence[dict[str, Any]]) -> dict[str, int]:
 
 
 def shard_of(folder: Path, entry: dict[str, Any], dtype: str) -> Shard:
-    path = folder / entry["file"]
+    path = folder / Path(entry["file"]).name
+    if path.name != entry["file"] or not all(type(entry[name]) is int for name in ("tokens", "documents")):
+        raise ValueError(f"found {entry!r}, expected a file of this folder, and whole numbers")
     found_dtype, tokens = read_header(path)
     if (found_dtype, tokens) != (dtype, entry["tokens"]):
         raise InputError(

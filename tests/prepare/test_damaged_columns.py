@@ -151,6 +151,23 @@ def test_whatever_the_bytes_reading_ends_in_rows_or_in_one_line(kind: str, tmp_p
     assert refusals or kind == "jsonl"  # whose lines are rows, good or faulty
 
 
+def test_whatever_byte_of_a_parquet_footer_is_flipped_no_process_dies(tmp_path: Path) -> None:
+    """What pyarrow throws where it reads a column's description reached no Python code, and ended the process."""
+    path = good("parquet", tmp_path)
+    whole = path.read_bytes()
+    size = int.from_bytes(whole[-8:-4], "little")
+    refused = 0
+    for place in range(len(whole) - 8 - size, len(whole)):
+        part = bytearray(whole)
+        part[place] ^= 1 << place % 8
+        path.write_bytes(part)
+        try:
+            read(path)
+        except InputError:
+            refused += 1
+    assert refused > size // 4
+
+
 @pytest.mark.campaign
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("kind", [*KINDS, "jsonl"])
