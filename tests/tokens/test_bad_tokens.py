@@ -76,11 +76,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         ["manifest.json: damaged", "expected a file of this folder"],
     ),
     "a negative count": (
-        edited("manifest.json", lambda whole: whole.replace(b'"documents": 360', b'"documents": -360')),
-        ["expected", INDEX, "-2,880 for -360 documents"],
+        edited("manifest.json", lambda whole: whole.replace(b'"documents": 366', b'"documents": -366')),
+        ["expected", INDEX, "-2,928 for -366 documents"],
     ),
     "a count in quotes": (
-        edited("manifest.json", lambda whole: whole.replace(b'"documents": 360', b'"documents": "360"')),
+        edited("manifest.json", lambda whole: whole.replace(b'"documents": 366', b'"documents": "366"')),
         ["manifest.json: damaged", "and whole numbers"],
     ),
     "no tokenizer": (lambda folder: shutil.rmtree(folder / "tokenizer"), ["tokenizer: no such folder"]),
