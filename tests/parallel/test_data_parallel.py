@@ -64,7 +64,7 @@ def test_wrong_input_on_workers_is_wrong_input_and_not_a_crash(nano: Nano, tmp_p
         run(nano(**TWO, **{"schedule.warmup": "99"}), tmp_path / "run")
 
 
-@pytest.mark.parametrize("key", ["tensor", "context", "pipeline"])
+@pytest.mark.parametrize("key", ["tensor", "pipeline"])
 def test_a_degree_that_nothing_honours_is_refused(nano: Nano, key: str) -> None:
     with pytest.raises(InputError, match=f"parallel.{key}"):
         check_mesh(nano(**{f"parallel.{key}": "2"}).parallel, 2)
