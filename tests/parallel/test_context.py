@@ -15,6 +15,7 @@ from argonne import cli
 from argonne.config import ParallelSection, Recipe
 from argonne.errors import InputError
 from argonne.keys import check_mesh
+from argonne.layout import FINAL_MODEL
 from argonne.model.attention import Part, dense_mask, pattern_of_part
 from argonne.parallel import context
 from argonne.parallel.mesh import Mesh
@@ -23,13 +24,13 @@ from argonne.report.records import read_metrics
 from argonne.stages.pretrain import run
 from argonne.stages.session import run_session
 from argonne.stages.setup import Session
+from argonne.train.checkpoint import LAST
 from tests.parallel.test_sharded import load_all, same_curve, stage_named
 from tests.train.helpers import curve
 from tests.tuning import pairs, write
 
 Nano = Callable[..., Recipe]
 Chat = Callable[..., Recipe]
-LAST, FINAL_MODEL = "checkpoint_last", "final_model"
 
 
 def mesh(degree: int, shard: int = 1, replicate: int = 1) -> dict[str, str]:
@@ -94,13 +95,13 @@ def test_longer_rows_within_documents_give_the_curve_of_one_process(nano: Nano, 
 
 
 def test_the_command_trains_with_the_flag_and_gives_the_curve_of_one_process(
-    nano: Nano, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    nano: Nano, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "recipe.toml").write_text(to_toml(nano(**{"data.document_mask": "true", "train.steps": "5"})))
     for name, more in (("one", []), ("two", ["--parallel.context", "2"])):
         assert cli.main(["pretrain", str(tmp_path / "recipe.toml"), "--run", str(tmp_path / name), *more]) == 0
     same_curve(tmp_path / "two", tmp_path / "one", 1e-5)
-    assert "each row in 2 parts" in capsys.readouterr().err
+    assert "each row in 2 parts" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -156,7 +157,8 @@ def test_the_parts_of_rows_see_between_them_what_whole_rows_see(
         assert bool(seen.any(-1).all())  # a query that sees nothing has no softmax
         inside = expected[:, :, own.first : min(end, length), :]
         assert torch.equal(seen[:, :, : inside.shape[2], : length - low], inside[..., low:end])
-        assert not inside[..., :low].any() and not inside[..., end:].any()
+        assert not inside[..., :low].any()
+        assert not inside[..., end:].any()
 
 
 def whole_mask(own: context.Part, window: int | None) -> tuple[torch.Tensor, int, int]:

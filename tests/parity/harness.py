@@ -57,7 +57,8 @@ Tensors = dict[str, np.ndarray]
 @dataclass(frozen=True)
 class Case:
     """A model, how it is spread, and what a step does. `rows`: of a global batch; five on four ranks leave one with a
-    row that only fills up. masked: rank 0's rows train nothing. fails: the first pass raises in the middle on every
+    row that only fills up. masked: rank 0's rows train nothing. untrained: so many first places of every row train
+    nothing. fails: the first pass raises in the middle on every
     rank, as where compiling fails, and the step is tried again.
     """
 
@@ -78,6 +79,7 @@ class Case:
     steps: int = 5
     context: int = 1
     length: int = LENGTH
+    untrained: int = 0
     kernel: str = "auto"
     mutation: str = ""
 
@@ -132,6 +134,7 @@ class Drawn:
         labels = np.where(draw.random(shape) < 0.8, ids[:, 1:], -100)
         if case.masked:
             labels[: -(-case.rows // 2)] = -100
+        labels[:, : case.untrained] = -100
         starts = draw.random(shape) < 0.1
         place = np.arange(length)
         positions = place - np.maximum.accumulate(np.where(starts | (place == 0), place, 0), axis=1)
