@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,20 +15,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from argonne import cli
-from argonne.config import ParallelSection, Recipe
+from argonne.config import ModelSection, ParallelSection, Recipe
 from argonne.errors import InputError
+from argonne.files import read_json
 from argonne.keys import check_mesh
-from argonne.layout import FINAL_MODEL
+from argonne.layout import COMPUTE_PLAN, FINAL_MODEL
 from argonne.model.attention import Part, dense_mask, pattern_of_part
 from argonne.parallel import context
 from argonne.parallel.mesh import Mesh
 from argonne.recipe import to_toml
 from argonne.report.records import read_metrics
 from argonne.stages.pretrain import run
-from argonne.stages.session import run_session
-from argonne.stages.setup import Session
 from argonne.train.checkpoint import LAST
-from tests.parallel.test_sharded import load_all, same_curve, stage_named
+from argonne.train.trainer import Trainer
+from tests.parallel.test_sharded import load_all, same_curve
 from tests.train.helpers import curve
 from tests.tuning import pairs, write
 
@@ -65,11 +68,25 @@ def test_a_run_with_dropout_stopped_and_resumed_equals_one_uninterrupted_bit_for
     assert load_all(tmp_path / "cut" / LAST) == load_all(tmp_path / "whole" / LAST)
 
 
+def test_each_part_of_a_row_draws_its_own_randomness_and_a_whole_row_what_it_always_drew() -> None:
+    def seed(rank: int, degree: int) -> int:
+        data = SimpleNamespace(samples_before=lambda step: 8 * step, rows=lambda step: 8)
+        place = Mesh(torch.device("cpu"), rank, 4, context=degree, inner=degree)
+        asked: Any = SimpleNamespace(recipe=SimpleNamespace(seed=444), data=data, mesh=place)
+        return Trainer._seed_of(asked, 3)
+
+    assert len({seed(rank, 2) for rank in range(4)}) == 4
+    assert seed(0, 2) == seed(0, 1)
+
+
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 def test_a_chat_stage_gives_the_curve_and_the_records_of_one_process(chat: Chat, tmp_path: Path, stage: str) -> None:
     made = {"sft": chat, "dpo": lambda **more: chat("nano-3.0-dpo", write(tmp_path / "pairs.jsonl", pairs(60)), **more)}
-    for name, more in (("one", {}), ("two", mesh(2))):
-        run_session(Session(made[stage](**more), tmp_path / name, stage_named(stage)))
+    recipe = made[stage]()
+    start = ModelSection(init_from=recipe.model.init_from)  # the weights say the sizes
+    (tmp_path / "recipe.toml").write_text(to_toml(dataclasses.replace(recipe, model=start)))
+    for name, more in (("one", []), ("two", ["--parallel.context", "2"])):
+        assert cli.main([stage, str(tmp_path / "recipe.toml"), "--run", str(tmp_path / name), *more]) == 0
     same_curve(tmp_path / "two", tmp_path / "one", 1e-3 if stage == "dpo" else 1e-4)
     told = [[record["loss"] for record in read_metrics(tmp_path / name).of("held_out")] for name in ("one", "two")]
     assert told[0] == pytest.approx(told[1], rel=1e-4)
@@ -89,19 +106,18 @@ def test_longer_rows_within_documents_give_the_curve_of_one_process(nano: Nano, 
         "batch.tokens_per_step": "512",
         "train.steps": "4",
     }
-    run(nano(**longer), tmp_path / "one")
-    run(nano(**longer, **mesh(3)), tmp_path / "three")  # 128 = 3 x 43 - 1
+    (tmp_path / "recipe.toml").write_text(to_toml(nano(**longer)))
+    for name, more in (("one", []), ("three", ["--parallel.context", "3"])):  # 128 = 3 x 43 - 1
+        assert cli.main(["midtrain", str(tmp_path / "recipe.toml"), "--run", str(tmp_path / name), *more]) == 0
     same_curve(tmp_path / "three", tmp_path / "one", 1e-5)
 
 
-def test_the_command_trains_with_the_flag_and_gives_the_curve_of_one_process(
-    nano: Nano, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_trains_with_the_flag_and_gives_the_curve_of_one_process(nano: Nano, tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text(to_toml(nano(**{"data.document_mask": "true", "train.steps": "5"})))
     for name, more in (("one", []), ("two", ["--parallel.context", "2"])):
         assert cli.main(["pretrain", str(tmp_path / "recipe.toml"), "--run", str(tmp_path / name), *more]) == 0
     same_curve(tmp_path / "two", tmp_path / "one", 1e-5)
-    assert "each row in 2 parts" in capfd.readouterr().err
+    assert read_json(tmp_path / "two" / COMPUTE_PLAN)["layout"]["context"] == 2
 
 
 @pytest.mark.parametrize(
@@ -156,7 +172,7 @@ def test_the_parts_of_rows_see_between_them_what_whole_rows_see(
         seen, low, end = whole_mask(own, window)
         assert bool(seen.any(-1).all())  # a query that sees nothing has no softmax
         inside = expected[:, :, own.first : min(end, length), :]
-        assert torch.equal(seen[:, :, : inside.shape[2], : length - low], inside[..., low:end])
+        assert torch.equal(seen[:, :, : inside.shape[2], : max(0, length - low)], inside[..., low:end])
         assert not inside[..., :low].any()
         assert not inside[..., end:].any()
 
