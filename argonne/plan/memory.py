@@ -225,9 +225,10 @@ def attention_kept(shape: ModelShape, setup: Setup, window: int | None) -> float
     # The CPU's fused kernel has no dropout: weights, mask and dropped weights are whole.
     if setup.cpu and shape.attention_dropout:
         return projections + narrow * 3 * heads * length
-    if setup.context > 1:  # under a mask in the products' type
+    if setup.context > 1:  # under a mask in the products' type, on a GPU repeated for the queries that share a key head
         own = length if window is None else min(length, length / setup.context + window)
-        return projections + 4 * heads + narrow * own
+        repeated = 1 if setup.cpu else queries / keys
+        return projections + 4 * heads + narrow * own * repeated
     # Of `_windowed` in argonne/model/kernels.py: blocks of queries, each with its own and the block's keys before it.
     block = max(32, window or 0)
     if window is None or block >= length:
