@@ -205,18 +205,20 @@ def check_mesh(parallel: ParallelSection, workers: int) -> None:
     """Refuse degrees that nothing would honour, or that so many workers cannot be: what the configuration says is what
     runs.
     """
-    for name in ("tensor", "context", "pipeline"):
+    for name in ("tensor", "pipeline"):
         if (degree := getattr(parallel, name)) != 1:
-            raise InputError(
-                f"parallel.{name}: found {degree}, expected 1; only parallel.replicate and parallel.shard are built"
-            )
+            raise InputError(f"parallel.{name}: found {degree}, expected 1; replicate, shard, context are built")
     if parallel.async_tensor:
         raise InputError("parallel.async_tensor: found true, expected false; tensor parallelism is not built")
-    if workers % parallel.shard or parallel.replicate not in (0, workers // parallel.shard):
-        asked = f"replicate {parallel.replicate or 'auto'} x shard {parallel.shard}"
+    places, left = divmod(workers, parallel.context)
+    if left or places % parallel.shard or parallel.replicate not in (0, places // parallel.shard):
+        third = f" x {parallel.context}" if parallel.context > 1 else ""
+        asked = f"replicate {parallel.replicate or 'auto'} x shard {parallel.shard}{third and f' x context{third[2:]}'}"
         fitting = " or ".join(
-            f"{workers // shard} x {shard}" for shard in range(1, workers + 1) if workers % shard == 0
+            f"{places // shard} x {shard}{third}" for shard in range(1, places + 1) if places % shard == 0
         )
+        if left:
+            fitting = "a context of " + " or ".join(str(n) for n in range(1, workers + 1) if workers % n == 0)
         raise InputError(
             f"[parallel]: found {asked} on {workers} workers, expected degrees whose product is {workers}: {fitting}"
         )

@@ -54,6 +54,15 @@ class Layout:
         return self.tensor * self.context * self.pipeline
 
     @property
+    def parts(self) -> int:
+        """Devices that hold one copy of weights, gradients and moments between them."""
+        return self.shard * self.context if self.shard > 1 else 1
+
+    @property
+    def copies(self) -> int:
+        return self.data_parallel * self.context // self.parts
+
+    @property
     def devices(self) -> int:
         return self.data_parallel * self.inner
 
@@ -70,7 +79,8 @@ class Layout:
         """Are the ranks of each group of this dimension on one node? Tensor and context are the innermost dimensions of
         the mesh, then shard, then replicate (argonne/parallel/mesh.py).
         """
-        span = self.tensor * self.context * self.shard * (self.replicate if dimension == "replicate" else 1)
+        outer = {"replicate": self.shard * self.replicate, "shard": self.shard}.get(dimension, 1)
+        span = self.tensor * self.context * outer
         return self.devices <= NODE or NODE % span == 0
 
 
@@ -129,18 +139,25 @@ def traffic_of(shape: ModelShape, setup: Setup, layout: Layout, micro_batches: i
     Shards: in each micro-batch every layer is gathered twice, forward and backward, the rest of the model once, and all
     gradients are reduced to their shard. Replicas add their gradients once a step. All in the weights' own dtype:
     autocast narrows them only where they are used. Muon gathers the directions of sharded matrices; the ranks of a
-    shard group, or replicas of whole ones, share its work and broadcast the updates.
+    shard group, or replicas of whole ones, share its work and broadcast the updates. Parts of rows gather the keys and
+    values of every layer in each forward pass, and their gradients are reduced to their part.
     """
     part = layout.tensor * layout.pipeline
     layers = setup.wide * shape.num_hidden_layers * shape.layer_parameters() / part
     whole = setup.wide * shape.parameters() / part
     matrices = shape.num_hidden_layers * (shape.attention_weights + shape.mlp_weights) / part
     muon = matrices if setup.optimizer == "muon" else 0.0
-    of_shard, of_replicas = ((n - 1) / n for n in (layout.shard, layout.replicate))
+    of_shard, of_copies, of_replicas, of_context = (
+        (n - 1) / n for n in (layout.parts, layout.copies, layout.replicate, layout.context)
+    )
+    keys = setup.narrow * 2 * shape.key_width * setup.tokens * layout.context * shape.num_hidden_layers / part
+    again = 1 + setup.share_recomputed(shape.num_hidden_layers)
     sent = [
         ("all-gather", "shard", of_shard * (micro_batches * (layers + whole) + setup.wide * muon)),
         ("reduce-scatter", "shard", of_shard * micro_batches * whole),
-        ("all-reduce", "replicate", 2 * of_replicas * whole / layout.shard),
+        ("all-reduce", "replicate", 2 * of_copies * whole / layout.parts),
+        ("all-gather", "context", of_context * micro_batches * again * keys),
+        ("reduce-scatter", "context", of_context * micro_batches * keys),
         ("broadcast", "shard" if of_shard else "replicate", (of_shard or of_replicas) * setup.muon_width * muon),
     ]
     return [_sent(layout, device, *found) for found in sent if found[2]]
@@ -150,7 +167,8 @@ def _sent(layout: Layout, device: str, kind: str, over: str, size: float) -> Sen
     near = layout.in_a_node(over)
     link = LINKS.get(device)
     rate = None if link is None else 1e9 * LINK_USE * link[0 if near else 1]
-    return Sent(kind, over, getattr(layout, over), size, near, rate)
+    ranks = {"shard": layout.parts, "replicate": layout.copies, "context": layout.context}[over]
+    return Sent(kind, over, ranks, size, near, rate)
 
 
 def sending_seconds(traffic: list[Sent]) -> float | None:

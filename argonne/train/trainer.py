@@ -263,9 +263,10 @@ class Trainer:
         return step.clone() if isinstance(step, torch.Tensor) else None
 
     def _seed_of(self, step: int) -> int:
-        """Randomness is a function of (seed, step, this rank's first sample): nothing random is stored."""
+        """Randomness is a function of (seed, step, this rank's first sample, its part): nothing random is stored."""
         sample = self.data.samples_before(step) + self.data.rows(step) * self.mesh.data_rank // self.mesh.data_size
-        return (self.recipe.seed * 0x9E3779B97F4A7C15 + step * 0xC2B2AE3D27D4EB4F + sample * 0x165667B19E3779F9) % 2**63
+        mixed = self.recipe.seed * 0x9E3779B97F4A7C15 + step * 0xC2B2AE3D27D4EB4F + sample * 0x165667B19E3779F9
+        return (mixed + self.mesh.part * 0x27D4EB2F165667C5) % 2**63
 
     def _after_step(self) -> None:
         recipe, step = self.recipe, self.progress.step
@@ -287,11 +288,10 @@ class Trainer:
                 f"(optim.max_skipped = {self.policy.limit}); the newest checkpoint before them is "
                 f"{good.path if good else 'none'}: {go_on}, with a lower rate or other data"
             )
-        first_of_session = self.telemetry.first_step
-        if step == first_of_session + 1:
+        if step == self.telemetry.first_step + 1:
             for text in self.hooks.banner(self.parallelised.plain):
                 self.line.log(text)
-        if step % recipe.log.every_steps == 0 or step in (first_of_session + 1, self.total_steps):
+        if step % recipe.log.every_steps == 0 or step in (self.telemetry.first_step + 1, self.total_steps):
             record = self.telemetry.log_step(step, self.saver.blocked_seconds)
             if told := self.hooks.judge(step, record):
                 self.metrics.warn(step, told)

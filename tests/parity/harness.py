@@ -22,6 +22,7 @@ from argonne.config import DpoSection, OptimSection, ParallelSection
 from argonne.data.loader import Array, Arrays, Loader
 from argonne.model.build import Weights, build_model, config_from_fields, empty_model
 from argonne.parallel.compile import compile_blocks
+from argonne.parallel.context import CONTEXT
 from argonne.parallel.launch import run_workers
 from argonne.parallel.mesh import Mesh, open_mesh
 from argonne.parallel.objective import Head, Loss, MicroBatch, Objective
@@ -56,7 +57,8 @@ Tensors = dict[str, np.ndarray]
 @dataclass(frozen=True)
 class Case:
     """A model, how it is spread, and what a step does. `rows`: of a global batch; five on four ranks leave one with a
-    row that only fills up. masked: rank 0's rows train nothing. fails: the first pass raises in the middle on every
+    row that only fills up. masked: rank 0's rows train nothing. untrained: so many first places of every row train
+    nothing. fails: the first pass raises in the middle on every
     rank, as where compiling fails, and the step is tried again.
     """
 
@@ -75,15 +77,24 @@ class Case:
     fails: bool = False
     compile: bool = False
     steps: int = 5
+    context: int = 1
+    length: int = LENGTH
+    untrained: int = 0
+    kernel: str = "auto"
     mutation: str = ""
 
     @property
     def world(self) -> int:
-        return self.replicate * self.shard
+        return self.replicate * self.shard * self.context
+
+    @property
+    def parts(self) -> int:
+        """Ranks that hold one copy of the model between them."""
+        return self.shard * self.context if self.shard > 1 else 1
 
     def alone(self) -> Case:
         """The same on one process, as it should be."""
-        return dataclasses.replace(self, replicate=1, shard=1, mutation="", fails=False, compile=False)
+        return dataclasses.replace(self, replicate=1, shard=1, context=1, mutation="", fails=False, compile=False)
 
 
 @dataclass(frozen=True)
@@ -117,14 +128,15 @@ class Drawn:
         return contextlib.nullcontext()
 
     def read(self, step: int, first: int, count: int, rows: int) -> Arrays:
-        case, draw = self.case, np.random.default_rng(step)
-        shape = (case.rows, LENGTH)
-        ids = draw.integers(0, VOCABULARY, (case.rows, LENGTH + 1))
+        case, length, draw = self.case, self.case.length, np.random.default_rng(step)
+        shape = (case.rows, length)
+        ids = draw.integers(0, VOCABULARY, (case.rows, length + 1))
         labels = np.where(draw.random(shape) < 0.8, ids[:, 1:], -100)
         if case.masked:
             labels[: -(-case.rows // 2)] = -100
+        labels[:, : case.untrained] = -100
         starts = draw.random(shape) < 0.1
-        place = np.arange(LENGTH)
+        place = np.arange(length)
         positions = place - np.maximum.accumulate(np.where(starts | (place == 0), place, 0), axis=1)
         arrays = {
             "input_ids": Array(ids[:, :-1], 0),
@@ -135,7 +147,7 @@ class Drawn:
         if case.documents:
             arrays["position_ids"] = Array(positions, place)
         if case.objective == "dpo":
-            arrays["answer"] = Array(place // (LENGTH // (2 * PAIRS)) + np.zeros(shape, np.int64), 0)
+            arrays["answer"] = Array(place // (length // (2 * PAIRS)) + np.zeros(shape, np.int64), 0)
             arrays["reference"] = Array(draw.normal(-40.0, 5.0, (case.rows, PAIRS, 2)), 0.0)
             arrays["pairs"] = Array(np.full(case.rows, PAIRS), 0)
         return {name: array.cut(first, count, rows) for name, array in arrays.items()}
@@ -170,7 +182,13 @@ def rough_weights(case: Case) -> Weights:
     whole = roughen(build_model(config, seed=0, dtype=torch.float64))
     tensors = {name: parameter.detach() for name, parameter in whole.named_parameters()}
     empty = empty_model(config)
-    empty.configure_training(activation_checkpointing=case.recompute, loss=case.loss, loss_chunk=7, z_loss=case.z_loss)
+    empty.configure_training(
+        attention=case.kernel,
+        activation_checkpointing=case.recompute,
+        loss=case.loss,
+        loss_chunk=7,
+        z_loss=case.z_loss,
+    )
     return Weights(empty, lambda: iter(sorted(tensors.items())))
 
 
@@ -181,7 +199,8 @@ def whole(tensor: Tensor) -> np.ndarray:
 
 def compute(case: Case, mesh: Mesh) -> Found:
     """Loss and gradients of step 0, then the weights after all steps."""
-    precision, mode = Precision("fp32", mesh.device), SHARDED if case.shard > 1 else REPLICATED
+    precision = Precision("fp32", mesh.device)
+    mode = CONTEXT if case.context > 1 else SHARDED if case.shard > 1 else REPLICATED
     model = mode.parallelise(rough_weights(case), mesh, objective_of(case), precision)
     optim = OptimSection(lr=RATE, name=case.optimizer, muon_dtype="float64", muon_lr=RATE, weight_decay=0.1)
     optimizer = build_optimizer(model.plain, optim, mesh)
@@ -190,7 +209,7 @@ def compute(case: Case, mesh: Mesh) -> Found:
     trained, data = Trained(model, optimizer, precision), Drawn(case)
     with Loader(data, mesh.data_rank, mesh.data_size, case.micro, prefetch=0) as loader:
         batches = [loader.batch(step) for step in range(case.steps)]
-    counts = [mesh.sum_later([batch.count])()[0] for batch in batches]
+    counts = [mesh.sum_later([batch.count * mesh.speaks_for_its_rows])()[0] for batch in batches]
     if case.fails:
         with contextlib.suppress(Planted):
             model.forward_backward(batches[0].micro_batches, counts[0])
@@ -214,7 +233,7 @@ def _work(cases: Sequence[Case]) -> list[Found]:
     found = []
     for number, case in enumerate(cases):
         os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)  # ranks meet under another name in the store
-        parallel = ParallelSection(replicate=case.replicate, shard=case.shard)
+        parallel = ParallelSection(replicate=case.replicate, shard=case.shard, context=case.context)
         with open_mesh(parallel, "cpu", timeout_seconds=20) as mesh, mutations.planted(case.mutation):
             result = compute(case, mesh)
             found.append(result if mesh.is_main else dataclasses.replace(result, gradients={}, weights={}))
@@ -242,7 +261,7 @@ def problems(case: Case, found: Found, expected: Found, relative: float = 1e-9) 
     largest or by what so many steps can move them; and copies of the model that are not equal bit for bit.
     """
     wrong = []
-    if found.copies != found.copies[: case.shard] * case.replicate:
+    if found.copies != found.copies[: case.parts] * (case.world // case.parts):
         wrong.append(f"copies of the model differ: {found.copies}")
     for name, mine, theirs in (("loss", found.loss, expected.loss), ("norm", found.norm, expected.norm)):
         if not abs(mine - theirs) <= max(relative, 1e-6 if name == "loss" else 0) * abs(theirs):  # sums are fp32

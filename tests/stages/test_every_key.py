@@ -154,6 +154,7 @@ FLIPS = {
 # What acts beside a run of this kind, each with its own tests: a device or a library that is not here, text instead of
 # tokens, several processes.
 ELSEWHERE = {
+    "parallel.context": "tests/parallel/test_context.py",
     "model.init_from": "tests/stages/test_continue.py",
     "data.sources": "tests/data/test_phases.py",
     "data.input": "tests/prepare/test_from_text.py",
@@ -183,7 +184,7 @@ ELSEWHERE = {
     "parallel.timeout": "tests/parallel/test_failures.py",
     "stop.grace": "tests/parallel/test_failures.py",
 }
-REFUSED = ("parallel.tensor", "parallel.context", "parallel.pipeline")
+REFUSED = ("parallel.tensor", "parallel.pipeline")
 
 
 @dataclass(frozen=True)
