@@ -19,7 +19,8 @@ import numpy as np
 
 from argonne.layout import index_of
 from argonne.prepare.texts import READ_BYTES, Bytes
-from argonne.tokens.shards import entries_of, read_header, totals_of
+from argonne.tokens.manifest import entries_of
+from argonne.tokens.shards import read_header, totals_of
 from argonne.tokens.writer import ShardWriter
 
 PARTS = "parts"

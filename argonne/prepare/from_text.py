@@ -29,6 +29,7 @@ from argonne.jobs import JobSettings
 from argonne.prepare import documents, encode, engines, messages, planning, prepare
 from argonne.prepare.options import PrepareOptions
 from argonne.tokens import shards as tokens
+from argonne.tokens.manifest import read_manifest
 from argonne.tokens.shards import Shard, TokenSet, TokenStream
 
 FAILURE = "failure.json"
@@ -223,7 +224,7 @@ class TextWork:
     def account(self) -> str | None:
         """One line in which every row is somewhere; of the units that are finished, None where none is."""
         if self.complete:
-            return messages.account(tokens.read_manifest(self.out))
+            return messages.account(read_manifest(self.out))
         count = self._counted(len(self._records))
         found = {"rows": count.rows, "documents": count.kept, "drops": count.drops, "bad_files": []}
         return f"so far {messages.account({**found, 'held_out': {'share': 0, 'documents': 0}})}" if count.rows else None

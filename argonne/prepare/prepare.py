@@ -24,6 +24,7 @@ from argonne.prepare.documents import InputFile, Unit, find_files
 from argonne.prepare.options import PrepareOptions, check_options
 from argonne.prepare.planning import open_plan, sample_texts, turn, unit_weights, what_differs
 from argonne.prepare.progress import ProgressBar
+from argonne.tokens import manifest as manifests
 from argonne.tokens import shards as tokens
 from argonne.tokens.tokenizer import load_tokenizer
 
@@ -100,7 +101,7 @@ def _finish_last(
 
 def check_complete(options: PrepareOptions, out: Path) -> None:
     """Raise InputError where the finished set in `out` is not what the options ask for."""
-    manifest = tokens.read_manifest(out)
+    manifest = manifests.read_manifest(out)
     if other := what_differs(options, manifest):
         raise InputError(f"{out}: holds a finished token set made with {other}; choose another --out or remove it")
     if (out / layout.UNITS_PLAN).exists():
@@ -122,8 +123,8 @@ def changed_input(options: PrepareOptions, out: Path) -> str | None:
         found = find_files(options.input, outside=out)
     except NothingMatches:
         return None
-    manifest = tokens.read_manifest(out)
-    read = Counter((Path(source["path"]).name, source["bytes"]) for source in tokens.sources_of(out, manifest))
+    manifest = manifests.read_manifest(out)
+    read = Counter((Path(source["path"]).name, source["bytes"]) for source in manifests.sources_of(out, manifest))
     others = []
     for file in found:
         if not read[known := (Path(file.path).name, file.bytes)]:
@@ -222,7 +223,7 @@ def finish(options: PrepareOptions, plan: dict[str, Any], out: Path) -> dict[str
     manifest = _manifest(plan, ordered)
     for leftover in files.collect_temporaries(out):
         ProgressBar("prepare", 0).log(f"removed the unfinished {leftover.name}")
-    tokens.write_manifest(out, manifest)
+    manifests.write_manifest(out, manifest)
     _clean(out)
     return manifest
 
@@ -281,8 +282,8 @@ def _manifest(plan: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, 
             of_file[number].append(own)
     held = [record["held_out"] for record in records]
     return {
-        "format": tokens.FORMAT,
-        "format_version": tokens.FORMAT_VERSION,
+        "format": manifests.FORMAT,
+        "format_version": manifests.FORMAT_VERSION,
         "dtype": tokens.dtype_for(plan["tokenizer"]["vocab_size"]),
         "tokenizer": plan["tokenizer"],
         **_totals([own for record in records for own in assemble.sources_of(record)]),

@@ -9,8 +9,6 @@ last token. Version 1 of this format is final.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -23,16 +21,15 @@ import numpy as np
 
 from argonne import files
 from argonne.errors import InputError
-from argonne.layout import MANIFEST, SOURCES, TOKENIZER, UNITS_PLAN, index_of
+from argonne.layout import MANIFEST, TOKENIZER, index_of
+from argonne.tokens.manifest import entries_of, read_manifest
 
-FORMAT, FORMAT_VERSION = "argonne-tokens", 1
 HEADER_BYTES = 1024
 MAGIC = {"uint32": (20240801, 7), "uint16": (20240520, 1)}
 DTYPES = {magic: dtype for dtype, (magic, _) in MAGIC.items()}
 LARGEST_SHARD = 2**31 - 1
 OPEN_FILES = 300
 MARKED = 256
-SOURCES_IN_MANIFEST = 1000
 
 
 def dtype_for(vocab_size: int) -> str:
@@ -329,30 +326,6 @@ def open_folder(folder: Path) -> TokenSet:
         ) from None
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a finished folder; InputError when it is unfinished, foreign or of a later version."""
-    if not (folder / MANIFEST).is_file():
-        unfinished = (
-            "; `argonne prepare` was interrupted here: run it again to finish" if (folder / UNITS_PLAN).exists() else ""
-        )
-        advice = unfinished or "; name a folder that `argonne prepare` wrote, or a token file in it"
-        raise InputError(f"{folder}: no {MANIFEST} in this folder, so it is no finished token set{advice}")
-    manifest = files.read_json(folder / MANIFEST)
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise InputError(f"{folder / MANIFEST}: not the manifest of a token set (no format {FORMAT!r})")
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise InputError(
-            f"{folder / MANIFEST}: format version {manifest.get('format_version')}, this argonne reads "
-            f"{FORMAT_VERSION}; update argonne"
-        )
-    return manifest
-
-
-def entries_of(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """The shards that a manifest, or the record of a unit, names: training, then held out."""
-    return [*record["shards"], *record["held_out"]["shards"]]
-
-
 def totals_of(parts: Sequence[dict[str, Any]]) -> dict[str, int]:
     return {name: sum(part[name] for part in parts) for name in ("tokens", "documents", "text_bytes")}
 
@@ -372,40 +345,3 @@ def shard_of(folder: Path, entry: dict[str, Any], dtype: str) -> Shard:
         expected = f"{8 * entry['documents']:,} for {entry['documents']:,} documents"
         raise InputError(f"{index}: {size:,} bytes, expected {expected}; restore it or prepare again")
     return Shard(path, dtype, tokens, index=index, sha256=entry["sha256"], index_sha256=entry["index_sha256"])
-
-
-def sources_of(folder: Path, manifest: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """What was read into a set, file by file: path, format, bytes, and what became of its rows."""
-    if "sources_file" not in manifest:
-        yield from manifest["sources"]
-        return
-    with open(folder / SOURCES, encoding="utf-8", newline="\n") as lines:
-        yield from map(json.loads, lines)
-
-
-def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write `sha256.json` (every file of the set, in the form of `files.seal_directory`), then the manifest: the last
-    file makes the set complete. Sources past a thousand stand in a file of their own: a set opens in no time."""
-    entries: dict[str, Any] = {}
-    if (count := len(manifest["sources"])) > SOURCES_IN_MANIFEST:
-        lines = "".join(json.dumps(source, ensure_ascii=False) + "\n" for source in manifest["sources"])
-        files.write_text(folder / SOURCES, lines)
-        entries[SOURCES] = {
-            "bytes": (folder / SOURCES).stat().st_size,
-            "sha256": files.sha256_of_file(folder / SOURCES),
-        }
-        manifest = {**manifest, "sources": [], "sources_file": {"file": SOURCES, "sources": count}}
-    content = (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode()
-    entries[MANIFEST] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    for entry in entries_of(manifest):
-        entries[entry["file"]] = {"bytes": entry["bytes"], "sha256": entry["sha256"]}
-        entries[index_of(Path(entry["file"])).name] = {"bytes": 8 * entry["documents"], "sha256": entry["index_sha256"]}
-    for path in sorted((folder / TOKENIZER).iterdir()):
-        if path.name != files.HASH_LIST:
-            files.fsync_path(path)
-            entries[path.relative_to(folder).as_posix()] = {
-                "bytes": path.stat().st_size,
-                "sha256": files.sha256_of_file(path),
-            }
-    files.write_json(folder / files.HASH_LIST, {"format_version": 1, "files": entries})
-    files.write_bytes(folder / MANIFEST, content)
