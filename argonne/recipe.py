@@ -280,18 +280,19 @@ def to_toml(recipe: Recipe, idle: Collection[str] = ()) -> str:
         value, need = value_of(recipe, path), unmet(recipe, path)
         off = f", acts with {need or item.metadata['needs']}" if need or path in idle else ""
         meaning = f"  # {item.metadata['meaning']}{off}"
-        shown = '"unset"' if value is None else _toml(to_tree(value))
+        shown = '"unset"' if value is None else toml_value(to_tree(value))
         lines.append(f"{'# ' if value is None or off else ''}{name} = {shown}{meaning}")
     return "\n".join(lines) + "\n"
 
 
-def _toml(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """A plain value, as of `to_tree`, the way TOML writes it."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, dict):
-        return "{ " + ", ".join(f"{name} = {_toml(inner)}" for name, inner in value.items()) + " }"
+        return "{ " + ", ".join(f"{name} = {toml_value(inner)}" for name, inner in value.items()) + " }"
     if isinstance(value, list):
-        return "[" + ", ".join(map(_toml, value)) + "]"
+        return "[" + ", ".join(map(toml_value, value)) + "]"
     if isinstance(value, str):
         escaped = "".join(_escape(character) for character in value)
         return f'"{escaped}"'

@@ -41,6 +41,7 @@ PAGES = (
         "dpo": "tune on pairs of a better and a worse answer",
     }),
     ("launch", "on a cluster", {
+        "rehearse": "a chain of recipes, small and on this CPU, before a GPU is booked: train, stop, resume, export",
         "launch": "hand in jobs that go on from one another until their runs are complete, to SLURM or PBS",
     }),
     ("watch", "look at what there is", {
@@ -65,7 +66,7 @@ PAGES = (
     }),
 )  # fmt: skip
 ALL_VERBS = {verb: text for _, _, verbs in PAGES for verb, text in verbs.items()}
-RECIPE_VERBS = ("pretrain", "continue", "midtrain", "sft", "cot-sft", "dpo", "launch", "plan")
+RECIPE_VERBS = ("pretrain", "continue", "midtrain", "sft", "cot-sft", "dpo", "launch", "rehearse", "plan")
 Verbs = Callable[..., "Parser"]
 
 
@@ -93,7 +94,11 @@ def run_verb(argv: Sequence[str] | None) -> int:
                 )
         if arguments[:1] == ["completion"]:
             return print_completion(arguments[1:])
-        mark = arguments.index("--") if arguments[:1] == ["launch"] and "--" in arguments else len(arguments)
+        mark = (
+            arguments.index("--")
+            if arguments[:1] in (["launch"], ["rehearse"]) and "--" in arguments
+            else len(arguments)
+        )
         options, rest = build_parser(arguments).parse_known_args(arguments[:mark])
         options.started, options.rest = started, rest + arguments[mark + 1 :]
         if rest and options.verb not in RECIPE_VERBS:

@@ -1,4 +1,4 @@
-"""launch: jobs that go on from one another until their runs are complete."""
+"""launch, rehearse: jobs that go on from one another until their runs are complete; the same chain, small, before."""
 
 from __future__ import annotations
 
@@ -7,11 +7,16 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from argonne.cli.command import Verbs, add_keys, build_parser, chosen
+from argonne.cli.command import Parser, Verbs, add_keys, build_parser, chosen
 from argonne.cli.train import check_data, check_verb, recipe_of
 from argonne.errors import InputError
+from argonne.keys import parse_duration
 from argonne.parallel.scripts import LaunchOptions, Leg, hand_in, script_of
+
+if TYPE_CHECKING:
+    from argonne.rehearse.checks import Machine
 
 # Flags of a training verb that are the chain's to say, or that a second job must not repeat.
 NOT_REPEATED = ("run", "init_from", "rewind", "take_over", "dry_run")
@@ -20,19 +25,30 @@ NOT_REPEATED = ("run", "init_from", "rewind", "take_over", "dry_run")
 def add_verbs(verb: Verbs, arguments: Sequence[str]) -> None:
     launch = verb("launch", launch_chain)
     launch.add_argument("scheduler", choices=("slurm", "pbs"), metavar="slurm|pbs")
-    launch.add_argument(
+    chain_flags(launch)
+    launch.add_argument("--dry-run", action="store_true", help="print the job's script and stop")
+    launch.add_argument("--rehearse", action="store_true", help="hand in nothing before `argonne rehearse` has passed")
+    launch.add_argument("--gpu", metavar="NAME", help="with --rehearse: the card, as in plan")
+    add_keys(launch, LaunchOptions)
+    rehearse = verb("rehearse", rehearse_chain)
+    chain_flags(rehearse)
+    rehearse.add_argument("--gpus", type=int, default=0, metavar="N", help="GPUs of the real run, on all its nodes")
+    rehearse.add_argument("--gpu", metavar="NAME", help="the card, as in plan: does the real run fit its memory?")
+    rehearse.add_argument("--time", metavar="T", help="what a job of the real run gets: its first save comes before")
+
+
+def chain_flags(parser: Parser) -> None:
+    parser.add_argument(
         "recipes",
         nargs="+",
         metavar="RECIPE",
         help="packaged names or TOML files, one after the other, each from the former's run; --section.key VALUE, and "
         "the flags of a training verb behind --, are for all",
     )
-    launch.add_argument(
+    parser.add_argument(
         "--run", nargs="+", type=Path, metavar="DIR", help="run folder of each recipe (default: runs/RECIPE)"
     )
-    launch.add_argument("--init-from", metavar="MODEL", help="weights that the first recipe starts from")
-    launch.add_argument("--dry-run", action="store_true", help="print the job's script and stop")
-    add_keys(launch, LaunchOptions)
+    parser.add_argument("--init-from", metavar="MODEL", help="weights that the first recipe starts from")
 
 
 def launch_chain(options: argparse.Namespace) -> None:
@@ -43,10 +59,46 @@ def launch_chain(options: argparse.Namespace) -> None:
     if options.dry_run:
         print(script, end="")
         return
+    if options.rehearse:
+        from argonne.rehearse.checks import Machine
+
+        seconds = parse_duration(settings.jobs.time, "--time") if settings.jobs.time else None
+        notice = parse_duration(settings.stop_before, "--stop-before")
+        rehearsed(legs, Machine(settings.gpus * settings.nodes, options.gpu, seconds and seconds - notice))
     for leg in legs:
         print(f"{leg.folder}: argonne {shlex.join(leg.arguments)}", file=sys.stderr)
     if (identifier := hand_in(options.scheduler, legs, script)) is not None:
         print(identifier)
+
+
+def rehearse_chain(options: argparse.Namespace) -> None:
+    if options.gpus < 0:
+        raise InputError(f"--gpus: found {options.gpus}, expected at least 0")
+    try:
+        legs = legs_of(options)
+    except InputError as error:
+        raise InputError(f"rehearsal: the check of {error}") from None
+    from argonne.rehearse.checks import Machine
+
+    seconds = parse_duration(options.time, "--time") if options.time else None
+    print("\n".join(rehearsed(legs, Machine(options.gpus, options.gpu, seconds))))
+
+
+def rehearsed(legs: list[Leg], machine: Machine) -> list[str]:
+    """Rehearse a chain; what to know of it afterwards, in lines."""
+    from argonne.rehearse.chain import Part, rehearse, summary
+
+    parts: list[Part] = []
+    for leg in legs:
+        verb, name, *_ = leg.arguments
+        asked = parsed(verb, name, leg.arguments[4:])
+        if asked.resume_from is not None:
+            raise InputError("--resume-from: a whole state is as large as the real run; rehearse with --init-from it")
+        recipe = recipe_of(asked)
+        starts = [number for number, part in enumerate(parts) if str(part.folder) == recipe.model.init_from]
+        flags = ("--allow", *asked.allow) if asked.allow else ()
+        parts.append(Part(name, verb, recipe, leg.folder, flags, starts[-1] if starts else None))
+    return summary(rehearse(parts, machine, lambda text: print(text, file=sys.stderr, flush=True)))
 
 
 def legs_of(options: argparse.Namespace) -> list[Leg]:

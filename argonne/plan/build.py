@@ -224,12 +224,16 @@ def _misfit(recipe: Recipe, choice: Choice, device: Device, gpus: int, advice: s
 
 def _refusals(recipe: Recipe, uses: list[SourceUse], choice: Choice, misfit: str | None) -> list[str]:
     """Why pretrain would not start this run."""
-    found = [
+    return [reason for reason in (refusal_of(recipe, choice.layout), misfit, *over_read(uses)) if reason]
+
+
+def over_read(uses: list[SourceUse]) -> list[str]:
+    """The sources on this disk that a run would read more often than it may."""
+    return [
         f"source {use.path} would be read {use.passes:.2f} times, more than its max_epochs {use.max_epochs:g}"
         for use in uses
         if use.here and use.passes is not None and use.passes > use.max_epochs
     ]
-    return [reason for reason in (refusal_of(recipe, choice.layout), misfit, *found) if reason]
 
 
 def _warnings(

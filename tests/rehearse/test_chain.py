@@ -1,0 +1,49 @@
+"""`argonne rehearse` as it is typed: a chain passes and leaves nothing; what is wrong is named with its phase."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.prepare.helpers import content
+from tests.rehearse.commands import Rehearsals
+
+
+def test_a_chain_is_trained_stopped_resumed_evaluated_exported_and_leaves_nothing(
+    rehearsals: Rehearsals, folder: Path
+) -> None:
+    before = content(folder)
+    code, said = rehearsals.run("rehearse pre.toml sft.toml", folder)
+    assert code == 0, said
+    for name, evaluated in (("pre.toml", "bpb"), ("sft.toml", "turns")):
+        for done in ("trained, and stopped by SIGTERM", "resumed, and complete at step 12", f"evaluated ({evaluated})"):
+            assert f"{name}: {done}" in said
+        assert f"{name}: exported, proven in a fresh process, and loaded" in said
+    assert "pre.toml: model.hidden_size: 128 -> 32" in said
+    assert "sft.toml: model.init_from: runs/nano-3.0 -> " in said
+    assert "not rehearsed: kernels of the card" in said
+    assert content(folder) == before
+
+
+def test_a_name_error_in_the_save_fails_with_phase_recipe_and_its_own_words(
+    rehearsals: Rehearsals, folder: Path
+) -> None:
+    code, said = rehearsals.run("rehearse pre.toml", folder, plant="name_error_in_the_save")
+    assert code == 2
+    last = said.splitlines()[-1]
+    assert last.startswith("argonne: rehearsal: training of pre.toml: NameError: name 'save_tokeniser' is not defined")
+    assert Path(last.rpartition("all it said: ")[2].rstrip(")")).is_file()
+
+
+def test_what_the_check_finds_costs_no_run(rehearsals: Rehearsals, folder: Path) -> None:
+    code, said = rehearsals.run("rehearse pre.toml --gpus 3 --parallel.shard 2", folder)
+    assert code == 2
+    assert said.startswith("argonne: rehearsal: the check of pre.toml: [parallel]: found replicate auto x shard 2 on 3")
+    assert list((folder / "tmp").iterdir()) == []
+
+
+def test_launch_hands_nothing_in_before_the_rehearsal_has_passed(rehearsals: Rehearsals, folder: Path) -> None:
+    words = "launch slurm pre.toml --rehearse --gpus 3 --parallel.shard 2"
+    code, said = rehearsals.run(words, folder)
+    assert code == 2
+    assert "rehearsal: the check of pre.toml: [parallel]" in said
+    assert not (folder / "runs").exists()
