@@ -119,6 +119,7 @@ def check(recipe: Recipe) -> None:
     _check_bounds(recipe)
     if recipe.model.init_from is None:  # else once the weights are known
         presets.check(dataclasses.asdict(recipe.model))
+        check_heads(recipe.model.num_attention_heads or recipe.parallel.tensor, recipe.parallel.tensor)
     check_rates(recipe.optim, recipe.schedule)
     train, batch, data = recipe.train, recipe.batch, recipe.data
     lengths = [name for name in ("steps", "tokens", "epochs") if getattr(train, name) is not None]
@@ -205,20 +206,32 @@ def check_mesh(parallel: ParallelSection, workers: int) -> None:
     """Refuse degrees that nothing would honour, or that so many workers cannot be: what the configuration says is what
     runs.
     """
-    for name in ("tensor", "context", "pipeline"):
+    for name in ("context", "pipeline"):
         if (degree := getattr(parallel, name)) != 1:
             raise InputError(
-                f"parallel.{name}: found {degree}, expected 1; only parallel.replicate and parallel.shard are built"
+                f"parallel.{name}: found {degree}, expected 1; parallel.replicate, parallel.shard and parallel.tensor "
+                "are built"
             )
     if parallel.async_tensor:
-        raise InputError("parallel.async_tensor: found true, expected false; tensor parallelism is not built")
-    if workers % parallel.shard or parallel.replicate not in (0, workers // parallel.shard):
-        asked = f"replicate {parallel.replicate or 'auto'} x shard {parallel.shard}"
-        fitting = " or ".join(
-            f"{workers // shard} x {shard}" for shard in range(1, workers + 1) if workers % shard == 0
-        )
+        raise InputError("parallel.async_tensor: found true, expected false; it is not built")
+    groups, left = divmod(workers, parallel.tensor)
+    if left or groups % parallel.shard or parallel.replicate not in (0, groups // parallel.shard):
+        of_tensor = f" x tensor {parallel.tensor}" if parallel.tensor > 1 else ""
+        asked = f"replicate {parallel.replicate or 'auto'} x shard {parallel.shard}{of_tensor}"
+        fitting = " or ".join(f"{groups // shard} x {shard}" for shard in range(1, groups + 1) if groups % shard == 0)
+        if of_tensor:
+            fitting = f"a tensor degree that divides {workers}" if left else f"{fitting}, each x {parallel.tensor}"
         raise InputError(
             f"[parallel]: found {asked} on {workers} workers, expected degrees whose product is {workers}: {fitting}"
+        )
+
+
+def check_heads(heads: int, degree: int) -> None:
+    """Refuse a tensor degree over which the heads of attention cannot be dealt."""
+    if heads % degree:
+        fitting = ", ".join(str(number) for number in range(1, heads + 1) if heads % number == 0)
+        raise InputError(
+            f"parallel.tensor: found {degree}, expected a degree that divides the {heads} attention heads: {fitting}"
         )
 
 

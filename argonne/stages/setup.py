@@ -26,6 +26,7 @@ from argonne.parallel.mesh import Mesh
 from argonne.parallel.objective import MicroBatch, Objective
 from argonne.parallel.parallelise import REPLICATED, Mode, Parallelised
 from argonne.parallel.shard import SHARDED
+from argonne.parallel.tensor import TENSOR
 from argonne.plan import Device, Setup, choose_setup, plan_of_run, running_device, shape_of
 from argonne.plan.build import total_steps as planned_steps
 from argonne.plan.shape import fitted, short_base
@@ -68,7 +69,8 @@ class Session:
 
     @property
     def mode(self) -> Mode:
-        return self.given_mode or (SHARDED if self.recipe.parallel.shard > 1 else REPLICATED)
+        asked = self.recipe.parallel
+        return self.given_mode or (TENSOR if asked.tensor > 1 else SHARDED if asked.shard > 1 else REPLICATED)
 
 
 @dataclass(frozen=True)
