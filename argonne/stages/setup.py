@@ -190,7 +190,8 @@ def record_start(
     # The weights say what the model is: of a preset beside them only some defaults are left.
     origin = f"from {recipe.model.init_from}" if recipe.model.init_from else recipe.model.preset or "sizes of its own"
     log(f"model: {parameters:,} parameters, {recipe.model.num_hidden_layers} layers, {origin}")
-    spread = f" ({mesh.world_size // mesh.shard} copies in {mesh.shard} parts)" if mesh.shard > 1 else ""
+    parts = mesh.shard * mesh.inner
+    spread = f" ({mesh.world_size // parts} copies in {parts} parts)" if parts > 1 else ""
     log(
         f"batch: {rows * length:,} tokens a step = {rows} rows x {length}, {micro_rows} rows a micro-batch on "
         f"{mesh.world_size} x {mesh.device.type}{spread}; {total_steps:,} steps, {data.tokens_before(total_steps):,} "

@@ -82,6 +82,13 @@ def test_every_generation_on_every_mesh_gives_what_one_process_gives() -> None:
 
 
 @pytest.mark.campaign
+def test_compiled_layers_give_what_one_process_gives() -> None:
+    cases = [Case("3.0", tensor=2, compile=True), Case("2.5", 1, 2, tensor=2, compile=True, recompute="full")]
+    together = on_workers(cases)
+    assert [problems(case, together[case], in_one_process(case)) for case in cases] == [[], []]
+
+
+@pytest.mark.campaign
 def test_copies_of_split_models_are_equal_bit_for_bit_after_a_hundred_steps() -> None:
     copies = on_workers([LONG])[LONG].copies
     assert copies[:2] == copies[2:]
