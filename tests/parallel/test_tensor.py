@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,8 +20,9 @@ from argonne.stages.pretrain import run
 from argonne.stages.session import run_session
 from argonne.stages.setup import Session
 from argonne.train.checkpoint import LAST
+from tests.parallel.faults import Fault
 from tests.parallel.test_sharded import load_all, same_curve, stage_named
-from tests.train.helpers import curve, stored
+from tests.train.helpers import curve, stage_of, stored
 from tests.tuning import pairs, write
 
 Nano = Callable[..., Recipe]
@@ -79,6 +81,25 @@ def test_a_run_with_dropout_stopped_and_resumed_equals_one_uninterrupted_bit_for
     run(recipe, tmp_path / "cut")
     assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
     assert load_all(tmp_path / "cut" / LAST) == load_all(tmp_path / "whole" / LAST)
+
+
+@pytest.mark.campaign
+def test_an_overflow_of_fp16_on_one_rank_skips_the_step_on_all(nano: Nano, tmp_path: Path) -> None:
+    half = {"train.precision": '"fp16"', "train.steps": "4"}
+    stage = stage_of(Fault("inf", rank=1, call=2, mark=tmp_path / "fired"))
+    run_session(Session(nano(**half, **mesh(1, 1, 2)), tmp_path / "two", stage))
+    assert [record["step"] for record in read_metrics(tmp_path / "two").of("skip")] == [2]
+    assert all(math.isfinite(record["loss"]) for record in curve(tmp_path / "two")[2:])
+
+
+@pytest.mark.campaign
+def test_rank_0_reads_for_all_and_muon_trains_as_on_one_process(nano: Nano, tmp_path: Path) -> None:
+    asked = {"data.reader": '"rank-0"', "optim.name": '"muon"', "train.steps": "4"}
+    run(nano(**asked), tmp_path / "one")
+    run(nano(**asked, **mesh(2, 1, 2)), tmp_path / "four")
+    same_curve(tmp_path / "four", tmp_path / "one", 1e-4)
+    samples = [[record["text"] for record in read_metrics(tmp_path / name).of("sample")] for name in ("one", "four")]
+    assert samples[0] == samples[1] != []
 
 
 @pytest.mark.parametrize(
