@@ -59,8 +59,8 @@ class OwnHeads(Whole):
 
 
 class Table(RowwiseParallel):
-    """Rows of a table: what is looked up is there when it leaves. Torch's own hands on what is still on its way, of which
-    a compiled layer returns a wrong gradient (2.13; seen in tests/parity).
+    """Rows of a table: what is looked up is there when it leaves. Torch's own hands on what is still on its way, of
+    which a compiled layer returns a wrong gradient (2.13; seen in tests/parity).
     """
 
     @staticmethod

@@ -84,9 +84,17 @@ def test_a_run_with_dropout_stopped_and_resumed_equals_one_uninterrupted_bit_for
 
 
 @pytest.mark.campaign
+def test_under_autocast_and_compiled_the_curve_is_that_of_one_process(nano: Nano, tmp_path: Path) -> None:
+    asked = {"train.precision": '"bf16"', "train.compile": '"on"', "train.steps": "4"}
+    run(nano(**asked), tmp_path / "one")
+    run(nano(**asked, **mesh(1, 1, 2)), tmp_path / "two")
+    same_curve(tmp_path / "two", tmp_path / "one", 1e-2)
+
+
+@pytest.mark.campaign
 def test_an_overflow_of_fp16_on_one_rank_skips_the_step_on_all(nano: Nano, tmp_path: Path) -> None:
-    half = {"train.precision": '"fp16"', "train.steps": "4"}
-    stage = stage_of(Fault("inf", rank=1, call=2, mark=tmp_path / "fired"))
+    half = {"train.precision": '"fp16"', "train.steps": "4"}  # of two micro-batches each
+    stage = stage_of(Fault("inf", rank=1, call=3, mark=tmp_path / "fired"))
     run_session(Session(nano(**half, **mesh(1, 1, 2)), tmp_path / "two", stage))
     assert [record["step"] for record in read_metrics(tmp_path / "two").of("skip")] == [2]
     assert all(math.isfinite(record["loss"]) for record in curve(tmp_path / "two")[2:])
