@@ -41,15 +41,15 @@ WIDE = (
 )
 LONG = Case("3.0", 2, 1, tensor=2, steps=100)
 PLANTED = (
-    Case("3.0", tensor=2, mutation=mutations.OWN_INPUTS),
-    Case("3.0", tensor=2, mutation=mutations.OWN_GAINS),
-    Case("3.0", tensor=2, heads=(6, 3), mutation=mutations.OWN_KEYS),
-    Case("3.0", tensor=2, mutation=mutations.OWN_VOCABULARY),
-    Case("3.0", tensor=2, mutation=mutations.LOCAL_NORM),
-    Case("3.0", tensor=2, mutation=mutations.TIED_TWICE),
-    Case("3.0", tensor=2, masked=True, micro=1, optimizer="muon", mutation=mutations.OF_PARTS),
-    Case("3.0", shard=2, tensor=2, masked=True, mutation=mutations.LOCAL_COUNT),
-    Case("3.0", shard=2, tensor=2, optimizer="muon", mutation=mutations.DEFAULT_GROUP),
+    Case("3.0", tensor=2, steps=1, mutation=mutations.OWN_INPUTS),
+    Case("3.0", tensor=2, steps=1, mutation=mutations.OWN_GAINS),
+    Case("3.0", tensor=2, heads=(6, 3), steps=1, mutation=mutations.OWN_KEYS),
+    Case("3.0", tensor=2, steps=1, mutation=mutations.OWN_VOCABULARY),
+    Case("3.0", tensor=2, steps=1, mutation=mutations.LOCAL_NORM),
+    Case("3.0", tensor=2, steps=1, mutation=mutations.TIED_TWICE),
+    Case("3.0", tensor=2, masked=True, micro=1, optimizer="muon", steps=1, mutation=mutations.OF_PARTS),
+    Case("3.0", shard=2, tensor=2, masked=True, steps=1, mutation=mutations.LOCAL_COUNT),
+    Case("3.0", shard=2, tensor=2, optimizer="muon", steps=1, mutation=mutations.DEFAULT_GROUP),
 )
 
 
