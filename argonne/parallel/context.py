@@ -107,6 +107,13 @@ class HeadOfRows:
     def z_loss(self) -> float:
         return self.head.z_loss
 
+    @property
+    def weight(self) -> Tensor:
+        return self.head.weight
+
+    def of_part(self, weight: Tensor, first: int, group: dist.ProcessGroup) -> HeadOfRows:
+        return HeadOfRows(self.head.of_part(weight, first, group), self.own)
+
     def logits(self, hidden: Tensor) -> Tensor:
         raise InputError(
             f"parallel.context: found {self.own.mesh.context}, expected 1: this stage's loss reads logits itself, and "

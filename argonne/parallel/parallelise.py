@@ -77,8 +77,11 @@ class Parallelised:
 
 class Weights(Protocol):
     """A model that takes no memory until it is filled. fill(device, ended): with its tensors; `ended` gets each decoder
-    layer once it has all of its own, and may take them apart.
+    layer once it has all of its own, and may take them apart. config: of the model.
     """
+
+    @property
+    def config(self) -> Any: ...
 
     def fill(self, device: torch.device | str, ended: Callable[[nn.Module], object] = ..., /) -> nn.Module: ...
 

@@ -27,6 +27,7 @@ from argonne.parallel.mesh import Mesh
 from argonne.parallel.objective import MicroBatch, Objective
 from argonne.parallel.parallelise import REPLICATED, Mode, Parallelised
 from argonne.parallel.shard import SHARDED
+from argonne.parallel.tensor import TENSOR
 from argonne.plan import Device, Setup, choose_setup, plan_of_run, running_device, shape_of
 from argonne.plan.build import total_steps as planned_steps
 from argonne.plan.shape import fitted, short_base
@@ -70,7 +71,9 @@ class Session:
     @property
     def mode(self) -> Mode:
         asked = self.recipe.parallel
-        return self.given_mode or (CONTEXT if asked.context > 1 else SHARDED if asked.shard > 1 else REPLICATED)
+        return self.given_mode or (
+            TENSOR if asked.tensor > 1 else CONTEXT if asked.context > 1 else SHARDED if asked.shard > 1 else REPLICATED
+        )
 
 
 @dataclass(frozen=True)
@@ -190,7 +193,7 @@ def record_start(
     # The weights say what the model is: of a preset beside them only some defaults are left.
     origin = f"from {recipe.model.init_from}" if recipe.model.init_from else recipe.model.preset or "sizes of its own"
     log(f"model: {parameters:,} parameters, {recipe.model.num_hidden_layers} layers, {origin}")
-    parts = mesh.shard * mesh.context if mesh.shard > 1 else 1
+    parts = mesh.inner // mesh.context * (mesh.shard * mesh.context if mesh.shard > 1 else 1)
     spread = f" ({mesh.world_size // parts} copies in {parts} parts)" if parts > 1 else ""
     spread += f", each row in {mesh.context} parts" if mesh.context > 1 else ""
     log(

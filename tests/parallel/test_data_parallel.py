@@ -88,7 +88,7 @@ def test_a_shard_that_is_found_damaged_by_one_rank_ends_all_and_nothing_is_start
     assert "all start again" not in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("key", ["tensor", "pipeline"])
+@pytest.mark.parametrize("key", ["pipeline"])
 def test_a_degree_that_nothing_honours_is_refused(nano: Nano, key: str) -> None:
     with pytest.raises(InputError, match=f"parallel.{key}"):
         check_mesh(nano(**{f"parallel.{key}": "2"}).parallel, 2)

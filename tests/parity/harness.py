@@ -28,6 +28,7 @@ from argonne.parallel.mesh import Mesh, open_mesh
 from argonne.parallel.objective import Head, Loss, MicroBatch, Objective
 from argonne.parallel.parallelise import REPLICATED
 from argonne.parallel.shard import SHARDED
+from argonne.parallel.tensor import TENSOR
 from argonne.presets import preset
 from argonne.train.objectives import next_token, next_token_by_row
 from argonne.train.optim import Precision, build_optimizer
@@ -82,19 +83,26 @@ class Case:
     untrained: int = 0
     kernel: str = "auto"
     mutation: str = ""
+    tensor: int = 1
+    heads: tuple[int, int] | None = None  # of queries and keys, else 6 and 2 or 6
 
     @property
     def world(self) -> int:
-        return self.replicate * self.shard * self.context
+        return self.replicate * self.shard * self.context * self.tensor
 
     @property
     def parts(self) -> int:
         """Ranks that hold one copy of the model between them."""
-        return self.shard * self.context if self.shard > 1 else 1
+        return self.tensor * (self.shard * self.context if self.shard > 1 else 1)
+
+    @property
+    def split(self) -> tuple[int, int]:
+        return (self.tensor, self.shard) if self.tensor > 1 else (1, 1)
 
     def alone(self) -> Case:
         """The same on one process, as it should be."""
-        return dataclasses.replace(self, replicate=1, shard=1, context=1, mutation="", fails=False, compile=False)
+        one = {"replicate": 1, "shard": 1, "context": 1, "tensor": 1}
+        return dataclasses.replace(self, **one, mutation="", fails=False, compile=False)
 
 
 @dataclass(frozen=True)
@@ -178,6 +186,8 @@ def rough_weights(case: Case) -> Weights:
     own = {"num_key_value_heads": 2 if grouped else 6, "layer_types": ["full_attention"] * 2}
     if released["sliding_window"]:
         own |= {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 9}
+    if case.heads is not None:
+        own |= dict(zip(("num_attention_heads", "num_key_value_heads"), case.heads, strict=True))
     config = config_from_fields({**released, **SIZES, **own})
     whole = roughen(build_model(config, seed=0, dtype=torch.float64))
     tensors = {name: parameter.detach() for name, parameter in whole.named_parameters()}
@@ -200,7 +210,7 @@ def whole(tensor: Tensor) -> np.ndarray:
 def compute(case: Case, mesh: Mesh) -> Found:
     """Loss and gradients of step 0, then the weights after all steps."""
     precision = Precision("fp32", mesh.device)
-    mode = CONTEXT if case.context > 1 else SHARDED if case.shard > 1 else REPLICATED
+    mode = TENSOR if case.tensor > 1 else CONTEXT if case.context > 1 else SHARDED if case.shard > 1 else REPLICATED
     model = mode.parallelise(rough_weights(case), mesh, objective_of(case), precision)
     optim = OptimSection(lr=RATE, name=case.optimizer, muon_dtype="float64", muon_lr=RATE, weight_decay=0.1)
     optimizer = build_optimizer(model.plain, optim, mesh)
@@ -233,7 +243,7 @@ def _work(cases: Sequence[Case]) -> list[Found]:
     found = []
     for number, case in enumerate(cases):
         os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)  # ranks meet under another name in the store
-        parallel = ParallelSection(replicate=case.replicate, shard=case.shard, context=case.context)
+        parallel = ParallelSection(replicate=case.replicate, shard=case.shard, context=case.context, tensor=case.tensor)
         with open_mesh(parallel, "cpu", timeout_seconds=20) as mesh, mutations.planted(case.mutation):
             result = compute(case, mesh)
             found.append(result if mesh.is_main else dataclasses.replace(result, gradients={}, weights={}))
@@ -241,10 +251,12 @@ def _work(cases: Sequence[Case]) -> list[Found]:
 
 
 def on_workers(cases: Sequence[Case]) -> dict[Case, Found]:
-    """What each case comes to; workers are started once for each number of them."""
+    """What each case comes to; workers are started once for each number of them, and for each mesh with tensor
+    parallelism: DTensor remembers the groups of a mesh by its shape, and those of another case are gone.
+    """
     found: dict[Case, Found] = {}
-    for world in sorted({case.world for case in cases}):
-        mine = [case for case in cases if case.world == world]
+    for world, shape in sorted({(case.world, case.split) for case in cases}):
+        mine = [case for case in cases if (case.world, case.split) == (world, shape)]
         results = run_workers(
             _work, (mine,), count=world, max_restarts=0, grace_seconds=5, preload=("tests.parity.harness",)
         )

@@ -12,10 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import PrepareModuleInput
 
-from argonne.model import attention
-from argonne.parallel import context, parallelise, shard
+from argonne.model import attention, loss
+from argonne.parallel import context, parallelise, shard, tensor
 from argonne.parallel.mesh import Mesh
 from argonne.train import muon
 
@@ -32,6 +33,10 @@ RESTARTED = "positions restart in each part"
 OWN_KEYS_ONLY = "what other ranks make of keys and values is dropped"
 MEAN_OF_PARTS = "gradients of the parts of a row are averaged"
 OWN_ROWS = "a row is summed over the rank's own part"
+OWN_INPUTS = "what enters q, k, v, gate and up, and with it every norm, gets its own rank's gradients alone"
+OWN_GAINS = "gains of q, k and v get the gradients of their own rank's heads alone"
+OWN_KEYS = "a head of keys that several ranks read gets the gradients of one"
+OWN_VOCABULARY = "what enters a split head gets the gradients of its own rows of the vocabulary"
 
 
 @contextmanager
@@ -139,9 +144,43 @@ def _own_part(self: context.Part, part: Tensor) -> Tensor:
 
 
 PATTERN_OF_PART, LOSS_OF_PART = attention.pattern_of_part, context.loss_of_part
+
+
+class _Alone(torch.autograd.Function):
+    """Takes what each rank's gradient lacks for nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, entering: DTensor) -> DTensor:
+        return entering.view_as(entering)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: DTensor) -> DTensor:  # type: ignore[override]
+        return DTensor.from_local(gradient.to_local(), gradient.device_mesh, [Replicate()])
+
+
+class _OwnInputs(PrepareModuleInput):
+    def _prepare_input_fn(self, inputs: Any, device_mesh: Any) -> Any:
+        first, *rest = super()._prepare_input_fn(inputs, device_mesh)
+        return (_Alone.apply(first), *rest)
+
+
+def _own_keys(self: Any, module: nn.Module, output: DTensor, mesh: Any) -> Tensor:
+    return output.to_local().index_select(-1, self.columns)
+
+
+def _own_vocabulary(original: Callable[..., Any]) -> Callable[..., Any]:
+    def summed(tensor: Tensor, *rest: Any, **how: Any) -> Any:
+        is_of_hidden = tensor.ndim == 2 and tensor.shape[1] > 1
+        return None if is_of_hidden else original(tensor, *rest, **how)
+
+    return summed
+
+
 SPREAD = muon.MuonAdamW._spread
 FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
-    LOCAL_COUNT: [(page, "in_one_call", _divide_by_own(parallelise.in_one_call)) for page in (parallelise, shard)],
+    LOCAL_COUNT: [
+        (page, "in_one_call", _divide_by_own(parallelise.in_one_call)) for page in (parallelise, shard, tensor)
+    ],
     LOCAL_NORM: [(parallelise, "total_norm", _own_norm)],
     ROOT_ONLY: [(shard, "fully_shard", _undivided)],
     TIED_TWICE: [(parallelise, "total_norm", _twice(parallelise.total_norm))],
@@ -153,5 +192,9 @@ FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
     OWN_KEYS_ONLY: [(context, "_Gather", _KeepsOwn)],
     MEAN_OF_PARTS: [(Mesh, "averaged", Mesh.data_size)],
     OWN_ROWS: [(context.Part, "join", _own_part)],
-    NO_ALL_REDUCE: [(shard, "fully_shard", _without_all_reduce)],
+    NO_ALL_REDUCE: [(page, "fully_shard", _without_all_reduce) for page in (shard, tensor)],
+    OWN_INPUTS: [(tensor, "PrepareModuleInput", _OwnInputs)],
+    OWN_GAINS: [(tensor, "SequenceParallel", lambda **how: tensor.Whole())],
+    OWN_KEYS: [(tensor.OwnHeads, "_leave", _own_keys)],
+    OWN_VOCABULARY: [(loss.dist, "all_reduce", _own_vocabulary(dist.all_reduce))],
 }

@@ -28,6 +28,7 @@ from argonne.parallel.context import CONTEXT
 from argonne.parallel.mesh import Mesh
 from argonne.parallel.parallelise import REPLICATED, Parallelised
 from argonne.parallel.shard import SHARDED
+from argonne.parallel.tensor import TENSOR
 from argonne.plan import Plan, make_plan, plan_lines, shape_of
 from argonne.plan.memory import Setup, State, peaks
 from argonne.plan.mesh import LINK_USE, LINKS, NODE, Layout, sending_seconds, traffic_of
@@ -141,8 +142,10 @@ class Counted(TorchDispatchMode):
         self.bytes: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name.removeprefix("c10d::_").removeprefix("c10d::")
-        if func.namespace == "c10d" and (kind := next((self.KINDS[key] for key in self.KINDS if key in name), None)):
+        name = func._schema.name.rpartition("::")[2].replace("_", "").replace("reducescatter", "reduce_scatter")
+        if func.namespace in ("c10d", "_c10d_functional") and (
+            kind := next((self.KINDS[key] for key in self.KINDS if key in name), None)
+        ):
             tensors = [arg for arg in torch.utils._pytree.tree_leaves(args) if isinstance(arg, torch.Tensor)]
             self.bytes[kind] += max(tensor.nbytes for tensor in tensors)
         return func(*args, **(kwargs or {}))
@@ -158,11 +161,12 @@ def ranks() -> Iterator[None]:
 
 def spread_over(layout: Layout, recompute: str = "none") -> Parallelised:
     """The tiny model as a run spreads it."""
-    degrees = {"shard": layout.shard, "context": layout.context, "inner": layout.context}
+    degrees = {"shard": layout.shard, "context": layout.context, "inner": layout.context * layout.tensor}
     rows = dist.new_group(list(range(layout.context))) if layout.context > 1 else None
     mesh = Mesh(torch.device("cpu"), 0, layout.devices, rows=rows, **degrees)
     weights = fresh_weights(config_from_fields(TINY), seed=1)
     mode = CONTEXT if layout.context > 1 else SHARDED if layout.shard > 1 else REPLICATED
+    mode = TENSOR if layout.tensor > 1 else mode
     spread = mode.parallelise(weights, mesh, next_token, Precision("fp32", mesh.device))
     plain: Any = spread.plain
     plain.configure_training(activation_checkpointing=recompute, checkpointing_stride=1, loss="full", loss_chunk=0)
@@ -220,6 +224,22 @@ def test_a_context_divides_the_tokens_of_a_row_and_a_shard_beside_it_the_weights
         ("all-gather", "context", 4),
         ("reduce-scatter", "context", 4),
     }
+
+
+def test_the_plan_counts_what_a_group_with_split_tensors_sends(recompute: str) -> None:
+    layout = Layout(shard=2, tensor=2)
+    spread = spread_over(layout, recompute)
+    with Counted() as counted:
+        spread.forward_backward(micro_batches(3), 24)
+    # Of each token its highest logit, its sum and that of its label, and once a micro-batch nothing else.
+    of_tokens = 3 * 3 * 8 * 4
+    planned = {
+        (part.kind, part.over): part.bytes
+        for part in traffic_of(
+            shape_of(TINY), Setup(1, 8, shard=2, tensor=2, activation_checkpointing=recompute), layout, 3, "h100"
+        )
+    }
+    assert counted.bytes["all-reduce"] - of_tokens == planned["all-reduce", "tensor"]
 
 
 @pytest.mark.usefixtures("ranks")

@@ -180,11 +180,12 @@ ELSEWHERE = {
     "log.trackio": "tests/train/test_telemetry.py",
     "parallel.replicate": "tests/parallel/test_sharded.py",
     "parallel.shard": "tests/seam/test_seam.py",
+    "parallel.tensor": "tests/parallel/test_tensor.py",
     "parallel.max_restarts": "tests/parallel/test_failures.py",
     "parallel.timeout": "tests/parallel/test_failures.py",
     "stop.grace": "tests/parallel/test_failures.py",
 }
-REFUSED = ("parallel.tensor", "parallel.pipeline")
+REFUSED = ("parallel.pipeline",)
 
 
 @dataclass(frozen=True)
