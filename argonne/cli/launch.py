@@ -53,6 +53,8 @@ def chain_flags(parser: Parser) -> None:
 
 def launch_chain(options: argparse.Namespace) -> None:
     settings: LaunchOptions = chosen(LaunchOptions, options)
+    if options.gpu is not None and not options.rehearse:
+        raise InputError("--gpu: is for --rehearse; add that, or leave it out")
     legs = legs_of(options)
     again = shlex.join(["argonne", *(word for word in options.parser.given if word != "--dry-run")])
     script = script_of(options.scheduler, legs, settings, again)

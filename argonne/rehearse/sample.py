@@ -12,7 +12,7 @@ from argonne.prepare.texts import Refused
 
 WHOLE = 1 << 20  # bytes of a source that is read as it is
 ROWS, PLACES = 400, 8
-ENOUGH = 1000.0  # passes: a rehearsal may read its few rows often
+ENOUGH = 50.0  # passes: what the most rows of a rehearsal need of a single one
 
 
 def sample(sources: tuple[SourceSection, ...], folder: Path) -> tuple[SourceSection, ...]:

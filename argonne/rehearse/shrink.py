@@ -21,7 +21,7 @@ from argonne.recipe import to_tree, toml_value
 
 STEPS, SAVE_EVERY = 12, 4
 HIDDEN, INTERMEDIATE, LAYERS, KEY_VALUE_HEADS = 32, 64, 4, 2
-TEXT_ROWS, CHAT_ROWS = 4, 2  # of a step, at most before ranks ask for more
+TEXT_ROWS, CHAT_ROWS = 4, 1  # of a step, at most before ranks ask for more
 TEXT_ROW, CHAT_ROW = (32, 256), 1024  # tokens: a sixteenth of text within these; conversations stay whole
 RANKS = 4
 MOST = {"eval.windows": 2, "eval.task_limit": 2, "checkpoint.sample_tokens": 8, "chat.probes": 2}

@@ -19,7 +19,7 @@ def test_a_chain_is_trained_stopped_resumed_evaluated_exported_and_leaves_nothin
             assert f"{name}: {done}" in said
         assert f"{name}: exported, proven in a fresh process, and loaded" in said
     assert "pre.toml: model.hidden_size: 128 -> 32" in said
-    assert "sft.toml: model.init_from: runs/nano-3.0 -> " in said
+    assert "sft.toml: model.init_from: runs/pre -> " in said
     assert "not rehearsed: kernels of the card" in said
     assert content(folder) == before
 
@@ -47,3 +47,10 @@ def test_launch_hands_nothing_in_before_the_rehearsal_has_passed(rehearsals: Reh
     assert code == 2
     assert "rehearsal: the check of pre.toml: [parallel]" in said
     assert not (folder / "runs").exists()
+
+
+def test_a_card_is_told_to_a_launch_that_rehearses(rehearsals: Rehearsals, folder: Path) -> None:
+    assert rehearsals.run("launch slurm pre.toml --gpu h200", folder) == (
+        2,
+        "argonne: --gpu: is for --rehearse; add that, or leave it out\n",
+    )
