@@ -296,8 +296,8 @@ def test_an_unknown_device_is_refused_with_the_nearest_name() -> None:
 
 
 def test_degrees_that_do_not_make_the_devices_are_refused() -> None:
-    with pytest.raises(InputError, match="multiple of 4"):
-        make_plan(load_recipe("argonne-2.5-pretrain", {"parallel.tensor": "4"}), gpu="h200", gpus=3)
+    with pytest.raises(InputError, match="multiple of 2"):
+        make_plan(load_recipe("argonne-2.5-pretrain", {"parallel.tensor": "2"}), gpu="h200", gpus=3)
 
 
 def test_a_model_without_sizes_is_refused() -> None:
