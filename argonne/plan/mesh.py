@@ -180,7 +180,8 @@ def _sent(layout: Layout, device: str, kind: str, over: str, size: float) -> Sen
     near = layout.in_a_node(over)
     link = LINKS.get(device)
     rate = None if link is None else 1e9 * LINK_USE * link[0 if near else 1]
-    ranks = {"shard": layout.parts, "replicate": layout.copies, "context": layout.context}[over]
+    sizes = {"shard": layout.parts, "replicate": layout.copies, "context": layout.context, "tensor": layout.tensor}
+    ranks = sizes[over]
     return Sent(kind, over, ranks, size, near, rate)
 
 

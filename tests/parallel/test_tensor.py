@@ -113,9 +113,9 @@ def test_rank_0_reads_for_all_and_muon_trains_as_on_one_process(nano: Nano, tmp_
 @pytest.mark.parametrize(
     ("degrees", "fits"),
     [
-        ({"tensor": 3}, "a tensor degree that divides 4"),
-        ({"tensor": 2, "shard": 4}, "2 x 1 or 1 x 2, each x 2"),
-        ({"tensor": 2, "replicate": 4}, "2 x 1 or 1 x 2, each x 2"),
+        ({"tensor": 3}, "a tensor of 1 or 2 or 4"),
+        ({"tensor": 2, "shard": 4}, "2 x 1 x 2 or 1 x 2 x 2"),
+        ({"tensor": 2, "replicate": 4}, "2 x 1 x 2 or 1 x 2 x 2"),
     ],
 )
 def test_degrees_that_are_not_the_number_of_workers_are_refused(degrees: dict[str, int], fits: str) -> None:

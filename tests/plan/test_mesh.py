@@ -226,6 +226,8 @@ def test_a_context_divides_the_tokens_of_a_row_and_a_shard_beside_it_the_weights
     }
 
 
+@pytest.mark.usefixtures("ranks")
+@pytest.mark.parametrize("recompute", ["none", "full"])
 def test_the_plan_counts_what_a_group_with_split_tensors_sends(recompute: str) -> None:
     layout = Layout(shard=2, tensor=2)
     spread = spread_over(layout, recompute)

@@ -116,7 +116,7 @@ FLIPS = {
     ),
     "train.steps": Flip("5"),
     "train.tokens": Flip("768", without=("train.steps",)),
-    "train.epochs": Flip("0.004", without=("train.steps",)),
+    "train.epochs": Flip("0.008", without=("train.steps",)),
     "train.precision": Flip('"bf16"'),
     "train.activation_checkpointing": Flip('"full"', live=lambda trainer: options(trainer).activation_checkpointing),
     "train.checkpointing_stride": Flip(
