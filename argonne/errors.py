@@ -71,6 +71,14 @@ class NothingMatches(InputError):
     """A pattern of the user's matches no file: another one may."""
 
 
+class TextEnds(InputError):
+    """The text that a run is trained on while it is tokenised goes no further. What was read of it is right."""
+
+
+class NoAnswer(InputError):
+    """A scheduler did not say what it was asked: nothing is known."""
+
+
 class InUse(InputError):
     """Another process is at work on the same folder."""
 

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 from argonne.declare import key
-from argonne.errors import InputError
+from argonne.errors import InputError, NoAnswer
 from argonne.keys import parse_duration
 
 SUBMIT = {"slurm": ("sbatch", "--parsable"), "pbs": ("qsub",)}
-QUEUED = {"slurm": ("squeue", "-h", "-o", "%T", "-j"), "pbs": ("qstat",)}
+# The states in which SLURM's accounts leave a task that will not run again.
+ENDED = {
+    *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"),
+    *("REVOKED", "TIMEOUT"),
+}
+# What qstat ends with for a job that it no longer knows, and for one that has ended.
+PBS_GONE = (153, 35)
 
 
 @dataclass(frozen=True)
@@ -69,13 +76,39 @@ def submit(scheduler: str, script: Path, what: str, remedy: str) -> str:
         raise InputError(f"{what}: there is no {command[0]} here; {remedy}") from None
     except subprocess.CalledProcessError as error:
         raise InputError(f"{what}: {command[0]} refused {script}: {error.stderr.strip()}") from None
-    return found.stdout.strip().split(";")[0]
+    if not (identifier := found.stdout.strip().split(";")[0]):
+        raise InputError(f"{what}: {command[0]} took {script} and named no job; look whether one is queued")
+    return identifier
 
 
 def is_queued(scheduler: str, identifier: str) -> bool:
-    """Is the job, or any task of the array, waiting or running?"""
+    """Is the job, or any task of the array, waiting or running? Raises NoAnswer where the scheduler does not say.
+
+    squeue fails in the same way for a job that has ended and for a controller that is busy: SLURM's accounts decide,
+    and where there are none the list of this user's jobs, which comes only from a controller that answers.
+    """
+    if scheduler == "pbs":
+        code, lines = _asked("qstat", identifier)
+        if code and code not in PBS_GONE:
+            raise NoAnswer(f"job {identifier}: qstat does not say whether it is still there ({' '.join(lines)})")
+        return not code
+    code, lines = _asked("squeue", "-h", "-o", "%T", "-j", identifier)
+    if not code:
+        return bool(lines)
+    failed, states = _asked("sacct", "-n", "-X", "-P", "-o", "State", "-j", identifier)
+    if states and not failed:
+        return any(state.split()[0] not in ENDED for state in states)
+    failed, mine = _asked("squeue", "-h", "-o", "%F", "-u", str(os.getuid()))
+    if failed:
+        raise NoAnswer(f"job {identifier}: SLURM does not say whether it is still there (squeue: {' '.join(lines)})")
+    return identifier in mine
+
+
+def _asked(*command: str) -> tuple[int, list[str]]:
+    """(exit code, lines that a scheduler's command wrote; of one that failed those of its error)."""
     try:
-        found = subprocess.run([*QUEUED[scheduler], identifier], capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return False
-    return found.returncode == 0 and bool(found.stdout.strip())
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        return -1, [f"{command[0]}: {error.strerror}"]
+    said = found.stderr if found.returncode else found.stdout
+    return found.returncode, [line.strip() for line in said.splitlines() if line.strip()]

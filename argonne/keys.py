@@ -119,6 +119,7 @@ def check(recipe: Recipe) -> None:
     _check_bounds(recipe)
     if recipe.model.init_from is None:  # else once the weights are known
         presets.check(dataclasses.asdict(recipe.model))
+        check_heads(recipe.model.num_attention_heads or recipe.parallel.tensor, recipe.parallel.tensor)
     check_rates(recipe.optim, recipe.schedule)
     train, batch, data = recipe.train, recipe.batch, recipe.data
     lengths = [name for name in ("steps", "tokens", "epochs") if getattr(train, name) is not None]
@@ -205,20 +206,38 @@ def check_mesh(parallel: ParallelSection, workers: int) -> None:
     """Refuse degrees that nothing would honour, or that so many workers cannot be: what the configuration says is what
     runs.
     """
-    for name in ("tensor", "context", "pipeline"):
-        if (degree := getattr(parallel, name)) != 1:
-            raise InputError(
-                f"parallel.{name}: found {degree}, expected 1; only parallel.replicate and parallel.shard are built"
-            )
-    if parallel.async_tensor:
-        raise InputError("parallel.async_tensor: found true, expected false; tensor parallelism is not built")
-    if workers % parallel.shard or parallel.replicate not in (0, workers // parallel.shard):
-        asked = f"replicate {parallel.replicate or 'auto'} x shard {parallel.shard}"
-        fitting = " or ".join(
-            f"{workers // shard} x {shard}" for shard in range(1, workers + 1) if workers % shard == 0
+    if parallel.pipeline != 1:
+        raise InputError(
+            f"parallel.pipeline: found {parallel.pipeline}, expected 1; replicate, shard, tensor and context are built"
         )
+    if parallel.async_tensor:
+        raise InputError("parallel.async_tensor: found true, expected false; it is not built")
+    if parallel.tensor > 1 and parallel.context > 1:
+        raise InputError(
+            f"[parallel]: found tensor {parallel.tensor} and context {parallel.context}, expected one of them to be 1; "
+            "they are not built together"
+        )
+    name, inner = ("tensor", parallel.tensor) if parallel.tensor > 1 else ("context", parallel.context)
+    places, left = divmod(workers, inner)
+    if left or places % parallel.shard or parallel.replicate not in (0, places // parallel.shard):
+        third = f" x {inner}" if inner > 1 else ""
+        asked = f"replicate {parallel.replicate or 'auto'} x shard {parallel.shard}{third and f' x {name} {inner}'}"
+        fitting = " or ".join(
+            f"{places // shard} x {shard}{third}" for shard in range(1, places + 1) if places % shard == 0
+        )
+        if left:
+            fitting = f"a {name} of " + " or ".join(str(n) for n in range(1, workers + 1) if workers % n == 0)
         raise InputError(
             f"[parallel]: found {asked} on {workers} workers, expected degrees whose product is {workers}: {fitting}"
+        )
+
+
+def check_heads(heads: int, degree: int) -> None:
+    """Refuse a tensor degree over which the heads of attention cannot be dealt."""
+    if heads % degree:
+        fitting = ", ".join(str(number) for number in range(1, heads + 1) if heads % number == 0)
+        raise InputError(
+            f"parallel.tensor: found {degree}, expected a degree that divides the {heads} attention heads: {fitting}"
         )
 
 

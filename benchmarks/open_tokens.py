@@ -19,6 +19,7 @@ SETS = {"1 GB": 8, "10 GB": 80, "304 GB (76 billion tokens)": 2265}
 
 def shard_set(shards: int) -> Path:
     """A token set of `shards` sparse shards of 134 MB, made once."""
+    from argonne.tokens import manifest as manifests
     from argonne.tokens import shards as tokens
     from argonne.tokens.tokenizer import load_tokenizer
 
@@ -38,8 +39,8 @@ def shard_set(shards: int) -> Path:
             {**entry, "bytes": path.stat().st_size, "sha256": f"{number:064x}", "index_sha256": f"{number:064x}"}
         )
     manifest = {
-        "format": tokens.FORMAT,
-        "format_version": tokens.FORMAT_VERSION,
+        "format": manifests.FORMAT,
+        "format_version": manifests.FORMAT_VERSION,
         "dtype": "uint32",
         "tokenizer": {
             "fingerprint": tokenizer.fingerprint,
@@ -52,8 +53,9 @@ def shard_set(shards: int) -> Path:
         "tokens": shards * SHARD_TOKENS,
         "held_out": {"share": 0.0, "tokens": 0, "documents": 0, "text_bytes": 0, "shards": []},
         "shards": entries,
+        "sources": [],
     }
-    tokens.write_manifest(folder, manifest)
+    manifests.write_manifest(folder, manifest)
     return folder
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from argonne.tokens import manifest as manifests
 from argonne.tokens import shards as tokens
 from argonne.tokens.tokenizer import load_tokenizer
 from argonne.tokens.writer import ShardWriter
@@ -50,8 +51,8 @@ def write_token_set(
         position += int(sum(part))
     held = [_shard(folder, "held_out-00000", HELD_OUT_FROM, list(held_out))] if held_out else []
     manifest: dict[str, Any] = {
-        "format": tokens.FORMAT,
-        "format_version": tokens.FORMAT_VERSION,
+        "format": manifests.FORMAT,
+        "format_version": manifests.FORMAT_VERSION,
         "dtype": "uint32",
         "tokenizer": {
             "fingerprint": tokenizer.fingerprint,
@@ -72,7 +73,7 @@ def write_token_set(
         "shards": train,
         "sources": [],
     }
-    tokens.write_manifest(folder, manifest)
+    manifests.write_manifest(folder, manifest)
     return folder
 
 

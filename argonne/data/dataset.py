@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
@@ -26,6 +27,7 @@ from argonne.errors import InputError
 from argonne.prepare import from_text
 from argonne.prepare.from_text import TextWork
 from argonne.tokens.inspection import Verification
+from argonne.tokens.shards import TokenStream
 from argonne.tokens.tokenizer import TextTokenizer
 
 FILLER_SOURCE = -1
@@ -51,6 +53,7 @@ class TrainingData:
         self.run_folder: Path | None = None
         self.work: TextWork | None = None
         self._verification: Verification | None = None
+        self._tells, self._last_step = False, -1  # which ranks speak, and where the run ends
         self._streams = [source.tokens.train for source in sources]
         # What ends documents in each source, where it keeps no ends.
         opened = [source.tokens for source in sources]
@@ -100,6 +103,7 @@ class TrainingData:
 
     def check_steps(self, steps: int) -> None:
         """Raise InputError when `steps` steps would read a source more often than its `max_epochs`."""
+        self._last_step = steps - 1
         self.mixture.check_steps(steps)
 
     def passes(self, step: int) -> dict[str, float]:
@@ -143,6 +147,7 @@ class TrainingData:
             if self.work.changed_input:
                 lines.append(f"  warning: {self.work.changed_input}: the run goes on with what it began with")
             lines.append(f"  {self.tokenizer.end_told}")
+            lines += [f"  {account}"] if (account := self.work.account()) else []
         for phase in self.mixture.phases:
             mask = ", document mask" if phase.document_mask else ""
             rows = (
@@ -205,13 +210,16 @@ class TrainingData:
 
     def attach(self, model: object, mesh: Exchange) -> None:
         """The run begins: rank 0 begins to check the shards' hashes."""
+        self._tells = mesh.is_main
         if mesh.is_main:
             self.verify()
 
     def check(self) -> None:
-        """Raise InputError when the check of the hashes found a fault so far."""
+        """Raise InputError when the check of the hashes found a fault so far, TextEnds when the tokenising failed."""
         if self._verification is not None and self._verification.problem is not None:
             raise InputError(self._verification.problem)
+        if self.work is not None:
+            self.work.check()
 
     @contextmanager
     def not_waiting(self) -> Iterator[None]:
@@ -222,13 +230,16 @@ class TrainingData:
             yield
 
     def close(self) -> None:
-        """End what goes on in the background for this process: hashing, and tokenising of `data.input`. Raises what the
-        hashing found.
+        """End what goes on in the background for this process: hashing, and tokenising of `data.input`. Raises what was
+        found wrong there.
         """
+        work, self.work = self.work, None
         if self._verification is not None:
             self._verification.close()
-        if self.work is not None:
-            self.work.close()
+        if work is not None:
+            if self._tells and (account := work.account()):
+                print(f"{work.out}: {account}", file=sys.stderr, flush=True)
+            work.close()
         self.check()
 
     def read(self, step: int, first: int, count: int, rows: int) -> dict[str, Array]:
@@ -246,20 +257,24 @@ class TrainingData:
         inputs, labels = np.empty((rows, length), np.int64), np.empty((rows, length), np.int64)
         positions = np.empty((rows, length), np.int64) if phase.document_mask else None
         sources = np.full(rows, FILLER_SOURCE, np.int64)
-        for row, (source, runs) in enumerate(self._located(phase, sample, count)):
+        located = self._located(phase, sample, count)
+        for row, (source, runs) in enumerate(located):
             sources[row], stream, filled = source, self._streams[source], 0
             for begin, size in runs:
                 stream.copy_shifted(begin, inputs[row, filled : filled + size], labels[row, filled : filled + size])
                 filled += size
-            if positions is not None:
-                mask_documents(ends_in_row(stream, runs, inputs[row], self._ends[source]), labels[row], positions[row])
-        if inputs[:count].max(initial=0) >= self.vocab_size:
-            row = int((inputs[:count] >= self.vocab_size).any(axis=1).argmax())
-            raise InputError(
-                f"{self.sources[sources[row]].tokens.path}: holds id {int(inputs[row].max()):,}, the tokenizer "
-                f"{self.tokenizer_folder} has {self.vocab_size:,} entries; set data.tokenizer to the one that made "
-                "these tokens"
-            )
+        for part in (inputs[:count], labels[:count]):
+            ids = part.view(np.uint64)  # of a negative one that is far past the vocabulary
+            if ids.max(initial=0) >= self.vocab_size:
+                outside = int((ids >= self.vocab_size).argmax())
+                source, runs = located[outside // length]
+                raise self._outside(self._streams[source], runs, int(part.flat[outside]))
+        if positions is not None:
+            for row, (source, runs) in enumerate(located):
+                ends = ends_in_row(self._streams[source], runs, inputs[row], self._ends[source])
+                mask_documents(ends, labels[row], positions[row])
+        if step == self._last_step and self.work is not None:
+            self.work.check_read(max((begin + size for _, runs in located for begin, size in runs), default=0))
         inputs[count:], labels[count:] = 0, IGNORED
         tokens = np.zeros(rows, np.int64)
         tokens[:count] = length if positions is None else np.count_nonzero(labels[:count] != IGNORED, axis=1)
@@ -270,6 +285,19 @@ class TrainingData:
             positions[count:] = whole_row
             arrays["position_ids"] = Array(positions, whole_row)
         return arrays
+
+    def _outside(self, stream: TokenStream, runs: Sequence[tuple[int, int]], found: int) -> InputError:
+        """Says where in a row the id `found` lies, which the model has no row for."""
+        for begin, size in runs:
+            ids = np.empty(size + 1, np.int64)
+            stream.copy(begin, ids)
+            if (ids == found).any():
+                path, place = stream.place(begin + int((ids == found).argmax()))
+                break
+        return InputError(
+            f"{path}: holds id {found:,}, the tokenizer {self.tokenizer_folder} has {self.vocab_size:,} entries; set "
+            f"data.tokenizer to the one that made these tokens (it is token {place:,} of the file)"
+        )
 
     def _located(self, phase: Phase, first: int, count: int) -> list[tuple[int, list[tuple[int, int]]]]:
         """(number of the source in the recipe, runs of its tokens) of each row, out of blocks of rows that are located

@@ -124,15 +124,19 @@ class Loader(AbstractContextManager["Loader"]):
     def batch(self, step: int) -> Batch:
         """This rank's micro-batches of `step`. Raises InputError where a source is used up, or was found damaged."""
         began = time.perf_counter()
-        self.data.check()
-        future = self._ahead.pop(step, None)
-        arrays = future.result() if future is not None else self._read(step)
-        if self.exchange is not None:
-            arrays = self._from_rank_0(arrays, self.exchange)
+        arrays = self._here(step) if self.exchange is None else self._from_rank_0(step, self.exchange)
         waited = time.perf_counter() - began
         self._read_ahead(step)
         count = int(arrays[self.data.unit].values.sum())
         return Batch(step, self._micro_batches(arrays), count, waited)
+
+    def wrong(self) -> InputError | None:
+        """What was found wrong in the background, if anything was."""
+        try:
+            self.data.check()
+        except InputError as error:
+            return error
+        return None
 
     def _read_ahead(self, step: int) -> None:
         wanted = range(step + 1, step + 1 + self.prefetch)
@@ -151,11 +155,27 @@ class Loader(AbstractContextManager["Loader"]):
         first, count = share_of(rows, self.rank, self.size)
         return self._pinned(self.data.read(step, first, count, -(-rows // self.size)))
 
-    def _from_rank_0(self, arrays: Arrays, exchange: Exchange) -> Arrays:
-        """This rank's share of what rank 0 has read: names, shapes, types and fill values first, then the values."""
-        mine = [(name, array.values.shape, array.values.dtype.str, array.fill) for name, array in arrays.items()]
+    def _here(self, step: int) -> Arrays:
+        """What this rank has read of `step`, perhaps ahead."""
+        self.data.check()
+        future = self._ahead.pop(step, None)
+        return future.result() if future is not None else self._read(step)
+
+    def _from_rank_0(self, step: int, exchange: Exchange) -> Arrays:
+        """This rank's share of what rank 0 has read: names, shapes, types and fill values first, then the values. What
+        rank 0 finds wrong with the input, all do.
+        """
+        arrays: Arrays = {}
+        told: InputError | list[tuple[str, tuple[int, ...], str, Any]]
+        try:
+            arrays = self._here(step)
+            told = [(name, array.values.shape, array.values.dtype.str, array.fill) for name, array in arrays.items()]
+        except InputError as error:
+            told = error
+        if isinstance(told := exchange.broadcast(told), InputError):
+            raise told
         whole = {}
-        for name, shape, dtype, fill in exchange.broadcast(mine):
+        for name, shape, dtype, fill in told:
             values = arrays[name].values if exchange.is_main else np.empty(shape, dtype)
             exchange.broadcast_tensor(torch.from_numpy(values))
             whole[name] = Array(values, fill)

@@ -20,7 +20,8 @@ from argonne.legacy.reader import LegacyCheckpoint, read_legacy
 from argonne.model.configuration_argonne import FULL, SLIDING, Argonne1Config, ArgonneConfig
 from argonne.model.load import stop_ids
 from argonne.model.modeling_argonne import ArgonneForCausalLM
-from argonne.model.save import check_finite, copy_tokenizer, save_model_folder
+from argonne.model.save import copy_tokenizer, save_model_folder
+from argonne.model.stored import check_finite
 
 # Fields of 4.5 experiments that no released weights use; a checkpoint that has one on is another architecture.
 EXPERIMENTAL = {

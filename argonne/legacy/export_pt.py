@@ -23,7 +23,8 @@ from argonne.legacy.position import WRITTEN_BY
 from argonne.legacy.training import CLASSES, HEADS, MOMENTS, class_order
 from argonne.model.configuration_argonne import FULL, SLIDING, ArgonneConfig
 from argonne.model.load import read_checkpoint_tensors, resolve_model, stop_ids
-from argonne.model.save import check_finite, copy_tokenizer
+from argonne.model.save import copy_tokenizer
+from argonne.model.stored import check_finite
 from argonne.recipe import build
 from argonne.report.records import read_metrics
 from argonne.train.checkpoint import read_state

@@ -21,7 +21,7 @@ from argonne.errors import InputError
 from argonne.legacy.convert import modern_config, modern_name, modern_state
 from argonne.legacy.reader import LegacyCheckpoint, config_folder, config_of_file, unpickle, weights_of_file
 from argonne.model.configuration_argonne import ArgonneConfig
-from argonne.model.save import check_finite
+from argonne.model.stored import check_finite
 from argonne.train.checkpoint import run_tensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

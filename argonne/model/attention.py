@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.masking_utils import (
@@ -113,6 +114,42 @@ def dense_mask(
     return seen
 
 
+class Part(Protocol):
+    """Tokens that are a part of their rows, from place `first` on (context parallelism).
+
+    positions: (1 or B, length of the rows), which mark documents where they restart; rows may be filled up behind them.
+    gather: (2, B, H, T, D) keys and values of this part -> (2, B, H, at least that length, D) of whole rows.
+    """
+
+    @property
+    def first(self) -> int: ...
+    @property
+    def positions(self) -> Tensor: ...
+    def gather(self, part: Tensor, /) -> Tensor: ...
+
+
+def pattern_of_part(part: Part, window: int | None, hidden: Tensor) -> Pattern:
+    """What the queries of a part, hidden (B, T, H), see: of the keys those from the first that one of them sees to
+    their own.
+    """
+    first, end = part.first, part.first + hidden.shape[1]
+    low = 0 if window is None else max(0, first - window + 1)
+    query, key = (torch.arange(start, end, device=hidden.device) for start in (first, low))
+    distance = query[:, None] - key
+    seen = ((distance >= 0) if window is None else (distance >= 0) & (distance < window))[None, None]
+    starts = document_starts(part.positions, None, hidden.shape[0])
+    if starts is not None and bool(starts[:, 1:].any()):
+        number = F.pad(starts.cumsum(-1), (0, max(0, end - starts.shape[1])), value=-1)
+        number = number.to(hidden.device, non_blocking=True)
+        seen = seen & (number[:, None, first:end, None] == number[:, None, None, low:end])
+
+    def gather(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = part.gather(torch.stack([key, value]))[:, :, :, low:end]
+        return keys, values
+
+    return Pattern(dense=seen, gather=gather)
+
+
 def attention_patterns(
     config: Any,
     hidden: Tensor,
@@ -124,9 +161,12 @@ def attention_patterns(
     """Masks by layer type, for the attention implementation that the config names.
 
     attention_mask: None, (B, Tk) with 1 = real token, a finished 4-D mask, or what `generate` prepares (a dict by layer
-    type). Traced code (`torch.export`, a whole model under `torch.compile`) gets dense masks.
+    type), or the Part of its rows that this is. Traced code (`torch.export`, a whole model under `torch.compile`) gets
+    dense masks.
     """
     windows = {kind: config.sliding_window if kind == SLIDING else None for kind in config.layer_types}
+    if not isinstance(attention_mask, (dict, Tensor, type(None))):
+        return {kind: pattern_of_part(attention_mask, window, hidden) for kind, window in windows.items()}
     ours = config._attn_implementation == IMPLEMENTATION
     traced = torch.compiler.is_compiling()
     if isinstance(attention_mask, dict):
@@ -200,6 +240,8 @@ def argonne_attention(
     forced; what ran is kept in `module.attention_path`. Raises ValueError when a forced kernel cannot run.
     """
     pattern = attention_mask if isinstance(attention_mask, Pattern) else Pattern(dense=attention_mask)
+    if pattern.gather is not None:
+        key, value = pattern.gather(key, value)
     if pattern.dense is None and query.shape[2] != key.shape[2] and query.shape[2] > 1:
         raise ValueError(f"{query.shape[2]} queries over {key.shape[2]} keys need a mask: none was given")
     pattern = _within(pattern, query.shape[2])

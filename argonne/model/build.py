@@ -153,12 +153,18 @@ def _draw(tensor: Tensor, std: float, generator: torch.Generator) -> None:
 
 
 def check_attention(
-    config: ArgonneConfig, device: torch.device, kernel: str, dtype: torch.dtype, *, documents: bool = False
+    config: ArgonneConfig,
+    device: torch.device,
+    kernel: str,
+    dtype: torch.dtype,
+    *,
+    documents: bool = False,
+    part: bool = False,
 ) -> set[str]:
     """The kernels that train a model on a device in `dtype`. Raises InputError when one that a recipe forces
     cannot, before anything runs.
 
-    documents: rows will be packed with a document mask.
+    documents: rows will be packed with a document mask. part: each rank will hold a part of its rows' tokens.
     """
     sizes = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
     query, key, value = (
@@ -167,6 +173,8 @@ def check_attention(
     segments = Segments.of(torch.tensor([0, 2, 4]), 4, device) if documents else None
     try:
         plans = [Pattern(window, segments) for window in {None, config.sliding_window}]
+        if part:
+            plans = [Pattern(dense=torch.ones(1, 1, 4, 4, dtype=torch.bool, device=device))]
         return {choose_kernel(kernel, query, key, value, pattern, config.attention_dropout) for pattern in plans}
     except ValueError as error:
         raise InputError(f"train.attention: {error}") from None

@@ -49,14 +49,16 @@ class Pattern:
 
     window: keys it sees, itself included (None = all). segments: what it may not look out of. dense: (B, 1, Tq, Tk)
     bool, True = visible, replaces all else. own_keys: attend to this call's keys and values, not to what the cache
-    returns (training, and the first call with an empty cache of any class). memo: what a kernel makes of the pattern
-    once for a device and reads in every layer there.
+    returns (training, and the first call with an empty cache of any class). gather: where the queries are a part of
+    their rows, keys and values that they may see from those of the part. memo: what a kernel makes of the pattern once
+    for a device and reads in every layer there.
     """
 
     window: int | None = None
     segments: Segments | None = None
     dense: Tensor | None = None
     own_keys: bool = True
+    gather: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = field(default=None, compare=False, repr=False)
     memo: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def to(self, device: torch.device | str | int) -> Pattern:

@@ -45,7 +45,8 @@ def choose_kernel(wanted: str, query: Tensor, key: Tensor, value: Tensor, patter
     """
     if wanted not in ("auto", *ORDER):
         raise ValueError(f"attention kernel {wanted!r} is not known; expected auto or one of {', '.join(ORDER)}")
-    if query.shape[2] != key.shape[2] or query.shape[2] == 1:
+    cached = query.shape[2] != key.shape[2] and pattern.gather is None
+    if cached or query.shape[2] == 1:
         return "math" if wanted == "math" else "sdpa"
     if wanted != "auto":
         reason = why_not(wanted, query, key, value, pattern, dropout)

@@ -294,6 +294,12 @@ class Head:
     def z_loss(self) -> float:
         return self.options.z_loss
 
+    def of_part(self, weight: Tensor, first: int, group: dist.ProcessGroup) -> Head:
+        """The head of a vocabulary that a group splits: this rank has `weight`, its rows from `first` on. Losses are
+        whole; `logits` are those of its rows.
+        """
+        return replace(self, weight=weight, options=replace(self.options, first=first, group=group))
+
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., V) capped logits of (..., H) hidden states."""
         logits, cap = F.linear(hidden, self.weight), self.options.softcap

@@ -7,14 +7,12 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from argonne import layout
-from argonne.errors import InputError
 
 
 def save_model_folder(
@@ -94,20 +92,3 @@ def copy_tokenizer(source: Path | None, target: Path) -> list[str]:
     for name in found:
         shutil.copyfile(source / name, target / name)
     return found
-
-
-def is_finite(tensor: torch.Tensor) -> bool:
-    """Are all its numbers finite? A sum is so only where all it adds are, and costs a fraction; one that overflowed is
-    looked at closely.
-    """
-    return not tensor.is_floating_point() or bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
-
-
-def check_finite(where: Path | str, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raise InputError naming the first parameter that holds NaN or infinity."""
-    for name, tensor in tensors.items():
-        if not is_finite(tensor):
-            raise InputError(
-                f"{where}: {name} holds NaN or infinity in {int((~tensor.isfinite()).sum()):,} of {tensor.numel():,} "
-                "places; the weights are damaged, or do not fit their dtype: give others"
-            )

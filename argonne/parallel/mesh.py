@@ -33,8 +33,8 @@ class Mesh:
     dimension, then copies of the model, then the `shard` ranks that share one, tensor and context the innermost.
 
     Groups: `agreement` (gloo) for decisions such as stop, save and counts, `saving` (gloo) for saves in the background,
-    `data` for the ranks that hold the same part of the model and differ in their data; None is torch's default group,
-    on which gradients travel.
+    `data` for the ranks that hold the same part of the model and differ in their data, `rows` for those that hold the
+    tokens of the same rows between them; None is torch's default group, on which gradients travel.
     """
 
     device: torch.device
@@ -44,9 +44,11 @@ class Mesh:
     agreement: Any = None
     saving: Any = None
     data: Any = None
+    rows: Any = None
     pipeline: int = 1
     inner: int = 1
     shard: int = 1
+    context: int = 1
 
     @property
     def data_size(self) -> int:
@@ -56,6 +58,16 @@ class Mesh:
     @property
     def data_rank(self) -> int:
         return self.rank % (self.world_size // self.pipeline) // self.inner
+
+    @property
+    def part(self) -> int:
+        """Which part of its rows' tokens this rank holds."""
+        return self.rank % self.context
+
+    @property
+    def averaged(self) -> int:
+        """Ranks over which the reduction of gradients takes the mean."""
+        return self.data_size * self.context
 
     @property
     def speaks_for_its_rows(self) -> bool:
@@ -175,11 +187,19 @@ def open_mesh(parallel: ParallelSection, device_name: str, *, timeout_seconds: f
     try:
         agreement = dist.new_group(backend="gloo", timeout=timeout)
         saving = dist.new_group(backend="gloo", timeout=timeout)
-        place = Mesh(device, rank, world_size, local_rank, agreement, saving, None, pipeline, inner, parallel.shard)
-        data = None
+        place = Mesh(
+            *(device, rank, world_size, local_rank, agreement, saving),
+            pipeline=pipeline,
+            inner=inner,
+            shard=parallel.shard,
+            context=parallel.context,
+        )
+        data = rows = None
         if place.data_size < world_size:
             data, _ = dist.new_subgroups_by_enumeration(_data_groups(place), backend=backend, timeout=timeout)
-        yield replace(place, data=data)
+        if parallel.context > 1:
+            rows, _ = dist.new_subgroups(parallel.context, backend=backend, timeout=timeout)
+        yield replace(place, data=data, rows=rows)
     finally:
         dist.destroy_process_group()
 

@@ -77,8 +77,11 @@ class Parallelised:
 
 class Weights(Protocol):
     """A model that takes no memory until it is filled. fill(device, ended): with its tensors; `ended` gets each decoder
-    layer once it has all of its own, and may take them apart.
+    layer once it has all of its own, and may take them apart. config: of the model.
     """
+
+    @property
+    def config(self) -> Any: ...
 
     def fill(self, device: torch.device | str, ended: Callable[[nn.Module], object] = ..., /) -> nn.Module: ...
 
@@ -93,7 +96,24 @@ class Mode:
     parallelise: Callable[[Weights, Mesh, Objective, Casts], Parallelised]
 
 
-def replicate(weights: Weights, mesh: Mesh, objective: Objective, casts: Casts) -> Parallelised:
+# (model, micro-batch, objective) -> the loss of one forward pass, the same on all ranks that read these rows.
+Pass = Callable[[nn.Module, MicroBatch, Objective], Loss]
+
+
+def loss_of(model: nn.Module, micro: MicroBatch, objective: Objective) -> Loss:
+    """One forward pass of a whole model, through its own call, so that whatever is wrapped around it sees it."""
+    loss: Loss = model(
+        input_ids=micro["input_ids"],
+        position_ids=micro.get("position_ids"),
+        use_cache=False,
+        objective=lambda head, hidden: objective(head, hidden, micro),
+    )
+    return loss
+
+
+def replicate(
+    weights: Weights, mesh: Mesh, objective: Objective, casts: Casts, forward_pass: Pass = loss_of
+) -> Parallelised:
     """One copy a rank, gradients averaged over ranks in the last backward pass of a step; the model itself on a mesh of
     one.
     """
@@ -108,6 +128,7 @@ def replicate(weights: Weights, mesh: Mesh, objective: Objective, casts: Casts) 
         objective,
         casts,
         sync=lambda wanted: contextlib.nullcontext() if wanted else stepped.no_sync(),
+        forward_pass=forward_pass,
     )
 
 
@@ -120,22 +141,24 @@ def in_one_call(
     *,
     sync: Callable[[bool], contextlib.AbstractContextManager[Any]] = lambda wanted: contextlib.nullcontext(),
     forward: Literal["alone", "together"] = "alone",
+    forward_pass: Pass = loss_of,
 ) -> Parallelised:
     """For every mode in which one call of `stepped` is a whole forward pass. sync(wanted): around a micro-batch,
-    whether ranks reduce then.
+    whether ranks reduce then. forward_pass: of training; evaluation reads whole rows.
     """
 
     def forward_backward(micro_batches: Sequence[MicroBatch], count: int) -> Sums:
-        scale = mesh.data_size / max(1, count)  # the reduction averages over ranks
+        scale = mesh.averaged / max(1, count)
         sums = Sums(torch.zeros((), device=mesh.device, dtype=torch.float32))
         last = len(micro_batches) - 1
         for index, on_host in enumerate(micro_batches):
             micro = placed(on_host, mesh.device)
             with sync(index == last):
                 with casts.autocast():
-                    loss = loss_of(stepped, micro, objective)
+                    loss = forward_pass(stepped, micro, objective)
                 casts.scale(loss.total * scale).backward()
-            sums.add(loss, micro)
+            if mesh.speaks_for_its_rows:
+                sums.add(loss, micro)
         return sums
 
     def evaluate(micro: MicroBatch, other: Objective | None = None) -> Loss:
@@ -156,17 +179,6 @@ def _distributed(model: nn.Module, mesh: Mesh) -> DistributedDataParallel:
     }
     devices = [mesh.device] if mesh.device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **buffers)
-
-
-def loss_of(model: nn.Module, micro: MicroBatch, objective: Objective) -> Loss:
-    """One forward pass of a whole model, through its own call, so that whatever is wrapped around it sees it."""
-    loss: Loss = model(
-        input_ids=micro["input_ids"],
-        position_ids=micro.get("position_ids"),
-        use_cache=False,
-        objective=lambda head, hidden: objective(head, hidden, micro),
-    )
-    return loss
 
 
 def placed(micro: MicroBatch, device: torch.device) -> MicroBatch:

@@ -19,18 +19,19 @@ FAILURES, STARTED, SUBMITTED = "failures", "started", "submitted"
 LONGEST_NOTICE = 65535  # what SLURM takes
 
 NAMES = {"FINISHED": COMPLETE, "HALTED": STOPPED, "LOCK": LOCK, "SCRIPT": LAUNCH_SCRIPT}
-# What each scheduler calls it: this job, its successor's submission, is a job still there, take one back.
+# What each scheduler calls it: this job, its successor's submission, is a job gone for certain (a question that fails
+# is no answer), take one back.
 WORDS = {
     "slurm": {
         "ME": '"$SLURM_JOB_ID"',
         "SUBMIT": 'sbatch --parsable --dependency=afterany:"$me"',
-        "QUEUED": '[ -n "$(squeue -h -o %T -j "$1" 2>/dev/null)" ]',
+        "GONE": 'local mine; mine=$(squeue -h -o %F -u "$(id -u)") && ! grep -qx "$1" <<< "$mine"',
         "CANCEL": "scancel",
     },
     "pbs": {
         "ME": '"$PBS_JOBID"',
         "SUBMIT": 'qsub -W depend=afterany:"$me"',
-        "QUEUED": 'qstat "$1" >/dev/null 2>&1',
+        "GONE": 'qstat "$1" >/dev/null 2>&1; case $? in 153 | 35) ;; *) return 1 ;; esac',
         "CANCEL": "qdel",
     },
 }
@@ -47,7 +48,7 @@ me=@ME
 again=@AGAIN_QUOTED
 child= asked=
 @DEADLINE
-queued() { @QUEUED; }
+gone() { @GONE; }
 newest() { ls -d "$1"/checkpoint_step_* 2>/dev/null | sed 's/.*_//' | sort -n | tail -n 1; }
 all_complete() { for folder in @FOLDERS; do [ -e "$folder/@FINISHED" ] || return 1; done; }
 ask() { asked=1; if [ -n "$child" ]; then kill -USR1 "$child" 2>/dev/null; fi; }
@@ -79,7 +80,7 @@ end_after_failures() {
 if all_complete; then echo "argonne: every run is complete"; exit 0; fi
 former=$(cat "$state/started" 2>/dev/null) next= take_over= folder="the run"
 # The job before was cut off where it could not give the run back, perhaps on another node.
-if [ -n "$former" ] && [ "$former" != "$me" ] && ! queued "$former"; then take_over=--take-over; fi
+if [ -n "$former" ] && [ "$former" != "$me" ] && gone "$former"; then take_over=--take-over; fi
 end_after_failures
 echo $(($(cat "$state/failures") + 1)) > "$state/failures"  # until this job has brought a run further
 echo "$me" > "$state/started"

@@ -14,15 +14,18 @@ from torch.distributed.fsdp import fully_shard
 from argonne.keys import check_mesh
 from argonne.parallel.mesh import Mesh
 from argonne.parallel.objective import Objective
-from argonne.parallel.parallelise import Casts, Mode, Parallelised, Weights, in_one_call
+from argonne.parallel.parallelise import Casts, Mode, Parallelised, Pass, Weights, in_one_call, loss_of
 
 
-def shard(weights: Weights, mesh: Mesh, objective: Objective, casts: Casts) -> Parallelised:
+def shard(
+    weights: Weights, mesh: Mesh, objective: Objective, casts: Casts, forward_pass: Pass = loss_of
+) -> Parallelised:
     """Layer by layer as the weights come, so that no rank ever holds more whole tensors than one layer's and those
-    outside of layers. Gradients are averaged over all ranks.
+    outside of layers. Gradients are averaged over all ranks. Ranks that read parts of the same rows share a copy too.
     """
-    copies = mesh.world_size // mesh.shard
-    sizes = (mesh.shard,) if copies == 1 else (copies, mesh.shard)
+    parts = mesh.shard * mesh.context
+    copies = mesh.world_size // parts
+    sizes = (parts,) if copies == 1 else (copies, parts)
     # The ranks of a group stand side by side, on one node where they fit.
     devices = init_device_mesh(mesh.device.type, sizes, mesh_dim_names=("replicate", "shard")[-len(sizes) :])
     part = partial(fully_shard, mesh=devices)
@@ -36,7 +39,7 @@ def shard(weights: Weights, mesh: Mesh, objective: Objective, casts: Casts) -> P
         whole.set_requires_all_reduce(wanted)
         yield
 
-    return in_one_call(model, model, mesh, objective, casts, sync=sync, forward="together")
+    return in_one_call(model, model, mesh, objective, casts, sync=sync, forward="together", forward_pass=forward_pass)
 
 
 SHARDED = Mode(check_mesh, shard)

@@ -265,6 +265,11 @@ def _warnings(
             f"a step has {recipe.batch.tokens_per_step // recipe.data.sequence_length} rows for "
             f"{choice.layout.data_parallel} devices that read rows of their own: the others train on nothing"
         )
+    if choice.layout.context > 1:
+        found.append(
+            "parallel.context: a part of a row attends under a dense mask, which is slower than the kernels that this "
+            "speed assumes; it was not measured on GPUs"
+        )
     if device.name == "cpu":
         found.append(
             f"the CPU's speed is an assumption, {(device.sustained or 0) / 1e9:.0f} GFLOP/s: the first log lines of a "

@@ -222,7 +222,7 @@ def _choices(recipe: Recipe, shape: ModelShape, known: Device, layout: Layout, l
                 optimizer=recipe.optim.name,
                 muon_width=2 if recipe.optim.muon_dtype == "bfloat16" else 4,
                 cpu=cpu,
-                shard=layout.shard,
+                shard=layout.parts,
                 tensor=layout.tensor,
                 context=layout.context,
                 pipeline=layout.pipeline,
@@ -231,7 +231,7 @@ def _choices(recipe: Recipe, shape: ModelShape, known: Device, layout: Layout, l
             memory = memory_of(shape, setup)
             if cpu:  # the libraries share the memory with the tensors, and a run's peak memory counts both
                 memory = Memory({**memory.parts, "libraries": LIBRARIES_CPU}, memory.peak)
-            tokens = setup.rows * setup.sequence_length
+            tokens = setup.tokens
             micro_speed = 1.0 if cpu else min(1.0, tokens / (tokens + HALF_SPEED_TOKENS) / best)
             speed = micro_speed * 3 / (3 + setup.share_recomputed(shape.num_hidden_layers)) * layout.speed
             micro_batches = math.ceil(rows_of_step(recipe, layout) / setup.rows)
@@ -272,7 +272,7 @@ def _with_micro_rows(recipe: Recipe, shape: ModelShape, setup: Setup, layout: La
     """The recipe's micro-batch, or the largest that fits, evened out over the micro-batches of a step."""
     share = rows_of_step(recipe, layout)
 
-    buckets = layout.replicate > 1 and layout.shard == 1  # DDP's, which live from step to step
+    buckets = layout.copies > 1 and layout.parts == 1  # DDP's, which live from step to step
 
     def with_rows(rows: int) -> Setup:
         return replace(setup, rows=rows, accumulates=rows < share or buckets)

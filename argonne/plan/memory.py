@@ -38,7 +38,7 @@ PARTS = ("weights", "moments", "gradients", "activations", "logits and loss", "t
 @dataclass(frozen=True)
 class Setup:
     """How one device runs a micro-batch. `accumulates`: gradients are held during the pass: of earlier micro-batches,
-    or in the buckets of DDP.
+    or in the buckets of DDP. shard: devices that hold one copy of the model between them.
     """
 
     rows: int
@@ -60,7 +60,7 @@ class Setup:
     @property
     def tokens(self) -> int:
         """Tokens of a micro-batch on one device."""
-        return math.ceil(self.rows * self.sequence_length / self.context)
+        return self.rows * math.ceil(self.sequence_length / self.context)
 
     @property
     def wide(self) -> int:
@@ -221,10 +221,14 @@ def attention_kept(shape: ModelShape, setup: Setup, window: int | None) -> float
     heads, queries, keys = (
         size / setup.tensor for size in (shape.num_attention_heads, shape.query_width, shape.key_width)
     )
-    projections = narrow * (2 * queries + 2 * keys)
+    projections = narrow * (2 * queries + 2 * keys * setup.context)  # keys and values of whole rows
     # The CPU's fused kernel has no dropout: weights, mask and dropped weights are whole.
     if setup.cpu and shape.attention_dropout:
         return projections + narrow * 3 * heads * length
+    if setup.context > 1:  # under a mask in the products' type, on a GPU repeated for the queries that share a key head
+        own = length if window is None else min(length, length / setup.context + window)
+        repeated = 1 if setup.cpu else queries / keys
+        return projections + 4 * heads + narrow * own * repeated
     # Of `_windowed` in argonne/model/kernels.py: blocks of queries, each with its own and the block's keys before it.
     block = max(32, window or 0)
     if window is None or block >= length:

@@ -54,6 +54,15 @@ class Layout:
         return self.tensor * self.context * self.pipeline
 
     @property
+    def parts(self) -> int:
+        """Devices that hold one copy of weights, gradients and moments between them."""
+        return self.shard * self.context if self.shard > 1 else 1
+
+    @property
+    def copies(self) -> int:
+        return self.data_parallel * self.context // self.parts
+
+    @property
     def devices(self) -> int:
         return self.data_parallel * self.inner
 
@@ -70,7 +79,8 @@ class Layout:
         """Are the ranks of each group of this dimension on one node? Tensor and context are the innermost dimensions of
         the mesh, then shard, then replicate (argonne/parallel/mesh.py).
         """
-        span = self.tensor * self.context * self.shard * (self.replicate if dimension == "replicate" else 1)
+        outer = {"replicate": self.shard * self.replicate, "shard": self.shard}.get(dimension, 1)
+        span = self.tensor * self.context * outer
         return self.devices <= NODE or NODE % span == 0
 
 
@@ -128,20 +138,40 @@ def traffic_of(shape: ModelShape, setup: Setup, layout: Layout, micro_batches: i
 
     Shards: in each micro-batch every layer is gathered twice, forward and backward, the rest of the model once, and all
     gradients are reduced to their shard. Replicas add their gradients once a step. All in the weights' own dtype:
-    autocast narrows them only where they are used. Muon gathers the directions of sharded matrices; the ranks of a
-    shard group, or replicas of whole ones, share its work and broadcast the updates.
+    autocast narrows them only where they are used. Muon gathers the directions of split matrices; the ranks of a
+    tensor group, else of a shard group, or replicas of whole ones, share its work and broadcast the updates.
+
+    Tensor: in each layer the outputs of attention and MLP are added up, and backward the gradients of their inputs; at
+    the ends the embedding, and the gradient of the head's input. Gains of heads, and the gradients of heads of keys
+    that do not divide, are left out. Parts of rows gather the keys and values of every layer in each forward pass, and
+    their gradients are reduced to their part.
     """
     part = layout.tensor * layout.pipeline
     layers = setup.wide * shape.num_hidden_layers * shape.layer_parameters() / part
     whole = setup.wide * shape.parameters() / part
     matrices = shape.num_hidden_layers * (shape.attention_weights + shape.mlp_weights) / part
     muon = matrices if setup.optimizer == "muon" else 0.0
-    of_shard, of_replicas = ((n - 1) / n for n in (layout.shard, layout.replicate))
+    of_shard, of_copies, of_replicas, of_context, of_tensor = (
+        (n - 1) / n for n in (layout.parts, layout.copies, layout.replicate, layout.context, layout.tensor)
+    )
+    keys = setup.narrow * 2 * shape.key_width * setup.tokens * layout.context * shape.num_hidden_layers / part
+    again = 1 + setup.share_recomputed(shape.num_hidden_layers)
+    recomputed = sum(map(setup.recomputes, range(shape.num_hidden_layers))) * (2 if shape.sandwich_norm else 1)
+    # The MLP's output is not needed again without a norm on it.
+    outputs = setup.narrow * (2 * shape.num_hidden_layers + recomputed)
+    stream = outputs + setup.wide * (2 * shape.num_hidden_layers + 2)
+    stream *= setup.tokens * shape.hidden_size * micro_batches
+    sharers = "tensor" if of_tensor else "shard" if of_shard else "replicate"
+    updates = (of_tensor * layout.tensor or of_shard or of_replicas) * setup.muon_width * muon
     sent = [
         ("all-gather", "shard", of_shard * (micro_batches * (layers + whole) + setup.wide * muon)),
         ("reduce-scatter", "shard", of_shard * micro_batches * whole),
-        ("all-reduce", "replicate", 2 * of_replicas * whole / layout.shard),
-        ("broadcast", "shard" if of_shard else "replicate", (of_shard or of_replicas) * setup.muon_width * muon),
+        ("all-reduce", "replicate", 2 * of_copies * whole / layout.parts),
+        ("all-gather", "context", of_context * micro_batches * again * keys),
+        ("reduce-scatter", "context", of_context * micro_batches * keys),
+        ("all-reduce", "tensor", 2 * of_tensor * stream),
+        ("all-gather", "tensor", of_tensor * setup.wide * muon * layout.tensor),
+        ("broadcast", sharers, updates),
     ]
     return [_sent(layout, device, *found) for found in sent if found[2]]
 
@@ -150,7 +180,9 @@ def _sent(layout: Layout, device: str, kind: str, over: str, size: float) -> Sen
     near = layout.in_a_node(over)
     link = LINKS.get(device)
     rate = None if link is None else 1e9 * LINK_USE * link[0 if near else 1]
-    return Sent(kind, over, getattr(layout, over), size, near, rate)
+    sizes = {"shard": layout.parts, "replicate": layout.copies, "context": layout.context, "tensor": layout.tensor}
+    ranks = sizes[over]
+    return Sent(kind, over, ranks, size, near, rate)
 
 
 def sending_seconds(traffic: list[Sent]) -> float | None:

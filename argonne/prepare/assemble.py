@@ -18,7 +18,9 @@ from typing import Any
 import numpy as np
 
 from argonne.layout import index_of
-from argonne.tokens.shards import entries_of, read_header, totals_of
+from argonne.prepare.texts import READ_BYTES, Bytes
+from argonne.tokens.manifest import entries_of
+from argonne.tokens.shards import read_header, totals_of
 from argonne.tokens.writer import ShardWriter
 
 PARTS = "parts"
@@ -50,9 +52,12 @@ def is_whole(recipe: dict[str, Any], record: dict[str, Any], out: Path) -> bool:
     return True
 
 
-def text_hash(text: bytes | memoryview) -> tuple[int, int]:
+def text_hash(text: bytes | Bytes) -> tuple[int, int]:
     """(low, high) of the first 128 bits of BLAKE2b of the UTF-8 text."""
-    value = int.from_bytes(hashlib.blake2b(text, digest_size=16).digest(), "little")
+    digest = hashlib.blake2b(digest_size=16)
+    for start in range(0, len(text), READ_BYTES):
+        digest.update(text[start : start + READ_BYTES])
+    value = int.from_bytes(digest.digest(), "little")
     return value & (2**64 - 1), value >> 64
 
 

@@ -59,12 +59,14 @@ def every_row(path: str, format: str, start: int = 0, stop: int | None = None) -
     """
     if format == "parquet":
         with _opened_parquet(path) as source:
+            _check_names(source.schema_arrow.names)
             groups = list(range(start, source.num_row_groups if stop is None else stop))
             for batch in source.iter_batches(BATCH_ROWS, row_groups=groups):
                 yield from batch.to_pylist()
         return
     reader, random_access, source = _opened_arrow(path)
     with source:
+        _check_names(reader.schema.names)
         numbers = range(start, reader.num_record_batches if stop is None else stop) if random_access else range(0)
         for batch in map(reader.get_batch, numbers) if random_access else reader:
             batch.validate(full=True)
@@ -72,6 +74,20 @@ def every_row(path: str, format: str, start: int = 0, stop: int | None = None) -
                 yield from batch.slice(first, BATCH_ROWS).to_pylist()
         if not random_access:
             _check_end(source)
+
+
+def _check_names(names: list[str]) -> None:
+    """Of two columns of one name a row would hold the last."""
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{names.count(name)} columns of the name {name!r}")
+
+
+def faults_of(path: str) -> tuple[type[Exception], ...]:
+    """What reading a damaged file raises, values that Python has none for (a date in the year 10,000) included."""
+    import pyarrow as pa
+
+    return (pa.ArrowException, ArithmeticError, LookupError, *read_faults(path))
 
 
 def rows_before(path: str, format: str, start: int) -> int:
@@ -91,11 +107,9 @@ def _opened_parquet(path: str) -> Any:
 
 
 def _parquet(path: str) -> Any:
-    import pyarrow as pa
-
     try:
         return _opened_parquet(path)
-    except (pa.ArrowException, *read_faults(path)) as error:
+    except faults_of(path) as error:
         raise InputError(f"{path}: not a readable parquet file ({first_line(error)}); {REMEDY}") from None
 
 
@@ -127,14 +141,15 @@ def parquet_rows(path: str, start: int, stop: int, text_column: str) -> Iterator
     """
     import pyarrow as pa
 
-    row = 0
+    row = before = 0
     with _parquet(path) as source:
         try:
             stop = source.num_row_groups if stop < 0 else stop
             groups = [source.metadata.row_group(group) for group in range(start, stop)]
             before = sum(source.metadata.row_group(group).num_rows for group in range(start))
             expected = sum(group.num_rows for group in groups)
-            size = sum(_column_bytes(group, text_column) for group in groups) // max(1, expected)
+            # Of all columns: what a damaged footer says of a single one ends the process where pyarrow reads it.
+            size = sum(group.total_byte_size for group in groups) // max(1, expected)
             rows = max(1, min(BATCH_ROWS, ARROW_BYTES // max(size, 1)))
             for group in range(start, stop):  # one by one, so that a damaged one is named by its first row
                 for batch in source.iter_batches(rows, row_groups=[group], columns=[text_column], use_threads=False):
@@ -144,38 +159,31 @@ def parquet_rows(path: str, start: int, stop: int, text_column: str) -> Iterator
                 raise OSError(f"{row:,} rows, the file's footer says {expected:,}")
             batch = None
             pa.default_memory_pool().release_unused()
-        except (pa.ArrowException, IndexError, *read_faults(path)) as error:
+        except faults_of(path) as error:
             raise InputError(
                 f"{path}: after row {before + row:,}: cannot be read ({first_line(error)}); {REMEDY}"
             ) from None
-
-
-def _column_bytes(group: Any, name: str) -> int:
-    """Uncompressed bytes of a column in a row group; nested columns before it may have moved its number."""
-    columns = map(group.column, range(group.num_columns))
-    return next(
-        (column.total_uncompressed_size for column in columns if column.path_in_schema == name), group.total_byte_size
-    )
 
 
 def _opened_arrow(path: str) -> tuple[Any, bool, Any]:
     """(reader, whether it is of the random-access file format, the opened file)."""
     import pyarrow as pa
 
-    source = pa.PythonFile(open_path(path), mode="r") if "://" in path else pa.memory_map(path)
+    # Not mapped: a file that is cut while it is read would end the process.
+    source = pa.PythonFile(open_path(path), mode="r") if "://" in path else pa.OSFile(path)
     magic = source.read(6)
     source.seek(0)
     random_access = magic == b"ARROW1"
-    return (pa.ipc.open_file if random_access else pa.ipc.open_stream)(source), random_access, source
+    reader = (pa.ipc.open_file if random_access else pa.ipc.open_stream)(source)
+    _ = reader.schema.names  # one that is not UTF-8 is found here
+    return reader, random_access, source
 
 
 @contextmanager
 def _arrow(path: str) -> Iterator[tuple[Any, bool, Any]]:
-    import pyarrow as pa
-
     try:
         reader, random_access, source = _opened_arrow(path)
-    except (pa.ArrowException, *read_faults(path)) as error:
+    except faults_of(path) as error:
         raise InputError(f"{path}: not a readable Arrow file or stream ({first_line(error)}); {REMEDY}") from None
     with source:
         yield reader, random_access, source
@@ -185,7 +193,6 @@ def arrow_rows(path: str, start: int, stop: int, text_column: str) -> Iterator[A
     """Values of the record batches `start <= i < stop`, of all batches of a stream: text, None, or bytes for what is
     long or not UTF-8.
     """
-    import pyarrow as pa
 
     row = 0
     with _arrow(path) as (reader, random_access, source):
@@ -200,7 +207,7 @@ def arrow_rows(path: str, start: int, stop: int, text_column: str) -> Iterator[A
                 row += batch.num_rows
             if not random_access:
                 _check_end(source)
-        except (pa.ArrowException, *read_faults(path)) as error:
+        except faults_of(path) as error:
             where = (
                 ""
                 if random_access and start == 0

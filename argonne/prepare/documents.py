@@ -17,7 +17,7 @@ from typing import Any
 
 from argonne.errors import InputError, first_line
 from argonne.prepare import columnar, matching, textual
-from argonne.prepare.texts import REMEDY, LongText, Refused, RowBatch, checked, read_faults
+from argonne.prepare.texts import REMEDY, LongText, Refused, RowBatch, checked
 from argonne.tokens.formats import natural_key
 
 WHOLE_FILE = -1
@@ -172,13 +172,11 @@ def read_rows(file: InputFile, unit: Unit) -> Iterator[tuple[int, Any]]:
         return
     if file.format == "txt":
         raise InputError(f"{file.path}: plain text has no fields; expected .jsonl, .parquet or .arrow")
-    import pyarrow as pa
-
     number = 0
     try:
         for number, row in enumerate(columnar.every_row(file.path, file.format, unit.start, stop), 1):
             yield number, row
-    except (pa.ArrowException, *read_faults(file.path)) as error:
+    except columnar.faults_of(file.path) as error:
         raise InputError(
             f"{file.path}: after row {place_of(file, unit, number):,}: cannot be read ({first_line(error)}); restore it"
         ) from None

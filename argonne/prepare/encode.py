@@ -16,7 +16,7 @@ from argonne import files, layout
 from argonne.errors import InputError
 from argonne.prepare import assemble, encoders, filters, hold_out
 from argonne.prepare.documents import InputFile, Unit, read_unit
-from argonne.prepare.texts import CHARACTERS_A_BATCH, ROWS_A_BATCH, LongText, RowBatch, Text
+from argonne.prepare.texts import CHARACTERS_A_BATCH, REMEDY, ROWS_A_BATCH, Bytes, LongText, RowBatch, Text
 from argonne.tokens import shards as tokens
 from argonne.tokens.tokenizer import TextTokenizer, load_tokenizer
 from argonne.tokens.writer import ShardWriter
@@ -261,7 +261,7 @@ class _UnitWork:
         documents = self._documents([text.encode() for text in texts])
         return Encoded(whole, lengths + extra, documents, np.array(sources, dtype=np.int64))
 
-    def _documents(self, texts: Sequence[bytes | memoryview]) -> np.ndarray:
+    def _documents(self, texts: Sequence[bytes | Bytes]) -> np.ndarray:
         """Size of each text and, where duplicates are looked for or a hash decides, its hash."""
         found = np.zeros(len(texts), dtype=assemble.DOCUMENT)
         found["bytes"] = [len(text) for text in texts]
@@ -273,7 +273,7 @@ class _UnitWork:
     def _long_ids(self, text: LongText) -> Iterator[np.ndarray]:
         if self.tokenizer["bos_id"] is not None:
             yield np.array([self.tokenizer["bos_id"]], np.uint32)
-        for piece in encoders.pieces_of(text.data, self.encoder) if self.cuttable else [bytes(text.data).decode()]:
+        for piece in encoders.pieces_of(text.data, self.encoder) if self.cuttable else [bytes(text.data[:]).decode()]:
             if len(piece) > encoders.WHOLE_WITHIN_BYTES // 4:
                 self.warnings.append(
                     f"a document has no safe cut in {len(piece):,} characters, which were encoded at once and took "
@@ -316,11 +316,16 @@ def encode_unit(job: Job, number: int) -> dict[str, Any]:
     try:
         for source in range(work.unit.files):
             file = InputFile(**work.plan["files"][work.unit.file + source])
+            taken = True
             try:
                 for batch in read_unit(file, work.unit, recipe["text_column"], recipe["split"]):
+                    taken = False
                     work.take(batch, source)
+                    taken = True
+            except UnicodeDecodeError:  # of a long text, which was checked
+                raise InputError(f"{file.path}: was changed while it was read; {REMEDY}") from None
             except InputError as error:
-                if not recipe["skip_bad_shards"]:
+                if not recipe["skip_bad_shards"] or not taken:  # of a document that ends in the middle no part may stay
                     raise
                 work.bad.append({"path": file.path, "error": str(error)})
         record = work.record()

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from argonne.errors import InputError, first_line
+from argonne.prepare.texts import Bytes
 from argonne.tokens.parsed import forget_parsed, give_memory_back
 from argonne.tokens.tokenizer import TextTokenizer
 
@@ -173,13 +174,13 @@ def _fast_fault(tokenizer: TextTokenizer, texts: Sequence[str]) -> str | None:
     return f"gigatoken gives other ids for {probes[int(differing[0])][:40]!r}" if len(differing) else None
 
 
-def pieces_of(text: bytes | memoryview, encoder: ReferenceEncoder) -> Iterator[str]:
+def pieces_of(text: bytes | Bytes, encoder: ReferenceEncoder) -> Iterator[str]:
     """A long UTF-8 text in pieces of about 1 MB whose ids, one after the other, are the ids of the whole.
 
     It is cut only where the encoder gives the same ids for the surroundings in one and in two pieces. Where 16 MB hold
     no such place, the rest is one piece. Raises UnicodeDecodeError when the text is not UTF-8.
     """
-    view, start = memoryview(text), 0
+    view, start = memoryview(text) if isinstance(text, bytes) else text, 0
     while len(view) - start > PIECE_BYTES:
         cut = _safe_cut(view, start, encoder)
         if cut is None:
@@ -189,16 +190,17 @@ def pieces_of(text: bytes | memoryview, encoder: ReferenceEncoder) -> Iterator[s
     yield bytes(view[start:]).decode()
 
 
-def _safe_cut(view: memoryview, start: int, encoder: ReferenceEncoder) -> int | None:
-    low = start + PIECE_BYTES // 2
-    for match in CUT.finditer(view[low : min(start + WHOLE_WITHIN_BYTES, len(view) - 1)]):
-        cut = low + match.end()
-        # A character cut at the far end does not matter, both encodings see the same.
-        sides = view[max(start, cut - CONTEXT_BYTES) : cut], view[cut : cut + CONTEXT_BYTES]
-        before, after = (bytes(side).decode(errors="ignore") for side in sides)
-        whole, parts = encoder.encode([before + after]), encoder.encode([before, after])
-        if np.array_equal(whole[0], parts[0]):
-            return cut
+def _safe_cut(view: Bytes, start: int, encoder: ReferenceEncoder) -> int | None:
+    end = min(start + WHOLE_WITHIN_BYTES, len(view) - 1)
+    for low in range(start + PIECE_BYTES // 2, end, PIECE_BYTES):
+        for match in CUT.finditer(view[low : min(low + PIECE_BYTES + 2, end)]):  # it looks at three bytes
+            cut = low + match.end()
+            # A character cut at the far end does not matter, both encodings see the same.
+            sides = view[max(start, cut - CONTEXT_BYTES) : cut], view[cut : cut + CONTEXT_BYTES]
+            before, after = (bytes(side).decode(errors="ignore") for side in sides)
+            whole, parts = encoder.encode([before + after]), encoder.encode([before, after])
+            if np.array_equal(whole[0], parts[0]):
+                return cut
     return None
 
 

@@ -14,25 +14,30 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from argonne import files, jobs, layout
-from argonne.errors import InputError
+from argonne.errors import InputError, NoAnswer
 from argonne.jobs import JobSettings
 from argonne.prepare import encoders
 from argonne.prepare.documents import Unit
 from argonne.prepare.encode import Job, record_path
 
-Results = Iterator[tuple[int, dict[str, Any]]]
+Results = Generator[tuple[int, dict[str, Any]], None, None]
 POLL_SECONDS = 1.0
 PARENT_SECONDS = 0.2
 SUBMISSIONS = ATTEMPTS = 3
 KILLED_ONCE = "a worker process was killed while it encoded this unit; another has encoded it (out of memory?)"
 SLURM_TASKS = 8
+# How often in a row SLURM may not say whether the array is still there, and the longest wait between two questions:
+# half an hour in all.
+UNANSWERED, LONGEST_POLL = 30, 60.0
+SUBMITTED = "submitted"
 NO_SETTINGS = JobSettings()
 
 
@@ -40,11 +45,9 @@ def run(engine: str, job: Job, units: list[int], workers: int, settings: JobSett
     """Encode `units` with `workers` processes, array tasks or Ray tasks (0 = a sensible number); `settings`: of SLURM's
     jobs. Raises what a worker raised.
     """
-    if not units:
-        return iter(())
-    if engine == "slurm":
+    if units and engine == "slurm":
         return _slurm(job, units, workers or SLURM_TASKS, settings)
-    if engine == "ray":
+    if units and engine == "ray":
         return _ray(job, units, workers)
     return local(job, units, workers)
 
@@ -169,15 +172,25 @@ def _run_one(job: Job, number: int) -> tuple[int, dict[str, Any], str | None]:
 
 def _slurm(job: Job, units: list[int], tasks: int, settings: JobSettings) -> Results:
     """An array of `tasks`, waited for here; what a killed or failed task left undone is submitted again, three times in
-    all.
+    all, and never while the array before may still be there.
     """
     out, waiting, tasks = Path(job.out).resolve(), set(units), min(tasks, len(units))
     folder = out / "slurm"
     folder.mkdir(exist_ok=True)
     for _ in range(SUBMISSIONS):
-        identifier = _submit(job, folder, tasks, settings)
+        identifier, unanswered = _handed_in(folder) or _submit(job, folder, tasks, settings), 0
         while True:
-            running = jobs.is_queued("slurm", identifier)
+            try:
+                running, unanswered = jobs.is_queued("slurm", identifier), 0
+            except NoAnswer as error:
+                running, unanswered = True, unanswered + 1
+                if unanswered == 1:
+                    print(f"warning: {error}; it is waited for", file=sys.stderr, flush=True)
+                if unanswered > UNANSWERED:
+                    raise InputError(
+                        f"--engine slurm: {error}, asked {unanswered} times; it may go on by itself: run the same "
+                        "command later, which waits for it before it hands in another"
+                    ) from None
             for number in sorted(waiting):
                 if record_path(out, number).exists():
                     waiting.remove(number)
@@ -186,7 +199,8 @@ def _slurm(job: Job, units: list[int], tasks: int, settings: JobSettings) -> Res
                 return
             if not running:
                 break
-            time.sleep(POLL_SECONDS)
+            time.sleep(min(POLL_SECONDS * 2**unanswered, LONGEST_POLL))
+        (folder / SUBMITTED).unlink(missing_ok=True)
         for problem in sorted(folder.glob("problem-*.json")):
             message = files.read_json(problem)["message"]
             problem.unlink()
@@ -195,6 +209,17 @@ def _slurm(job: Job, units: list[int], tasks: int, settings: JobSettings) -> Res
         f"--engine slurm: {len(waiting)} units are not done after {SUBMISSIONS} arrays; see {folder}/*.log, then run "
         "again"
     )
+
+
+def _handed_in(folder: Path) -> str | None:
+    """The array that an earlier command handed in, where it may still be there."""
+    if not (folder / SUBMITTED).exists():
+        return None
+    identifier = (folder / SUBMITTED).read_text().strip()
+    with suppress(NoAnswer):
+        if not jobs.is_queued("slurm", identifier):
+            return None
+    return identifier
 
 
 def _submit(job: Job, folder: Path, tasks: int, settings: JobSettings) -> str:
@@ -209,8 +234,12 @@ def _submit(job: Job, folder: Path, tasks: int, settings: JobSettings) -> str:
         f"exec {shlex.join(arguments)} $SLURM_ARRAY_TASK_ID {tasks}",
     ]
     files.write_text(script, "\n".join(lines) + "\n")
+    for problem in folder.glob("problem-*.json"):  # of an array before
+        problem.unlink()
     remedy = "start it where SLURM is, or use --part K/N in jobs of your own"
-    return jobs.submit("slurm", script, "--engine slurm", remedy)
+    identifier = jobs.submit("slurm", script, "--engine slurm", remedy)
+    files.write_text(folder / SUBMITTED, f"{identifier}\n")
+    return identifier
 
 
 def array_task(out: str, encoder: str, shard_tokens: int, task: int, tasks: int) -> None:

@@ -8,7 +8,9 @@ start goes on where it ended.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -22,11 +24,12 @@ from typing import Any
 
 from argonne import files, layout
 from argonne.config import DataSection
-from argonne.errors import InputError, InUse, NothingMatches
+from argonne.errors import InputError, InUse, NothingMatches, TextEnds
 from argonne.jobs import JobSettings
-from argonne.prepare import documents, encode, engines, planning, prepare
+from argonne.prepare import documents, encode, engines, messages, planning, prepare
 from argonne.prepare.options import PrepareOptions
 from argonne.tokens import shards as tokens
+from argonne.tokens.manifest import read_manifest
 from argonne.tokens.shards import Shard, TokenSet, TokenStream
 
 FAILURE = "failure.json"
@@ -109,9 +112,9 @@ class GrowingStream(TokenStream):
                 return
             shards, whole = self._work.finished_shards()
             if len(shards) > len(self.shards) or whole:
-                kept = self._maps
+                kept = self._open
                 super().__init__(shards)
-                self._maps, self._whole = kept, whole
+                self._open, self._whole = kept, whole
 
     def reaches(self, position: int) -> bool:
         """Are there `position` tokens? Waits until it is known."""
@@ -169,6 +172,7 @@ class TextWork:
         self._deaths, self._units_at_death = 0, 0
         self._finished = 0
         self._shards: list[Shard] = []
+        self._records: list[dict[str, Any]] = []
         plan = planning.open_plan(options, self.out)
         self.changed_input: str | None = None
         if plan is None:
@@ -178,6 +182,7 @@ class TextWork:
             (self.out / FAILURE).unlink(missing_ok=True)
         self.plan = plan or {}  # empty when nothing is left to do
         self._weights = planning.unit_weights(self.plan) if self.plan else []
+        self._count = self._counted(0)
 
     @property
     def complete(self) -> bool:
@@ -196,26 +201,58 @@ class TextWork:
             except InputError:
                 break  # removed this moment: the manifest is there now
             self._shards += [tokens.shard_of(self.out, entry, dtype) for entry in record["shards"]]
+            self._records.append(record)
+            self._count.add(self._finished, record)
+            self._count.check()
             self._finished += 1
         return list(self._shards), False
+
+    def check(self) -> None:
+        """Go on with the work. Raises TextEnds where it failed, whether or not there is enough of it to train on."""
+        if self.plan:
+            self.keep_going()
+
+    def check_read(self, position: int) -> None:
+        """The run ends at token `position`. Raises TextEnds where too many rows are no documents of the units that were
+        read; of a whole text `prepare` has asked that.
+        """
+        if not self.plan or self.complete:
+            return
+        ends = list(itertools.accumulate(record["tokens"] for record in self._records))
+        self._counted(bisect.bisect_left(ends, position) + 1).check(alone=True)
+
+    def account(self) -> str | None:
+        """One line in which every row is somewhere; of the units that are finished, None where none is."""
+        if self.complete:
+            return messages.account(read_manifest(self.out))
+        count = self._counted(len(self._records))
+        found = {"rows": count.rows, "documents": count.kept, "drops": count.drops, "bad_files": []}
+        return f"so far {messages.account({**found, 'held_out': {'share': 0, 'documents': 0}})}" if count.rows else None
+
+    def _counted(self, units: int) -> prepare.DropCount:
+        """The rows of the first so many units. Its check raises TextEnds."""
+        count = prepare.DropCount(self.options.max_drop_fraction, self.out, self.plan, TextEnds)
+        for number, record in enumerate(self._records[:units]):
+            count.add(number, record)
+        return count
 
     def share_done(self) -> float:
         return sum(self._weights[: self._finished]) / max(1, sum(self._weights)) if self.plan else 1.0
 
     def keep_going(self) -> None:
-        """Start the work if nobody does it. Raises InputError with the reason when it failed."""
+        """Start the work if nobody does it. Raises TextEnds with the reason when it failed."""
         with self._starting:
             if self.complete or self._works():
                 return
             if (self.out / FAILURE).exists():
-                raise InputError(files.read_json(self.out / FAILURE)["message"])
+                raise TextEnds(files.read_json(self.out / FAILURE)["message"])
             try:
                 with prepare.sole_writer(self.out, shared=False):
                     pass
             except InputError:
                 return  # another rank's process, or one that outlives its trainer for a moment
             if self._deaths >= RESTARTS:
-                raise InputError(
+                raise TextEnds(
                     f"{self.out}: the tokenising process died {self._deaths} times at the same unit; `argonne prepare` "
                     "by itself will show why"
                 )
@@ -247,11 +284,13 @@ class TextWork:
             time.sleep(POLL_SECONDS)
 
     def close(self) -> None:
-        """End this process's own background work; what it has finished stays."""
+        """End this process's own background work; what it has finished stays. Raises TextEnds where it had failed."""
         if self._process is not None and self._process.poll() is None:
             if not self.complete:  # else it is tidying up
                 self._process.terminate()
             self._process.wait()
+        if self.plan and (self.out / FAILURE).exists():
+            raise TextEnds(files.read_json(self.out / FAILURE)["message"])
 
 
 def open_text(data: DataSection, run_folder: Path | None) -> tuple[TokenSet, TextWork]:

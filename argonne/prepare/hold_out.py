@@ -11,7 +11,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from argonne.prepare.texts import LongText, Text
+from argonne.prepare.texts import FileBytes, LongText, Text
 
 BY_HASH, BY_CUT, BY_PLACE = "hash", "cut", "position"
 FEWEST_EXPECTED, MOST_COUNTED = 5, 10_000
@@ -53,20 +53,21 @@ def cut(text: Text, share: float) -> tuple[Text, Text | None]:
     space; no end where one of them would be empty.
     """
     data = text.data if isinstance(text, LongText) else memoryview(text.encode())
-    place = int(len(data) * (1 - share))
+    place = min(int(len(data) * (1 - share)), len(data) - 1)
     before = bytes(data[max(0, place - min(LOOK_BACK_BYTES, len(data) - place)) : place])
     back = before.rfind(b"\n")
     back = before.rfind(b" ") if back < 0 else back
     if back >= 0:
         place -= len(before) - back - 1
-    while 0 < place < len(data) and data[place] & 0xC0 == 0x80:  # inside a character
+    while place and bytes(data[place : place + 1])[0] & 0xC0 == 0x80:  # inside a character
         place -= 1
-    if not 0 < place < len(data):
+    if not place:
         return text, None
-    begin, end = data[:place], data[place:]
+    if isinstance(data, FileBytes):
+        return LongText(data.part(0, place)), LongText(data.part(place, len(data)))
     if isinstance(text, LongText):
-        return LongText(begin), LongText(end)
-    return bytes(begin).decode(), bytes(end).decode()
+        return LongText(data[:place]), LongText(data[place:])
+    return bytes(data[:place]).decode(), bytes(data[place:]).decode()
 
 
 def places(share: float, unit: int) -> Iterator[bool]:

@@ -12,8 +12,8 @@ import itertools
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from argonne.prepare.documents import InputFile, Unit, find_files
 from argonne.prepare.options import PrepareOptions, check_options
 from argonne.prepare.planning import open_plan, sample_texts, turn, unit_weights, what_differs
 from argonne.prepare.progress import ProgressBar
+from argonne.tokens import manifest as manifests
 from argonne.tokens import shards as tokens
 from argonne.tokens.tokenizer import load_tokenizer
 
@@ -100,7 +101,7 @@ def _finish_last(
 
 def check_complete(options: PrepareOptions, out: Path) -> None:
     """Raise InputError where the finished set in `out` is not what the options ask for."""
-    manifest = tokens.read_manifest(out)
+    manifest = manifests.read_manifest(out)
     if other := what_differs(options, manifest):
         raise InputError(f"{out}: holds a finished token set made with {other}; choose another --out or remove it")
     if (out / layout.UNITS_PLAN).exists():
@@ -122,8 +123,8 @@ def changed_input(options: PrepareOptions, out: Path) -> str | None:
         found = find_files(options.input, outside=out)
     except NothingMatches:
         return None
-    manifest = tokens.read_manifest(out)
-    read = Counter((Path(source["path"]).name, source["bytes"]) for source in tokens.sources_of(out, manifest))
+    manifest = manifests.read_manifest(out)
+    read = Counter((Path(source["path"]).name, source["bytes"]) for source in manifests.sources_of(out, manifest))
     others = []
     for file in found:
         if not read[known := (Path(file.path).name, file.bytes)]:
@@ -157,22 +158,24 @@ def encode_units(options: PrepareOptions, plan: dict[str, Any], out: Path, progr
         del records[number]
     for number, record in records.items():
         progress.add(weights[number], record["documents"], record["tokens"], record["text_bytes"], fresh=False)
+    count = DropCount(options.max_drop_fraction, out, plan)
+    for number, record in records.items():
+        count.add(number, record)
+    count.check()
     wanted = [unit["index"] for unit in plan["units"] if unit["index"] not in records]
     if options.part is not None:
         part, parts = options.part
         wanted = [number for number in wanted if number % parts == part - 1]
     job = encode.Job(str(out), _encoder(options, plan, out, progress) if wanted else "tokenizers")
+    workers = options.workers or _sensible_workers(options, job, weights, wanted)
     try:
-        for number, record in engines.run(
-            options.engine,
-            job,
-            wanted,
-            options.workers or _sensible_workers(options, job, weights, wanted),
-            options.jobs,
-        ):
-            for warning in record["warnings"]:
-                progress.log(f"warning: unit {number}: {warning}")
-            progress.add(weights[number], record["documents"], record["tokens"], record["text_bytes"])
+        with closing(engines.run(options.engine, job, wanted, workers, options.jobs)) as results:
+            for number, record in results:
+                for warning in record["warnings"]:
+                    progress.log(f"warning: unit {number}: {warning}")
+                progress.add(weights[number], record["documents"], record["tokens"], record["text_bytes"])
+                count.add(number, record)
+                count.check()
     finally:
         progress.close()
 
@@ -202,7 +205,15 @@ def finish(options: PrepareOptions, plan: dict[str, Any], out: Path) -> dict[str
     """Write the manifest and the hash list, and remove what only the work needed; the manifest."""
     records = encode.finished(out, len(plan["units"]))
     ordered = [records[unit["index"]] for unit in plan["units"]]
-    _check_drops(options, ordered, out)
+    count = DropCount(options.max_drop_fraction, out, plan)
+    for number, record in records.items():
+        count.add(number, record)
+    count.check()
+    if count.kept == 0:
+        raise InputError(
+            f"{out}: no document is left of {count.rows:,} rows "
+            f"({messages.describe_drops(count.drops) or 'it is empty'})"
+        )
     if assemble.is_staged(plan["recipe"]):
         dtype, ends_are_held = (
             tokens.dtype_for(plan["tokenizer"]["vocab_size"]),
@@ -212,27 +223,53 @@ def finish(options: PrepareOptions, plan: dict[str, Any], out: Path) -> dict[str
     manifest = _manifest(plan, ordered)
     for leftover in files.collect_temporaries(out):
         ProgressBar("prepare", 0).log(f"removed the unfinished {leftover.name}")
-    tokens.write_manifest(out, manifest)
+    manifests.write_manifest(out, manifest)
     _clean(out)
     return manifest
 
 
-def _check_drops(options: PrepareOptions, records: list[dict[str, Any]], out: Path) -> None:
-    manifest = _totals([own for record in records for own in assemble.sources_of(record)])
-    bad_rows = sum(manifest["drops"].get(reason, 0) for reason in FAULTS)
-    if bad_rows > options.max_drop_fraction * max(manifest["rows"], 1):
-        advice = f": {found}" if (found := messages.advice(manifest["drops"])) else ""
-        raise InputError(
-            f"{out}: {bad_rows:,} of {manifest['rows']:,} rows are no documents "
-            f"({messages.describe_drops(manifest['drops'])}), more than --max-drop-fraction "
-            f"{options.max_drop_fraction}; mend the input{advice}, or raise the limit and run again: the work so far "
-            "is kept"
-        )
-    if manifest["documents"] + manifest["held_out_documents"] == 0:
-        raise InputError(
-            f"{out}: no document is left of {manifest['rows']:,} rows "
-            f"({messages.describe_drops(manifest['drops']) or 'it is empty'})"
-        )
+class DropCount:
+    """The rows of the units of a plan that are finished, and how many of them may be no documents."""
+
+    def __init__(self, limit: float, out: Path, plan: dict[str, Any], error: type[InputError] = InputError) -> None:
+        self._limit, self._out, self._error = limit, out, error
+        self._weights = unit_weights(plan) if plan else []
+        self._formats = [plan["files"][unit["file"]]["format"] for unit in plan["units"]] if plan else []
+        self._left = Counter[str]()  # bytes still to come, by format: rows of one tell nothing of those of another
+        for format, weight in zip(self._formats, self._weights, strict=True):
+            self._left[format] += weight
+        self._done, self._rows, self.drops, self.kept = Counter[str](), Counter[str](), Counter[str](), 0
+
+    @property
+    def rows(self) -> int:
+        return self._rows.total()
+
+    def add(self, number: int, record: Mapping[str, Any]) -> None:
+        format, weight = self._formats[number], self._weights[number]
+        self._rows[format] += record["rows"]
+        self._done[format] += weight
+        self._left[format] -= weight
+        self.kept += record["documents"] + record["held_out"]["documents"]
+        self.drops.update(record["drops"])
+
+    def check(self, *, alone: bool = False) -> None:
+        """Raise `error` where more rows are no documents than may be of all rows, as many as there will be by the
+        share of the bytes that is done; `alone`: of those counted here.
+        """
+        left = {format: count for format, count in self._left.items() if count and not alone}
+        if not all(self._done[format] for format in left):
+            return
+        expected = self.rows + round(sum(self._rows[format] * left[format] / self._done[format] for format in left))
+        bad_rows = sum(self.drops[reason] for reason in FAULTS)
+        if bad_rows > self._limit * max(expected, 1):
+            of_all = "" if expected == self.rows else f" of the {expected:,} or so that there will be"
+            advice = f": {found}" if (found := messages.advice(self.drops)) else ""
+            raise self._error(
+                f"{self._out}: {bad_rows:,} of {self.rows:,} rows are no documents "
+                f"({messages.describe_drops(self.drops)}), more than --max-drop-fraction "
+                f"{self._limit}{of_all}; mend the input{advice}, or raise the limit (of a training run: "
+                "data.max_drop_fraction) and run again: the work so far is kept"
+            )
 
 
 def _manifest(plan: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -245,8 +282,8 @@ def _manifest(plan: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, 
             of_file[number].append(own)
     held = [record["held_out"] for record in records]
     return {
-        "format": tokens.FORMAT,
-        "format_version": tokens.FORMAT_VERSION,
+        "format": manifests.FORMAT,
+        "format_version": manifests.FORMAT_VERSION,
         "dtype": tokens.dtype_for(plan["tokenizer"]["vocab_size"]),
         "tokenizer": plan["tokenizer"],
         **_totals([own for record in records for own in assemble.sources_of(record)]),

@@ -8,7 +8,10 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import IO, Any
+
+from argonne.tokens.shards import Numbers
 
 ROWS_A_BATCH = 512
 CHARACTERS_A_BATCH = 1 << 20
@@ -37,13 +40,32 @@ def open_path(path: str) -> IO[bytes]:
     return opened
 
 
-class LongText:
-    """A document over a megabyte, as UTF-8 bytes that were checked but not decoded: it may be a map of a file larger
-    than memory.
-    """
+class FileBytes:
+    """A local file as bytes of which slices are read: it may be larger than memory, and be cut meanwhile."""
 
-    def __init__(self, data: bytes | memoryview) -> None:
-        self.data = memoryview(data)
+    def __init__(self, path: str, start: int = 0, size: int | None = None) -> None:
+        self.path, self.start = path, start
+        self._bytes = Numbers(Path(path), "uint8", start, size)
+
+    def __len__(self) -> int:
+        return len(self._bytes)
+
+    def __getitem__(self, part: slice) -> memoryview:
+        return self._bytes[part].data
+
+    def part(self, start: int, stop: int) -> FileBytes:
+        """Those bytes, not read either."""
+        return FileBytes(self.path, self.start + start, stop - start)
+
+
+Bytes = memoryview | FileBytes
+
+
+class LongText:
+    """A document over a megabyte, as UTF-8 bytes that were checked but not decoded."""
+
+    def __init__(self, data: bytes | Bytes) -> None:
+        self.data: Bytes = memoryview(data) if isinstance(data, bytes) else data
 
     @property
     def bytes(self) -> int:
@@ -98,10 +120,10 @@ def checked(value: Any) -> Text | Refused:
             return LongText(value.encode())
         except UnicodeEncodeError:
             return Refused("invalid-utf8")
-    if isinstance(value, bytes | memoryview):
+    if isinstance(value, bytes | memoryview | FileBytes):
         try:
             if len(value) <= LONG_CHARACTERS:
-                return bytes(value).decode() or Refused("empty")
+                return bytes(value[:]).decode() or Refused("empty")
             for _ in LongText(value).blocks():
                 pass
         except UnicodeDecodeError:

@@ -7,13 +7,12 @@ import gzip
 import io
 import json
 import lzma
-import mmap
 import re
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 from argonne.errors import InputError, first_line
-from argonne.prepare.texts import READ_BYTES, REMEDY, Refused, open_path, read_faults
+from argonne.prepare.texts import READ_BYTES, REMEDY, FileBytes, Refused, open_path, read_faults
 from argonne.tokens.formats import PACKED
 
 LONG_SEPARATOR = 1 << 12
@@ -173,8 +172,9 @@ def text_rows(path: str, size: int, split: str) -> Iterator[Any]:
     """`split`: "file" (the file is one document), "blank-lines", "lines", or a separator that ends each document."""
     try:
         if split == "file" and size and not is_compressed(path) and "://" not in path:
-            with open(path, "rb") as local:  # mapped, so that one larger than memory is a document too
-                yield memoryview(mmap.mmap(local.fileno(), 0, access=mmap.ACCESS_READ))
+            if len(whole := FileBytes(path)) < size:
+                raise EOFError(f"it had {size:,} bytes when the work was planned")
+            yield whole
             return
         with open_file(path) as source:
             if split == "file":

@@ -23,7 +23,7 @@ from argonne.files import verify_directory
 from argonne.model import save
 from argonne.model.configuration_argonne import SLIDING
 from argonne.model.load import LoadedModel, stop_ids
-from argonne.model.save import is_finite
+from argonne.model.stored import is_finite
 from argonne.publish.card import counts_in, front_matter
 from argonne.publish.native import native_twin
 from argonne.publish.source import Trained

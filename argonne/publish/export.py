@@ -12,7 +12,8 @@ from argonne import layout
 from argonne.errors import InputError
 from argonne.files import atomic_directory, read_json, write_json
 from argonne.model.load import load_model, no_progress_bar, resolve_model
-from argonne.model.save import check_finite, copy_tokenizer, save_model_folder
+from argonne.model.save import copy_tokenizer, save_model_folder
+from argonne.model.stored import check_finite
 from argonne.publish.engines import check_engines, model_card, standings
 from argonne.publish.native import Native, native_twin
 from argonne.publish.proof import ask_engines, expected_file, prove

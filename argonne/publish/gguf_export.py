@@ -18,7 +18,7 @@ from argonne.files import atomic_directory, write_json
 from argonne.model.build import Weights
 from argonne.model.configuration_argonne import SLIDING, ArgonneConfig
 from argonne.model.load import load_model, resolve_model, stop_ids, stored_weights
-from argonne.model.save import check_finite
+from argonne.model.stored import check_finite
 from argonne.publish.engines import ERF, GELU, INSTEAD, model_card
 from argonne.publish.gguf_tokenizer import CONTROL, GgufVocabulary, chat_template, gguf_vocabulary, sample_texts
 from argonne.publish.native import llama_like

@@ -15,7 +15,8 @@ from argonne import layout
 from argonne.errors import InputError
 from argonne.files import atomic_directory, write_json
 from argonne.model.load import LoadedModel, identity_of, load_model, resolve_model
-from argonne.model.save import check_finite, copy_tokenizer, save_model_folder
+from argonne.model.save import copy_tokenizer, save_model_folder
+from argonne.model.stored import check_finite
 from argonne.tokens.tokenizer import load_tokenizer
 
 

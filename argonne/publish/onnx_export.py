@@ -18,7 +18,8 @@ from argonne.files import atomic_directory, write_json
 from argonne.model.attention import IMPLEMENTATION
 from argonne.model.load import load_model, resolve_model
 from argonne.model.modeling_argonne import ArgonneForCausalLM
-from argonne.model.save import check_finite, copy_tokenizer
+from argonne.model.save import copy_tokenizer
+from argonne.model.stored import check_finite
 from argonne.publish.engines import model_card
 from argonne.publish.proof import ask, expected_file, is_installed, not_installed, standing
 from argonne.publish.source import source_of

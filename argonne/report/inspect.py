@@ -201,6 +201,8 @@ def render(facts: Facts) -> str:
         lines += ["  chain:", *(f"    {Link(**link).line()}" for link in facts["chain"])]
     left = any(link["not_checked"] for link in facts.get("chain", []))
     sound = "no problem was found; what was not checked is named above" if left else "everything verifies"
+    if facts.get("verified") is False:
+        sound = "sizes agree, no hashes to verify"
     lines += [f"  PROBLEM: {problem}" for problem in facts["problems"]] or [f"  {sound}"]
     return "\n".join(lines)
 

@@ -22,10 +22,12 @@ from argonne.layout import COMPUTE_PLAN, CONFIG
 from argonne.legacy.training import restore
 from argonne.model.build import check_attention
 from argonne.parallel.compile import compile_blocks
+from argonne.parallel.context import CONTEXT
 from argonne.parallel.mesh import Mesh
 from argonne.parallel.objective import MicroBatch, Objective
 from argonne.parallel.parallelise import REPLICATED, Mode, Parallelised
 from argonne.parallel.shard import SHARDED
+from argonne.parallel.tensor import TENSOR
 from argonne.plan import Device, Setup, choose_setup, plan_of_run, running_device, shape_of
 from argonne.plan.build import total_steps as planned_steps
 from argonne.plan.shape import fitted, short_base
@@ -68,7 +70,10 @@ class Session:
 
     @property
     def mode(self) -> Mode:
-        return self.given_mode or (SHARDED if self.recipe.parallel.shard > 1 else REPLICATED)
+        asked = self.recipe.parallel
+        return self.given_mode or (
+            TENSOR if asked.tensor > 1 else CONTEXT if asked.context > 1 else SHARDED if asked.shard > 1 else REPLICATED
+        )
 
 
 @dataclass(frozen=True)
@@ -188,7 +193,9 @@ def record_start(
     # The weights say what the model is: of a preset beside them only some defaults are left.
     origin = f"from {recipe.model.init_from}" if recipe.model.init_from else recipe.model.preset or "sizes of its own"
     log(f"model: {parameters:,} parameters, {recipe.model.num_hidden_layers} layers, {origin}")
-    spread = f" ({mesh.world_size // mesh.shard} copies in {mesh.shard} parts)" if mesh.shard > 1 else ""
+    parts = mesh.inner // mesh.context * (mesh.shard * mesh.context if mesh.shard > 1 else 1)
+    spread = f" ({mesh.world_size // parts} copies in {parts} parts)" if parts > 1 else ""
+    spread += f", each row in {mesh.context} parts" if mesh.context > 1 else ""
     log(
         f"batch: {rows * length:,} tokens a step = {rows} rows x {length}, {micro_rows} rows a micro-batch on "
         f"{mesh.world_size} x {mesh.device.type}{spread}; {total_steps:,} steps, {data.tokens_before(total_steps):,} "
@@ -210,7 +217,9 @@ def build(session: Session, opened: Opened, run: RunFolder, mesh: Mesh, log: Cal
     choice = choose_setup(recipe, device, mesh.world_size, overrun="memory" in session.allow)
     weights = stage.weights(recipe, start)
     dtype, config = compute_dtype(recipe.train.precision, mesh.device), weights.config
-    kernels = check_attention(config, mesh.device, recipe.train.attention, dtype, documents=data.document_mask)
+    kernels = check_attention(
+        *(config, mesh.device, recipe.train.attention, dtype), documents=data.document_mask, part=mesh.context > 1
+    )
     configure_model(weights.model, recipe, choice)
     objective = stage.objective(recipe, data)
     progress = Progress(**start.progress)
@@ -330,7 +339,7 @@ def choose_micro_rows(
         return min(recipe.batch.micro, share)
     if mesh.device.type != "cuda":
         return max(1, min(share, choice.rows, 4096 // length))
-    if model.forward != "alone":  # a try is a collective, which one rank cannot leave: the plan decides
+    if model.forward != "alone" or mesh.inner > 1:  # a try is a collective, which no rank can leave: the plan decides
         return max(1, min(share, choice.rows))
     if recorded is not None:
         return share

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from argonne import files, layout
-from argonne.errors import InputError
+from argonne.errors import InputError, first_line
 from argonne.tokens.shards import Shard, TokenSet, TokenStream, open_folder, read_header
 
 MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
@@ -112,14 +112,14 @@ def _datatrove(path: Path) -> TokenSet:
     index = path.with_name(path.name + ".index")
     if not index.is_file():
         raise InputError(f"{path}: its document index {index.name} is missing beside it")
-    ends = np.fromfile(index, dtype="<u8")
+    ends = _ascending(index, np.fromfile(index, dtype="<u8"))
     size, tokens = path.stat().st_size, int(ends[-1]) if len(ends) else 0
     dtype = {2 * tokens: "uint16", 4 * tokens: "uint32"}.get(size)
     if dtype is None or not tokens:
         raise InputError(
             f"{path}: {size:,} bytes, but {index.name} counts {tokens:,} tokens; truncated or not of one run"
         )
-    return _foreign(path, "datatrove", [Shard(path, dtype, tokens, offset=0, index=index)], len(ends))
+    return _foreign(path, "datatrove", [Shard(path, dtype, tokens, offset=0, ends=ends)], len(ends))
 
 
 def _megatron(path: Path, index: Path) -> TokenSet:
@@ -151,7 +151,9 @@ def _megatron(path: Path, index: Path) -> TokenSet:
         raise InputError(
             f"{path}: {size:,} bytes, its index counts {int(ends[-1]):,} {dtype} tokens; truncated, write it again"
         )
-    document_ends = ends[documents[documents > 0]]
+    if (sizes < 0).any() or (documents < 0).any() or documents.max(initial=0) > sequences:
+        raise InputError(f"{index}: its sequences or documents lie outside {path.name}; damaged, write it again")
+    document_ends = _ascending(index, ends[documents[documents > 0]])
     return _foreign(
         path, "megatron", [Shard(path, dtype, int(ends[-1]), offset=0, ends=document_ends)], len(document_ends)
     )
@@ -165,12 +167,17 @@ def _document_manifest(path: Path) -> TokenSet:
     if not isinstance(tree, dict) or not isinstance(tree.get("files"), list):
         raise InputError(f"{path}: no document manifest (no list 'files' in it)")
     shards, documents = [], 0
-    for entry in tree["files"]:
-        tokens, lengths = (path.parent / entry[name] for name in ("bin_path", "lengths_path"))
+    for number, entry in enumerate(tree["files"]):
+        try:
+            tokens, lengths = (path.parent / entry[name] for name in ("bin_path", "lengths_path"))
+        except (TypeError, KeyError):
+            raise InputError(
+                f"{path}: entry {number} of files: found {entry!r}, expected one with bin_path and lengths_path"
+            ) from None
         for file in (tokens, lengths):
             if not file.is_file():
                 raise InputError(f"{path}: names {file}, which is missing")
-        ends = np.cumsum(np.load(lengths), dtype=np.int64)
+        ends = _ascending(lengths, np.cumsum(_lengths(lengths), dtype=np.int64))
         total = int(ends[-1]) if len(ends) else 0
         if (size := tokens.stat().st_size) != 4 * total:
             raise InputError(
@@ -178,7 +185,30 @@ def _document_manifest(path: Path) -> TokenSet:
             )
         shards.append(Shard(tokens, "uint32", total, offset=0, ends=ends))
         documents += len(ends)
+    if not shards:
+        raise InputError(f"{path}: names no file")
     return _foreign(path, "document manifest", shards, documents)
+
+
+def _lengths(path: Path) -> np.ndarray:
+    """The numbers of a .npy. Raises InputError where it holds something else."""
+    try:
+        found = np.load(path)
+    except (OSError, ValueError, EOFError, SyntaxError) as error:
+        raise InputError(f"{path}: not a readable .npy of numbers ({first_line(error)}); write it again") from None
+    if not isinstance(found, np.ndarray) or found.ndim != 1 or found.dtype.kind not in "iu":
+        kind = f"{found.dtype} of shape {found.shape}" if isinstance(found, np.ndarray) else "an archive"
+        raise InputError(f"{path}: holds {kind}, expected one row of whole numbers, the lengths of the documents")
+    return found
+
+
+def _ascending(path: Path, ends: np.ndarray) -> np.ndarray:
+    """Document ends as int64. Raises InputError where one lies before the one before it: a length was negative."""
+    found = ends.astype(np.int64)
+    if len(wrong := np.flatnonzero(np.diff(found, prepend=0) < 0)):
+        place = int(wrong[0])
+        raise InputError(f"{path}: document {place:,} ends at token {int(ends[place]):,}, before it begins; damaged")
+    return found
 
 
 def _foreign(path: Path, kind: str, shards: list[Shard], documents: int | None = None) -> TokenSet:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from argonne.tokens.formats import open_tokens
 from argonne.tokens.shards import Shard, TokenSet
 
 CHUNK = 1 << 22
+LARGEST_ID = (1 << 31) - 1
 
 
 def inspect_tokens(path: Path | str, verify: bool = True) -> dict[str, Any]:
@@ -38,9 +39,10 @@ def inspect_tokens(path: Path | str, verify: bool = True) -> dict[str, Any]:
         if not problems:
             raise
         return {"kind": "tokens", "path": str(path), "problems": [*problems, str(error)], "verified": verify}
-    if verify and not path.is_dir():
-        problems += _ids_outside(opened)
-    return {**_facts(opened), "problems": problems, "verified": verify}
+    if verify:
+        problems += [*_ends_outside(opened), *([] if path.is_dir() else _ids_outside(opened))]
+    # Of a foreign file no byte can be compared with what was written.
+    return {**_facts(opened), "problems": problems, "verified": verify and opened.format == "shards"}
 
 
 def _facts(opened: TokenSet) -> dict[str, Any]:
@@ -102,26 +104,34 @@ def _unsealed(folder: Path, verify: bool, *others: str) -> list[str]:
     return files.verify_directory(folder, hashes=verify) + problems + strangers
 
 
+def _ends_outside(opened: TokenSet) -> Iterator[str]:
+    """A line for each shard whose document ends are not in its tokens."""
+    for stream in (opened.train, opened.held_out):
+        for number in range(len(stream.shards)):
+            try:
+                stream.shard_ends(number)
+            except InputError as error:
+                yield str(error)
+
+
 def _ids_outside(opened: TokenSet) -> list[str]:
-    """One line for each shard that holds an id past the vocabulary."""
+    """One line for each shard that holds an id outside the vocabulary."""
     from argonne.tokens.tokenizer import load_tokenizer
 
     limit = opened.vocab_size
     if limit is None and opened.tokenizer_folder is not None:
         limit = load_tokenizer(opened.tokenizer_folder).vocab_size
-    if limit is None:
-        return []
-    problems = []
+    said = "which no vocabulary has" if limit is None else f"the vocabulary has {limit:,}"
+    limit, problems = limit or LARGEST_ID, []
     for stream in (opened.train, opened.held_out):
         for number, shard in enumerate(stream.shards):
-            mapped = stream.shard_tokens(number)
-            for start in range(0, len(mapped), CHUNK):
-                piece = mapped[start : start + CHUNK]
-                if len(piece) and int(piece.max()) >= limit:
-                    place = start + int((piece >= limit).argmax())
-                    problems.append(
-                        f"{shard.path}: token {place:,} has id {int(mapped[place]):,}, the vocabulary has {limit:,}"
-                    )
+            tokens = stream.shard_tokens(number)
+            for start in range(0, len(tokens), CHUNK):
+                piece = tokens[start : start + CHUNK]
+                if len(piece) and not 0 <= int(piece.min()) <= int(piece.max()) < limit:
+                    outside = int(((piece < 0) | (piece >= limit)).argmax())
+                    found = f"token {start + outside:,} has id {int(piece[outside]):,}"
+                    problems.append(f"{shard.path}: {found}, {said}")
                     break
     return problems
 

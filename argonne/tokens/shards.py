@@ -9,8 +9,7 @@ last token. Version 1 of this format is final.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
+import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,15 +21,15 @@ import numpy as np
 
 from argonne import files
 from argonne.errors import InputError
-from argonne.layout import MANIFEST, SOURCES, TOKENIZER, UNITS_PLAN, index_of
+from argonne.layout import MANIFEST, TOKENIZER, index_of
+from argonne.tokens.manifest import entries_of, read_manifest
 
-FORMAT, FORMAT_VERSION = "argonne-tokens", 1
 HEADER_BYTES = 1024
 MAGIC = {"uint32": (20240801, 7), "uint16": (20240520, 1)}
 DTYPES = {magic: dtype for dtype, (magic, _) in MAGIC.items()}
 LARGEST_SHARD = 2**31 - 1
-OPEN_MAPS = 300
-SOURCES_IN_MANIFEST = 1000
+OPEN_FILES = 300
+MARKED = 256
 
 
 def dtype_for(vocab_size: int) -> str:
@@ -79,9 +78,42 @@ def _size(path: Path) -> int:
         raise InputError(f"{path}: cannot be read ({error.strerror}); restore it or prepare the tokens again") from None
 
 
+class Numbers:
+    """`count` numbers (None: all) of a file from byte `offset` on, read when a slice of them is asked for: where the
+    file was cut since, that is an InputError, while a map of it would end the process.
+    """
+
+    def __init__(self, path: Path, dtype: str, offset: int, count: int | None) -> None:
+        self.path, self.offset, self._dtype = path, offset, np.dtype(dtype).newbyteorder("<")
+        try:
+            self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed with its last reader
+        except OSError as error:
+            raise self._unreadable(error.strerror) from None
+        self._count = os.fstat(self._file.fileno()).st_size // self._dtype.itemsize if count is None else count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        width, (start, stop, _) = self._dtype.itemsize, part.indices(self._count)
+        place, size, found = self.offset + start * width, max(0, stop - start) * width, b""
+        while len(found) < size:
+            try:
+                more = os.pread(self._file.fileno(), size - len(found), place + len(found))
+            except OSError as error:
+                raise self._unreadable(error.strerror) from None
+            if not more:
+                raise self._unreadable(f"it ends at byte {place + len(found):,}, and was longer when it was opened")
+            found = found + more if found else more
+        return np.frombuffer(found, self._dtype)
+
+    def _unreadable(self, reason: str | None) -> InputError:
+        return InputError(f"{self.path}: cannot be read ({reason}); restore it or write it again")
+
+
 @dataclass(frozen=True)
 class Shard:
-    """One memory-mapped run of tokens. `offset` is the byte where they start; `index` (or `ends`) holds document ends,
+    """One run of tokens in a file. `offset` is the byte where they start; `index` (or `ends`) holds document ends,
     where there are any.
     """
 
@@ -94,12 +126,12 @@ class Shard:
     sha256: str | None = None
     index_sha256: str | None = None
 
-    def map(self) -> np.ndarray:
-        if self.tokens == 0:
-            return np.zeros(0, dtype=self.dtype)
-        return np.memmap(
-            self.path, dtype=np.dtype(self.dtype).newbyteorder("<"), mode="r", offset=self.offset, shape=(self.tokens,)
-        )
+
+def _remember(files: dict[int, Any], number: int, opened: Any) -> None:
+    """Only so many are open at a time."""
+    files[number] = opened
+    if len(files) > OPEN_FILES:
+        files.pop(next(iter(files)))
 
 
 class TokenStream:
@@ -110,28 +142,26 @@ class TokenStream:
         self.starts = np.cumsum([0, *(shard.tokens for shard in shards)], dtype=np.int64)
         self.documents = documents
         self._bounds: list[int] = self.starts.tolist()
-        self._maps: dict[int, np.ndarray] = {}
-        self._ends: dict[int, np.ndarray] = {}
+        self._open: dict[int, Numbers] = {}
+        self._ends: dict[int, tuple[Numbers | np.ndarray, np.ndarray]] = {}
 
     @property
     def tokens(self) -> int:
         """Tokens of all shards."""
         return self._bounds[-1]
 
-    def shard_tokens(self, number: int) -> np.ndarray:
-        """The tokens of shard `number`, memory-mapped once."""
-        mapped = self._maps.get(number)
-        if mapped is None:
-            mapped = np.asarray(self.shards[number].map())
-            self._remember(self._maps, number, mapped)
-        return mapped
+    def shard_tokens(self, number: int) -> Numbers:
+        """The tokens of shard `number`, opened once."""
+        if (opened := self._open.get(number)) is None:
+            shard = self.shards[number]
+            opened = Numbers(shard.path, shard.dtype, shard.offset, shard.tokens)
+            _remember(self._open, number, opened)
+        return opened
 
-    @staticmethod
-    def _remember(maps: dict[int, np.ndarray], number: int, mapped: np.ndarray) -> None:
-        """Each map holds a file open: only so many at once."""
-        maps[number] = mapped
-        if len(maps) > OPEN_MAPS:
-            maps.pop(next(iter(maps)))
+    def place(self, position: int) -> tuple[Path, int]:
+        """The file that holds token `position`, and the token's number in it."""
+        number = self.find(position)
+        return self.shards[number].path, position - self._bounds[number]
 
     def find(self, position: int) -> int:
         """The shard that holds token `position`."""
@@ -157,12 +187,11 @@ class TokenStream:
         inside = start - self._bounds[number]
         shard = self.shard_tokens(number)
         if inside + length < len(shard):
-            inputs[:] = shard[inside : inside + length]
-            targets[:] = shard[inside + 1 : inside + length + 1]
+            whole = shard[inside : inside + length + 1]
         else:
             whole = np.empty(length + 1, dtype=np.int64)
             self.copy(start, whole)
-            inputs[:], targets[:] = whole[:-1], whole[1:]
+        inputs[:], targets[:] = whole[:-1], whole[1:]
 
     def ends_between(self, start: int, stop: int) -> np.ndarray:
         """Positions e with start < e <= stop just after a document, ascending, int64. Needs `has_documents`."""
@@ -171,27 +200,32 @@ class TokenStream:
             begin = int(self.starts[number])
             if begin >= stop:
                 break
-            ends = self._shard_ends(number)
-            low, high = np.searchsorted(ends, [max(start - begin, 0), stop - begin], side="right")
-            found.append(ends[low:high].astype(np.int64) + begin)
+            ends, marks = self.shard_ends(number)
+            low, high = np.searchsorted(marks, [start - begin, stop - begin], side="right").tolist()
+            part = ends[max(0, low - 1) * MARKED : high * MARKED].astype(np.int64)
+            found.append(part[(part > start - begin) & (part <= stop - begin)] + begin)
         return np.concatenate([np.zeros(0, np.int64), *found])
 
-    def _shard_ends(self, number: int) -> np.ndarray:
-        mapped = self._ends.get(number)
-        if mapped is None:
+    def shard_ends(self, number: int) -> tuple[Numbers | np.ndarray, np.ndarray]:
+        """The document ends of shard `number`, and every `MARKED`-th of them in memory. Raises InputError where they do
+        not ascend.
+        """
+        if (known := self._ends.get(number)) is None:
             shard = self.shards[number]
-            if shard.ends is not None:
-                mapped = shard.ends
-            elif shard.index is None or shard.index.stat().st_size == 0:
-                mapped = np.zeros(0, "<u8")
-            else:
-                mapped = np.asarray(np.memmap(shard.index, dtype="<u8", mode="r"))
-            self._remember(self._ends, number, mapped)
-        return mapped
+            ends = shard.ends if shard.index is None else Numbers(shard.index, "uint64", 0, None)
+            whole = np.zeros(0, np.int64) if ends is None else ends[:].astype(np.int64)
+            if (np.diff(whole, prepend=0) < 0).any() or whole[-1:].max(initial=0) > shard.tokens:
+                raise InputError(
+                    f"{shard.index or shard.path}: its document ends do not ascend to {shard.tokens:,}, the tokens of "
+                    f"{shard.path.name}; restore it or prepare the tokens again"
+                )
+            known = whole if ends is None else ends, whole[::MARKED].copy()
+            _remember(self._ends, number, known)
+        return known
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the maps: a copy in another process knows where everything lies, and maps what it reads itself."""
-        return {**self.__dict__, "_maps": {}, "_ends": {}}
+        """Without open files: a copy in another process knows where everything lies, and opens what it reads itself."""
+        return {**self.__dict__, "_open": {}, "_ends": {}}
 
     def reaches(self, position: int) -> bool:
         """Are there `position` tokens?"""
@@ -225,7 +259,8 @@ class TokenStream:
                 f"{self.shards[0].path}: this token format does not record where documents end; prepare the text with "
                 "`argonne prepare`"
             )
-        ends = (self._shard_ends(number).astype(np.int64) + start for number, start in enumerate(self._bounds[:-1]))
+        each = enumerate(self._bounds[:-1])
+        ends = (self.shard_ends(number)[0][:].astype(np.int64) + start for number, start in each)
         return np.concatenate([np.zeros(0, np.int64), *ends])
 
 
@@ -291,36 +326,14 @@ def open_folder(folder: Path) -> TokenSet:
         ) from None
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a finished folder; InputError when it is unfinished, foreign or of a later version."""
-    if not (folder / MANIFEST).is_file():
-        unfinished = (
-            "; `argonne prepare` was interrupted here: run it again to finish" if (folder / UNITS_PLAN).exists() else ""
-        )
-        advice = unfinished or "; name a folder that `argonne prepare` wrote, or a token file in it"
-        raise InputError(f"{folder}: no {MANIFEST} in this folder, so it is no finished token set{advice}")
-    manifest = files.read_json(folder / MANIFEST)
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise InputError(f"{folder / MANIFEST}: not the manifest of a token set (no format {FORMAT!r})")
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise InputError(
-            f"{folder / MANIFEST}: format version {manifest.get('format_version')}, this argonne reads "
-            f"{FORMAT_VERSION}; update argonne"
-        )
-    return manifest
-
-
-def entries_of(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """The shards that a manifest, or the record of a unit, names: training, then held out."""
-    return [*record["shards"], *record["held_out"]["shards"]]
-
-
 def totals_of(parts: Sequence[dict[str, Any]]) -> dict[str, int]:
     return {name: sum(part[name] for part in parts) for name in ("tokens", "documents", "text_bytes")}
 
 
 def shard_of(folder: Path, entry: dict[str, Any], dtype: str) -> Shard:
-    path = folder / entry["file"]
+    path = folder / Path(entry["file"]).name
+    if path.name != entry["file"] or not all(type(entry[name]) is int for name in ("tokens", "documents")):
+        raise ValueError(f"found {entry!r}, expected a file of this folder, and whole numbers")
     found_dtype, tokens = read_header(path)
     if (found_dtype, tokens) != (dtype, entry["tokens"]):
         raise InputError(
@@ -332,40 +345,3 @@ def shard_of(folder: Path, entry: dict[str, Any], dtype: str) -> Shard:
         expected = f"{8 * entry['documents']:,} for {entry['documents']:,} documents"
         raise InputError(f"{index}: {size:,} bytes, expected {expected}; restore it or prepare again")
     return Shard(path, dtype, tokens, index=index, sha256=entry["sha256"], index_sha256=entry["index_sha256"])
-
-
-def sources_of(folder: Path, manifest: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """What was read into a set, file by file: path, format, bytes, and what became of its rows."""
-    if "sources_file" not in manifest:
-        yield from manifest["sources"]
-        return
-    with open(folder / SOURCES, encoding="utf-8", newline="\n") as lines:
-        yield from map(json.loads, lines)
-
-
-def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write `sha256.json` (every file of the set, in the form of `files.seal_directory`), then the manifest: the last
-    file makes the set complete. Sources past a thousand stand in a file of their own: a set opens in no time."""
-    entries: dict[str, Any] = {}
-    if (count := len(manifest["sources"])) > SOURCES_IN_MANIFEST:
-        lines = "".join(json.dumps(source, ensure_ascii=False) + "\n" for source in manifest["sources"])
-        files.write_text(folder / SOURCES, lines)
-        entries[SOURCES] = {
-            "bytes": (folder / SOURCES).stat().st_size,
-            "sha256": files.sha256_of_file(folder / SOURCES),
-        }
-        manifest = {**manifest, "sources": [], "sources_file": {"file": SOURCES, "sources": count}}
-    content = (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode()
-    entries[MANIFEST] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    for entry in entries_of(manifest):
-        entries[entry["file"]] = {"bytes": entry["bytes"], "sha256": entry["sha256"]}
-        entries[index_of(Path(entry["file"])).name] = {"bytes": 8 * entry["documents"], "sha256": entry["index_sha256"]}
-    for path in sorted((folder / TOKENIZER).iterdir()):
-        if path.name != files.HASH_LIST:
-            files.fsync_path(path)
-            entries[path.relative_to(folder).as_posix()] = {
-                "bytes": path.stat().st_size,
-                "sha256": files.sha256_of_file(path),
-            }
-    files.write_json(folder / files.HASH_LIST, {"format_version": 1, "files": entries})
-    files.write_bytes(folder / MANIFEST, content)

@@ -38,8 +38,7 @@ from argonne.files import (
     write_text,
 )
 from argonne.layout import LAST, METRICS, STATE, STATE_VERSION, WEIGHTS, checkpoint_name, last_checkpoint, step_in_name
-from argonne.model.save import is_finite
-from argonne.model.stored import StoredTensors
+from argonne.model.stored import StoredTensors, is_finite
 from argonne.parallel.mesh import Mesh
 from argonne.train.optim import optimizer_tensors
 from argonne.train.tensor_files import HashingWriter

@@ -5,9 +5,11 @@ affair.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from argonne.errors import InputError
 from argonne.parallel.mesh import Mesh
 from argonne.parallel.objective import MicroBatch
 from argonne.parallel.parallelise import Parallelised
@@ -89,6 +91,18 @@ class Batch(Protocol):
     def waited_seconds(self) -> float: ...
 
 
+@dataclass(frozen=True)
+class Upcoming:
+    """The batch of a step (None only at a request to stop), and what the ranks agreed on: the count that its loss is
+    divided by, stopping, saving.
+    """
+
+    batch: Batch | None
+    count: int
+    stop: bool
+    save: bool
+
+
 class Batches(Protocol):
     """Step -> this rank's batch, cut into micro-batches of `micro_rows` rows."""
 
@@ -101,4 +115,8 @@ class Batches(Protocol):
 
     def set_micro_rows(self, rows: int) -> None: ...
     def batch(self, step: int) -> Batch: ...
+    def wrong(self) -> InputError | None:
+        """What was found wrong in the background, if anything was."""
+        ...
+
     def close(self) -> None: ...

@@ -111,9 +111,10 @@ class RunFolder:
 
         old = self.manifest() if self.exists() else {}
         package = Path(__file__).resolve().parents[2]
-        git = subprocess.run(
-            ["git", "-C", str(package), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        )
+        command = ["git", "-C", str(package), "rev-parse", "HEAD"]
+        commit = ""
+        with suppress(OSError):  # there need be no git
+            commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
         manifest = {
             "format_version": 1,
             "run_id": old.get("run_id") or f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}",
@@ -130,7 +131,7 @@ class RunFolder:
                 "cpu_cores": os.cpu_count(),
                 "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
             },
-            "git_commit": git.stdout.strip() or None,
+            "git_commit": commit or None,
             **facts,
         }
         write_json(self.path / MANIFEST, manifest)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from argonne.config import Recipe
-from argonne.errors import Diverged, Stopped, first_line
+from argonne.errors import Diverged, InputError, Stopped, TextEnds, first_line
 from argonne.files import fingerprint
 from argonne.parallel.compile import is_compiler_error, undo_compile
 from argonne.parallel.mesh import Mesh
@@ -24,7 +24,7 @@ from argonne.parallel.parallelise import Parallelised
 from argonne.recipe import to_tree
 from argonne.train import checkpoint
 from argonne.train.aside import LeftBehind, Sampled, Work, beside
-from argonne.train.data import Batch, Batches, Data
+from argonne.train.data import Batch, Batches, Data, Upcoming
 from argonne.train.guard import HangWatch, NonFinitePolicy, StopWatch, parse_duration
 from argonne.train.micro_batch import back_off, is_out_of_memory
 from argonne.train.optim import Precision
@@ -77,18 +77,6 @@ class Outcome:
     @property
     def complete(self) -> bool:
         return self.reason == "complete"
-
-
-@dataclass(frozen=True)
-class Upcoming:
-    """The batch of a step (None only at a request to stop), and what the ranks agreed on: the count that its loss is
-    divided by, stopping, saving.
-    """
-
-    batch: Batch | None
-    count: int
-    stop: bool
-    save: bool
 
 
 def take_step(trained: Trained, batch: Batch, count: int, rate: float, *, grad_clip: float) -> StepResult:
@@ -188,6 +176,7 @@ class Trainer:
                 self._after_step()
                 if stop_after is not None and self.progress.step >= stop_after < self.total_steps:
                     return self._end(f"asked to stop after step {stop_after}")
+            self._end_together(self.loader.wrong())
             self._held_out()
             return self._end("complete")
         finally:
@@ -198,25 +187,36 @@ class Trainer:
             self.line.close()
 
     def _fetch(self, step: int) -> Callable[[], Upcoming] | None:
-        """Take the batch of `step` and start agreeing on it; None past the last step. Ranks that read the same rows
-        count them once.
-        """
+        """Take the batch of `step` and start agreeing on it; None past the last. Ranks of the same rows count once."""
         if step >= self.total_steps:
             return None
         batch: Batch | None = None
-        with suppress(Stopped):  # at a request nothing is waited for, such as text that is still being tokenised
-            with self.watch.interrupting() if self.loader.reads_alone else nullcontext():
+        wrong: InputError | None = None
+        try:  # at a request nothing is waited for, such as text that is still being tokenised
+            with suppress(Stopped), self.watch.interrupting() if self.loader.reads_alone else nullcontext():
                 batch = self.loader.batch(step)
-            self.telemetry.waited_for_data(batch.waited_seconds)
+                self.telemetry.waited_for_data(batch.waited_seconds)
+        except InputError as error:
+            wrong = error
         mine = batch.count if batch is not None and self.mesh.speaks_for_its_rows else 0
         due = self.mesh.is_main and self.saver.due_by_time(step)
-        agreed = self.mesh.sum_later([mine, int(self.watch.reason() is not None), int(due)])
+        agreed = self.mesh.sum_later([mine, int(self.watch.reason() is not None), int(due), int(wrong is not None)])
 
         def wait() -> Upcoming:
-            count, stop, save = agreed()
+            count, stop, save, ends = agreed()
+            if ends:
+                self._end_together(wrong)
             return Upcoming(batch, count, bool(stop), bool(save))
 
         return wait
+
+    def _end_together(self, wrong: InputError | None) -> None:
+        """Raise on all ranks what any of them found wrong with the input; after a save, where what was read is fine."""
+        for found in self.mesh.gather(wrong):
+            if isinstance(found, TextEnds) and self.progress.step:
+                self._save(final=True)
+            if found is not None:
+                raise found
 
     def _train_step(self, batch: Batch, count: int) -> Callable[[], Upcoming] | None:
         """One optimizer step on `batch`, whose global count is `count`; returns the next batch, fetched while the
@@ -263,9 +263,10 @@ class Trainer:
         return step.clone() if isinstance(step, torch.Tensor) else None
 
     def _seed_of(self, step: int) -> int:
-        """Randomness is a function of (seed, step, this rank's first sample): nothing random is stored."""
+        """Randomness is a function of (seed, step, this rank's first sample, its part): nothing random is stored."""
         sample = self.data.samples_before(step) + self.data.rows(step) * self.mesh.data_rank // self.mesh.data_size
-        return (self.recipe.seed * 0x9E3779B97F4A7C15 + step * 0xC2B2AE3D27D4EB4F + sample * 0x165667B19E3779F9) % 2**63
+        mixed = self.recipe.seed * 0x9E3779B97F4A7C15 + step * 0xC2B2AE3D27D4EB4F + sample * 0x165667B19E3779F9
+        return (mixed + self.mesh.part * 0x27D4EB2F165667C5) % 2**63
 
     def _after_step(self) -> None:
         recipe, step = self.recipe, self.progress.step
@@ -287,11 +288,10 @@ class Trainer:
                 f"(optim.max_skipped = {self.policy.limit}); the newest checkpoint before them is "
                 f"{good.path if good else 'none'}: {go_on}, with a lower rate or other data"
             )
-        first_of_session = self.telemetry.first_step
-        if step == first_of_session + 1:
+        if step == self.telemetry.first_step + 1:
             for text in self.hooks.banner(self.parallelised.plain):
                 self.line.log(text)
-        if step % recipe.log.every_steps == 0 or step in (first_of_session + 1, self.total_steps):
+        if step % recipe.log.every_steps == 0 or step in (self.telemetry.first_step + 1, self.total_steps):
             record = self.telemetry.log_step(step, self.saver.blocked_seconds)
             if told := self.hooks.judge(step, record):
                 self.metrics.warn(step, told)

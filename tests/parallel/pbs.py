@@ -17,7 +17,7 @@ id=$(($(ls -d job-* 2>/dev/null | wc -l) + 1)).server
 cp "$1" "job-$id"; echo "$after" > "after-$id"; touch "queued-$id"
 echo "$id"
 """
-QSTAT = '#!/bin/sh\n[ -e "@FOLDER/queued-$1" ] && echo "$1"\n'
+QSTAT = '#!/bin/sh\n[ -e "@FOLDER/queued-$1" ] && echo "$1" || exit 153\n'
 QDEL = '#!/bin/sh\nrm "@FOLDER/queued-$1"\n'
 KNOWN = re.compile(
     r"-N [A-Za-z][\w.-]{0,229}|-l select=\d+(:(ncpus|ngpus)=\d+|:mem=\w+)*|-l walltime=\d+:\d\d:\d\d|-j oe|-o \S+/|-V|"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from argonne.config import Recipe
@@ -64,7 +66,29 @@ def test_wrong_input_on_workers_is_wrong_input_and_not_a_crash(nano: Nano, tmp_p
         run(nano(**TWO, **{"schedule.warmup": "99"}), tmp_path / "run")
 
 
-@pytest.mark.parametrize("key", ["tensor", "context", "pipeline"])
+@pytest.mark.parametrize("reader", ["every-rank", "rank-0"])
+def test_a_shard_that_is_found_damaged_by_one_rank_ends_all_and_nothing_is_started_again(
+    nano: Nano, tokens: Path, tmp_path: Path, reader: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tokens, tmp_path / "set")
+    ids = np.memmap(tmp_path / "set" / "tokens-00000.bin", np.uint16, "r+", offset=1024)
+    ids[5 * 256 + 200] = 60_000  # in a row of the second rank at step 5
+    recipe = nano(
+        **TWO,
+        **{
+            "data.reader": f'"{reader}"',
+            "data.sources": f'[{{ path = "{tmp_path / "set"}", max_epochs = 9 }}]',
+            "data.verify": "off",
+            "data.order": "sequential",
+        },
+    )
+    with pytest.raises(InputError, match=r"holds id 60,000, .*it is token 1,480 of the file"):
+        run(recipe, tmp_path / "run")
+    assert [row["step"] for row in curve(tmp_path / "run")] == [1, 2, 3, 4, 5]
+    assert "all start again" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["pipeline"])
 def test_a_degree_that_nothing_honours_is_refused(nano: Nano, key: str) -> None:
     with pytest.raises(InputError, match=f"parallel.{key}"):
         check_mesh(nano(**{f"parallel.{key}": "2"}).parallel, 2)

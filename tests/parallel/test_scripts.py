@@ -224,6 +224,40 @@ def test_a_chain_that_is_still_there_is_not_begun_twice(
     assert "job 1.server of this chain is still there" in capsys.readouterr().err
 
 
+def test_a_chain_of_which_the_scheduler_says_nothing_is_not_begun_twice(
+    first: str, pbs: Pbs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["launch", "pbs", first, "--time", "10m"]) == 0
+    (pbs.commands / "qstat").write_text("#!/bin/sh\necho cannot connect to server >&2\nexit 1\n")
+    assert main(["launch", "pbs", first, "--time", "10m"]) == 2
+    assert "qstat does not say whether it is still there (cannot connect to server)" in capsys.readouterr().err
+    assert len(list(pbs.folder.glob("job-*"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "command", "text", "gone"),
+    [
+        ("pbs", "qstat", "exit 153", True),
+        ("pbs", "qstat", "exit 35", True),
+        ("pbs", "qstat", "exit 0", False),
+        ("pbs", "qstat", "exit 1", False),
+        ("slurm", "squeue", "echo 8", True),
+        ("slurm", "squeue", "echo 8; echo 7", False),
+        ("slurm", "squeue", "exit 1", False),
+    ],
+)
+def test_a_job_takes_the_run_over_only_from_one_that_is_gone_for_certain(
+    scheduler: str, command: str, text: str, gone: bool, first: str, pbs: Pbs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (pbs.commands / command).write_text(f"#!/bin/sh\n{text}\n")
+    (pbs.commands / command).chmod(0o755)
+    assert main(["launch", scheduler, first, "--time", "10m", "--dry-run"]) == 0
+    asked = re.search(r"^gone\(\) .*$", capsys.readouterr().out, re.MULTILINE)
+    assert asked is not None
+    done = subprocess.run(["bash", "-c", f"{asked[0]}\ngone 7"], check=False)
+    assert (done.returncode == 0) is gone
+
+
 @pytest.mark.campaign
 @pytest.mark.timeout(1800)
 def test_a_run_longer_than_a_job_of_pbs_is_the_uninterrupted_one(

@@ -22,11 +22,13 @@ from argonne.config import DpoSection, OptimSection, ParallelSection
 from argonne.data.loader import Array, Arrays, Loader
 from argonne.model.build import Weights, build_model, config_from_fields, empty_model
 from argonne.parallel.compile import compile_blocks
+from argonne.parallel.context import CONTEXT
 from argonne.parallel.launch import run_workers
 from argonne.parallel.mesh import Mesh, open_mesh
 from argonne.parallel.objective import Head, Loss, MicroBatch, Objective
 from argonne.parallel.parallelise import REPLICATED
 from argonne.parallel.shard import SHARDED
+from argonne.parallel.tensor import TENSOR
 from argonne.presets import preset
 from argonne.train.objectives import next_token, next_token_by_row
 from argonne.train.optim import Precision, build_optimizer
@@ -56,7 +58,8 @@ Tensors = dict[str, np.ndarray]
 @dataclass(frozen=True)
 class Case:
     """A model, how it is spread, and what a step does. `rows`: of a global batch; five on four ranks leave one with a
-    row that only fills up. masked: rank 0's rows train nothing. fails: the first pass raises in the middle on every
+    row that only fills up. masked: rank 0's rows train nothing. untrained: so many first places of every row train
+    nothing. fails: the first pass raises in the middle on every
     rank, as where compiling fails, and the step is tried again.
     """
 
@@ -75,15 +78,31 @@ class Case:
     fails: bool = False
     compile: bool = False
     steps: int = 5
+    context: int = 1
+    length: int = LENGTH
+    untrained: int = 0
+    kernel: str = "auto"
     mutation: str = ""
+    tensor: int = 1
+    heads: tuple[int, int] | None = None  # of queries and keys, else 6 and 2 or 6
 
     @property
     def world(self) -> int:
-        return self.replicate * self.shard
+        return self.replicate * self.shard * self.context * self.tensor
+
+    @property
+    def parts(self) -> int:
+        """Ranks that hold one copy of the model between them."""
+        return self.tensor * (self.shard * self.context if self.shard > 1 else 1)
+
+    @property
+    def split(self) -> tuple[int, int]:
+        return (self.tensor, self.shard) if self.tensor > 1 else (1, 1)
 
     def alone(self) -> Case:
         """The same on one process, as it should be."""
-        return dataclasses.replace(self, replicate=1, shard=1, mutation="", fails=False, compile=False)
+        one = {"replicate": 1, "shard": 1, "context": 1, "tensor": 1}
+        return dataclasses.replace(self, **one, mutation="", fails=False, compile=False)
 
 
 @dataclass(frozen=True)
@@ -117,14 +136,15 @@ class Drawn:
         return contextlib.nullcontext()
 
     def read(self, step: int, first: int, count: int, rows: int) -> Arrays:
-        case, draw = self.case, np.random.default_rng(step)
-        shape = (case.rows, LENGTH)
-        ids = draw.integers(0, VOCABULARY, (case.rows, LENGTH + 1))
+        case, length, draw = self.case, self.case.length, np.random.default_rng(step)
+        shape = (case.rows, length)
+        ids = draw.integers(0, VOCABULARY, (case.rows, length + 1))
         labels = np.where(draw.random(shape) < 0.8, ids[:, 1:], -100)
         if case.masked:
             labels[: -(-case.rows // 2)] = -100
+        labels[:, : case.untrained] = -100
         starts = draw.random(shape) < 0.1
-        place = np.arange(LENGTH)
+        place = np.arange(length)
         positions = place - np.maximum.accumulate(np.where(starts | (place == 0), place, 0), axis=1)
         arrays = {
             "input_ids": Array(ids[:, :-1], 0),
@@ -135,7 +155,7 @@ class Drawn:
         if case.documents:
             arrays["position_ids"] = Array(positions, place)
         if case.objective == "dpo":
-            arrays["answer"] = Array(place // (LENGTH // (2 * PAIRS)) + np.zeros(shape, np.int64), 0)
+            arrays["answer"] = Array(place // (length // (2 * PAIRS)) + np.zeros(shape, np.int64), 0)
             arrays["reference"] = Array(draw.normal(-40.0, 5.0, (case.rows, PAIRS, 2)), 0.0)
             arrays["pairs"] = Array(np.full(case.rows, PAIRS), 0)
         return {name: array.cut(first, count, rows) for name, array in arrays.items()}
@@ -166,11 +186,19 @@ def rough_weights(case: Case) -> Weights:
     own = {"num_key_value_heads": 2 if grouped else 6, "layer_types": ["full_attention"] * 2}
     if released["sliding_window"]:
         own |= {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 9}
+    if case.heads is not None:
+        own |= dict(zip(("num_attention_heads", "num_key_value_heads"), case.heads, strict=True))
     config = config_from_fields({**released, **SIZES, **own})
     whole = roughen(build_model(config, seed=0, dtype=torch.float64))
     tensors = {name: parameter.detach() for name, parameter in whole.named_parameters()}
     empty = empty_model(config)
-    empty.configure_training(activation_checkpointing=case.recompute, loss=case.loss, loss_chunk=7, z_loss=case.z_loss)
+    empty.configure_training(
+        attention=case.kernel,
+        activation_checkpointing=case.recompute,
+        loss=case.loss,
+        loss_chunk=7,
+        z_loss=case.z_loss,
+    )
     return Weights(empty, lambda: iter(sorted(tensors.items())))
 
 
@@ -181,7 +209,8 @@ def whole(tensor: Tensor) -> np.ndarray:
 
 def compute(case: Case, mesh: Mesh) -> Found:
     """Loss and gradients of step 0, then the weights after all steps."""
-    precision, mode = Precision("fp32", mesh.device), SHARDED if case.shard > 1 else REPLICATED
+    precision = Precision("fp32", mesh.device)
+    mode = TENSOR if case.tensor > 1 else CONTEXT if case.context > 1 else SHARDED if case.shard > 1 else REPLICATED
     model = mode.parallelise(rough_weights(case), mesh, objective_of(case), precision)
     optim = OptimSection(lr=RATE, name=case.optimizer, muon_dtype="float64", muon_lr=RATE, weight_decay=0.1)
     optimizer = build_optimizer(model.plain, optim, mesh)
@@ -190,7 +219,7 @@ def compute(case: Case, mesh: Mesh) -> Found:
     trained, data = Trained(model, optimizer, precision), Drawn(case)
     with Loader(data, mesh.data_rank, mesh.data_size, case.micro, prefetch=0) as loader:
         batches = [loader.batch(step) for step in range(case.steps)]
-    counts = [mesh.sum_later([batch.count])()[0] for batch in batches]
+    counts = [mesh.sum_later([batch.count * mesh.speaks_for_its_rows])()[0] for batch in batches]
     if case.fails:
         with contextlib.suppress(Planted):
             model.forward_backward(batches[0].micro_batches, counts[0])
@@ -214,7 +243,7 @@ def _work(cases: Sequence[Case]) -> list[Found]:
     found = []
     for number, case in enumerate(cases):
         os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)  # ranks meet under another name in the store
-        parallel = ParallelSection(replicate=case.replicate, shard=case.shard)
+        parallel = ParallelSection(replicate=case.replicate, shard=case.shard, context=case.context, tensor=case.tensor)
         with open_mesh(parallel, "cpu", timeout_seconds=20) as mesh, mutations.planted(case.mutation):
             result = compute(case, mesh)
             found.append(result if mesh.is_main else dataclasses.replace(result, gradients={}, weights={}))
@@ -222,10 +251,12 @@ def _work(cases: Sequence[Case]) -> list[Found]:
 
 
 def on_workers(cases: Sequence[Case]) -> dict[Case, Found]:
-    """What each case comes to; workers are started once for each number of them."""
+    """What each case comes to; workers are started once for each number of them, and for each mesh with tensor
+    parallelism: DTensor remembers the groups of a mesh by its shape, and those of another case are gone.
+    """
     found: dict[Case, Found] = {}
-    for world in sorted({case.world for case in cases}):
-        mine = [case for case in cases if case.world == world]
+    for world, shape in sorted({(case.world, case.split) for case in cases}):
+        mine = [case for case in cases if (case.world, case.split) == (world, shape)]
         results = run_workers(
             _work, (mine,), count=world, max_restarts=0, grace_seconds=5, preload=("tests.parity.harness",)
         )
@@ -242,7 +273,7 @@ def problems(case: Case, found: Found, expected: Found, relative: float = 1e-9) 
     largest or by what so many steps can move them; and copies of the model that are not equal bit for bit.
     """
     wrong = []
-    if found.copies != found.copies[: case.shard] * case.replicate:
+    if found.copies != found.copies[: case.parts] * (case.world // case.parts):
         wrong.append(f"copies of the model differ: {found.copies}")
     for name, mine, theirs in (("loss", found.loss, expected.loss), ("norm", found.norm, expected.norm)):
         if not abs(mine - theirs) <= max(relative, 1e-6 if name == "loss" else 0) * abs(theirs):  # sums are fp32

@@ -12,9 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import PrepareModuleInput
 
-from argonne.parallel import parallelise, shard
+from argonne.model import attention, loss
+from argonne.parallel import context, parallelise, shard, tensor
+from argonne.parallel.mesh import Mesh
 from argonne.train import muon
 
 LOCAL_COUNT = "the loss is divided by the rank's own count"
@@ -24,6 +27,16 @@ TIED_TWICE = "the norm counts the tied head twice"
 DEFAULT_GROUP = "Muon deals its work over torch's default group"
 OF_PARTS = "Muon takes a rank's part of a matrix for the whole"
 NO_ALL_REDUCE = "copies of the model are never put together"
+WINDOW_EDGE = "a window is one key too short at the edge of a part"
+DOCUMENT_EDGE = "a document ends at the edge of a part"
+RESTARTED = "positions restart in each part"
+OWN_KEYS_ONLY = "what other ranks make of keys and values is dropped"
+MEAN_OF_PARTS = "gradients of the parts of a row are averaged"
+OWN_ROWS = "a row is summed over the rank's own part"
+OWN_INPUTS = "what enters q, k, v, gate and up, and with it every norm, gets its own rank's gradients alone"
+OWN_GAINS = "gains of q, k and v get the gradients of their own rank's heads alone"
+OWN_KEYS = "a head of keys that several ranks read gets the gradients of one"
+OWN_VOCABULARY = "what enters a split head gets the gradients of its own rows of the vocabulary"
 
 
 @contextmanager
@@ -42,8 +55,9 @@ def _divide_by_own(original: Callable[..., Any]) -> Callable[..., Any]:
         made = original(stepped, plain, mesh, *rest, **more)
 
         def forward_backward(micro_batches: Sequence[Any], count: int) -> Any:
-            own = sum(int((micro["shift_labels"] >= 0).sum()) for micro in micro_batches)
-            return made.forward_backward(micro_batches, own * mesh.data_size)
+            parts = [micro["shift_labels"].tensor_split(mesh.context, dim=1)[mesh.part] for micro in micro_batches]
+            own = sum(int((labels >= 0).sum()) for labels in parts)
+            return made.forward_backward(micro_batches, own * mesh.averaged)
 
         return parallelise.Parallelised(
             stepped, plain, forward_backward, made.gradient_norm, made.evaluate, made.forward
@@ -96,13 +110,91 @@ def _of_parts(self: Any, directions: list[Tensor]) -> list[Tensor]:
     ]
 
 
+def _short_at_edge(part: Any, window: int | None, hidden: Tensor) -> Any:
+    found = PATTERN_OF_PART(part, window, hidden)
+    if window is not None and part.first >= window and found.dense is not None:
+        found.dense[:, :, 0, 0] = False
+    return found
+
+
+def _ending_at_edge(part: Any, window: int | None, hidden: Tensor) -> Any:
+    found = PATTERN_OF_PART(part, window, hidden)
+    if found.dense is not None:
+        found.dense[..., : -hidden.shape[1]] = False
+    return found
+
+
+def _restarted(mesh: Mesh, model: nn.Module, micro: Any, objective: Any) -> Any:
+    def restarting(position_ids: Tensor, **given: Any) -> Any:
+        return model(position_ids=(position_ids - position_ids[:, :1]).clamp_min(0), **given)
+
+    return LOSS_OF_PART(mesh, restarting, micro, objective)  # type: ignore[arg-type]
+
+
+class _KeepsOwn(context._Gather):
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.chunk(dist.get_world_size(ctx.group), dim=3)[dist.get_rank(ctx.group)], None
+
+
+def _own_part(self: context.Part, part: Tensor) -> Tensor:
+    parts = [torch.zeros_like(part) for _ in range(self.mesh.context)]
+    parts[self.mesh.part] = part
+    return torch.cat(parts, dim=-1)
+
+
+PATTERN_OF_PART, LOSS_OF_PART = attention.pattern_of_part, context.loss_of_part
+
+
+class _Alone(torch.autograd.Function):
+    """Takes what each rank's gradient lacks for nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, entering: DTensor) -> DTensor:
+        return entering.view_as(entering)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: DTensor) -> DTensor:  # type: ignore[override]
+        return DTensor.from_local(gradient.to_local(), gradient.device_mesh, [Replicate()])
+
+
+class _OwnInputs(PrepareModuleInput):
+    def _prepare_input_fn(self, inputs: Any, device_mesh: Any) -> Any:
+        first, *rest = super()._prepare_input_fn(inputs, device_mesh)
+        return (_Alone.apply(first), *rest)
+
+
+def _own_keys(self: Any, module: nn.Module, output: DTensor, mesh: Any) -> Tensor:
+    return output.to_local().index_select(-1, self.columns)
+
+
+def _own_vocabulary(original: Callable[..., Any]) -> Callable[..., Any]:
+    def summed(tensor: Tensor, *rest: Any, **how: Any) -> Any:
+        is_of_hidden = tensor.ndim == 2 and tensor.shape[1] > 1
+        return None if is_of_hidden else original(tensor, *rest, **how)
+
+    return summed
+
+
 SPREAD = muon.MuonAdamW._spread
 FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
-    LOCAL_COUNT: [(page, "in_one_call", _divide_by_own(parallelise.in_one_call)) for page in (parallelise, shard)],
+    LOCAL_COUNT: [
+        (page, "in_one_call", _divide_by_own(parallelise.in_one_call)) for page in (parallelise, shard, tensor)
+    ],
     LOCAL_NORM: [(parallelise, "total_norm", _own_norm)],
     ROOT_ONLY: [(shard, "fully_shard", _undivided)],
     TIED_TWICE: [(parallelise, "total_norm", _twice(parallelise.total_norm))],
     DEFAULT_GROUP: [(muon.MuonAdamW, "_spread", _dealt_by_global_rank)],
     OF_PARTS: [(muon.MuonAdamW, "_orthogonal", _of_parts)],
-    NO_ALL_REDUCE: [(shard, "fully_shard", _without_all_reduce)],
+    WINDOW_EDGE: [(attention, "pattern_of_part", _short_at_edge)],
+    DOCUMENT_EDGE: [(attention, "pattern_of_part", _ending_at_edge)],
+    RESTARTED: [(context, "loss_of_part", _restarted)],
+    OWN_KEYS_ONLY: [(context, "_Gather", _KeepsOwn)],
+    MEAN_OF_PARTS: [(Mesh, "averaged", Mesh.data_size)],
+    OWN_ROWS: [(context.Part, "join", _own_part)],
+    NO_ALL_REDUCE: [(page, "fully_shard", _without_all_reduce) for page in (shard, tensor)],
+    OWN_INPUTS: [(tensor, "PrepareModuleInput", _OwnInputs)],
+    OWN_GAINS: [(tensor, "SequenceParallel", lambda **how: tensor.Whole())],
+    OWN_KEYS: [(tensor.OwnHeads, "_leave", _own_keys)],
+    OWN_VOCABULARY: [(loss.dist, "all_reduce", _own_vocabulary(dist.all_reduce))],
 }

@@ -83,9 +83,8 @@ def found() -> dict[Case, Found]:
 
 
 def name_of(case: Case) -> str:
-    return f"{case.generation}-{case.replicate}x{case.shard}-{case.objective}" + (
-        f"-{case.mutation}" * bool(case.mutation)
-    )
+    degrees = f"{case.replicate}x{case.shard}" + f"x{case.context}" * (case.context > 1)
+    return f"{case.generation}-{degrees}-{case.objective}" + f"-{case.mutation}" * bool(case.mutation)
 
 
 @pytest.mark.parametrize("case", [*COVERING, *MASKED, *FAILING], ids=name_of)

@@ -4,7 +4,8 @@ took as JSON.
 Usage: python measured_step.py '{"model": {...}, "sequence_length": 128, "rows": 4, "micro": 2, "checkpointing": "none",
 "loss": "full"}'
 
-With "shard": 2 it is one rank of two, and finds the other as under torchrun. Rows are then a rank's own.
+With "shard": 2 or "context": 2 it is one rank of two, and finds the other as under torchrun. Rows of shards are then a
+rank's own.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from argonne.config import BatchSection, DataSection, ModelSection, OptimSection
 from argonne.data.loader import Batch
 from argonne.model.build import config_from_fields, fresh_weights
 from argonne.operation import ParallelSection
+from argonne.parallel.context import CONTEXT
 from argonne.parallel.mesh import open_mesh
 from argonne.parallel.parallelise import REPLICATED
 from argonne.parallel.shard import SHARDED
@@ -50,7 +52,7 @@ def recipe_of(case: dict[str, Any]) -> Recipe:
         batch=BatchSection(tokens_per_step=case["rows"] * case["sequence_length"], micro=case["micro"]),
         optim=OptimSection(name=case.get("optimizer", "adamw")),
         schedule=ScheduleSection(kind="constant"),
-        parallel=ParallelSection(shard=case.get("shard", 1)),
+        parallel=ParallelSection(shard=case.get("shard", 1), context=case.get("context", 1)),
         train=TrainSection(
             steps=STEPS,
             precision=case.get("precision", "fp32"),
@@ -88,7 +90,7 @@ def run_steps(case: dict[str, Any]) -> None:
     with open_mesh(recipe.parallel, "cpu") as mesh:
         precision = Precision(train.precision, mesh.device)
         weights = fresh_weights(config_from_fields(fields), seed=recipe.seed)
-        mode = SHARDED if mesh.shard > 1 else REPLICATED
+        mode = CONTEXT if mesh.context > 1 else SHARDED if mesh.shard > 1 else REPLICATED
         parallelised = mode.parallelise(weights, mesh, next_token, precision)
         plain: Any = parallelised.plain
         plain.train()

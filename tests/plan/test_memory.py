@@ -110,6 +110,16 @@ SHARED = {
 }
 
 
+# Parts of rows of 1,024 tokens, one without a window and one where every second layer has one.
+PARTS = {
+    "parts of one row": {**case(sized(SECOND, 1024, 512, 8, (8, 4), 64, 1344), 1024, 1, 1), "context": 2},
+    "parts of two rows, third generation": {
+        **case(sized(THIRD, 1024, 384, 8, (6, 3), 64, 1024), 1024, 2, 2),
+        "context": 2,
+    },
+}
+
+
 def planned(shape: dict[str, Any]) -> Memory:
     setup = Setup(
         optimizer=shape.get("optimizer", "adamw"),
@@ -118,16 +128,19 @@ def planned(shape: dict[str, Any]) -> Memory:
         activation_checkpointing=shape["checkpointing"],
         loss=shape["loss"],
         cpu=True,
-        accumulates=shape["micro"] < shape["rows"],
+        accumulates=shape["micro"] < shape["rows"] or shape.get("context", 1) > 1,  # in DDP's buckets
         precision=shape.get("precision", "fp32"),
         shard=shape.get("shard", 1),
+        context=shape.get("context", 1),
     )
     return memory_of(shape_of(shape["model"], shape["sequence_length"]), setup)
 
 
 def measured(shape: dict[str, Any]) -> float:
-    """Bytes of the highest RSS above that after the imports; of the ranks that share a model, the larger."""
-    ranks = shape.get("shard", 1)
+    """Bytes of the highest RSS above that after the imports, or of torch's tensors where the case asks for a profile;
+    of several ranks, the larger.
+    """
+    ranks = shape.get("shard", 1) * shape.get("context", 1)
     with socket.create_server(("127.0.0.1", 0)) as free:
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(ranks)}
     command = [sys.executable, str(SCRIPT), json.dumps(shape)]
@@ -144,7 +157,8 @@ def measured(shape: dict[str, Any]) -> float:
     ]
     said = [process.communicate() for process in started]
     assert all(process.returncode == 0 for process in started), said[0][1][-2000:]
-    return max(float(json.loads(out.splitlines()[-1])["peak"]) for out, _ in said)
+    results = [json.loads(out.splitlines()[-1]) for out, _ in said]
+    return max(float(result.get("tensors", result["peak"])) for result in results)
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.campaign) for name in SHAPES])
@@ -160,6 +174,15 @@ def test_ranks_that_share_a_model_hold_what_was_planned_for_each(name: str) -> N
     plan, found = planned(SHARED[name]), measured(SHARED[name])
     print(f"{name}: planned {plan.total / 1e9:.3f} GB, measured {found / 1e9:.3f}, {found / plan.total:.3f}")
     assert found == pytest.approx(plan.total, rel=0.1), (plan.peak, plan.parts)
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("name", PARTS)
+def test_ranks_that_hold_parts_of_rows_hold_what_was_planned_for_each(name: str) -> None:
+    plan, found = planned(PARTS[name]), measured({**PARTS[name], "profile": True})
+    tensors = plan.total - plan.parts["process"]
+    print(f"{name}: planned {tensors / 1e9:.3f} GB of tensors, measured {found / 1e9:.3f}, {found / tensors:.3f}")
+    assert found == pytest.approx(tensors, rel=0.1), (plan.peak, plan.parts)
 
 
 @pytest.mark.campaign

@@ -24,9 +24,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from argonne.cli import main
 from argonne.errors import InputError
 from argonne.model.build import config_from_fields, fresh_weights
+from argonne.parallel.context import CONTEXT
 from argonne.parallel.mesh import Mesh
 from argonne.parallel.parallelise import REPLICATED, Parallelised
 from argonne.parallel.shard import SHARDED
+from argonne.parallel.tensor import TENSOR
 from argonne.plan import Plan, make_plan, plan_lines, shape_of
 from argonne.plan.memory import Setup, State, peaks
 from argonne.plan.mesh import LINK_USE, LINKS, NODE, Layout, sending_seconds, traffic_of
@@ -57,7 +59,9 @@ WHOLE = 2 * LAYER + ENDS
 def sent(layout: Layout, micro_batches: int = 1, device: str = "h100", **setup: Any) -> dict[str, float]:
     """Bytes by kind for the tiny shape."""
     shape = shape_of(TINY)
-    found = traffic_of(shape, Setup(1, 8, shard=layout.shard, **setup), layout, micro_batches, device)
+    found = traffic_of(
+        shape, Setup(1, 8, shard=layout.parts, context=layout.context, **setup), layout, micro_batches, device
+    )
     return {part.kind: part.bytes for part in found}
 
 
@@ -138,8 +142,10 @@ class Counted(TorchDispatchMode):
         self.bytes: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name.removeprefix("c10d::_").removeprefix("c10d::")
-        if func.namespace == "c10d" and (kind := next((self.KINDS[key] for key in self.KINDS if key in name), None)):
+        name = func._schema.name.rpartition("::")[2].replace("_", "").replace("reducescatter", "reduce_scatter")
+        if func.namespace in ("c10d", "_c10d_functional") and (
+            kind := next((self.KINDS[key] for key in self.KINDS if key in name), None)
+        ):
             tensors = [arg for arg in torch.utils._pytree.tree_leaves(args) if isinstance(arg, torch.Tensor)]
             self.bytes[kind] += max(tensor.nbytes for tensor in tensors)
         return func(*args, **(kwargs or {}))
@@ -155,9 +161,12 @@ def ranks() -> Iterator[None]:
 
 def spread_over(layout: Layout, recompute: str = "none") -> Parallelised:
     """The tiny model as a run spreads it."""
-    mesh = Mesh(torch.device("cpu"), 0, layout.devices, shard=layout.shard)
+    degrees = {"shard": layout.shard, "context": layout.context, "inner": layout.context * layout.tensor}
+    rows = dist.new_group(list(range(layout.context))) if layout.context > 1 else None
+    mesh = Mesh(torch.device("cpu"), 0, layout.devices, rows=rows, **degrees)
     weights = fresh_weights(config_from_fields(TINY), seed=1)
-    mode = SHARDED if layout.shard > 1 else REPLICATED
+    mode = CONTEXT if layout.context > 1 else SHARDED if layout.shard > 1 else REPLICATED
+    mode = TENSOR if layout.tensor > 1 else mode
     spread = mode.parallelise(weights, mesh, next_token, Precision("fp32", mesh.device))
     plain: Any = spread.plain
     plain.configure_training(activation_checkpointing=recompute, checkpointing_stride=1, loss="full", loss_chunk=0)
@@ -184,8 +193,68 @@ def test_the_plan_counts_what_a_sharded_run_sends(layout: Layout, recompute: str
 
 
 @pytest.mark.usefixtures("ranks")
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_the_plan_counts_the_keys_and_values_that_parts_of_rows_gather(recompute: str) -> None:
+    layout = Layout(context=4)
+    spread = spread_over(layout, recompute)
+    reduced = sizes_of_buckets(spread)
+    with Counted() as counted:
+        spread.forward_backward(micro_batches(3), 24)
+    # A list of parts, each counted; of every micro-batch two sums of the loss more.
+    found = {kind: 3 / 4 * 4 * size for kind, size in counted.bytes.items()}
+    found["all-gather"] -= 3 / 4 * 4 * 3 * 2 * 4
+    planned = sent(layout, micro_batches=3, activation_checkpointing=recompute)
+    assert found == pytest.approx({kind: planned[kind] for kind in ("all-gather", "reduce-scatter")})
+    assert planned["all-reduce"] == 2 * sum(reduced) * 3 / 4
+
+
+def test_a_context_divides_the_tokens_of_a_row_and_a_shard_beside_it_the_weights() -> None:
+    whole, parts, sharded = (
+        planned("argonne-3.0-pretrain", "h200", 8, batch__micro=8, **degrees)
+        for degrees in ({}, {"parallel__context": 4}, {"parallel__context": 4, "parallel__shard": 2})
+    )
+    assert parts.layout == {"replicate": 2, "shard": 1, "tensor": 1, "context": 4, "pipeline": 1}
+    assert parts.memory["activations"] < whole.memory["activations"] / 2
+    assert parts.memory["weights"] == whole.memory["weights"]
+    assert sharded.memory["moments"] == pytest.approx(whole.memory["moments"] / 8)
+    assert not parts.refusals
+    assert any("parallel.context" in note for note in parts.warnings)
+    assert {(part["kind"], part["over"], part["ranks"]) for part in parts.traffic} == {
+        ("all-reduce", "replicate", 8),
+        ("all-gather", "context", 4),
+        ("reduce-scatter", "context", 4),
+    }
+
+
+@pytest.mark.usefixtures("ranks")
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_the_plan_counts_what_a_group_with_split_tensors_sends(recompute: str) -> None:
+    layout = Layout(shard=2, tensor=2)
+    spread = spread_over(layout, recompute)
+    with Counted() as counted:
+        spread.forward_backward(micro_batches(3), 24)
+    # Of each token its highest logit, its sum and that of its label, and once a micro-batch nothing else.
+    of_tokens = 3 * 3 * 8 * 4
+    planned = {
+        (part.kind, part.over): part.bytes
+        for part in traffic_of(
+            shape_of(TINY), Setup(1, 8, shard=2, tensor=2, activation_checkpointing=recompute), layout, 3, "h100"
+        )
+    }
+    assert counted.bytes["all-reduce"] - of_tokens == planned["all-reduce", "tensor"]
+
+
+@pytest.mark.usefixtures("ranks")
 def test_the_plan_counts_what_replicas_send_once_a_step() -> None:
-    reduced = []
+    spread = spread_over(Layout(replicate=4))
+    reduced = sizes_of_buckets(spread)
+    spread.forward_backward(micro_batches(3), 24)
+    assert 2 * sum(reduced) * 3 / 4 == sent(Layout(replicate=4), micro_batches=3)["all-reduce"]
+
+
+def sizes_of_buckets(spread: Parallelised) -> list[int]:
+    """Bytes of each bucket of gradients, which is noted instead of reduced."""
+    reduced: list[int] = []
 
     def reduce(bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         reduced.append(bucket.buffer().nbytes)
@@ -193,11 +262,9 @@ def test_the_plan_counts_what_replicas_send_once_a_step() -> None:
         done.set_result(bucket.buffer())
         return done
 
-    spread = spread_over(Layout(replicate=4))
     assert isinstance(spread.model, DistributedDataParallel)
     spread.model.register_comm_hook(None, lambda state, bucket: reduce(bucket))
-    spread.forward_backward(micro_batches(3), 24)
-    assert 2 * sum(reduced) * 3 / 4 == sent(Layout(replicate=4), micro_batches=3)["all-reduce"]
+    return reduced
 
 
 @pytest.mark.parametrize(

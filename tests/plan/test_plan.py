@@ -296,8 +296,8 @@ def test_an_unknown_device_is_refused_with_the_nearest_name() -> None:
 
 
 def test_degrees_that_do_not_make_the_devices_are_refused() -> None:
-    with pytest.raises(InputError, match="multiple of 4"):
-        make_plan(load_recipe("argonne-2.5-pretrain", {"parallel.tensor": "4"}), gpu="h200", gpus=3)
+    with pytest.raises(InputError, match="multiple of 2"):
+        make_plan(load_recipe("argonne-2.5-pretrain", {"parallel.tensor": "2"}), gpu="h200", gpus=3)
 
 
 def test_a_model_without_sizes_is_refused() -> None:
@@ -346,11 +346,11 @@ def test_the_released_tokens_of_a_source_are_no_passes_where_only_windows_of_doc
 
 def test_degrees_that_pretrain_refuses_are_told_and_end_with_2(capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["plan", "argonne-2.5-pretrain", "--gpu", "h200", "--gpus", "2"]
-    assert main([*asked, "--parallel.tensor", "2", "--json"]) == 2
+    assert main([*asked, "--parallel.pipeline", "2", "--json"]) == 2
     said = capsys.readouterr()
-    assert "the run will be refused: parallel.tensor: found 2" in said.err
+    assert "the run will be refused: parallel.pipeline: found 2" in said.err
     plan = json.loads(said.out)
-    assert plan["refusals"][0].startswith("parallel.tensor: found 2")
+    assert plan["refusals"][0].startswith("parallel.pipeline: found 2")
     assert any("will be refused" in warning for warning in plan["warnings"])
     assert main(asked) == 0
 

@@ -92,7 +92,7 @@ def test_the_recipe_of_getting_started_trains_on_the_tokens_it_tells_to_make(
     shutil.copyfile(shared / "cases" / "vocab" / "mine.toml", tmp_path / "mine.toml")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tokens").mkdir()
-    write_tokens("tokens/mine", [5000, 4000])  # 4,096 entries, as `prepare --train-tokenizer 4096` makes
+    write_tokens("tokens/mine", [2500, 1500])  # 4,096 entries, as `prepare --train-tokenizer 4096` makes
     recipe = load_recipe(
         "mine.toml", {key: TINY[key] for key in ("train.steps", "schedule.warmup", "schedule.decay", "eval.windows")}
     )

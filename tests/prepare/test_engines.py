@@ -18,6 +18,7 @@ import pyarrow.parquet as parquet
 import pytest
 
 from argonne import files, jobs, layout
+from argonne.cli import main
 from argonne.errors import InputError
 from argonne.jobs import JobSettings
 from argonne.prepare import encode, engines
@@ -25,7 +26,7 @@ from argonne.prepare.options import PrepareOptions
 from argonne.prepare.planning import open_plan
 from argonne.prepare.prepare import prepare
 from argonne.tokens.inspection import inspect_tokens
-from tests.prepare.helpers import QUIET, content, documents_of
+from tests.prepare.helpers import QUIET, arguments, content, documents_of
 from tests.tokensets import words
 
 UNITS = 12
@@ -131,6 +132,61 @@ def test_a_unit_that_kills_every_worker_is_named_with_its_file(planned: Path) ->
     job = AlwaysDeadly(str(planned))
     with pytest.raises(InputError, match=r"unit 2 \(.*part_2.jsonl\): 3 worker processes were killed .* Give fewer"):
         list(engines.local(job, units_of(job), 2))
+
+
+SBATCH = """#!/bin/sh
+echo sbatch >> @/calls
+for script; do :; done
+cp "$script" @/array.sh
+echo 7
+"""
+# Of a controller that is too busy to answer: at the third question both tasks of the array have run.
+BUSY = """#!/bin/sh
+echo asked >> @/calls
+if [ "$(grep -c asked @/calls)" = 3 ]; then
+  for task in 0 1; do SLURM_ARRAY_TASK_ID=$task sh @/array.sh >/dev/null 2>&1; done
+fi
+exit 1
+"""
+SETTINGS = ["--partition", "cpu", "--account", "lab", "--time", "2h", "--mem", "8G"]
+
+
+@pytest.fixture
+def busy_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A stand-in for a SLURM whose controller answers nothing; what was called is in `calls`."""
+    folder = tmp_path / "slurm"
+    folder.mkdir()
+    for name, text in (("sbatch", SBATCH), ("squeue", BUSY), ("sacct", "#!/bin/sh\nexit 1\n")):
+        (folder / name).write_text(text.replace("@", str(folder)))
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(Path.cwd()))
+    monkeypatch.setattr(engines, "POLL_SECONDS", 0.0)
+    return folder
+
+
+def test_while_slurm_does_not_answer_the_array_is_waited_for_and_none_is_handed_in_again(
+    busy_slurm: Path, corpus: str, tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = arguments(corpus, tokenizer_folder, tmp_path / "out", "--engine", "slurm", "--workers", "2", *SETTINGS)
+    assert main(command) == 0
+    assert (busy_slurm / "calls").read_text().split().count("sbatch") == 1
+    assert "warning: job 7: SLURM does not say whether it is still there" in capsys.readouterr().err
+    script = (busy_slurm / "array.sh").read_text()
+    wanted = ["--partition=cpu", "--account=lab", "--mem=8G", "--time=02:00:00"]
+    assert [text for text in wanted if f"#SBATCH {text}\n" not in script] == []
+
+
+def test_a_slurm_that_never_answers_is_told_and_the_next_command_waits_for_the_same_array(
+    busy_slurm: Path, corpus: str, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "UNANSWERED", 0)
+    options = PrepareOptions((corpus,), tmp_path / "out", tokenizer_folder, engine="slurm", workers=2)
+    with pytest.raises(InputError, match=r"job 7: SLURM does not say .* run the same command later"):
+        prepare(options, QUIET)
+    monkeypatch.setattr(engines, "UNANSWERED", 9)
+    prepare(options, QUIET)
+    assert (busy_slurm / "calls").read_text().split().count("sbatch") == 1
 
 
 COMMAND = """

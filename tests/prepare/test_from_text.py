@@ -10,19 +10,22 @@ import pickle
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from argonne import layout
-from argonne.config import BatchSection, DataSection, SourceSection
+from argonne.config import BatchSection, DataSection, Recipe, SourceSection
 from argonne.data.dataset import TrainingData, open_training_data
 from argonne.data.loader import Loader
-from argonne.errors import InputError
+from argonne.errors import InputError, TextEnds
 from argonne.prepare import encode, from_text
 from argonne.prepare.options import PrepareOptions
 from argonne.prepare.prepare import prepare
+from argonne.stages.pretrain import run
+from argonne.train.checkpoint import list_checkpoints
 from tests.prepare.helpers import QUIET, content
 from tests.tokensets import words
 
@@ -246,9 +249,10 @@ def test_a_failure_while_tokenising_reaches_the_trainer(text: DataSection, tmp_p
     path = next(Path(text.input[1]).parent.glob("*_5.jsonl"))
     path.write_text("".join('{"text": 1}\n' for _ in range(50)))
     data = open_training_data(text, BATCH, 1, run_folder=tmp_path / "run")
-    with pytest.raises(InputError, match="rows are no documents"):
+    with pytest.raises(TextEnds, match="rows are no documents"):
         _ = data.tokens_per_epoch
-    data.close()
+    with pytest.raises(TextEnds, match="rows are no documents"):
+        data.close()
 
 
 def test_text_that_is_tokenised_may_be_gone_and_a_pattern_that_matches_later_changes_nothing(
@@ -304,3 +308,97 @@ def test_what_a_recipe_says_of_text_reaches_the_tokeniser(
         from_text.options_of(section, tmp_path / "run") for section in (text, dataclasses.replace(text, **{key: value}))
     )
     assert (getattr(asked, name), getattr(plain, name) == expected) == (expected, False)
+
+
+def with_faults(text: DataSection, name: str, faults: int) -> None:
+    """More rows of one file that are no documents."""
+    with open(next(Path(text.input[1]).parent.glob(name)), "a") as file:
+        file.write("no json\n" * faults)
+
+
+def untold(text: DataSection, run: Path, units: int, monkeypatch: pytest.MonkeyPatch) -> from_text.TextWork:
+    """The work on a text of which so many units are finished, and nobody goes on."""
+    monkeypatch.setattr(from_text.TextWork, "keep_going", lambda self: None)
+    work = from_text.TextWork(from_text.options_of(text, run))
+    for number in range(units):
+        encode.Job(str(work.out)).run(number)
+    return work
+
+
+def test_too_many_faulty_rows_end_the_reading_as_soon_as_all_can_hold_no_fewer(
+    text: DataSection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_faults(text, "*_1.jsonl", 40)
+    untold(text, tmp_path / "run", 2, monkeypatch)
+    with pytest.raises(TextEnds, match=r"40 of 52 rows are no documents \(invalid-json 40\), more than .* or so"):
+        open_training_data(text, BATCH, 1, run_folder=tmp_path / "run")
+
+
+def test_a_part_with_many_faulty_rows_does_not_end_the_reading_of_a_text_that_may_hold_them(
+    text: DataSection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_faults(text, "*_0.jsonl", 3)
+    untold(text, tmp_path / "run", 2, monkeypatch)
+    data = open_training_data(text, BATCH, 1, run_folder=tmp_path / "run")
+    assert "  so far 15 rows = 12 documents + 3 dropped (invalid-json 3)" in data.description
+    assert len(rows_of(data, range(5))) == 5
+
+
+def test_prepare_stops_at_the_unit_after_which_too_many_rows_are_faulty(text: DataSection, tmp_path: Path) -> None:
+    for number in range(3):
+        with_faults(text, f"*_{number}.jsonl", 40)
+    with pytest.raises(InputError, match=r"40 of 46 rows are no documents .* or so that there will be; mend the input"):
+        prepared(text, tmp_path / "out")
+    assert len(list((tmp_path / "out" / layout.UNITS).glob("*.json"))) == 1
+
+
+def test_a_failure_after_the_last_tokens_that_a_run_needs_is_told_too(
+    text: DataSection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_faults(text, "*_5.jsonl", 900)
+    with monkeypatch.context() as patch:
+        untold(text, tmp_path / "run", 2, patch)
+        data = open_training_data(text, BATCH, 1, run_folder=tmp_path / "run")
+        loader = Loader(data, 0, 1, 4, prefetch=0)
+        loader.batch(0)
+    assert loader.wrong() is None
+    assert data.work is not None
+    assert data.work._process is not None
+    data.work._process.wait()
+    with pytest.raises(TextEnds, match="rows are no documents"):
+        loader.batch(1)
+    assert isinstance(loader.wrong(), TextEnds)
+    with pytest.raises(TextEnds, match="rows are no documents"):
+        data.close()
+
+
+def test_a_run_whose_own_text_has_too_many_faulty_rows_is_not_complete_until_that_is_allowed(
+    text: DataSection, nano: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_faults(text, "*_0.jsonl", 3)
+    keys = {
+        "data.sources": "[]",
+        "data.input": json.dumps([text.input[1]]),
+        "data.tokenizer": json.dumps(text.tokenizer),
+        "train.steps": "3",
+        "schedule.warmup": "0",
+        "eval.every_steps": "0",
+        "data.sequence_length": "16",
+        "batch.tokens_per_step": "64",
+    }
+    untold(text, tmp_path / "run", 2, monkeypatch)
+    with pytest.raises(TextEnds, match="3 of 9 rows are no documents"):
+        run(nano(**keys), tmp_path / "run")
+    assert [saved.step for saved in list_checkpoints(tmp_path / "run")] == [2]
+    assert not (tmp_path / "run" / layout.COMPLETE).exists()
+    allowed = nano(**keys, **{"data.max_drop_fraction": "0.5"})
+    assert run(allowed, tmp_path / "run", allow=["data.max_drop_fraction"]).outcome.complete
+
+
+def test_rows_of_one_format_say_nothing_of_how_many_another_will_have(text: DataSection, tmp_path: Path) -> None:
+    folder = Path(text.input[1]).parent
+    for number in range(3):
+        (folder / f"a_{number}.txt").write_bytes(b"\xff" * 2000)
+    assert text.tokenizer is not None
+    out = prepare(PrepareOptions((str(folder / "*"),), tmp_path / "out", Path(text.tokenizer), workers=1), QUIET)
+    assert json.loads((out / layout.MANIFEST).read_text())["drops"] == {"invalid-utf8": 3}

@@ -13,7 +13,7 @@ from argonne.cli import main
 from argonne.errors import InputError
 from argonne.prepare.options import PrepareOptions
 from argonne.prepare.prepare import prepare
-from argonne.tokens import shards
+from argonne.tokens import manifest as manifests
 from argonne.tokens.formats import open_tokens
 from argonne.tokens.inspection import inspect_tokens
 from argonne.tokens.tokenizer import load_tokenizer
@@ -94,12 +94,12 @@ def test_sources_past_a_thousand_stand_in_a_file_of_their_own(
 ) -> None:
     options = PrepareOptions((many[0],), tmp_path / "out", tokenizer_folder, workers=1)
     inline = open_tokens(prepare(options, QUIET)).manifest["sources"]
-    monkeypatch.setattr(shards, "SOURCES_IN_MANIFEST", 100)
+    monkeypatch.setattr(manifests, "SOURCES_IN_MANIFEST", 100)
     out = prepare(PrepareOptions((many[0],), tmp_path / "other", tokenizer_folder, workers=1), QUIET)
     manifest = open_tokens(out).manifest
     assert manifest["sources"] == []
     assert manifest["sources_file"] == {"file": "sources.jsonl", "sources": 200}
-    assert list(shards.sources_of(out, manifest)) == inline
+    assert list(manifests.sources_of(out, manifest)) == inline
     assert inspect_tokens(out)["problems"] == []
     (out / "sources.jsonl").write_text("")
     assert "sources.jsonl" in inspect_tokens(out)["problems"][0]

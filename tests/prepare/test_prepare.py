@@ -296,7 +296,7 @@ def test_two_writers_of_one_folder_are_not_let_in_together(
     def intrude(*_: Any) -> Any:
         with pytest.raises(InputError, match="another `argonne prepare` is writing"):
             prepare(options, QUIET)
-        return iter(())
+        yield from ()
 
     with monkeypatch.context() as patch:
         patch.setattr(engines, "run", intrude)

@@ -1,0 +1,178 @@
+"""Each rank of a group holds some heads, some columns of the MLP and some rows of the vocabulary, and works on the
+same rows of text: torch's DTensor. Over groups FSDP2 shards, or copies, what they hold.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+
+from argonne.keys import check_heads, check_mesh
+from argonne.parallel.mesh import Mesh
+from argonne.parallel.objective import Head, Loss, MicroBatch, Objective
+from argonne.parallel.parallelise import Casts, Mode, Parallelised, Weights, in_one_call
+
+
+class Whole(ParallelStyle):
+    """Weights, inputs and outputs are the same on every rank of the group, plain tensors outside."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        leave: Any = self._leave  # torch's own type says that it returns nothing
+        return distribute_module(module, device_mesh, None, self._enter, leave)
+
+    def _enter(self, module: nn.Module, inputs: tuple[Any, ...], mesh: DeviceMesh) -> Any:
+        first = inputs[0]
+        return (first if isinstance(first, DTensor) else DTensor.from_local(first, mesh, [Replicate()]), *inputs[1:])
+
+    def _leave(self, module: nn.Module, output: DTensor, mesh: DeviceMesh) -> Tensor:
+        return output.to_local()
+
+
+class OwnHeads(Whole):
+    """Every rank makes all heads of keys or values, and goes on with those that its queries read: for fewer of them
+    than ranks. A head that several ranks read gets the gradients of all of them.
+    """
+
+    def __init__(self, heads: Sequence[int], head_dim: int) -> None:
+        self.columns = torch.tensor([head * head_dim + place for head in heads for place in range(head_dim)])
+
+    def _leave(self, module: nn.Module, output: DTensor, mesh: DeviceMesh) -> Tensor:
+        whole = output.to_local(grad_placements=[Partial()])
+        return whole.index_select(-1, self.columns.to(whole.device))
+
+
+class Table(RowwiseParallel):
+    """Rows of a table: what is looked up is there when it leaves. Torch's own hands on what is still on its way, of
+    which a compiled layer returns a wrong gradient (2.13; seen in tests/parity).
+    """
+
+    @staticmethod
+    def _prepare_output_fn(output_layouts: Any, use_local_output: bool, module: Any, output: Any, mesh: Any) -> Tensor:
+        found: Tensor = output.redistribute(placements=output_layouts).to_local()
+        return found
+
+
+def own_heads(queries: int, keys: int, degree: int, rank: int) -> list[int]:
+    """The heads of keys that a rank's queries read: each once where its queries share them evenly and in order, else
+    one for each query.
+    """
+    share, group = queries // degree, queries // keys
+    read = [query // group for query in range(rank * share, (rank + 1) * share)]
+    once = sorted(set(read))
+    each, left = divmod(share, len(once))
+    return once if not left and read == [head for head in once for _ in range(each)] else read
+
+
+def split_layer(layer: nn.Module, config: Any, mesh: DeviceMesh) -> None:
+    """A decoder layer over a group: columns of q, k, v, gate and up, rows of o and down, norms whole."""
+    degree, rank = mesh.size(), mesh.get_local_rank()
+    queries, keys = config.num_attention_heads, config.num_key_value_heads
+    attention: Any = layer.get_submodule("self_attn")
+    of_keys: ParallelStyle = ColwiseParallel()
+    if keys % degree:
+        heads = own_heads(queries, keys, degree, rank)
+        of_keys = OwnHeads(heads, config.head_dim)
+        attention.num_key_value_groups = queries // degree // len(heads)
+    # Inputs enter once for all that read them: their gradients are added before they are sent.
+    entering = PrepareModuleInput(
+        input_layouts=(Replicate(), None), desired_input_layouts=(Replicate(), None), use_local_output=False
+    )
+    fed = PrepareModuleInput(input_layouts=(Replicate(),), desired_input_layouts=(Replicate(),), use_local_output=False)
+    column = ColwiseParallel(use_local_output=False)  # whose number may not divide
+    plan: dict[str, ParallelStyle] = {
+        "self_attn": entering,
+        "self_attn.q_proj": ColwiseParallel(),
+        "self_attn.k_proj": of_keys,
+        "self_attn.v_proj": of_keys,
+        "self_attn.o_proj": RowwiseParallel(),
+        "mlp": fed,
+        "mlp.up_proj": column,
+        "mlp.down_proj": RowwiseParallel(),
+    }
+    if config.mlp_gated:
+        plan["mlp.gate_proj"] = column
+    # A gain of heads sees each rank's own: its gradient is their sum.
+    wanted = {"q_norm": config.q_norm, "k_norm": config.k_norm, "v_norm": config.v_norm}
+    of_heads = SequenceParallel(sequence_dim=2, use_local_output=True)
+    plan |= {f"self_attn.{name}": of_heads for name, there in wanted.items() if there}
+    plan |= {name: Whole() for name, _ in layer.named_children() if name.endswith("layernorm")}
+    parallelize_module(layer, mesh, plan, src_data_rank=None)
+
+
+def split_ends(model: Any, mesh: DeviceMesh) -> None:
+    """Embedding and head over rows of the vocabulary; tied ones stay one tensor."""
+    plan: dict[str, ParallelStyle] = {
+        "model.embed_tokens": Table(input_layouts=Replicate()),
+        "model.norm": Whole(),
+        "lm_head": ColwiseParallel(output_layouts=Replicate()),
+    }
+    if model.config.position_embedding == "learned":
+        plan["model.embed_positions"] = Whole()
+    parallelize_module(model, mesh, plan, src_data_rank=None)
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+
+
+def over_the_vocabulary(objective: Objective, mesh: DeviceMesh) -> Objective:
+    """The objective with a head that knows its own rows of the vocabulary, and whom to ask for the others."""
+
+    def of_part(head: Head, hidden: Tensor, micro: MicroBatch) -> Loss:
+        weight = cast(DTensor, head.weight)
+        size = -(-weight.shape[0] // mesh.size())
+        part = head.of_part(weight.to_local(), mesh.get_local_rank() * size, mesh.get_group())
+        return objective(part, hidden, micro)
+
+    return of_part
+
+
+def split(weights: Weights, mesh: Mesh, objective: Objective, casts: Casts) -> Parallelised:
+    """Layer by layer as the weights come. Gradients are averaged over the groups, whose ranks read the same rows."""
+    sizes = (mesh.world_size // (mesh.shard * mesh.inner), mesh.shard, mesh.inner)
+    dimensions = ("replicate", "shard", "tensor")
+    used = dimensions if sizes[0] > 1 else dimensions[1:]
+    devices = init_device_mesh(mesh.device.type, sizes[-len(used) :], mesh_dim_names=used)
+    group, groups = devices["tensor"], devices[used[:-1]]
+    # It tells on every rank that a norm is reduced, and a matrix gathered, over one dimension after the other.
+    logging.getLogger(torch.distributed.tensor._redistribute.__name__).setLevel(logging.ERROR)
+    config = weights.config
+    check_heads(config.num_attention_heads, mesh.inner)
+
+    def part(layer: nn.Module) -> None:
+        split_layer(layer, config, group)
+        fully_shard(layer, mesh=groups)
+
+    model = weights.fill(mesh.device, part)
+    split_ends(model, group)
+    whole = fully_shard(model, mesh=groups)
+
+    @contextmanager
+    def sync(wanted: bool) -> Iterator[None]:
+        whole.set_requires_all_reduce(wanted)  # as in shard.py
+        yield
+
+    made = in_one_call(model, model, mesh, over_the_vocabulary(objective, group), casts, sync=sync, forward="together")
+
+    def evaluate(micro: MicroBatch, other: Objective | None = None) -> Loss:
+        return made.evaluate(micro, over_the_vocabulary(other or objective, group))
+
+    return replace(made, evaluate=evaluate)
+
+
+TENSOR = Mode(check_mesh, split)
