@@ -142,7 +142,6 @@ class Mixture:
         self.windows = windows
         self.max_epochs = max_epochs or {}
         self.carried_step, self.carried = carried or (0, {})
-        self._last_samples: dict[int, int] = {}
 
     def phase_at(self, step: int) -> Phase:
         if len(self.phases) == 1:
@@ -206,16 +205,9 @@ class Mixture:
         """Raise InputError when the samples of `phase` before global sample `stop` read a source more often than its
         `max_epochs`.
         """
-        if all(source.fingerprint not in self.max_epochs for source in phase.sources):
-            return
-        last = self._last_samples.get(phase.first_step)
-        if last is None:
-            allowed = bisect_left(
-                range(1, 1 << 62), True, key=lambda samples: self._over_limit(phase, samples) is not None
-            )
-            last = self._last_samples[phase.first_step] = phase.first_sample + allowed
-        if stop > last:
-            raise InputError(self._over_limit(phase, stop - phase.first_sample) or "data.sources: read too often")
+        # Asked anew each time: to look for the last sample that is allowed would pack every epoch up to the limit.
+        if reason := self._over_limit(phase, stop - phase.first_sample):
+            raise InputError(reason)
 
     def check_steps(self, steps: int) -> None:
         """Raise InputError when a run of `steps` steps would read a source more often than its `max_epochs`."""
