@@ -141,6 +141,7 @@ class Mixture:
         self.phases = list(phases)
         self.windows = windows
         self.max_epochs = max_epochs or {}
+        self._allowed: dict[int, int] = {}  # samples of a phase that are known to be within the limits
         self.carried_step, self.carried = carried or (0, {})
 
     def phase_at(self, step: int) -> Phase:
@@ -205,9 +206,14 @@ class Mixture:
         """Raise InputError when the samples of `phase` before global sample `stop` read a source more often than its
         `max_epochs`.
         """
-        # Asked anew each time: to look for the last sample that is allowed would pack every epoch up to the limit.
-        if reason := self._over_limit(phase, stop - phase.first_sample):
+        samples = stop - phase.first_sample
+        if samples <= self._allowed.get(phase.first_step, 0):
+            return
+        if reason := self._over_limit(phase, samples):
             raise InputError(reason)
+        # Some way ahead, not to the end of what is allowed: conversations would be packed for every pass up to it.
+        ahead = max(2 * samples, 64 * phase.rows)
+        self._allowed[phase.first_step] = samples if self._over_limit(phase, ahead) else ahead
 
     def check_steps(self, steps: int) -> None:
         """Raise InputError when a run of `steps` steps would read a source more often than its `max_epochs`."""

@@ -21,7 +21,7 @@ from argonne.prepare.documents import InputFile, Unit
 from argonne.prepare.options import PrepareOptions, TokenizerOptions, check_split
 from argonne.prepare.progress import ProgressBar
 from argonne.prepare.texts import LongText, RowBatch
-from argonne.tokens.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
+from argonne.tokens.tokenizer import TextTokenizer, load_tokenizer, special_tokens, train_tokenizer
 
 # Version 1: a unit is of one file, and places in it are held out.
 PLAN_VERSION, READ_VERSIONS = 2, (1, 2)
@@ -63,6 +63,8 @@ def open_plan(options: PrepareOptions, out: Path) -> dict[str, Any] | None:
     # Looked for once more: another process may have planned, or finished, since the first look.
     if foreign and not (out / layout.UNITS_PLAN).exists() and not (out / layout.MANIFEST).exists():
         raise InputError(f"{out}: exists and holds no plan of `argonne prepare`; choose another --out or remove it")
+    if options.train_tokenizer is not None:
+        special_tokens(options.train_tokenizer, bare=options.bare)
     found = documents.find_files(options.input, outside=out)
     units, bad = _cut_all(options, found)
     _check_text(options, found, units)
@@ -230,6 +232,7 @@ def _train(texts: Iterator[str], vocab_size: int, out: Path, bare: bool) -> Path
 def train_tokenizer_on_files(flags: TokenizerOptions) -> Path:
     """`argonne tokenizer train`: byte-level BPE on the files that the globs match."""
     check_split(flags.split)
+    special_tokens(flags.vocab_size, bare=flags.bare)
     options = PrepareOptions(
         flags.input, flags.out, train_tokenizer=flags.vocab_size, text_column=flags.text_column, split=flags.split
     )

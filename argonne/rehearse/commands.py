@@ -17,13 +17,6 @@ from pathlib import Path
 
 from argonne.errors import REQUESTS
 
-LOADED = (
-    "torch.distributed",
-    "transformers",
-    "argonne.stages.session",
-    "argonne.stages.pretrain",
-    "argonne.serve.engine",
-)
 # What would make a command one of several, or show it a card.
 OTHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NNODES", "NODE_RANK", "SLURM_STEP_NUM_TASKS")
 POLL_SECONDS, LIMIT_SECONDS = 0.02, 900.0
@@ -31,8 +24,11 @@ POLL_SECONDS, LIMIT_SECONDS = 0.02, 900.0
 
 def load() -> None:
     """Everything that the commands import; they start at once."""
-    for name in LOADED:
-        importlib.import_module(name)
+    importlib.import_module("torch.distributed")
+    importlib.import_module("transformers")
+    importlib.import_module("argonne.stages.session")
+    importlib.import_module("argonne.stages.pretrain")
+    importlib.import_module("argonne.serve.engine")
 
 
 def run_command(words: list[str], log: Path, watch: Callable[[], bool] = lambda: False) -> int:

@@ -317,6 +317,18 @@ def _converted(folder: Path, config: dict[str, Any]) -> tuple[str, dict[str, Any
     return tokenizer.backend_tokenizer.to_str(), {"tokenizer_class": "PreTrainedTokenizerFast", **names, **config}
 
 
+def special_tokens(vocab_size: int, *, bare: bool) -> tuple[str, ...]:
+    """Those of a tokenizer that is trained here. Raises InputError when `vocab_size` leaves no room for a merge."""
+    special = BARE_TOKENS if bare else (END_OF_TEXT[0], "<|pad|>", *TURN_TOKENS, *CONTENT_TOKENS, *SPARE_TOKENS)
+    smallest = 256 + len(special) + 1
+    if vocab_size < smallest:
+        raise InputError(
+            f"vocab_size: found {vocab_size}, expected at least {smallest} (256 bytes, {len(special)} special tokens, "
+            "one merge)"
+        )
+    return special
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path, *, bare: bool = False) -> Path:
     """Train byte-level BPE on `texts` into the folder `out` and return it.
 
@@ -327,13 +339,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path, *, bare: b
     from tokenizers import Regex as TokenizersRegex
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    special = BARE_TOKENS if bare else (END_OF_TEXT[0], "<|pad|>", *TURN_TOKENS, *CONTENT_TOKENS, *SPARE_TOKENS)
-    smallest = 256 + len(special) + 1
-    if vocab_size < smallest:
-        raise InputError(
-            f"vocab_size: found {vocab_size}, expected at least {smallest} (256 bytes, {len(special)} special tokens, "
-            "one merge)"
-        )
+    special = special_tokens(vocab_size, bare=bare)
     tokenizer = Tokenizer(models.BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=bare)
     split = pre_tokenizers.Split(TokenizersRegex(SPLIT_PATTERN), "isolated")

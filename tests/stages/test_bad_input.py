@@ -117,7 +117,7 @@ RECIPE_FAULTS = {
         ["model.num_hidden_layers", "found 0", "at least 1"],
     ),
     "a share that is none": (["--optim.betas", "[0.9, 1.5]"], ["optim.betas", "found 1.5", "below 1"]),
-    "a parallelism that is not built": (["--parallel.tensor", "2"], ["parallel.tensor", "found 2"]),
+    "a parallelism that is not built": (["--parallel.pipeline", "2"], ["parallel.pipeline", "found 2"]),
     "a duration that is none": (["--stop.grace", "soon"], ["stop.grace", "'soon'"]),
     "a stage of another verb": (["--stage", "sft"], ["stage", "'sft'"]),
     "a stray argument": (["stray"], ["stray", "--section.key"]),
