@@ -17,7 +17,7 @@ from argonne.errors import InputError, first_line
 from argonne.prepare import columnar, grams
 from argonne.prepare.documents import find_files
 from argonne.prepare.grams import Gram, Wanted, blocks_of
-from argonne.prepare.texts import Text, open_path, read_faults
+from argonne.prepare.texts import Text, open_path
 from argonne.prepare.textual import open_file
 
 QUALITY_FROM_CHARACTERS = 50
@@ -135,8 +135,6 @@ def _values(path: str, kind: str) -> Iterator[Any]:
     """Every row of an evaluation file. Raises InputError when it cannot be read: what is not read
     would be trained on.
     """
-    import pyarrow as pa
-
     try:
         if kind in ("parquet", "arrow"):
             yield from columnar.every_row(path, kind)
@@ -151,7 +149,7 @@ def _values(path: str, kind: str) -> Iterator[Any]:
                 yield from csv.reader((line.decode() for line in source), delimiter=separator)
             else:
                 yield source.read().decode()
-    except (pa.ArrowException, csv.Error, RecursionError, *read_faults(path)) as error:
+    except (csv.Error, RecursionError, *columnar.faults_of(path)) as error:
         raise InputError(
             f"--decontaminate {path}: cannot be read ({first_line(error)}); restore it or leave it out"
         ) from None

@@ -182,3 +182,18 @@ def test_a_table_of_evaluation_text_that_was_cut_off_is_refused(name: str, tmp_p
     (tmp_path / name).write_bytes(content[:-stream_end])
     with pytest.raises(InputError, match=rf"^--decontaminate .*{name}: cannot be read .*; restore it or leave it out$"):
         filters.build({"filter": [], "decontaminate": ["yes"]}, filters.evaluation_files([str(tmp_path / name)]))
+
+
+def test_an_evaluation_file_with_a_value_that_python_has_none_for_is_named(
+    tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    jsonl(tmp_path / "in.jsonl", [{"text": words(30, 1)}])
+    late = pa.array([3_000_000], pa.date32())  # in the year 10,183
+    parquet.write_table(pa.table({"question": [words(20, 2)], "day": late}), tmp_path / "ev.parquet")
+    options = PrepareOptions(
+        (str(tmp_path / "in.jsonl"),), tmp_path / "out", tokenizer_folder, decontaminate=(str(tmp_path / "ev.parquet"),)
+    )
+    with pytest.raises(
+        InputError, match=r"--decontaminate .*ev.parquet: cannot be read .*; restore it or leave it out"
+    ):
+        prepare(options, QUIET)
