@@ -135,6 +135,7 @@ def _values(path: str, kind: str) -> Iterator[Any]:
     """Every row of an evaluation file. Raises InputError when it cannot be read: what is not read
     would be trained on.
     """
+    faults: tuple[type[Exception], ...] = (csv.Error, RecursionError, *columnar.faults_of(path))
     try:
         if kind in ("parquet", "arrow"):
             yield from columnar.every_row(path, kind)
@@ -149,7 +150,7 @@ def _values(path: str, kind: str) -> Iterator[Any]:
                 yield from csv.reader((line.decode() for line in source), delimiter=separator)
             else:
                 yield source.read().decode()
-    except (csv.Error, RecursionError, *columnar.faults_of(path)) as error:
+    except faults as error:
         raise InputError(
             f"--decontaminate {path}: cannot be read ({first_line(error)}); restore it or leave it out"
         ) from None
