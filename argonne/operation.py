@@ -102,6 +102,22 @@ class ParallelSection:
     tensor: int = key(1, "degree of tensor parallelism", bounds="at least 1", changes="speed", free=True)
     context: int = key(1, "degree of context parallelism", bounds="at least 1", changes="speed", free=True)
     pipeline: int = key(1, "degree of pipeline parallelism", bounds="at least 1", changes="speed", free=True)
+    schedule: str = key(
+        "1f1b",
+        "order of micro-batches in a pipeline; interleaved gives each worker several stages",
+        choices=("gpipe", "1f1b", "interleaved"),
+        changes="speed",
+        needs="parallel.pipeline != 1",
+        free=True,
+    )
+    stages: int = key(
+        2,
+        "stages of a worker in an interleaved pipeline",
+        bounds="at least 1",
+        changes="speed",
+        needs="parallel.schedule = interleaved",
+        free=True,
+    )
     max_restarts: int = key(
         3, "restarts of failed workers", bounds="at least 0", changes="end", needs="parallel.nproc != 1", free=True
     )
