@@ -119,7 +119,10 @@ def check(recipe: Recipe) -> None:
     _check_bounds(recipe)
     if recipe.model.init_from is None:  # else once the weights are known
         presets.check(dataclasses.asdict(recipe.model))
-        check_heads(recipe.model.num_attention_heads or recipe.parallel.tensor, recipe.parallel.tensor)
+        parallel = recipe.parallel
+        check_heads(recipe.model.num_attention_heads or parallel.tensor, parallel.tensor)
+        stages = parallel.stages if parallel.schedule == "interleaved" else 1
+        check_layers(recipe.model.num_hidden_layers or parallel.pipeline * stages, parallel.pipeline, stages)
     check_rates(recipe.optim, recipe.schedule)
     train, batch, data = recipe.train, recipe.batch, recipe.data
     lengths = [name for name in ("steps", "tokens", "epochs") if getattr(train, name) is not None]
@@ -206,29 +209,38 @@ def check_mesh(parallel: ParallelSection, workers: int) -> None:
     """Refuse degrees that nothing would honour, or that so many workers cannot be: what the configuration says is what
     runs.
     """
-    if parallel.pipeline != 1:
-        raise InputError(
-            f"parallel.pipeline: found {parallel.pipeline}, expected 1; replicate, shard, tensor and context are built"
-        )
     if parallel.async_tensor:
         raise InputError("parallel.async_tensor: found true, expected false; it is not built")
-    if parallel.tensor > 1 and parallel.context > 1:
-        raise InputError(
-            f"[parallel]: found tensor {parallel.tensor} and context {parallel.context}, expected one of them to be 1; "
-            "they are not built together"
-        )
-    name, inner = ("tensor", parallel.tensor) if parallel.tensor > 1 else ("context", parallel.context)
-    places, left = divmod(workers, inner)
+    for name, degree in (("tensor", parallel.tensor), ("pipeline", parallel.pipeline)):
+        if degree > 1 and parallel.context > 1:
+            raise InputError(
+                f"[parallel]: found {name} {degree} and context {parallel.context}, expected one of them to be 1; "
+                "they are not built together"
+            )
+    inner = {"pipeline": parallel.pipeline, "tensor": parallel.tensor, "context": parallel.context}
+    inner = {name: degree for name, degree in inner.items() if degree > 1}
+    places, left = divmod(workers, math.prod(inner.values()))
     if left or places % parallel.shard or parallel.replicate not in (0, places // parallel.shard):
-        third = f" x {inner}" if inner > 1 else ""
-        asked = f"replicate {parallel.replicate or 'auto'} x shard {parallel.shard}{third and f' x {name} {inner}'}"
+        third = "".join(f" x {degree}" for degree in inner.values())
+        asked = f"replicate {parallel.replicate or 'auto'} x shard {parallel.shard}"
+        asked += "".join(f" x {name} {degree}" for name, degree in inner.items())
         fitting = " or ".join(
             f"{places // shard} x {shard}{third}" for shard in range(1, places + 1) if places % shard == 0
         )
         if left:
-            fitting = f"a {name} of " + " or ".join(str(n) for n in range(1, workers + 1) if workers % n == 0)
+            divisors = " or ".join(str(number) for number in range(1, workers + 1) if workers % number == 0)
+            fitting = f"a {' x '.join(inner)} of {divisors}"
         raise InputError(
             f"[parallel]: found {asked} on {workers} workers, expected degrees whose product is {workers}: {fitting}"
+        )
+
+
+def check_layers(layers: int, pipeline: int, stages: int) -> None:
+    """Refuse more stages than layers; `stages`: of each worker."""
+    if pipeline * stages > layers:
+        each = f" x {stages} stages a worker" if stages > 1 else ""
+        raise InputError(
+            f"parallel.pipeline: found {pipeline}{each}, expected at most {layers} stages: the model has so many layers"
         )
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Set
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -63,6 +63,10 @@ class Weights:
     def config(self) -> ArgonneConfig:
         return cast(ArgonneConfig, self.model.config)
 
+    def of(self, names: Set[str]) -> Weights:
+        """Those tensors alone; the modules of others may be taken out of the model."""
+        return replace(self, tensors=lambda: (pair for pair in self.tensors() if pair[0] in names))
+
     @torch.no_grad()
     def fill(
         self, device: torch.device | str, ended: Callable[[nn.Module], object] = lambda layer: None
@@ -76,7 +80,8 @@ class Weights:
                 setattr(self.model.get_submodule(owner), leaf, nn.Parameter(tensor.to(device)))
             if layer:
                 ended(self.model.get_submodule(layer))
-        self.model.tie_weights()
+        if isinstance(self.model.lm_head, nn.Linear):  # a head that was taken out is not tied
+            self.model.tie_weights()
         return self.model
 
 

@@ -49,6 +49,13 @@ class Mesh:
     inner: int = 1
     shard: int = 1
     context: int = 1
+    schedule: str = "1f1b"
+    stages: int = 1
+
+    @property
+    def stage(self) -> int:
+        """The place in the pipeline."""
+        return self.rank // (self.world_size // self.pipeline)
 
     @property
     def data_size(self) -> int:
@@ -193,6 +200,8 @@ def open_mesh(parallel: ParallelSection, device_name: str, *, timeout_seconds: f
             inner=inner,
             shard=parallel.shard,
             context=parallel.context,
+            schedule=parallel.schedule,
+            stages=parallel.stages if parallel.schedule == "interleaved" else 1,
         )
         data = rows = None
         if place.data_size < world_size:

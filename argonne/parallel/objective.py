@@ -43,6 +43,12 @@ class Loss:
     metrics: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     penalty: Tensor | float = 0.0
 
+    def on_host(self) -> Loss:
+        """The same without a graph, where any process can read it."""
+        rows = None if self.rows is None else self.rows.detach().cpu()
+        metrics = {name: (value.cpu(), count.cpu()) for name, (value, count) in self.metrics.items()}
+        return Loss(self.total.detach().cpu(), rows, metrics, float(self.penalty))
+
 
 # It gets the final hidden states and the head, never the whole model, so that the last stage of a pipeline can run it.
 Objective = Callable[[Head, Tensor, MicroBatch], Loss]

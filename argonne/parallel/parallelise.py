@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -77,11 +77,17 @@ class Parallelised:
 
 class Weights(Protocol):
     """A model that takes no memory until it is filled. fill(device, ended): with its tensors; `ended` gets each decoder
-    layer once it has all of its own, and may take them apart. config: of the model.
+    layer once it has all of its own, and may take them apart. model: empty. config: of the model. of(names): those
+    tensors alone; the modules of others may be taken out of the model.
     """
 
     @property
+    def model(self) -> Any: ...
+
+    @property
     def config(self) -> Any: ...
+
+    def of(self, names: Set[str], /) -> Weights: ...
 
     def fill(self, device: torch.device | str, ended: Callable[[nn.Module], object] = ..., /) -> nn.Module: ...
 

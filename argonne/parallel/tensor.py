@@ -117,7 +117,7 @@ def split_layer(layer: nn.Module, config: Any, mesh: DeviceMesh) -> None:
 
 
 def split_ends(model: Any, mesh: DeviceMesh) -> None:
-    """Embedding and head over rows of the vocabulary; tied ones stay one tensor."""
+    """Embedding and head over rows of the vocabulary, where they are here; tied ones stay one tensor."""
     plan: dict[str, ParallelStyle] = {
         "model.embed_tokens": Table(input_layouts=Replicate()),
         "model.norm": Whole(),
@@ -125,8 +125,9 @@ def split_ends(model: Any, mesh: DeviceMesh) -> None:
     }
     if model.config.position_embedding == "learned":
         plan["model.embed_positions"] = Whole()
-    parallelize_module(model, mesh, plan, src_data_rank=None)
-    if model.config.tie_word_embeddings:
+    there = {name: style for name, style in plan.items() if any(True for _ in model.get_submodule(name).parameters())}
+    parallelize_module(model, mesh, there, src_data_rank=None)
+    if model.config.tie_word_embeddings and "lm_head" in there:
         model.lm_head.weight = model.model.embed_tokens.weight
 
 
@@ -142,6 +143,11 @@ def over_the_vocabulary(objective: Objective, mesh: DeviceMesh) -> Objective:
     return of_part
 
 
+def quiet_redistribution() -> None:
+    """Torch tells on every rank that a norm is reduced, and a matrix gathered, over one dimension after the other."""
+    logging.getLogger(torch.distributed.tensor._redistribute.__name__).setLevel(logging.ERROR)
+
+
 def split(weights: Weights, mesh: Mesh, objective: Objective, casts: Casts) -> Parallelised:
     """Layer by layer as the weights come. Gradients are averaged over the groups, whose ranks read the same rows."""
     sizes = (mesh.world_size // (mesh.shard * mesh.inner), mesh.shard, mesh.inner)
@@ -149,8 +155,7 @@ def split(weights: Weights, mesh: Mesh, objective: Objective, casts: Casts) -> P
     used = dimensions if sizes[0] > 1 else dimensions[1:]
     devices = init_device_mesh(mesh.device.type, sizes[-len(used) :], mesh_dim_names=used)
     group, groups = devices["tensor"], devices[used[:-1]]
-    # It tells on every rank that a norm is reduced, and a matrix gathered, over one dimension after the other.
-    logging.getLogger(torch.distributed.tensor._redistribute.__name__).setLevel(logging.ERROR)
+    quiet_redistribution()
     config = weights.config
     check_heads(config.num_attention_heads, mesh.inner)
 

@@ -26,6 +26,7 @@ from argonne.parallel.context import CONTEXT
 from argonne.parallel.mesh import Mesh
 from argonne.parallel.objective import MicroBatch, Objective
 from argonne.parallel.parallelise import REPLICATED, Mode, Parallelised
+from argonne.parallel.pipeline import PIPELINE
 from argonne.parallel.shard import SHARDED
 from argonne.parallel.tensor import TENSOR
 from argonne.plan import Device, Setup, choose_setup, plan_of_run, running_device, shape_of
@@ -71,9 +72,8 @@ class Session:
     @property
     def mode(self) -> Mode:
         asked = self.recipe.parallel
-        return self.given_mode or (
-            TENSOR if asked.tensor > 1 else CONTEXT if asked.context > 1 else SHARDED if asked.shard > 1 else REPLICATED
-        )
+        degrees = {PIPELINE: asked.pipeline, TENSOR: asked.tensor, CONTEXT: asked.context, SHARDED: asked.shard}
+        return self.given_mode or next((mode for mode, degree in degrees.items() if degree > 1), REPLICATED)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from argonne.parallel.launch import run_workers
 from argonne.parallel.mesh import Mesh, open_mesh
 from argonne.parallel.objective import Head, Loss, MicroBatch, Objective
 from argonne.parallel.parallelise import REPLICATED
+from argonne.parallel.pipeline import PIPELINE
 from argonne.parallel.shard import SHARDED
 from argonne.parallel.tensor import TENSOR
 from argonne.presets import preset
@@ -42,7 +43,6 @@ VOCABULARY, LENGTH, PAIRS = 401, 32, 2
 SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 46,
-    "num_hidden_layers": 2,
     "num_attention_heads": 6,
     "head_dim": 10,
     "intermediate_size": 54,
@@ -84,24 +84,27 @@ class Case:
     kernel: str = "auto"
     mutation: str = ""
     tensor: int = 1
+    pipeline: int = 1
+    schedule: str = "1f1b"
+    layers: int = 2
     heads: tuple[int, int] | None = None  # of queries and keys, else 6 and 2 or 6
 
     @property
     def world(self) -> int:
-        return self.replicate * self.shard * self.context * self.tensor
+        return self.replicate * self.shard * self.context * self.tensor * self.pipeline
 
     @property
     def parts(self) -> int:
-        """Ranks that hold one copy of the model between them."""
+        """Ranks that hold one copy of the model, or of a stage of it, between them."""
         return self.tensor * (self.shard * self.context if self.shard > 1 else 1)
 
     @property
     def split(self) -> tuple[int, int]:
-        return (self.tensor, self.shard) if self.tensor > 1 else (1, 1)
+        return (self.tensor * 10 + self.pipeline, self.shard) if self.tensor > 1 else (1, 1)
 
     def alone(self) -> Case:
         """The same on one process, as it should be."""
-        one = {"replicate": 1, "shard": 1, "context": 1, "tensor": 1}
+        one = {"replicate": 1, "shard": 1, "context": 1, "tensor": 1, "pipeline": 1}
         return dataclasses.replace(self, **one, mutation="", fails=False, compile=False)
 
 
@@ -183,9 +186,11 @@ def rough_weights(case: Case) -> Weights:
     """Weights far from their initial values, in order, one at a time."""
     released = preset(f"argonne-{case.generation}").fields
     grouped = released["num_key_value_heads"] < released["num_attention_heads"]
-    own = {"num_key_value_heads": 2 if grouped else 6, "layer_types": ["full_attention"] * 2}
+    kinds = ["full_attention", "sliding_attention" if released["sliding_window"] else "full_attention"]
+    own = {"num_key_value_heads": 2 if grouped else 6, "num_hidden_layers": case.layers}
+    own |= {"layer_types": (kinds * case.layers)[: case.layers]}
     if released["sliding_window"]:
-        own |= {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 9}
+        own |= {"sliding_window": 9}
     if case.heads is not None:
         own |= dict(zip(("num_attention_heads", "num_key_value_heads"), case.heads, strict=True))
     config = config_from_fields({**released, **SIZES, **own})
@@ -207,10 +212,20 @@ def whole(tensor: Tensor) -> np.ndarray:
     return value.detach().clone().numpy()
 
 
+def joined(mesh: Mesh, mine: Tensors) -> Tensors:
+    """What all ranks hold under its name; what several hold must be equal bit for bit."""
+    found: Tensors = {}
+    for part in mesh.gather(mine) if mesh.pipeline > 1 else [mine]:
+        for name, value in part.items():
+            assert np.array_equal(found.setdefault(name, value), value), f"{name} differs between ranks"
+    return found
+
+
 def compute(case: Case, mesh: Mesh) -> Found:
     """Loss and gradients of step 0, then the weights after all steps."""
     precision = Precision("fp32", mesh.device)
-    mode = TENSOR if case.tensor > 1 else CONTEXT if case.context > 1 else SHARDED if case.shard > 1 else REPLICATED
+    modes = {PIPELINE: case.pipeline, TENSOR: case.tensor, CONTEXT: case.context, SHARDED: case.shard}
+    mode = next((mode for mode, degree in modes.items() if degree > 1), REPLICATED)
     model = mode.parallelise(rough_weights(case), mesh, objective_of(case), precision)
     optim = OptimSection(lr=RATE, name=case.optimizer, muon_dtype="float64", muon_lr=RATE, weight_decay=0.1)
     optimizer = build_optimizer(model.plain, optim, mesh)
@@ -227,13 +242,15 @@ def compute(case: Case, mesh: Mesh) -> Found:
     sums = model.forward_backward(batches[0].micro_batches, counts[0])
     named = dict(model.plain.named_parameters())
     norm = model.gradient_norm(list(named.values()))
-    gradients = {name: whole(parameter.grad) for name, parameter in named.items() if parameter.grad is not None}
+    gradients = joined(
+        mesh, {name: whole(parameter.grad) for name, parameter in named.items() if parameter.grad is not None}
+    )
     loss = sum(mesh.gather(float(sums.total))) / counts[0]
     for batch, count in zip(batches, counts, strict=True):
         take_step(trained, batch, count, RATE, grad_clip=1.0)
     held = [parameter.to_local() if isinstance(parameter, DTensor) else parameter for parameter in named.values()]
     mine = crc32(b"".join(part.detach().numpy().tobytes() for part in held))
-    weights = {name: whole(parameter) for name, parameter in named.items()}
+    weights = joined(mesh, {name: whole(parameter) for name, parameter in named.items()})
     return Found(loss, gradients, float(norm), weights, mesh.gather(mine))
 
 
@@ -243,7 +260,14 @@ def _work(cases: Sequence[Case]) -> list[Found]:
     found = []
     for number, case in enumerate(cases):
         os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)  # ranks meet under another name in the store
-        parallel = ParallelSection(replicate=case.replicate, shard=case.shard, context=case.context, tensor=case.tensor)
+        parallel = ParallelSection(
+            replicate=case.replicate,
+            shard=case.shard,
+            context=case.context,
+            tensor=case.tensor,
+            pipeline=case.pipeline,
+            schedule=case.schedule,
+        )
         with open_mesh(parallel, "cpu", timeout_seconds=20) as mesh, mutations.planted(case.mutation):
             result = compute(case, mesh)
             found.append(result if mesh.is_main else dataclasses.replace(result, gradients={}, weights={}))
@@ -273,8 +297,10 @@ def problems(case: Case, found: Found, expected: Found, relative: float = 1e-9) 
     largest or by what so many steps can move them; and copies of the model that are not equal bit for bit.
     """
     wrong = []
-    if found.copies != found.copies[: case.parts] * (case.world // case.parts):
-        wrong.append(f"copies of the model differ: {found.copies}")
+    width = case.world // case.pipeline
+    for stage in (found.copies[first : first + width] for first in range(0, case.world, width)):
+        if stage != stage[: case.parts] * (width // case.parts):
+            wrong.append(f"copies of the model differ: {found.copies}")
     for name, mine, theirs in (("loss", found.loss, expected.loss), ("norm", found.norm, expected.norm)):
         if not abs(mine - theirs) <= max(relative, 1e-6 if name == "loss" else 0) * abs(theirs):  # sums are fp32
             wrong.append(f"{name}: {mine} instead of {theirs}")

@@ -1,0 +1,268 @@
+"""The layers of a model over the ranks of a group, in stages through which micro-batches follow one another: torch's
+pipelining. Within a stage the model is copied, sharded or split as ever.
+
+Both ends hold a tied weight: it has one name, one gradient, and one share of the norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cache
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
+from torch.distributed.pipelining.schedules import ScheduleLoopedBFS
+from torch.distributed.tensor import DTensor
+
+from argonne.errors import InputError
+from argonne.keys import check_heads, check_layers, check_mesh
+from argonne.parallel.compile import is_compiler_error
+from argonne.parallel.mesh import Mesh
+from argonne.parallel.objective import Loss, MicroBatch, Objective
+from argonne.parallel.parallelise import Casts, Mode, Parallelised, Sums, Weights, placed, total_norm
+from argonne.parallel.tensor import over_the_vocabulary, quiet_redistribution, split_ends, split_layer
+
+
+def cut(costs: Sequence[float], last: float, stages: int) -> list[range]:
+    """Layers in so many runs, at least one in each, so that the dearest costs as little as can be. last: what the last
+    stage does besides.
+    """
+    until = [0.0, *accumulate(costs)]
+
+    @cache
+    def best(first: int, left: int) -> tuple[float, tuple[int, ...]]:
+        if left == 1:
+            return until[-1] - until[first] + last, (len(costs),)
+        found = []
+        for end in range(first + 1, len(costs) - left + 2):
+            rest, ends = best(end, left - 1)
+            found.append((max(until[end] - until[first], rest), (end, *ends)))
+        return min(found)
+
+    ends = best(0, stages)[1]
+    return [range(first, end) for first, end in zip((0, *ends), ends, strict=False)]
+
+
+def stages_of(model: Any, stages: int) -> list[range]:
+    """The layers of each stage, by what they cost a token: their matrices, and what attention reads behind it."""
+    config = model.config
+    width, length, windows = config.num_attention_heads * config.head_dim, config.max_position_embeddings, []
+    for kind in config.layer_types or ["full_attention"] * config.num_hidden_layers:
+        windows.append(min(length, config.sliding_window) if kind == "sliding_attention" else length / 2)
+    weights = [sum(parameter.numel() for parameter in layer.parameters()) for layer in model.model.layers]
+    costs = [held + 2 * width * window for held, window in zip(weights, windows, strict=True)]
+    return cut(costs, model.lm_head.weight.numel(), stages)
+
+
+class Stage(nn.Module):
+    """Some layers of a model, and what stands before the first or behind the last: its parameters are the model's.
+
+    Micro-batches come in order. A first stage reads them, a last one gives (1,), the total of the loss, and keeps the
+    whole of it in `losses`; between them hidden states (B, T, H) travel.
+    """
+
+    def __init__(self, model: Any, layers: range, casts: Casts) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(model.model.layers[index] for index in layers)
+        self.is_first, self.is_last = layers.start == 0, layers.stop == len(model.model.layers)
+        ends = [model.model.norm, model.lm_head] if self.is_last else []
+        if self.is_first or (self.is_last and model.config.tie_word_embeddings):
+            ends.append(model.model.embed_tokens)
+        if self.is_first and model.config.position_embedding == "learned":
+            ends.append(model.model.embed_positions)
+        self.ends = nn.ModuleList(ends)
+        self.run, self.casts = range(layers.start, layers.stop), casts
+        self._whole = (model,)  # not a part of this one
+        self._coming: Iterator[MicroBatch] = iter(())
+
+    def begin(self, micro_batches: Sequence[MicroBatch], objective: Objective) -> None:
+        self._coming, self._objective, self.losses = iter(micro_batches), objective, list[Loss]()
+
+    def forward(self, hidden: Tensor | None = None) -> Tensor:
+        (model,), micro = self._whole, next(self._coming)
+        positions = micro.get("position_ids")
+        with self.casts.autocast():
+            if hidden is None:
+                hidden = model.embed(micro["input_ids"], positions)
+            hidden = model.run_layers(hidden, self.run.start, self.run.stop, position_ids=positions)
+            if not self.is_last:
+                return hidden
+            self.losses.append(self._objective(model.head, model.model.norm(hidden), micro))
+        return self.losses[-1].total[None]
+
+
+def take_out(model: Any, stages: Sequence[range]) -> None:
+    """Leave of a model only these stages' modules, under their names. A tied weight is the embedding's at both ends."""
+    first, last = stages[0].start == 0, stages[-1].stop == len(model.model.layers)
+    for index in range(len(model.model.layers)):
+        if not any(index in layers for layers in stages):
+            model.model.layers[index] = nn.Identity()
+    if not (first or (last and model.config.tie_word_embeddings)):
+        model.model.embed_tokens = nn.Identity()
+    if not first and model.config.position_embedding == "learned":
+        model.model.embed_positions = nn.Identity()
+    if not last:
+        model.model.norm, model.lm_head = nn.Identity(), nn.Identity()
+
+
+class Pipeline:
+    """This rank's stages, as the loop drives them."""
+
+    def __init__(self, weights: Weights, mesh: Mesh, objective: Objective, casts: Casts) -> None:
+        self.mesh, self.objective, self.casts, self.scale = mesh, objective, casts, 1.0
+        model: Any = weights.model
+        self.count = mesh.pipeline * mesh.stages
+        check_layers(len(model.model.layers), mesh.pipeline, mesh.stages)
+        runs = stages_of(model, self.count)[mesh.stage :: mesh.pipeline]
+        sizes = (mesh.pipeline, mesh.data_size // mesh.shard, mesh.shard, mesh.inner)
+        devices = init_device_mesh(mesh.device.type, sizes, mesh_dim_names=("pipeline", "replicate", "shard", "tensor"))
+        self.group = devices["pipeline"].get_group()
+        take_out(model, runs)
+        self.model: Any = self._spread(weights, devices)
+        self.hidden, self.dtype = model.config.hidden_size, next(self.model.parameters()).dtype
+        self.stages = [Stage(self.model, layers, casts) for layers in runs]
+        if mesh.data_size * mesh.inner > 1:
+            for stage in self.stages:
+                fully_shard(stage, mesh=devices[_data_of(mesh)])
+        self.tied = model.config.tie_word_embeddings and (self.stages[0].is_first or self.stages[-1].is_last)
+        self._made: dict[bool, tuple[tuple[int, ...], Any]] = {}
+
+    def _spread(self, weights: Weights, devices: DeviceMesh) -> nn.Module:
+        """The weights of what is left of the model, each layer split and sharded as it comes."""
+        mesh, config, names = self.mesh, weights.config, {name for name, _ in weights.model.named_parameters()}
+        if mesh.inner > 1:
+            quiet_redistribution()
+            check_heads(config.num_attention_heads, mesh.inner)
+            self.objective = over_the_vocabulary(self.objective, devices["tensor"])
+
+        def part(layer: nn.Module) -> None:
+            if mesh.inner > 1:
+                split_layer(layer, config, devices["tensor"])
+            if mesh.data_size * mesh.inner > 1:
+                fully_shard(layer, mesh=devices[_data_of(mesh)])
+
+        model = weights.of(names).fill(mesh.device, part)
+        if mesh.inner > 1:
+            split_ends(model, devices["tensor"])
+        return model
+
+    def _schedule(self, micro: MicroBatch, count: int, *, backward: bool) -> Any:
+        """For micro-batches of one shape. Buffers, and what is sent, are of that shape: another takes others."""
+        shape = (*micro["input_ids"].shape, count)
+        if self._made.get(backward, ((), None))[0] != shape:
+            size = (*micro["input_ids"].shape, self.hidden)
+            stream = torch.empty(size, dtype=self.dtype, device="meta", requires_grad=backward)
+            stages = [
+                PipelineStage(
+                    stage,
+                    self.mesh.stage + turn * self.mesh.pipeline,
+                    self.count,
+                    self.mesh.device,
+                    input_args=() if stage.is_first else stream,
+                    output_args=torch.empty(1, device="meta", requires_grad=backward) if stage.is_last else stream,
+                    group=self.group,
+                )
+                for turn, stage in enumerate(self.stages)
+            ]
+            loss = self._scaled if backward else None
+            self._made[backward] = shape, schedule_of(self.mesh, stages, count, loss)
+        return self._made[backward][1]
+
+    def _scaled(self, total: Tensor, target: Tensor) -> Tensor:
+        return self.casts.scale(total.sum() * self.scale)
+
+    def _run(self, micro_batches: Sequence[MicroBatch], objective: Objective, *, backward: bool) -> list[Loss]:
+        """All micro-batches through all stages. Their losses where the last one is."""
+        here = [placed(micro, self.mesh.device) for micro in micro_batches]
+        for stage in self.stages:
+            stage.begin(here, objective)
+        try:
+            schedule = self._schedule(here[0], len(here), backward=backward)
+            schedule.step(target=torch.empty(len(here)), return_outputs=False)
+        except RuntimeError as error:  # what a stage raised, told with the sizes of all it was given
+            cause = error.__cause__
+            if cause is None:
+                raise
+            if is_compiler_error(cause):  # the other stages would not begin the step again
+                raise InputError(
+                    'train.compile: compiling failed in a stage of the pipeline; set train.compile = "off" '
+                    f"({type(cause).__name__}: {cause})"
+                ) from cause
+            raise cause from None
+        return self.stages[-1].losses
+
+    def forward_backward(self, micro_batches: Sequence[MicroBatch], count: int) -> Sums:
+        mesh, sums = self.mesh, Sums(torch.zeros((), device=self.mesh.device, dtype=torch.float32))
+        self.scale = mesh.averaged / max(1, count)
+        losses = self._run(micro_batches, self.objective, backward=True)
+        if mesh.rank % mesh.inner == 0:
+            for loss, micro in zip(losses, micro_batches, strict=False):
+                sums.add(loss, placed(micro, mesh.device))
+        if self.tied:
+            self._join_ends()
+        # The first stage speaks for its rows.
+        dist.all_reduce(sums.total, group=self.group)
+        sums.total *= mesh.speaks_for_its_rows
+        return sums
+
+    @torch.no_grad()
+    def _join_ends(self) -> None:
+        """The gradient of a tied weight: that of the embedding and that of the head, at both ends the same sum."""
+        gradient = self.model.model.embed_tokens.weight.grad
+        mine = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+        theirs, other = torch.empty_like(mine), 0 if self.stages[-1].is_last else self.mesh.pipeline - 1
+        moves = [
+            dist.P2POp(move, tensor, group=self.group, group_peer=other)
+            for move, tensor in ((dist.isend, mine), (dist.irecv, theirs))
+        ]
+        for work in dist.batch_isend_irecv(moves):
+            work.wait()
+        mine += theirs
+
+    def gradient_norm(self, parameters: Sequence[Tensor]) -> Tensor:
+        again = self.model.model.embed_tokens.weight if self.tied and self.stages[-1].is_last else None
+        square = total_norm([parameter for parameter in parameters if parameter is not again]).square()
+        dist.all_reduce(square, group=self.group)
+        return square.sqrt()
+
+    def evaluate(self, micro: MicroBatch, other: Objective | None = None) -> Loss:
+        with torch.no_grad():
+            losses = self._run([micro], other or self.objective, backward=False)
+        found: list[Any] = [losses[0].on_host() if losses else None]
+        dist.broadcast_object_list(found, group=self.group, group_src=self.mesh.pipeline - 1, device=self.mesh.device)
+        told: Loss = found[0]
+        return told
+
+
+def schedule_of(mesh: Mesh, stages: Sequence[PipelineStage], count: int, loss: Any) -> Any:
+    """The order that the mesh names, or, where so many micro-batches do not fit it, the one with all forward passes
+    first.
+    """
+    known: dict[str, Any] = {"n_microbatches": count, "loss_fn": loss, "scale_grads": False}
+    if len(stages) > 1:
+        fits = count % max(1, count // mesh.pipeline) == 0
+        return (ScheduleInterleaved1F1B if fits else ScheduleLoopedBFS)(list(stages), **known)
+    one_by_one = mesh.schedule == "1f1b" and count >= mesh.pipeline
+    return (Schedule1F1B if one_by_one and loss else ScheduleGPipe)(stages[0], **known)
+
+
+def _data_of(mesh: Mesh) -> tuple[str, ...]:
+    """The dimensions over which a stage's rows are dealt."""
+    return ("replicate", "shard") if mesh.data_size > mesh.shard else ("shard",)
+
+
+def pipeline(weights: Weights, mesh: Mesh, objective: Objective, casts: Casts) -> Parallelised:
+    """Stages by cost; gradients are averaged over the ranks of a stage that read other rows, once a step."""
+    made = Pipeline(weights, mesh, objective, casts)
+    return Parallelised(
+        made.model, made.model, made.forward_backward, made.gradient_norm, made.evaluate, forward="never"
+    )
+
+
+PIPELINE = Mode(check_mesh, pipeline)
