@@ -125,6 +125,11 @@ def check(recipe: Recipe) -> None:
         check_layers(recipe.model.num_hidden_layers or parallel.pipeline * stages, parallel.pipeline, stages)
     check_rates(recipe.optim, recipe.schedule)
     train, batch, data = recipe.train, recipe.batch, recipe.data
+    if train.precision == "fp16" and recipe.parallel.pipeline > 1:
+        raise InputError(
+            "train.precision: found fp16, expected bf16 or fp32 with parallel.pipeline: its stages would not agree on "
+            "the loss scale"
+        )
     lengths = [name for name in ("steps", "tokens", "epochs") if getattr(train, name) is not None]
     if len(lengths) != 1:
         raise InputError(

@@ -128,9 +128,11 @@ def fresh_weights(
     std = config.initializer_range if initializer == "scaled" or first_generation else config.hidden_size**-0.5
     residual = std / math.sqrt(depth) if initializer == "scaled" else (std if first_generation else depth**-0.5)
 
+    modules = sorted(model.named_modules())  # all of them, also where some are taken out before they are filled
+
     def tensors() -> Iterator[tuple[str, Tensor]]:
         generator = torch.Generator().manual_seed(seed)
-        for name, module in sorted(model.named_modules()):
+        for name, module in modules:
             if name == "lm_head" and config.tie_word_embeddings:
                 continue
             for leaf, parameter in module.named_parameters(recurse=False):

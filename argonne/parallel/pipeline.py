@@ -122,7 +122,7 @@ class Pipeline:
         runs = stages_of(model, self.count)[mesh.stage :: mesh.pipeline]
         sizes = (mesh.pipeline, mesh.data_size // mesh.shard, mesh.shard, mesh.inner)
         devices = init_device_mesh(mesh.device.type, sizes, mesh_dim_names=("pipeline", "replicate", "shard", "tensor"))
-        self.group = devices["pipeline"].get_group()
+        self.group, self.tensors = devices["pipeline"].get_group(), devices["tensor"]
         take_out(model, runs)
         self.model: Any = self._spread(weights, devices)
         self.hidden, self.dtype = model.config.hidden_size, next(self.model.parameters()).dtype
@@ -139,7 +139,6 @@ class Pipeline:
         if mesh.inner > 1:
             quiet_redistribution()
             check_heads(config.num_attention_heads, mesh.inner)
-            self.objective = over_the_vocabulary(self.objective, devices["tensor"])
 
         def part(layer: nn.Module) -> None:
             if mesh.inner > 1:
@@ -180,6 +179,7 @@ class Pipeline:
     def _run(self, micro_batches: Sequence[MicroBatch], objective: Objective, *, backward: bool) -> list[Loss]:
         """All micro-batches through all stages. Their losses where the last one is."""
         here = [placed(micro, self.mesh.device) for micro in micro_batches]
+        objective = over_the_vocabulary(objective, self.tensors) if self.mesh.inner > 1 else objective
         for stage in self.stages:
             stage.begin(here, objective)
         try:

@@ -114,6 +114,15 @@ def sample_text(model: nn.Module, recipe: Recipe, tokenizer: TextTokenizer) -> W
     return Sampled("sample", {"prompt": prompt, "text": text}, f"**{prompt}**{text}", f"sample: {prompt}{text}")
 
 
+def of_newest(
+    run: Path, start: Callable[[], nn.Module], hook: Callable[[nn.Module], Work[Sampled]], model: nn.Module
+) -> Work[Sampled]:
+    """The sample of a model that no rank holds whole: of the newest checkpoint, before it of the start, on the CPU."""
+    found = last_checkpoint(run)
+    whole: nn.Module = load_model(found).model if found else start()
+    return (yield from hook(whole.eval()))
+
+
 def export_final(model: Parallelised, run: Path, data: Data) -> None:
     """Write the complete Hugging Face folder, atomically; an older one is replaced. Where no rank holds the whole model
     it is read from disk.
@@ -146,7 +155,12 @@ def checkpoint_files(folder: Path, recipe: Recipe, data: Data) -> None:
 
 def banner(model: Any, run: RunFolder, recipe: Recipe, mesh: Mesh) -> list[str]:
     """What really ran in the first step, read from the live model."""
-    paths = model.attention_paths()
+    here = [index for index, layer in enumerate(model.model.layers) if any(True for _ in layer.parameters())]
+    taken: dict[int, str] = {}
+    parts = mesh.gather(dict(zip(here, model.attention_paths(), strict=True)))
+    for part in parts:
+        taken |= part
+    paths = [taken[index] for index in sorted(taken)]
     precision = resolve_precision(recipe.train.precision, mesh.device)
     dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()})
     if mesh.is_main:
@@ -155,7 +169,11 @@ def banner(model: Any, run: RunFolder, recipe: Recipe, mesh: Mesh) -> list[str]:
         f"{path} on layers {_ranges([layer for layer, found in enumerate(paths) if found == path])}"
         for path in dict.fromkeys(paths)
     ]
-    return [f"attention: {'; '.join(groups)}", f"precision: {precision}, weights in {', '.join(dtypes)}"]
+    told = [f"attention: {'; '.join(groups)}", f"precision: {precision}, weights in {', '.join(dtypes)}"]
+    if mesh.pipeline > 1:
+        stages = [_ranges(sorted(part)) for part in parts[:: mesh.world_size // mesh.pipeline]]
+        told.append(f"pipeline: layers {' | '.join(stages)}")
+    return told
 
 
 def _ranges(numbers: list[int]) -> str:

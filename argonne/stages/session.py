@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import cast
 
 import torch
@@ -24,7 +25,7 @@ from argonne.parallel.mesh import Mesh, open_mesh, worker_count
 from argonne.parallel.nodes import place_of
 from argonne.recipe import to_tree
 from argonne.stages.chat_tokens import ADDED_TOKENS
-from argonne.stages.hooks import banner, checkpoint_files, export_final, run_state
+from argonne.stages.hooks import banner, checkpoint_files, export_final, of_newest, run_state
 from argonne.stages.setup import Built, Opened, Session, build, changes, open_run, record_start
 from argonne.stages.start import Start
 from argonne.train.aside import Sampled, Work
@@ -238,13 +239,18 @@ def _hooks(session: Session, opened: Opened, built: Built, tasks: Tasks, run: Ru
     """What the loop calls back: the stage's telemetry, and what is written of the run."""
     recipe, data, start = built.recipe, opened.data, opened.start
     shown = session.stage.shows(recipe, data, built.loader.micro_rows)
-    samples = {"sampling": shown.sample} if shown.sample is not None else {}
+    samples = {**({"sampling": shown.sample} if shown.sample is not None else {}), **tasks}
+    if built.trained.parallelised.forward == "never":
+        samples = {
+            name: partial(of_newest, run.path, lambda: session.stage.weights(recipe, start).fill("cpu"), hook)
+            for name, hook in samples.items()
+        }
     return Hooks(
         export=lambda model: export_final(model, run.path, data),
         checkpoint_files=lambda folder: checkpoint_files(folder, recipe, data),
         state=lambda step: run_state(step, recipe, data, run, built.progress, mesh, start),
         held_out=shown.held_out,
-        samples={**samples, **tasks},
+        samples=samples,
         before_first_step=start.weights is not None,
         judge=shown.judge,
         banner=lambda model: banner(model, run, recipe, mesh),

@@ -193,7 +193,7 @@ def record_start(
     # The weights say what the model is: of a preset beside them only some defaults are left.
     origin = f"from {recipe.model.init_from}" if recipe.model.init_from else recipe.model.preset or "sizes of its own"
     log(f"model: {parameters:,} parameters, {recipe.model.num_hidden_layers} layers, {origin}")
-    parts = mesh.inner // mesh.context * (mesh.shard * mesh.context if mesh.shard > 1 else 1)
+    parts = mesh.pipeline * mesh.inner // mesh.context * (mesh.shard * mesh.context if mesh.shard > 1 else 1)
     spread = f" ({mesh.world_size // parts} copies in {parts} parts)" if parts > 1 else ""
     spread += f", each row in {mesh.context} parts" if mesh.context > 1 else ""
     log(
@@ -201,6 +201,12 @@ def record_start(
         f"{mesh.world_size} x {mesh.device.type}{spread}; {total_steps:,} steps, {data.tokens_before(total_steps):,} "
         "tokens"
     )
+    if mesh.pipeline > 1:
+        number, waits = -(-rows // mesh.data_size // micro_rows), mesh.pipeline - 1
+        log(
+            f"pipeline: {mesh.stages} stages a worker, {mesh.schedule}, {number} micro-batches: "
+            f"idle {waits / (number * mesh.stages + waits):.0%} of a step"
+        )
     rates = "  ".join(f"{step}: {rate:.3g}" for step, rate in curve(total_steps, recipe.optim, recipe.schedule))
     log(f"learning rate at steps {rates}")
     if short := short_base(recipe.model, sizes.head_dim, sizes.max_position_embeddings):

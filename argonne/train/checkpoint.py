@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ from argonne.files import (
     fsync_path,
     hash_list_of,
     publish_directory,
+    quick_hash,
     read_json,
     seal_directory,
     verify_directory,
@@ -41,7 +43,7 @@ from argonne.layout import LAST, METRICS, STATE, STATE_VERSION, WEIGHTS, checkpo
 from argonne.model.stored import StoredTensors, is_finite
 from argonne.parallel.mesh import Mesh
 from argonne.train.optim import optimizer_tensors
-from argonne.train.tensor_files import HashingWriter
+from argonne.train.tensor_files import HashingWriter, bytes_of
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,24 @@ def check_finite(model: nn.Module, mesh: Mesh) -> None:
                 f"{len(names)} tensors hold non-finite values{where} ({', '.join(names[:3])}): the checkpoint is "
                 "refused"
             )
+
+
+def check_ends(model: nn.Module, mesh: Mesh) -> None:
+    """Raise RuntimeError where two stages of a pipeline hold other bits of a weight that both of them train."""
+    if mesh.pipeline == 1:
+        return
+    width = mesh.world_size // mesh.pipeline  # ranks of a stage
+    holders = Counter(name for names in mesh.gather([name for name, _ in model.named_parameters()]) for name in names)
+    mine, known = {}, dict[tuple[str, int], str]()
+    for name, parameter in model.named_parameters():
+        if holders[name] > width:
+            digest = quick_hash()
+            digest.update(bytes_of(parameter.to_local() if isinstance(parameter, DTensor) else parameter))
+            mine[name, mesh.rank % width] = digest.hexdigest()
+    for rank, hashes in enumerate(mesh.gather(mine)):
+        for (name, place), found in hashes.items():
+            if known.setdefault((name, place), found) != found:
+                raise RuntimeError(f"{name} on rank {rank} differs from what another stage holds and trains with it")
 
 
 def save_checkpoint(

@@ -107,6 +107,7 @@ class Saver:
         except checkpoint.NonFiniteWeights as error:
             self._refuse(step, error, final)
             return False
+        checkpoint.check_ends(self.model, self.mesh)
         tensors = checkpoint.run_tensors(self.model, self.optimizer)
         if self.keep.asynchronous and not final:
             self._preparing.join()

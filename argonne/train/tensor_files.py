@@ -69,7 +69,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     text += b" " * (-len(text) % 8)
     digest, size = quick_hash(), 0
     with open(path, "wb", buffering=0) as file:
-        for rest in (memoryview(len(text).to_bytes(8, "little") + text), *map(_bytes_of, tensors.values())):
+        for rest in (memoryview(len(text).to_bytes(8, "little") + text), *map(bytes_of, tensors.values())):
             digest.update(rest)
             size += len(rest)
             while rest:
@@ -78,5 +78,5 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     return Seal(size, digest.hexdigest())
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
     return tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data

@@ -123,18 +123,9 @@ class Trainer:
         metrics.tell = self.line.log
         self.telemetry = Telemetry(recipe, data, mesh, metrics, self.line, total_steps, progress.step)
         self.policy = NonFinitePolicy(recipe.optim.max_skipped)
-        plain = self.parallelised.plain
         self.saver = Saver(
-            run.path,
-            plain,
-            self.optimizer,
-            mesh,
-            recipe.checkpoint,
-            metrics,
-            self.line.log,
-            hooks.checkpoint_files,
-            progress.step,
-            progress.best,
+            *(run.path, self.parallelised.plain, self.optimizer, mesh, recipe.checkpoint, metrics, self.line.log),
+            *(hooks.checkpoint_files, progress.step, progress.best),
         )
         self.compiled = trained.compiled
         self._measured: Best | None = None  # the newest held-out evaluation
@@ -369,7 +360,9 @@ class Trainer:
 
     def _sample(self) -> None:
         forward, plain = self.parallelised.forward, self.parallelised.plain
-        for name, hook in self.hooks.samples.items() if forward != "never" else ():
+        if forward == "never" and self.hooks.samples:
+            self.saver.wait()  # what is saved is what writes
+        for name, hook in self.hooks.samples.items():
             found = self._aside(name, partial(hook, plain), together=forward == "together")
             if found is not None and self.mesh.is_main:
                 try:

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import PrepareModuleInput
 
 from argonne.model import attention, loss
-from argonne.parallel import context, parallelise, shard, tensor
+from argonne.parallel import context, parallelise, pipeline, shard, tensor
 from argonne.parallel.mesh import Mesh
 from argonne.train import muon
 
@@ -36,6 +36,10 @@ OWN_ROWS = "a row is summed over the rank's own part"
 OWN_INPUTS = "what enters q, k, v, gate and up, and with it every norm, gets its own rank's gradients alone"
 OWN_GAINS = "gains of q, k and v get the gradients of their own rank's heads alone"
 OWN_KEYS = "a head of keys that several ranks read gets the gradients of one"
+TIED_APART = "each end of a pipeline keeps its own gradient of the tied head"
+OWN_STAGE = "the norm is of the rank's own stage"
+MEAN_OF_MICRO = "gradients of micro-batches are averaged, as torch does by itself"
+OTHER_MICRO = "a stage takes the documents of another micro-batch"
 OWN_VOCABULARY = "what enters a split head gets the gradients of its own rows of the vocabulary"
 
 
@@ -91,6 +95,12 @@ def _without_all_reduce(module: Any, **how: Any) -> FSDPModule:
     sharded = fully_shard(module, **how)
     sharded.set_requires_all_reduce = lambda wanted: None  # type: ignore[method-assign,assignment]
     FSDPModule.set_requires_all_reduce(sharded, False)
+
+    def sync(wanted: bool, **how: Any) -> None:  # as a pipeline asks for it
+        FSDPModule.set_requires_gradient_sync(sharded, wanted, **how)
+        FSDPModule.set_requires_all_reduce(sharded, False)
+
+    sharded.set_requires_gradient_sync = sync  # type: ignore[method-assign]
     return sharded
 
 
@@ -168,6 +178,35 @@ def _own_keys(self: Any, module: nn.Module, output: DTensor, mesh: Any) -> Tenso
     return output.to_local().index_select(-1, self.columns)
 
 
+def _by_own_count(self: pipeline.Pipeline, micro_batches: Sequence[Any], count: int) -> Any:
+    own = sum(int((micro["shift_labels"] >= 0).sum()) for micro in micro_batches)
+    return FORWARD_BACKWARD(self, micro_batches, own * self.mesh.averaged)
+
+
+def _both_ends(self: pipeline.Pipeline, parameters: Sequence[Tensor]) -> Tensor:
+    with mock.patch.object(self, "tied", new=False):
+        return GRADIENT_NORM(self, parameters)
+
+
+def _of_stage(self: pipeline.Pipeline, parameters: Sequence[Tensor]) -> Tensor:
+    with mock.patch.object(pipeline.dist, "all_reduce"):
+        return GRADIENT_NORM(self, parameters)
+
+
+def _averaging(stages: Any, **how: Any) -> Any:
+    return ONE_BY_ONE(stages, **{**how, "scale_grads": True})
+
+
+def _of_others(self: pipeline.Stage, micro_batches: Sequence[Any], objective: Any) -> None:
+    positions = [micro["position_ids"] for micro in micro_batches]
+    mixed = [{**micro, "position_ids": other} for micro, other in zip(micro_batches, positions[::-1], strict=True)]
+    BEGIN(self, mixed if self.is_last else micro_batches, objective)
+
+
+FORWARD_BACKWARD, GRADIENT_NORM = pipeline.Pipeline.forward_backward, pipeline.Pipeline.gradient_norm
+ONE_BY_ONE, BEGIN = pipeline.Schedule1F1B, pipeline.Stage.begin
+
+
 def _own_vocabulary(original: Callable[..., Any]) -> Callable[..., Any]:
     def summed(tensor: Tensor, *rest: Any, **how: Any) -> Any:
         is_of_hidden = tensor.ndim == 2 and tensor.shape[1] > 1
@@ -179,11 +218,19 @@ def _own_vocabulary(original: Callable[..., Any]) -> Callable[..., Any]:
 SPREAD = muon.MuonAdamW._spread
 FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
     LOCAL_COUNT: [
-        (page, "in_one_call", _divide_by_own(parallelise.in_one_call)) for page in (parallelise, shard, tensor)
+        *((page, "in_one_call", _divide_by_own(parallelise.in_one_call)) for page in (parallelise, shard, tensor)),
+        (pipeline.Pipeline, "forward_backward", _by_own_count),
     ],
-    LOCAL_NORM: [(parallelise, "total_norm", _own_norm)],
+    LOCAL_NORM: [(page, "total_norm", _own_norm) for page in (parallelise, pipeline)],
     ROOT_ONLY: [(shard, "fully_shard", _undivided)],
-    TIED_TWICE: [(parallelise, "total_norm", _twice(parallelise.total_norm))],
+    TIED_TWICE: [
+        (parallelise, "total_norm", _twice(parallelise.total_norm)),
+        (pipeline.Pipeline, "gradient_norm", _both_ends),
+    ],
+    TIED_APART: [(pipeline.Pipeline, "_join_ends", lambda self: None)],
+    OWN_STAGE: [(pipeline.Pipeline, "gradient_norm", _of_stage)],
+    MEAN_OF_MICRO: [(pipeline, "Schedule1F1B", _averaging)],
+    OTHER_MICRO: [(pipeline.Stage, "begin", _of_others)],
     DEFAULT_GROUP: [(muon.MuonAdamW, "_spread", _dealt_by_global_rank)],
     OF_PARTS: [(muon.MuonAdamW, "_orthogonal", _of_parts)],
     WINDOW_EDGE: [(attention, "pattern_of_part", _short_at_edge)],
@@ -192,7 +239,7 @@ FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
     OWN_KEYS_ONLY: [(context, "_Gather", _KeepsOwn)],
     MEAN_OF_PARTS: [(Mesh, "averaged", Mesh.data_size)],
     OWN_ROWS: [(context.Part, "join", _own_part)],
-    NO_ALL_REDUCE: [(page, "fully_shard", _without_all_reduce) for page in (shard, tensor)],
+    NO_ALL_REDUCE: [(page, "fully_shard", _without_all_reduce) for page in (shard, tensor, pipeline)],
     OWN_INPUTS: [(tensor, "PrepareModuleInput", _OwnInputs)],
     OWN_GAINS: [(tensor, "SequenceParallel", lambda **how: tensor.Whole())],
     OWN_KEYS: [(tensor.OwnHeads, "_leave", _own_keys)],

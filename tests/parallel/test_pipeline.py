@@ -1,0 +1,191 @@
+"""Pipelines: where layers are cut, shapes that change on the way, checkpoints that go on on any other mesh, every
+stage of the way, the one export.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from argonne import cli
+from argonne.config import ParallelSection, Recipe
+from argonne.errors import InputError
+from argonne.keys import check_mesh
+from argonne.layout import FINAL_MODEL, MODEL_CONFIG
+from argonne.parallel.pipeline import cut
+from argonne.recipe import to_toml
+from argonne.report.records import read_metrics
+from argonne.stages.pretrain import run
+from argonne.stages.session import run_session
+from argonne.stages.setup import Session
+from argonne.train.checkpoint import LAST
+from tests.parallel.test_sharded import load_all, same_curve, stage_named
+from tests.train.helpers import curve, stored
+from tests.tuning import pairs, write
+
+Nano = Callable[..., Recipe]
+Chat = Callable[..., Recipe]
+
+
+def mesh(pipeline: int, **others: int | str) -> dict[str, str]:
+    degrees = {"pipeline": pipeline, "replicate": 1, "shard": 1, "tensor": 1, **others}
+    workers = 1
+    for name in ("pipeline", "replicate", "shard", "tensor"):
+        workers *= int(degrees[name])
+    found = {f"parallel.{name}": str(degree) for name, degree in degrees.items()}
+    if "schedule" in others:
+        found["parallel.schedule"] = f'"{others["schedule"]}"'
+    return {**found, "parallel.nproc": str(workers), "parallel.timeout": "60s"} if workers > 1 else {}
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=9), st.integers(0, 20), st.data())
+def test_the_dearest_stage_of_a_cut_is_as_cheap_as_it_can_be(costs: list[int], last: int, data: st.DataObject) -> None:
+    stages = data.draw(st.integers(1, len(costs)))
+
+    def dearest(ends: tuple[int, ...]) -> float:
+        starts = (0, *ends)
+        sums = [sum(costs[first:end]) for first, end in zip(starts, (*ends, len(costs)), strict=True)]
+        return max(*sums[:-1], sums[-1] + last) if len(sums) > 1 else sums[0] + last
+
+    found = cut(costs, last, stages)
+    assert [index for layers in found for index in layers] == list(range(len(costs)))
+    assert len(found) == stages
+    assert all(found)
+    every = combinations(range(1, len(costs)), stages - 1)
+    assert dearest(tuple(layers.stop for layers in found[:-1])) == min(map(dearest, every))
+
+
+def test_a_checkpoint_of_four_ranks_goes_on_in_a_pipeline_then_alone_then_on_three_as_if_nothing_had_changed(
+    nano: Nano, tmp_path: Path
+) -> None:
+    run(nano(), tmp_path / "whole")
+    ways = ((3, mesh(1, shard=2, tensor=2)), (6, mesh(2)), (9, {}), (None, mesh(1, replicate=3)))
+    for stop, degrees in ways:
+        run(nano(**degrees), tmp_path / "cut", stop_after_step=stop)
+    for mine, theirs in zip(curve(tmp_path / "cut"), curve(tmp_path / "whole"), strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
+        assert mine["tokens"] == theirs["tokens"]
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved"])
+def test_rows_that_change_on_the_way_train_as_on_one_process(nano: Nano, tmp_path: Path, schedule: str) -> None:
+    # 10 rows are 5, then 8 and at last 3 micro-batches of 2, with one that only fills up; evaluation reads 4 at once.
+    asked = {"model.num_hidden_layers": "4"}
+    asked |= {"batch.tokens_per_step": "320", "batch.micro": "2", "train.steps": "6", "eval.every_steps": "2"}
+    asked["batch.steps"] = "[{ step = 2, tokens_per_step = 512 }, { step = 4, tokens_per_step = 160 }]"
+    run(nano(**asked), tmp_path / "one")
+    run(nano(**asked, **mesh(2, schedule=schedule)), tmp_path / "two")
+    same_curve(tmp_path / "two", tmp_path / "one", 1e-4)
+    held = [[record["loss"] for record in read_metrics(tmp_path / name).of("held_out")] for name in ("one", "two")]
+    assert held[0] == pytest.approx(held[1], rel=1e-5)
+    assert len(held[0]) == 3
+
+
+def test_it_samples_from_its_checkpoints_and_says_which_layers_lie_where(nano: Nano, tmp_path: Path) -> None:
+    asked = {"train.steps": "4", "model.num_hidden_layers": "3"}
+    run(nano(**asked), tmp_path / "one")
+    (tmp_path / "recipe.toml").write_text(to_toml(nano(**asked, **mesh(2))))
+    command = [sys.executable, "-m", "argonne", "pretrain", str(tmp_path / "recipe.toml"), "--run", "two"]
+    told = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stderr
+    assert "pipeline: 1 stages a worker, 1f1b, 2 micro-batches: idle 33% of a step" in told
+    assert "pipeline: layers 0-1 | 2" in told
+    samples = [[record["text"] for record in read_metrics(tmp_path / name).of("sample")] for name in ("one", "two")]
+    assert samples[0] == samples[1] != []
+
+
+@pytest.mark.campaign
+def test_the_export_is_the_one_model_that_the_checkpoint_holds(nano: Nano, tmp_path: Path) -> None:
+    run(nano(), tmp_path / "one")
+    run(nano(**mesh(2, shard=2)), tmp_path / "four")
+    exported = tmp_path / "four" / FINAL_MODEL
+    assert load_all(exported) == load_all(tmp_path / "four" / LAST)
+    assert stored(exported).keys() == stored(tmp_path / "one" / FINAL_MODEL).keys()
+    configs = [(tmp_path / name / FINAL_MODEL / MODEL_CONFIG).read_text() for name in ("one", "four")]
+    assert configs[0] == configs[1]
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("degrees", [{"schedule": "gpipe"}, {"tensor": 2}], ids=str)
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_a_chat_stage_gives_the_curve_of_one_process(
+    chat: Chat, tmp_path: Path, stage: str, degrees: dict[str, int | str]
+) -> None:
+    made = {"sft": chat, "dpo": lambda **more: chat("nano-3.0-dpo", write(tmp_path / "pairs.jsonl", pairs(60)), **more)}
+    for name, more in (("one", {}), ("two", mesh(2, **degrees))):
+        run_session(Session(made[stage](**more), tmp_path / name, stage_named(stage)))
+    same_curve(tmp_path / "two", tmp_path / "one", 1e-3 if stage == "dpo" else 1e-4)
+    held = [[record["loss"] for record in read_metrics(tmp_path / name).of("held_out")] for name in ("one", "two")]
+    assert held[0] == pytest.approx(held[1], rel=1e-4)
+
+
+@pytest.mark.campaign
+def test_a_run_with_dropout_stopped_and_resumed_equals_one_uninterrupted_bit_for_bit(
+    nano: Nano, tmp_path: Path
+) -> None:
+    recipe = nano("nano-1.0", **mesh(2), **{"model.hidden_dropout": "0.1", "checkpoint.asynchronous": "true"})
+    run(recipe, tmp_path / "whole")
+    run(recipe, tmp_path / "cut", stop_after_step=5)
+    run(recipe, tmp_path / "cut")
+    assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
+    assert load_all(tmp_path / "cut" / LAST) == load_all(tmp_path / "whole" / LAST)
+
+
+@pytest.mark.campaign
+def test_under_autocast_and_compiled_the_curve_is_that_of_one_process(nano: Nano, tmp_path: Path) -> None:
+    asked = {"train.precision": '"bf16"', "train.compile": '"on"', "train.steps": "4"}
+    run(nano(**asked), tmp_path / "one")
+    run(nano(**asked, **mesh(2)), tmp_path / "two")
+    same_curve(tmp_path / "two", tmp_path / "one", 1e-2)
+
+
+@pytest.mark.campaign
+def test_rank_0_reads_for_all_and_muon_trains_as_on_one_process(nano: Nano, tmp_path: Path) -> None:
+    asked = {"data.reader": '"rank-0"', "optim.name": '"muon"', "train.steps": "4"}
+    run(nano(**asked), tmp_path / "one")
+    run(nano(**asked, **mesh(2, replicate=2)), tmp_path / "four")
+    same_curve(tmp_path / "four", tmp_path / "one", 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("degrees", "told"),
+    [
+        ({"pipeline": 3}, "a pipeline of 1 or 2 or 4"),
+        ({"pipeline": 2, "tensor": 4}, "a pipeline x tensor of 1 or 2 or 4"),
+        ({"pipeline": 2, "shard": 4}, "2 x 1 x 2 or 1 x 2 x 2"),
+        ({"pipeline": 2, "context": 2}, "expected one of them to be 1"),
+    ],
+)
+def test_degrees_that_cannot_be_are_refused(degrees: dict[str, int], told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        check_mesh(ParallelSection(**degrees), 4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--parallel.pipeline", "3"], "parallel.pipeline: found 3, expected at most 2 stages"),
+        (["--parallel.pipeline", "2", "--parallel.schedule", "interleaved"], "found 2 x 2 stages a worker, expected"),
+        (["--parallel.pipeline", "2", "--train.precision", "fp16"], "train.precision: found fp16, expected bf16 or"),
+        (["--parallel.schedule", "gpipe"], "it acts only with parallel.pipeline != 1"),
+    ],
+)
+def test_the_command_refuses_what_no_pipeline_can_do_before_any_worker_starts(
+    nano: Nano,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    flags: list[str],
+    told: str,
+) -> None:
+    monkeypatch.setattr("argonne.stages.session.run_workers", None)
+    (tmp_path / "recipe.toml").write_text(to_toml(nano()))
+    assert cli.main(["pretrain", str(tmp_path / "recipe.toml"), "--run", str(tmp_path / "run"), *flags]) == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
