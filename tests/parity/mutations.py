@@ -95,12 +95,6 @@ def _without_all_reduce(module: Any, **how: Any) -> FSDPModule:
     sharded = fully_shard(module, **how)
     sharded.set_requires_all_reduce = lambda wanted: None  # type: ignore[method-assign,assignment]
     FSDPModule.set_requires_all_reduce(sharded, False)
-
-    def sync(wanted: bool, **how: Any) -> None:  # as a pipeline asks for it
-        FSDPModule.set_requires_gradient_sync(sharded, wanted, **how)
-        FSDPModule.set_requires_all_reduce(sharded, False)
-
-    sharded.set_requires_gradient_sync = sync  # type: ignore[method-assign]
     return sharded
 
 
@@ -239,7 +233,10 @@ FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
     OWN_KEYS_ONLY: [(context, "_Gather", _KeepsOwn)],
     MEAN_OF_PARTS: [(Mesh, "averaged", Mesh.data_size)],
     OWN_ROWS: [(context.Part, "join", _own_part)],
-    NO_ALL_REDUCE: [(page, "fully_shard", _without_all_reduce) for page in (shard, tensor, pipeline)],
+    NO_ALL_REDUCE: [
+        *((page, "fully_shard", _without_all_reduce) for page in (shard, tensor)),
+        (pipeline, "_data_of", lambda mesh: ("shard",)),
+    ],
     OWN_INPUTS: [(tensor, "PrepareModuleInput", _OwnInputs)],
     OWN_GAINS: [(tensor, "SequenceParallel", lambda **how: tensor.Whole())],
     OWN_KEYS: [(tensor.OwnHeads, "_leave", _own_keys)],
