@@ -119,10 +119,7 @@ def check(recipe: Recipe) -> None:
     _check_bounds(recipe)
     if recipe.model.init_from is None:  # else once the weights are known
         presets.check(dataclasses.asdict(recipe.model))
-        parallel = recipe.parallel
-        check_heads(recipe.model.num_attention_heads or parallel.tensor, parallel.tensor)
-        stages = parallel.stages if parallel.schedule == "interleaved" else 1
-        check_layers(recipe.model.num_hidden_layers or parallel.pipeline * stages, parallel.pipeline, stages)
+        check_sizes(dataclasses.asdict(recipe.model), recipe.parallel)
     check_rates(recipe.optim, recipe.schedule)
     train, batch, data = recipe.train, recipe.batch, recipe.data
     if train.precision == "fp16" and recipe.parallel.pipeline > 1:
@@ -238,6 +235,14 @@ def check_mesh(parallel: ParallelSection, workers: int) -> None:
         raise InputError(
             f"[parallel]: found {asked} on {workers} workers, expected degrees whose product is {workers}: {fitting}"
         )
+
+
+def check_sizes(model: Mapping[str, Any], parallel: ParallelSection) -> None:
+    """Refuse degrees that a model's heads, or its layers, cannot be dealt over. What it does not say is not asked."""
+    if heads := model.get("num_attention_heads"):
+        check_heads(heads, parallel.tensor)
+    if layers := model.get("num_hidden_layers"):
+        check_layers(layers, parallel.pipeline, parallel.stages if parallel.schedule == "interleaved" else 1)
 
 
 def check_layers(layers: int, pipeline: int, stages: int) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch.distributed import DistError, TCPStore
 
-from argonne.errors import REQUESTS, Stopped, first_line, outlive_stderr
+from argonne.errors import REQUESTS, Ended, Stopped, first_line, outlive_stderr
 from argonne.parallel.nodes import POLL_SECONDS, Nodes, Place, World
 
 HOST = "127.0.0.1"
@@ -50,7 +50,8 @@ def run_workers(
 ) -> list[Any]:
     """Run `work(*arguments)` on `count` local processes that can reach one another; returns the results by rank.
 
-    A worker that fails, dies or is killed ends the others, and all start again up to `max_restarts` times. Requests to
+    A worker that fails, dies or is killed ends the others, and all start again up to `max_restarts` times, unless one
+    returned an Ended before: then those are the results. Requests to
     stop (`REQUESTS`) are passed on to the workers, which save and return; they have `grace_seconds` for it, and a
     worker that returns a Stopped passes it on to the others as well. After a request nothing is started again.
     `preload`: modules loaded once in the server that workers are forked from. `place`: this is one of several nodes,
@@ -184,6 +185,9 @@ def _watch(workers: list[_Worker], requests: _Requests, nodes: Nodes | None = No
             except (EOFError, ConnectionResetError):
                 problem = "it ended without a word"
             if problem is not None:
+                final = [found for found in results.values() if isinstance(found, Ended)]
+                if nodes is None and final and requests.number is None:
+                    return final, None  # of the others this was the consequence, on every try
                 if nodes is not None:  # before the others find that it is gone
                     nodes.tell(f"worker {worker.rank} failed: {problem}")
                 worker.process.join(EXIT_SECONDS)

@@ -17,12 +17,13 @@ from torch import nn
 
 from argonne.errors import Ended, InputError, Stopped, first_line
 from argonne.files import fingerprint
-from argonne.keys import is_free, parse_duration
+from argonne.keys import check_sizes, is_free, parse_duration
 from argonne.layout import FINAL_MODEL, LOCK, last_checkpoint
 from argonne.model.kernels import KernelUnavailable
 from argonne.parallel.launch import let_the_cause_speak_first, run_workers
 from argonne.parallel.mesh import Mesh, open_mesh, worker_count
 from argonne.parallel.nodes import place_of
+from argonne.plan.shape import weights_on_disk
 from argonne.recipe import to_tree
 from argonne.stages.chat_tokens import ADDED_TOKENS
 from argonne.stages.hooks import banner, checkpoint_files, export_final, of_newest, run_state
@@ -52,6 +53,8 @@ def run_session(session: Session) -> Outcome:
     nodes = 1 if place is None else place.nodes
     count = worker_count(parallel, session.recipe.train.device, nodes)
     session.mode.check(parallel, int(os.environ.get("WORLD_SIZE", count * nodes)))
+    for weights in filter(None, (session.resume_from, session.recipe.model.init_from)):
+        check_sizes(weights_on_disk(str(weights)) or {}, parallel)
     session = dataclasses.replace(session, watch=session.watch or StopWatch(session.recipe.stop))
     try:
         if count == 1 and place is None:

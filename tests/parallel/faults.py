@@ -11,13 +11,14 @@ from pathlib import Path
 
 import torch
 
+from argonne.errors import InputError
 from argonne.parallel.objective import Head, Loss, MicroBatch
 from argonne.train.objectives import next_token
 
 
 @dataclass
 class Fault:
-    """`kind`: a signal's name (sent to this worker), "parent SIGTERM", "raise", "exit", "nan" or "inf".
+    """`kind`: a signal's name (sent to this worker), "parent SIGTERM", "raise", "wrong input", "exit", "nan" or "inf".
 
     `mark`: written before it fires, so that it fires once.
     """
@@ -37,6 +38,8 @@ class Fault:
         self.mark.write_text(self.kind)
         if self.kind == "raise":
             raise RuntimeError("a planted fault")
+        if self.kind == "wrong input":
+            raise InputError("a planted one")
         if self.kind == "exit":
             os._exit(7)
         if self.kind == "nan":

@@ -4,6 +4,7 @@ stage of the way, the one export.
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,14 +21,15 @@ from argonne.errors import InputError
 from argonne.keys import check_mesh
 from argonne.layout import FINAL_MODEL, MODEL_CONFIG
 from argonne.parallel.pipeline import cut
-from argonne.recipe import to_toml
+from argonne.recipe import load_recipe, to_toml
 from argonne.report.records import read_metrics
 from argonne.stages.pretrain import run
 from argonne.stages.session import run_session
 from argonne.stages.setup import Session
 from argonne.train.checkpoint import LAST
+from tests.parallel.faults import Fault
 from tests.parallel.test_sharded import load_all, same_curve, stage_named
-from tests.train.helpers import curve, stored
+from tests.train.helpers import curve, stage_of, stored
 from tests.tuning import pairs, write
 
 Nano = Callable[..., Recipe]
@@ -76,10 +78,14 @@ def test_a_checkpoint_of_four_ranks_goes_on_in_a_pipeline_then_alone_then_on_thr
 
 @pytest.mark.parametrize("schedule", ["1f1b", "interleaved"])
 def test_rows_that_change_on_the_way_train_as_on_one_process(nano: Nano, tmp_path: Path, schedule: str) -> None:
-    # 10 rows are 5, then 8 and at last 3 micro-batches of 2, with one that only fills up; evaluation reads 4 at once.
+    # 10 rows are 5, then 8 micro-batches of 2, then longer rows are 2, and at last 3 with a row that only fills up;
+    # evaluation reads 4 at once.
     asked = {"model.num_hidden_layers": "4"}
     asked |= {"batch.tokens_per_step": "320", "batch.micro": "2", "train.steps": "6", "eval.every_steps": "2"}
-    asked["batch.steps"] = "[{ step = 2, tokens_per_step = 512 }, { step = 4, tokens_per_step = 160 }]"
+    asked["batch.steps"] = (
+        "[{ step = 2, tokens_per_step = 512 }, { step = 3, tokens_per_step = 256, sequence_length = 64 }, "
+        "{ step = 5, tokens_per_step = 320, sequence_length = 64 }]"
+    )
     run(nano(**asked), tmp_path / "one")
     run(nano(**asked, **mesh(2, schedule=schedule)), tmp_path / "two")
     same_curve(tmp_path / "two", tmp_path / "one", 1e-4)
@@ -143,6 +149,38 @@ def test_under_autocast_and_compiled_the_curve_is_that_of_one_process(nano: Nano
     run(nano(**asked), tmp_path / "one")
     run(nano(**asked, **mesh(2)), tmp_path / "two")
     same_curve(tmp_path / "two", tmp_path / "one", 1e-2)
+
+
+@pytest.mark.campaign
+def test_in_bf16_alone_the_curve_is_near_that_of_one_process(nano: Nano, tmp_path: Path) -> None:
+    asked = {"train.precision": '"bf16_full"', "train.steps": "4"}
+    run(nano(**asked), tmp_path / "one")
+    run(nano(**asked, **mesh(2, shard=2)), tmp_path / "four")
+    same_curve(tmp_path / "four", tmp_path / "one", 3e-2)
+
+
+def test_wrong_input_found_in_one_stage_ends_all_with_it(nano: Nano, tmp_path: Path) -> None:
+    stage = stage_of(Fault("wrong input", rank=1, call=3, mark=tmp_path / "fired"))
+    with pytest.raises(InputError, match="a planted one"):
+        run_session(Session(nano(**mesh(2)), tmp_path / "run", stage))
+
+
+@pytest.mark.campaign
+def test_a_stage_that_fails_lets_all_start_again_from_the_last_checkpoint(nano: Nano, tmp_path: Path) -> None:
+    stage = stage_of(Fault("raise", rank=1, call=11, mark=tmp_path / "fired"))  # two micro-batches a step
+    run_session(Session(nano(**mesh(2)), tmp_path / "run", stage))
+    run(nano(), tmp_path / "one")
+    same_curve(tmp_path / "run", tmp_path / "one", 1e-4)
+
+
+def test_more_stages_than_layers_of_the_weights_are_refused_before_any_worker_starts(
+    nano: Nano, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(nano(**{"train.steps": "4"}), tmp_path / "run")
+    monkeypatch.setattr("argonne.stages.session.run_workers", None)
+    recipe = load_recipe("argonne-3.0-continue", {"model.init_from": str(tmp_path / "run"), "parallel.pipeline": "3"})
+    with pytest.raises(InputError, match="found 3, expected at most 2 stages"):
+        run(dataclasses.replace(recipe, parallel=dataclasses.replace(recipe.parallel, nproc=3)), tmp_path / "more")
 
 
 @pytest.mark.campaign
