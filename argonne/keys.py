@@ -119,7 +119,8 @@ def check(recipe: Recipe) -> None:
     _check_bounds(recipe)
     if recipe.model.init_from is None:  # else once the weights are known
         presets.check(dataclasses.asdict(recipe.model))
-        check_heads(recipe.model.num_attention_heads or recipe.parallel.tensor, recipe.parallel.tensor)
+        tensor = recipe.parallel.tensor or 1
+        check_heads(recipe.model.num_attention_heads or tensor, tensor)
     check_rates(recipe.optim, recipe.schedule)
     train, batch, data = recipe.train, recipe.batch, recipe.data
     lengths = [name for name in ("steps", "tokens", "epochs") if getattr(train, name) is not None]

@@ -4,6 +4,7 @@ code path.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -147,8 +148,8 @@ def worker_count(parallel: ParallelSection, device: str, nodes: int = 1) -> int:
     gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
     if parallel.nproc > 1 and gpus and parallel.nproc > gpus:
         raise InputError(f"parallel.nproc: found {parallel.nproc}, expected at most {gpus}, the GPUs of this machine")
-    degrees = max(1, parallel.replicate) * parallel.shard * parallel.tensor * parallel.context * parallel.pipeline
-    return parallel.nproc or gpus or max(1, degrees // nodes)
+    asked = (parallel.replicate, parallel.shard, parallel.tensor, parallel.context, parallel.pipeline)
+    return parallel.nproc or gpus or max(1, math.prod(degree or 1 for degree in asked) // nodes)
 
 
 @contextmanager

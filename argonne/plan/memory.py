@@ -10,8 +10,8 @@ a step can be its highest; the plan takes the largest:
 - embedding: all gradients exist, and the head's and the embedding's share of a tied weight are added;
 - update: weights, gradients and moments.
 
-Of a pipeline each rank has its own layers, in as many micro-batches as are on their way, and only the ends its loss or its
-embedding: the plan takes the rank that holds most.
+Of a pipeline each rank has its own layers, with the activations of every micro-batch that is on its way, and the ends
+are on one each: the plan takes the rank that holds most.
 
 Widths: `wide` bytes for the residual stream and norms (fp32 under autocast too), `narrow` bytes for what the matrix
 products read (2 under autocast).
@@ -105,9 +105,9 @@ class Memory:
 
 def memory_of(shape: ModelShape, setup: Setup) -> Memory:
     """The highest moment of a training step, on the rank of a pipeline where it is highest."""
-    found = {}
+    found: dict[str, dict[str, float]] = {}
     for rank, part in enumerate(setup.ranks(shape)):
-        where = f", stage {rank} of the pipeline" if setup.pipeline > 1 else ""
+        where = f", rank {rank} of the pipeline" if setup.pipeline > 1 else ""
         found |= {f"{moment}{where}": sizes for moment, sizes in peaks(shape, setup, part).items()}
     peak = max(found, key=lambda name: sum(found[name].values()))
     return Memory({part: found[peak][part] for part in PARTS if found[peak].get(part)}, peak)
@@ -120,9 +120,7 @@ def peaks(shape: ModelShape, setup: Setup, part: Part | None = None) -> dict[str
     always = {"weights": state.weights, "moments": state.peaks, "process": PROCESS_CPU if setup.cpu else PROCESS_GPU}
     held = state.held if setup.accumulates else 0.0
     stream = setup.tokens * shape.hidden_size * setup.wide
-    kept = [
-        stream if setup.recomputes(layer) else activations_of_layer(shape, setup, layer) for layer in part.layers
-    ]
+    kept = [stream if setup.recomputes(layer) else activations_of_layer(shape, setup, layer) for layer in part.layers]
     others = sum(kept) * (part.in_flight - 1)
     if setup.pipeline > 1:  # of every micro-batch what comes from other stages has its place; and what goes there
         others += setup.micro_batches * stream * (2 * setup.stages - part.first - part.last)

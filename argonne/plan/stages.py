@@ -1,4 +1,4 @@
-"""A model in the stages of a pipeline: the layers of each rank, the micro-batches it holds at once, how long it idles."""
+"""A model in the stages of a pipeline: the layers of each rank, the micro-batches it holds at once, its idle time."""
 
 from __future__ import annotations
 

@@ -213,7 +213,7 @@ def build(session: Session, opened: Opened, run: RunFolder, mesh: Mesh, log: Cal
     speed and memory.
     """
     recipe, start, data, stage = opened.recipe, opened.start, opened.data, session.stage
-    device = planned_device(mesh)
+    device = planned_device(mesh.device)
     choice = choose_setup(recipe, device, mesh.world_size, overrun="memory" in session.allow)
     weights = stage.weights(recipe, start)
     dtype, config = compute_dtype(recipe.train.precision, mesh.device), weights.config
@@ -308,11 +308,11 @@ def returns_memory(train: TrainSection, device_type: str, planned_bytes: float) 
     return train.return_memory == "on" or planned_bytes >= LARGE_RUN
 
 
-def planned_device(mesh: Mesh) -> Device:
-    """The device of this process as the plan knows it."""
-    if mesh.device.type != "cuda":
+def planned_device(device: torch.device) -> Device:
+    """A device of this machine as the plan knows it."""
+    if device.type != "cuda":
         return running_device("cpu")
-    facts = torch.cuda.get_device_properties(mesh.device)
+    facts = torch.cuda.get_device_properties(device)
     return running_device(facts.name, facts.total_memory)
 
 
