@@ -21,7 +21,8 @@ def settle(recipe: Recipe, device: Device, devices: int, *, overrun: bool = Fals
     parallel = replace(recipe.parallel, **asdict(choice.layout))
     given = recipe.given - {"parallel.schedule", "parallel.stages"}  # do nothing without a pipeline
     settled = without_idle_keys(replace(recipe, parallel=parallel, given=given))
-    return replace(settled, given=recipe.given), reason(recipe, choice, device, devices)
+    said = {f"parallel.{name}" for name in asdict(choice.layout)}
+    return replace(settled, given=recipe.given | said), reason(recipe, choice, device, devices)
 
 
 def choose(recipe: Recipe, device: Device, devices: int, *, overrun: bool = False) -> Choice:

@@ -333,21 +333,23 @@ def what_would_fit(recipe: Recipe, shape: ModelShape, known: Device, gpus: int) 
     if chosen != recipe and _layout_that_fits(chosen, shape, known, gpus):
         found.append(f"{gpus} x {known.name} with batch.micro, train.activation_checkpointing and train.loss at auto")
     asked = recipe.parallel
-    opened = replace(recipe, parallel=replace(asked, replicate=0, shard=0, tensor=0, pipeline=0))
+    opened = replace(recipe, parallel=replace(asked, replicate=0, shard=0))
+    wide = replace(recipe, parallel=replace(opened.parallel, tensor=0, pipeline=0))
     least = known.memory or machine_memory()
     larger = [other for other in map(device, _GPU_NAMES) if (other.memory or 0) > least]
     for places in (
-        [(gpus, known)],
-        [(count, known) for count in _GPU_COUNTS if count > gpus],
-        [(gpus, other) for other in larger],
+        [(opened, gpus, known), (wide, gpus, known)],
+        [(opened, count, known) for count in _GPU_COUNTS if count > gpus],
+        [(opened, gpus, other) for other in larger],
     ):
-        for count, other in places:
-            if (layout := _layout_that_fits(opened, shape, other, count)) is None:
+        for other, count, card in places:
+            if (layout := _layout_that_fits(other, shape, card, count)) is None:
                 continue
-            degrees = {name: size for name, size in asdict(layout).items() if getattr(asked, name) not in (0, size)}
             flags = [f"--gpus {count}"] * (count > gpus)
-            flags += [f"--parallel.{name} {size}" for name, size in degrees.items()]
-            found.append(f"{count} x {other.name}" + (f" ({', '.join(flags)})" if flags else ""))
+            for name, size in asdict(layout).items():
+                if name != "replicate" and getattr(asked, name) not in (0, size):
+                    flags.append(f"--parallel.{name} {size}")
+            found.append(f"{count} x {card.name}" + (f" ({', '.join(flags)})" if flags else ""))
             break
     if recipe.train.precision != "bf16_full" and known.bf16:
         narrow = replace(recipe, train=replace(recipe.train, precision="bf16_full"))

@@ -74,7 +74,7 @@ def rehearse(parts: Sequence[Part], machine: Machine, log: Callable[[str], None]
             [(part.folder, checks.bytes_needed(recipe)) for part, recipe in zip(parts, real, strict=True)]
         )
     parts = [
-        replace(part, recipe=replace(part.recipe, parallel=recipe.parallel))
+        replace(part, recipe=replace(part.recipe, parallel=recipe.parallel, given=recipe.given))
         for part, recipe in zip(parts, real, strict=True)
     ]
     tell("checked: the real recipes, their data, folders and disk")

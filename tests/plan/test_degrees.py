@@ -115,9 +115,7 @@ def test_numbers_that_no_open_degree_can_complete_are_refused(
 
 def test_what_fits_nowhere_is_told_what_would_be_needed_unless_memory_is_allowed() -> None:
     recipe, card = asked("argonne-2.0-pretrain", "shard"), device("rtx-4090")
-    said = (
-        r"memory: a step .* GB usable; would fit on 8 x rtx-4090 \(--parallel.tensor 2\) or 16 x rtx-4090 \(--gpus 16,"
-    )
+    said = r"memory: a step .* GB usable; would fit on 8 x rtx-4090 \(--parallel.tensor 2\) or 256 x rtx-4090"
     with pytest.raises(InputError, match=said):
         settle(recipe, card, 8)
     assert degrees(settle(recipe, card, 8, overrun=True)[0]) == {"shard": 8}
