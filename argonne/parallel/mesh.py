@@ -195,6 +195,13 @@ def open_mesh(parallel: ParallelSection, device_name: str, *, timeout_seconds: f
             shard=parallel.shard,
             context=parallel.context,
         )
+        named = ("shard", "tensor", "context", "pipeline", "schedule", "stages")
+        said = place.gather(", ".join(f"{name} {getattr(parallel, name)}" for name in named))
+        if len(found := dict.fromkeys(said)) > 1:  # of other nodes: groups would wait for one another
+            raise InputError(
+                f"[parallel]: workers were started with {' and with '.join(found)}; give every node the same command, "
+                'and numbers where "auto" comes to others'
+            )
         data = rows = None
         if place.data_size < world_size:
             data, _ = dist.new_subgroups_by_enumeration(_data_groups(place), backend=backend, timeout=timeout)
