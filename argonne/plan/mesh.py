@@ -14,7 +14,7 @@ from itertools import product
 
 from argonne.config import Recipe
 from argonne.errors import InputError
-from argonne.keys import check_heads, check_mesh
+from argonne.keys import check, check_heads, check_mesh
 from argonne.plan.memory import Setup
 from argonne.plan.shape import ModelShape
 
@@ -131,6 +131,7 @@ def _misplaced(recipe: Recipe, shape: ModelShape, layout: Layout, node: int) -> 
         return f"parallel.{far[0]}: a group of {getattr(layout, far[0])} is more than a node of {node}"
     try:
         check_heads(shape.num_attention_heads, layout.tensor)
+        check(replace(recipe, parallel=replace(recipe.parallel, **asdict(layout))))
     except InputError as error:
         return str(error)
     return None

@@ -61,6 +61,6 @@ def test_workers_with_other_degrees_do_not_begin() -> None:
     degrees = "tensor 1, context 1, pipeline 1, schedule 1f1b, stages 2"
     assert said[0] == said[1]
     assert said[0] == (
-        f"[parallel]: workers were started with shard 2, {degrees} and with shard 1, {degrees}; give every node the same "
-        'command, and numbers where "auto" comes to others'
+        f"[parallel]: workers were started with shard 2, {degrees} and with shard 1, {degrees}; give every node the "
+        'same command, and numbers where "auto" comes to others'
     )

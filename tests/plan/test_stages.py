@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
+from collections import Counter
 from itertools import pairwise
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from argonne.config import ParallelSection
 from argonne.errors import InputError
+from argonne.model.build import config_from_fields, fresh_weights
+from argonne.parallel.launch import run_workers
+from argonne.parallel.mesh import open_mesh
 from argonne.plan import Plan, make_plan, plan_lines, shape_of
 from argonne.plan import mesh as plan_mesh
 from argonne.plan.memory import Setup, State, activations_of_layer, memory_of, peaks
@@ -18,6 +26,8 @@ from argonne.plan.shape import ModelShape
 from argonne.plan.stages import cut, idle_share, parts_of, runs_of
 from argonne.presets import FULL, SLIDING
 from argonne.recipe import load_recipe
+from argonne.train.objectives import next_token
+from argonne.train.optim import Precision
 
 TINY: dict[str, Any] = {
     "vocab_size": 12,
@@ -215,3 +225,45 @@ def test_a_chosen_pipeline_has_no_more_stages_than_layers(monkeypatch: pytest.Mo
     shape = shape_of(recipe.model)
     found = plan_mesh.layouts(recipe, shape, 64)
     assert max(layout.pipeline for layout in found) <= shape.num_hidden_layers
+
+
+class Counted(TorchDispatchMode):
+    """Bytes of the whole tensor that each kind of collective moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            tensors = [arg for arg in torch.utils._pytree.tree_leaves(args) if isinstance(arg, torch.Tensor)]
+            self.bytes[func._schema.name.removeprefix("c10d::")] += max(tensor.nbytes for tensor in tensors)
+        return func(*args, **(kwargs or {}))
+
+
+def counted(parallel: ParallelSection, micro_batches: int) -> dict[str, int]:
+    """What a worker of the tiny model's pipeline moves in a step."""
+    pipeline = importlib.import_module("argonne.parallel.pipeline")
+    ids = torch.zeros((1, 8), dtype=torch.int64)
+    with open_mesh(parallel, "cpu", timeout_seconds=30) as mesh:
+        weights = fresh_weights(config_from_fields({**TINY, "num_hidden_layers": 4}), seed=1)
+        spread = pipeline.PIPELINE.parallelise(weights, mesh, next_token, Precision("fp32", mesh.device))
+        with Counted() as found:
+            spread.forward_backward([{"input_ids": ids, "shift_labels": ids}] * micro_batches, 24)
+    return dict(found.bytes)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
+def test_the_plan_counts_what_a_sharded_pipeline_sends(schedule: str) -> None:
+    pytest.importorskip("argonne.parallel.pipeline", reason="pipelines are not built yet")
+    parallel = ParallelSection(pipeline=2, shard=2, schedule=schedule)
+    *_, last = run_workers(counted, (parallel, 4), count=4, max_restarts=0, grace_seconds=5)
+    setup = staged(2, 4, schedule, shard=2)
+    planned = {
+        one.kind: one.bytes for one in traffic_of(tiny(num_hidden_layers=4), setup, Layout(1, 2, 1, 1, 2), 4, "")
+    }
+    assert planned == {
+        "send": last["send"],
+        "all-gather": last["_allgather_base_"] / 2,
+        "reduce-scatter": last["_reduce_scatter_base_"] / 2,
+    }
