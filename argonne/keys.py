@@ -119,8 +119,7 @@ def check(recipe: Recipe) -> None:
     _check_bounds(recipe)
     if recipe.model.init_from is None:  # else once the weights are known
         presets.check(dataclasses.asdict(recipe.model))
-        tensor = recipe.parallel.tensor or 1
-        check_heads(recipe.model.num_attention_heads or tensor, tensor)
+        check_heads(recipe.model.num_attention_heads or recipe.parallel.tensor, recipe.parallel.tensor)
     check_rates(recipe.optim, recipe.schedule)
     train, batch, data = recipe.train, recipe.batch, recipe.data
     lengths = [name for name in ("steps", "tokens", "epochs") if getattr(train, name) is not None]
@@ -234,8 +233,8 @@ def check_mesh(parallel: ParallelSection, workers: int) -> None:
 
 
 def check_heads(heads: int, degree: int) -> None:
-    """Refuse a tensor degree over which the heads of attention cannot be dealt."""
-    if heads % degree:
+    """Refuse a tensor degree over which the heads of attention cannot be dealt; 0 is still to be chosen."""
+    if degree and heads % degree:
         fitting = ", ".join(str(number) for number in range(1, heads + 1) if heads % number == 0)
         raise InputError(
             f"parallel.tensor: found {degree}, expected a degree that divides the {heads} attention heads: {fitting}"
