@@ -28,6 +28,7 @@ def key(
     free: bool = False,
     metavar: str | None = None,
     parse: Callable[[str], Any] | None = None,
+    zero: str = "",
 ) -> Any:
     """All that is known of a recipe key, or of a flag, in one line. `default` MISSING = required; choices: all it can
     be, where that is closed.
@@ -35,7 +36,7 @@ def key(
     bounds: a name of BOUNDS, for each number in it. needs: the mode in which it acts, as `argonne.keys.unmet` reads it;
     given outside of it, it is refused. changes: what another value may change ("weights", "order" of the data, "files",
     "speed", "text" of samples, "end" of the session), most first. free: it may differ on resume. metavar, parse: how a
-    flag's value is called in the help, and read from its text.
+    flag's value is called in the help, and read from its text. zero: what 0 is called in files and on the command line.
     """
     facts = {"meaning": meaning, "choices": choices, "bounds": bounds, "needs": needs, "changes": changes, "free": free}
-    return field(default=default, metadata={**facts, "metavar": metavar, "parse": parse})
+    return field(default=default, metadata={**facts, "metavar": metavar, "parse": parse, "zero": zero})

@@ -255,8 +255,8 @@ def check_layers(layers: int, pipeline: int, stages: int) -> None:
 
 
 def check_heads(heads: int, degree: int) -> None:
-    """Refuse a tensor degree over which the heads of attention cannot be dealt."""
-    if heads % degree:
+    """Refuse a tensor degree over which the heads of attention cannot be dealt; 0 is still to be chosen."""
+    if degree and heads % degree:
         fitting = ", ".join(str(number) for number in range(1, heads + 1) if heads % number == 0)
         raise InputError(
             f"parallel.tensor: found {degree}, expected a degree that divides the {heads} attention heads: {fitting}"

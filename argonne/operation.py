@@ -5,6 +5,7 @@ changes what is trained.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from argonne.declare import key
 
@@ -92,16 +93,22 @@ class LogSection:
     telemetry_limit: str = key("5m", "a sample or evaluation that takes longer is given up", changes="files", free=True)
 
 
+# Zero is `auto`: what the plan recommends on the devices found (`argonne.plan.degrees`).
+_degree = partial(key, 1, bounds="at least 0", changes="speed", free=True, zero="auto")
+
+
 @dataclass(frozen=True)
 class ParallelSection:
     nproc: int = key(
         0, "local worker processes; 0 = one a GPU, one on the CPU", bounds="at least 0", changes="speed", free=True
     )
-    replicate: int = key(0, "data-parallel degree; 0 = what is left", bounds="at least 0", changes="speed", free=True)
-    shard: int = key(1, "degree of fully sharded data parallelism", bounds="at least 1", changes="speed", free=True)
-    tensor: int = key(1, "degree of tensor parallelism", bounds="at least 1", changes="speed", free=True)
-    context: int = key(1, "degree of context parallelism", bounds="at least 1", changes="speed", free=True)
-    pipeline: int = key(1, "degree of pipeline parallelism", bounds="at least 1", changes="speed", free=True)
+    replicate: int = key(
+        0, "data-parallel degree; auto = what is left", bounds="at least 0", changes="speed", free=True, zero="auto"
+    )
+    shard: int = _degree("degree of fully sharded data parallelism, or auto")
+    tensor: int = _degree("degree of tensor parallelism, or auto")
+    context: int = _degree("degree of context parallelism, or auto")
+    pipeline: int = _degree("degree of pipeline parallelism, or auto")
     schedule: str = key(
         "1f1b",
         "order of micro-batches in a pipeline; interleaved gives each worker several stages",
@@ -131,6 +138,11 @@ class ParallelSection:
     async_tensor: bool = key(
         False, "overlap tensor-parallel collectives and compute (CUDA)", changes="speed", free=True
     )
+
+    @property
+    def open(self) -> tuple[str, ...]:
+        """The degrees that are left to the plan. Every reader but the plan meets none."""
+        return tuple(name for name in ("shard", "tensor", "context", "pipeline") if not getattr(self, name))
 
 
 @dataclass(frozen=True)

@@ -174,7 +174,8 @@ def build(kind: type, tree: Any, where: str = "") -> Any:
         path = f"{where}.{name}" if where else name
         if name not in known:
             raise InputError(_unknown(path, name, known, where))
-        values[name] = _convert(hints[name], value, path)
+        zero = known[name].metadata.get("zero")
+        values[name] = 0 if zero and value == zero else _convert(hints[name], value, path)
         choices = known[name].metadata.get("choices")
         if choices and values[name] is not None and values[name] not in choices:
             raise InputError(f"{path}: found {value!r}, expected one of {', '.join(map(repr, choices))}")
@@ -280,7 +281,8 @@ def to_toml(recipe: Recipe, idle: Collection[str] = ()) -> str:
         value, need = value_of(recipe, path), unmet(recipe, path)
         off = f", acts with {need or item.metadata['needs']}" if need or path in idle else ""
         meaning = f"  # {item.metadata['meaning']}{off}"
-        shown = '"unset"' if value is None else toml_value(to_tree(value))
+        named = '"unset"' if value is None else value == 0 and item.metadata["zero"]
+        shown = named if value is None else toml_value(named or to_tree(value))
         lines.append(f"{'# ' if value is None or off else ''}{name} = {shown}{meaning}")
     return "\n".join(lines) + "\n"
 

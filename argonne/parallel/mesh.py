@@ -4,6 +4,7 @@ code path.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -154,8 +155,8 @@ def worker_count(parallel: ParallelSection, device: str, nodes: int = 1) -> int:
     gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
     if parallel.nproc > 1 and gpus and parallel.nproc > gpus:
         raise InputError(f"parallel.nproc: found {parallel.nproc}, expected at most {gpus}, the GPUs of this machine")
-    degrees = max(1, parallel.replicate) * parallel.shard * parallel.tensor * parallel.context * parallel.pipeline
-    return parallel.nproc or gpus or max(1, degrees // nodes)
+    asked = (parallel.replicate, parallel.shard, parallel.tensor, parallel.context, parallel.pipeline)
+    return parallel.nproc or gpus or max(1, math.prod(degree or 1 for degree in asked) // nodes)
 
 
 @contextmanager
@@ -203,6 +204,13 @@ def open_mesh(parallel: ParallelSection, device_name: str, *, timeout_seconds: f
             schedule=parallel.schedule,
             stages=parallel.stages if parallel.schedule == "interleaved" else 1,
         )
+        named = ("shard", "tensor", "context", "pipeline", "schedule", "stages")
+        said = place.gather(", ".join(f"{name} {getattr(parallel, name)}" for name in named))
+        if len(found := dict.fromkeys(said)) > 1:  # of other nodes: groups would wait for one another
+            raise InputError(
+                f"[parallel]: workers were started with {' and with '.join(found)}; give every node the same command, "
+                'and numbers where "auto" comes to others'
+            )
         data = rows = None
         if place.data_size < world_size:
             data, _ = dist.new_subgroups_by_enumeration(_data_groups(place), backend=backend, timeout=timeout)

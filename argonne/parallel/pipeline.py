@@ -7,8 +7,6 @@ Both ends hold a tied weight: it has one name, one gradient, and one share of th
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cache
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -27,37 +25,8 @@ from argonne.parallel.mesh import Mesh
 from argonne.parallel.objective import Loss, MicroBatch, Objective
 from argonne.parallel.parallelise import Casts, Mode, Parallelised, Sums, Weights, placed, total_norm
 from argonne.parallel.tensor import over_the_vocabulary, quiet_redistribution, split_ends, split_layer
-
-
-def cut(costs: Sequence[float], last: float, stages: int) -> list[range]:
-    """Layers in so many runs, at least one in each, so that the dearest costs as little as can be. last: what the last
-    stage does besides.
-    """
-    until = [0.0, *accumulate(costs)]
-
-    @cache
-    def best(first: int, left: int) -> tuple[float, tuple[int, ...]]:
-        if left == 1:
-            return until[-1] - until[first] + last, (len(costs),)
-        found = []
-        for end in range(first + 1, len(costs) - left + 2):
-            rest, ends = best(end, left - 1)
-            found.append((max(until[end] - until[first], rest), (end, *ends)))
-        return min(found)
-
-    ends = best(0, stages)[1]
-    return [range(first, end) for first, end in zip((0, *ends), ends, strict=False)]
-
-
-def stages_of(model: Any, stages: int) -> list[range]:
-    """The layers of each stage, by what they cost a token: their matrices, and what attention reads behind it."""
-    config = model.config
-    width, length, windows = config.num_attention_heads * config.head_dim, config.max_position_embeddings, []
-    for kind in config.layer_types or ["full_attention"] * config.num_hidden_layers:
-        windows.append(min(length, config.sliding_window) if kind == "sliding_attention" else length / 2)
-    weights = [sum(parameter.numel() for parameter in layer.parameters()) for layer in model.model.layers]
-    costs = [held + 2 * width * window for held, window in zip(weights, windows, strict=True)]
-    return cut(costs, model.lm_head.weight.numel(), stages)
+from argonne.plan.shape import shape_of
+from argonne.plan.stages import runs_of
 
 
 class Stage(nn.Module):
@@ -119,7 +88,7 @@ class Pipeline:
         model: Any = weights.model
         self.count = mesh.pipeline * mesh.stages
         check_layers(len(model.model.layers), mesh.pipeline, mesh.stages)
-        runs = stages_of(model, self.count)[mesh.stage :: mesh.pipeline]
+        runs = runs_of(shape_of(model.config.to_dict()), self.count)[mesh.stage :: mesh.pipeline]
         sizes = (mesh.pipeline, mesh.data_size // mesh.shard, mesh.shard, mesh.inner)
         devices = init_device_mesh(mesh.device.type, sizes, mesh_dim_names=("pipeline", "replicate", "shard", "tensor"))
         self.group, self.tensors = devices["pipeline"].get_group(), devices["tensor"]

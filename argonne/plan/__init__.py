@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argonne.plan.build import Plan, choose_setup, make_plan, plan_of_run
+from argonne.plan.degrees import settle
 from argonne.plan.devices import Device, device, device_names, device_peak_flops, running_device
 from argonne.plan.memory import Setup
 from argonne.plan.shape import ModelShape, flops_per_token, shape_of
@@ -23,5 +24,6 @@ __all__ = [
     "plan_lines",
     "plan_of_run",
     "running_device",
+    "settle",
     "shape_of",
 ]

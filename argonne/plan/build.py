@@ -18,6 +18,7 @@ from argonne.config import BatchSection, DataSection, Recipe
 from argonne.errors import InputError
 from argonne.keys import batches
 from argonne.plan import devices
+from argonne.plan.degrees import choose, misfit, reason
 from argonne.plan.devices import (
     Choice,
     Device,
@@ -45,7 +46,8 @@ class Plan:
     """What `argonne plan` prints and a run keeps. Memory in bytes of one device, speeds for all devices together.
 
     traffic: what one device sends in a step, by kind; traffic_seconds: how long that takes, None where no link is
-    known. past_errors: speed as planned / speed as measured, of releases whose speed is known. refusals: why no run
+    known. layout_reason: of degrees that are `auto`. idle_share: of a step, in which the ranks of a pipeline wait.
+    past_errors: speed as planned / speed as measured, of releases whose speed is known. refusals: why no run
     would start.
     """
 
@@ -58,6 +60,7 @@ class Plan:
     device: str
     devices: int
     layout: dict[str, int]
+    layout_reason: str | None
     precision: str
     sequence_length: int
     tokens_per_step: int
@@ -75,6 +78,7 @@ class Plan:
     advice: str | None
     traffic: list[dict[str, Any]]
     traffic_seconds: float | None
+    idle_share: float
     steps: int | None
     tokens: int | None
     expected_mfu: float | None
@@ -128,7 +132,7 @@ def plan_of(
     hours = tokens / rate / 3600 if tokens is not None and rate else None
     uses = source_uses(recipe.data, tokens, SOURCE_TOKENS.get(name or ""))
     advice = None if choice.fits else what_would_fit(recipe, shape, device, gpus)
-    refusals = _refusals(recipe, uses, choice, _misfit(recipe, choice, device, gpus, advice))
+    refusals = _refusals(recipe, uses, choice, misfit(recipe, choice, device, gpus, advice))
     return Plan(
         recipe=name,
         stage=recipe.stage,
@@ -139,6 +143,7 @@ def plan_of(
         device=device.name,
         devices=gpus,
         layout=asdict(choice.layout),
+        layout_reason=reason(recipe, choice, device, gpus),
         precision=choice.setup.precision,
         sequence_length=recipe.data.sequence_length,
         tokens_per_step=recipe.batch.tokens_per_step,
@@ -154,6 +159,7 @@ def plan_of(
         advice=advice,
         traffic=[asdict(sent) for sent in choice.traffic],
         traffic_seconds=sending_seconds(choice.traffic),
+        idle_share=choice.idle,
         steps=steps,
         tokens=tokens,
         expected_mfu=mfu,
@@ -182,12 +188,7 @@ def choose_setup(recipe: Recipe, device: Device, world_size: int = 1, *, overrun
     """Micro-batch, activation checkpointing and loss for a run that is about to start, the recipe's own where it names
     them. Raises InputError where the run cannot fit, unless `overrun`.
     """
-    recipe, shape = _replicated(recipe, world_size), shape_of(recipe.model, recipe.data.sequence_length)
-    choice = best_choice(recipe, shape, device, world_size)
-    advice = None if choice.fits else what_would_fit(recipe, shape, device, world_size)
-    if (misfit := _misfit(recipe, choice, device, world_size, advice)) and not overrun:
-        raise InputError(misfit)
-    return choice.setup
+    return choose(_replicated(recipe, world_size), device, world_size, overrun=overrun).setup
 
 
 def plan_of_run(recipe: Recipe, setup: Setup, device: Device, world_size: int = 1) -> dict[str, Any]:
@@ -205,21 +206,6 @@ def _replicated(recipe: Recipe, world_size: int) -> Recipe:
     if asked.replicate or asked.shard * asked.tensor * asked.context * asked.pipeline > 1:
         return recipe
     return replace(recipe, parallel=replace(asked, replicate=world_size))
-
-
-def _misfit(recipe: Recipe, choice: Choice, device: Device, gpus: int, advice: str | None) -> str | None:
-    """Why a run with the recipe's own degrees would not fit, and what would; None where it fits."""
-    if choice.fits and choice.layout.shard == recipe.parallel.shard:
-        return None
-    if choice.fits:
-        return (
-            f"memory: a whole copy does not fit on one {device.name}; this plan shards weights, gradients and moments, "
-            f"so start it with --parallel.shard {choice.layout.shard}"
-        )
-    return (
-        f"memory: a step is planned with {choice.memory.total / 1e9:.2f} GB on each {device.name}, of "
-        f"{usable_memory(device, gpus) / 1e9:.2f} GB usable; {advice}; or say --allow memory"
-    )
 
 
 def _refusals(recipe: Recipe, uses: list[SourceUse], choice: Choice, misfit: str | None) -> list[str]:
@@ -264,6 +250,11 @@ def _warnings(
         found.append(
             f"a step has {recipe.batch.tokens_per_step // recipe.data.sequence_length} rows for "
             f"{choice.layout.data_parallel} devices that read rows of their own: the others train on nothing"
+        )
+    if choice.micro_batches < choice.layout.pipeline:
+        found.append(
+            f"a step has {choice.micro_batches} micro-batches for {choice.layout.pipeline} stages: each is idle for "
+            f"{100 * choice.idle:.0f} % of it; make batch.micro smaller or the step larger"
         )
     if choice.layout.context > 1:
         found.append(

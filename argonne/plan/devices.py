@@ -6,14 +6,15 @@ import difflib
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from argonne.config import Recipe
 from argonne.errors import InputError
 from argonne.plan.memory import LIBRARIES_CPU, Memory, Setup, memory_of
-from argonne.plan.mesh import Layout, Sent, layouts, sending_seconds, traffic_of
+from argonne.plan.mesh import NODE, Layout, Sent, layouts, sending_seconds, traffic_of
 from argonne.plan.shape import ModelShape
+from argonne.plan.stages import idle_share
 
 GIB = 1024**3
 TERA = 1e12
@@ -26,7 +27,7 @@ class Device:
     `bf16`, `fp16`, `tf32`: dense peak in FLOP/s with fp32 accumulation, no sparsity; None where there is no such unit.
     `memory`: bytes a process can allocate. `matches`: words that all occur in what the driver calls it. `expected_use`:
     the share of the peak that a plan assumes for this trainer and a large model, an assumption and printed as one.
-    `sustained`: FLOP/s assumed where no peak is known.
+    `sustained`: FLOP/s assumed where no peak is known. `node`: devices of a node.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Device:
     matches: tuple[str, ...] = ()
     expected_use: float = 0.4
     sustained: float | None = None
+    node: int = NODE
 
 
 def _gpu(
@@ -153,7 +155,11 @@ _GPU_NAMES = ("rtx-4090", "a100-40gb", "a100-80gb", "h100", "h200", "b200")
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to run a step: what a device holds at its peak and sends, and its speed relative to an unhindered one."""
+    """One way to run a step: what a device holds at its peak and sends, and its speed relative to an unhindered one.
+
+    idle: share of a step in which it waits in a pipeline. instead_of: what the first layout tried holds at least, where
+    that does not fit.
+    """
 
     setup: Setup
     micro_batches: int
@@ -162,6 +168,8 @@ class Choice:
     traffic: list[Sent]
     speed: float
     fits: bool
+    idle: float = 0.0
+    instead_of: tuple[Layout, float] | None = None
 
 
 def usable_memory(known: Device, gpus: int) -> float:
@@ -183,18 +191,21 @@ def machine_memory() -> float:
 
 
 def best_choice(recipe: Recipe, shape: ModelShape, known: Device, gpus: int) -> Choice:
-    """The fastest choice that fits in the first layout where one does: the smallest shard, the rest replicas. Where
-    none does, the one that needs least. Raises InputError for degrees that do not make the devices.
+    """The fastest choice that fits in the first layout where one does, as `layouts` orders them. Where none does, the
+    one that needs least. Raises InputError for degrees that do not make the devices.
     """
     if gpus < 1:
         raise InputError(f"--gpus: found {gpus}, expected at least 1")
     limit = usable_memory(known, gpus)
     choices: list[Choice] = []
-    for layout in layouts(recipe, gpus):
+    first: tuple[Layout, float] | None = None
+    for layout in layouts(recipe, shape, gpus, known.node):
         found = list(_choices(recipe, shape, known, layout, limit))
         if fitting := [choice for choice in found if choice.fits]:
-            return max(fitting, key=lambda choice: (choice.speed, -choice.memory.total))
+            best = max(fitting, key=lambda choice: (choice.speed, -choice.memory.total))
+            return replace(best, instead_of=first)
         choices += found
+        first = first or (layout, min(choice.memory.total for choice in found))
     return min(choices, key=lambda choice: choice.memory.total)
 
 
@@ -226,6 +237,8 @@ def _choices(recipe: Recipe, shape: ModelShape, known: Device, layout: Layout, l
                 tensor=layout.tensor,
                 context=layout.context,
                 pipeline=layout.pipeline,
+                schedule=recipe.parallel.schedule,
+                stages=recipe.parallel.stages if recipe.parallel.schedule == "interleaved" else 1,
             )
             setup = _with_micro_rows(recipe, shape, setup, layout, limit)
             memory = memory_of(shape, setup)
@@ -234,10 +247,11 @@ def _choices(recipe: Recipe, shape: ModelShape, known: Device, layout: Layout, l
             tokens = setup.tokens
             micro_speed = 1.0 if cpu else min(1.0, tokens / (tokens + HALF_SPEED_TOKENS) / best)
             speed = micro_speed * 3 / (3 + setup.share_recomputed(shape.num_hidden_layers)) * layout.speed
-            micro_batches = math.ceil(rows_of_step(recipe, layout) / setup.rows)
-            traffic = traffic_of(shape, setup, layout, micro_batches, known.name)
+            idle = idle_share(layout.pipeline, setup.stages, setup.micro_batches)
+            speed *= 1 - idle
+            traffic = traffic_of(shape, setup, layout, setup.micro_batches, known.name)
             speed *= _share_of_step(recipe, shape, known, setup, layout, speed, traffic)
-            yield Choice(setup, micro_batches, layout, memory, traffic, speed, memory.total <= limit)
+            yield Choice(setup, setup.micro_batches, layout, memory, traffic, speed, memory.total <= limit, idle)
 
 
 def _share_of_step(
@@ -269,19 +283,22 @@ def rows_of_step(recipe: Recipe, layout: Layout) -> int:
 
 
 def _with_micro_rows(recipe: Recipe, shape: ModelShape, setup: Setup, layout: Layout, limit: float) -> Setup:
-    """The recipe's micro-batch, or the largest that fits, evened out over the micro-batches of a step."""
+    """The recipe's micro-batch, or the largest that fits, evened out over the micro-batches of a step; a pipeline has
+    at least as many as stages where there are rows for them.
+    """
     share = rows_of_step(recipe, layout)
-
-    buckets = layout.copies > 1 and layout.parts == 1  # DDP's, which live from step to step
+    most = max(1, share // layout.pipeline)
+    # DDP's, which live from step to step.
+    buckets = layout.copies > 1 and layout.parts == layout.pipeline == 1
 
     def with_rows(rows: int) -> Setup:
-        return replace(setup, rows=rows, accumulates=rows < share or buckets)
+        return replace(setup, rows=rows, accumulates=rows < share or buckets, micro_batches=math.ceil(share / rows))
 
     if isinstance(recipe.batch.micro, int):
         return with_rows(min(recipe.batch.micro, share))
     if setup.cpu:
-        return with_rows(max(1, min(share, CPU_TOKENS // setup.sequence_length)))
-    low, high = 1, share
+        return with_rows(max(1, min(most, CPU_TOKENS // setup.sequence_length)))
+    low, high = 1, most
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if memory_of(shape, with_rows(middle)).total <= limit else (low, middle - 1)
@@ -307,29 +324,36 @@ def expected_rate(choice: Choice, known: Device, gpus: int, shape: ModelShape) -
 
 
 def what_would_fit(recipe: Recipe, shape: ModelShape, known: Device, gpus: int) -> str:
-    """What could hold the run: these devices sharded, the smallest number of them, the smallest other device in this
-    number, a narrower precision.
+    """What could hold the run: these devices in other degrees, the smallest number of them, the smallest other device
+    in this number, a narrower precision.
     """
     found = []
     train = replace(recipe.train, activation_checkpointing="auto", loss="auto")
     chosen = replace(recipe, train=train, batch=replace(recipe.batch, micro="auto"))
-    if chosen != recipe and _shard_that_fits(chosen, shape, known, gpus):
+    if chosen != recipe and _layout_that_fits(chosen, shape, known, gpus):
         found.append(f"{gpus} x {known.name} with batch.micro, train.activation_checkpointing and train.loss at auto")
-    opened = replace(recipe, parallel=replace(recipe.parallel, replicate=0, shard=1))
+    asked = recipe.parallel
+    opened = replace(recipe, parallel=replace(asked, replicate=0, shard=0))
+    wide = replace(recipe, parallel=replace(opened.parallel, tensor=0, pipeline=0))
     least = known.memory or machine_memory()
     larger = [other for other in map(device, _GPU_NAMES) if (other.memory or 0) > least]
     for places in (
-        [(gpus, known)],
-        [(count, known) for count in _GPU_COUNTS if count > gpus],
-        [(gpus, other) for other in larger],
+        [(opened, gpus, known), (wide, gpus, known)],
+        [(opened, count, known) for count in _GPU_COUNTS if count > gpus],
+        [(opened, gpus, other) for other in larger],
     ):
-        fitting = ((*place, _shard_that_fits(opened, shape, place[1], place[0])) for place in places)
-        if first := next((place for place in fitting if place[2]), None):
-            flags = [f"--gpus {first[0]}"] * (first[0] > gpus) + [f"--parallel.shard {first[2]}"] * (first[2] > 1)
-            found.append(f"{first[0]} x {first[1].name}" + (f" ({', '.join(flags)})" if flags else ""))
+        for other, count, card in places:
+            if (layout := _layout_that_fits(other, shape, card, count)) is None:
+                continue
+            flags = [f"--gpus {count}"] * (count > gpus)
+            for name, size in asdict(layout).items():
+                if name != "replicate" and getattr(asked, name) not in (0, size):
+                    flags.append(f"--parallel.{name} {size}")
+            found.append(f"{count} x {card.name}" + (f" ({', '.join(flags)})" if flags else ""))
+            break
     if recipe.train.precision != "bf16_full" and known.bf16:
         narrow = replace(recipe, train=replace(recipe.train, precision="bf16_full"))
-        if _shard_that_fits(narrow, shape, known, gpus):
+        if _layout_that_fits(narrow, shape, known, gpus):
             found.append(f"{gpus} x {known.name} with weights and moments in bf16 (--train.precision bf16_full)")
     return (
         "would fit on " + " or ".join(found)
@@ -338,10 +362,9 @@ def what_would_fit(recipe: Recipe, shape: ModelShape, known: Device, gpus: int) 
     )
 
 
-def _shard_that_fits(recipe: Recipe, shape: ModelShape, known: Device, gpus: int) -> int:
-    """The degree of the choice, 0 where none fits."""
+def _layout_that_fits(recipe: Recipe, shape: ModelShape, known: Device, gpus: int) -> Layout | None:
     try:
         choice = best_choice(recipe, shape, known, gpus)
     except InputError:
-        return 0
-    return choice.layout.shard if choice.fits else 0
+        return None
+    return choice.layout if choice.fits else None

@@ -10,6 +10,9 @@ a step can be its highest; the plan takes the largest:
 - embedding: all gradients exist, and the head's and the embedding's share of a tied weight are added;
 - update: weights, gradients and moments.
 
+Of a pipeline each rank has its own layers, with the activations of every micro-batch that is on its way, and the ends
+are on one each: the plan takes the rank that holds most.
+
 Widths: `wide` bytes for the residual stream and norms (fp32 under autocast too), `narrow` bytes for what the matrix
 products read (2 under autocast).
 """
@@ -20,6 +23,7 @@ import math
 from dataclasses import dataclass
 
 from argonne.plan.shape import ModelShape
+from argonne.plan.stages import Part, parts_of
 
 MIB = 1024**2
 # The loss's own choice of a chunk (argonne/model/loss.py, rows_of_chunk): bytes of fp32 logits held at once.
@@ -38,7 +42,8 @@ PARTS = ("weights", "moments", "gradients", "activations", "logits and loss", "t
 @dataclass(frozen=True)
 class Setup:
     """How one device runs a micro-batch. `accumulates`: gradients are held during the pass: of earlier micro-batches,
-    or in the buckets of DDP. shard: devices that hold one copy of the model between them.
+    or in the buckets of DDP. shard: devices that hold one copy of the model between them. schedule, stages,
+    micro_batches: of a pipeline; `stages` are those of one device.
     """
 
     rows: int
@@ -56,6 +61,9 @@ class Setup:
     tensor: int = 1
     context: int = 1
     pipeline: int = 1
+    schedule: str = "1f1b"
+    stages: int = 1
+    micro_batches: int = 1
 
     @property
     def tokens(self) -> int:
@@ -75,6 +83,10 @@ class Setup:
         nth = self.activation_checkpointing == "every_nth" and layer % self.checkpointing_stride == 0
         return nth or self.activation_checkpointing == "full"
 
+    def ranks(self, shape: ModelShape) -> list[Part]:
+        """What each rank of the pipeline holds; the whole model where there is one."""
+        return parts_of(shape, self.pipeline, self.stages, self.schedule, self.micro_batches)
+
     def share_recomputed(self, layers: int) -> float:
         return sum(self.recomputes(layer) for layer in range(layers)) / layers
 
@@ -92,56 +104,57 @@ class Memory:
 
 
 def memory_of(shape: ModelShape, setup: Setup) -> Memory:
-    """The highest moment of a training step."""
-    found = peaks(shape, setup)
+    """The highest moment of a training step, on the rank of a pipeline where it is highest."""
+    found: dict[str, dict[str, float]] = {}
+    for rank, part in enumerate(setup.ranks(shape)):
+        where = f", rank {rank} of the pipeline" if setup.pipeline > 1 else ""
+        found |= {f"{moment}{where}": sizes for moment, sizes in peaks(shape, setup, part).items()}
     peak = max(found, key=lambda name: sum(found[name].values()))
     return Memory({part: found[peak][part] for part in PARTS if found[peak].get(part)}, peak)
 
 
-def peaks(shape: ModelShape, setup: Setup) -> dict[str, dict[str, float]]:
-    """Bytes by part at each moment that can be the highest."""
-    state = State.of(shape, setup)
+def peaks(shape: ModelShape, setup: Setup, part: Part | None = None) -> dict[str, dict[str, float]]:
+    """Bytes by part at each moment that can be the highest, on one rank of a pipeline, else on its first."""
+    part = part or setup.ranks(shape)[0]
+    state = State.of(shape, setup, part)
     always = {"weights": state.weights, "moments": state.peaks, "process": PROCESS_CPU if setup.cpu else PROCESS_GPU}
-    held = state.gradients if setup.accumulates else 0.0
-    layers = range(shape.num_hidden_layers)
+    held = state.held if setup.accumulates else 0.0
     stream = setup.tokens * shape.hidden_size * setup.wide
-    kept = [
-        (stream if setup.recomputes(layer) else activations_of_layer(shape, setup, layer)) / setup.pipeline
-        for layer in layers
-    ]
+    kept = [stream if setup.recomputes(layer) else activations_of_layer(shape, setup, layer) for layer in part.layers]
+    others = sum(kept) * (part.in_flight - 1)
+    if setup.pipeline > 1:  # of every micro-batch what comes from other stages has its place; and what goes there
+        others += setup.micro_batches * stream * (2 * setup.stages - part.first - part.last)
+        others += part.in_flight * stream * (setup.stages - part.last)
     # The last norm keeps its input, and an RMS norm its normalised value.
     tail = stream * (2 if shape.norm_type == "rms" else 1)
     head = 4.0 * shape.vocab_size * shape.hidden_size / setup.tensor
     # The head's gradient: part of the embedding's where they are tied, and then waiting for it; else one of the
     # gradients.
-    waiting = head if shape.tie_word_embeddings or not setup.accumulates or setup.shard > 1 else 0.0
+    waits = part.last and (shape.tie_word_embeddings or not setup.accumulates or setup.shard > 1)
+    waiting = head if waits else 0.0
     # When the embedding's backward pass ends: of a tied weight two shares to be added. Sharded, the group of embedding
     # and head is whole: both shares and their sum, or both gradients and the copies that are sent.
     ends = head * (setup.accumulates + shape.tie_word_embeddings)
     if setup.shard > 1:
         ends = head * (3 if shape.tie_word_embeddings else 4)
-    found = {
-        "loss": {
+    found = {"update": {**always, "gradients": state.gradients, "temporaries": state.update_temporaries}}
+    if part.last:
+        found["loss"] = {
             **always,
             "gradients": held,
-            "activations": sum(kept) + tail,
+            "activations": others + sum(kept) + tail,
             "logits and loss": loss_temporaries(shape, setup) + head + 2 * stream,
-        },
-        "embedding": {
-            **always,
-            "gradients": state.gradients,
-            "temporaries": ends + 2 * stream,
-        },
-        "update": {**always, "gradients": state.gradients, "temporaries": state.update_temporaries},
-    }
+        }
+    if part.first:
+        found["embedding"] = {**always, "gradients": state.held, "temporaries": ends + 2 * stream}
     # Going down, activations are given up and, where none are held yet, gradients appear: any layer can be the highest
     # moment.
-    for layer in reversed(layers):
-        above = 0.0 if setup.accumulates else state.gradients_of_layer * (shape.num_hidden_layers - 1 - layer)
+    for place, layer in enumerate(part.layers):
+        above = 0.0 if setup.accumulates else state.gradients_of_layer * (len(part.layers) - 1 - place)
         found[f"backward of layer {layer}"] = {
             **always,
             "gradients": held + waiting + above,
-            "activations": sum(kept[: layer + 1]),
+            "activations": others + sum(kept[: place + 1]),
             "temporaries": backward_work(shape, setup, layer),
         }
     return found
@@ -149,37 +162,41 @@ def peaks(shape: ModelShape, setup: Setup) -> dict[str, dict[str, float]]:
 
 @dataclass(frozen=True)
 class State:
-    """Bytes of what lives from step to step, on one device."""
+    """Bytes of what lives from step to step, on one device; held: gradients between micro-batches."""
 
     weights: float
     gradients: float
+    held: float
     peaks: float
     gradients_of_layer: float
     update_temporaries: float
 
     @staticmethod
-    def of(shape: ModelShape, setup: Setup) -> State:
+    def of(shape: ModelShape, setup: Setup, part: Part | None = None) -> State:
         """fp32 weights, gradients and AdamW's two moments, 16 bytes a parameter (8 with bf16 throughout), over the
         degrees that split them.
 
         Muon keeps one moment of the layers' matrices, and its update holds the direction and the orthogonal matrix of
         all of them.
         """
-        # Both ends of a pipeline hold a tied weight.
-        ends = 2 if setup.pipeline > 1 and shape.tie_word_embeddings else 1
-        layers = shape.num_hidden_layers * shape.layer_parameters()
-        local = (shape.parameters() - layers) * ends + layers / setup.pipeline
+        part = part or setup.ranks(shape)[0]
+        ends = part.ends(shape)
+        local = len(part.layers) * shape.layer_parameters() + ends
         split = setup.shard * setup.tensor
         size = setup.wide
         gathered = 0.0
         if setup.shard > 1:  # two layers and the ends are whole at a time: one computes, the next is on its way
-            gathered = size * (2 * shape.layer_parameters() + local - layers / setup.pipeline) / setup.tensor
+            gathered = size * (2 * shape.layer_parameters() + ends) / setup.tensor
+        # A stage reduces its gradients once a step: until then they, and its weights, are whole.
+        whole = setup.shard > 1 and setup.pipeline > 1
+        if whole:
+            gathered = size * local / setup.tensor
         if setup.narrow < size:  # autocast keeps narrow copies until their backward pass, of gathered weights too
-            gathered += setup.narrow * local / setup.tensor
-        of_layer = size * shape.layer_parameters() / setup.pipeline / split
+            gathered += setup.narrow * local / setup.tensor * part.in_flight
+        of_layer = size * shape.layer_parameters() / split
         matrices = turning = 0.0
         if setup.optimizer == "muon":
-            matrices = shape.num_hidden_layers * (shape.attention_weights + shape.mlp_weights) / setup.pipeline / split
+            matrices = len(part.layers) * (shape.attention_weights + shape.mlp_weights) / split
             short, long = sorted((shape.hidden_size, shape.intermediate_size))
             # One matrix in its Newton-Schulz iteration.
             turning = setup.muon_width * (2.0 * short * long + 3.0 * short * short)
@@ -188,6 +205,7 @@ class State:
         return State(
             weights=size * local / split + gathered,
             gradients=size * local / split,
+            held=size * local / (setup.tensor if whole else split),
             peaks=2 * size * local / split - size * matrices,
             gradients_of_layer=of_layer,
             update_temporaries=matrices * (size + setup.muon_width) + turning,

@@ -7,12 +7,14 @@ clusters of workstations", 2009). How often each happens follows the modes of `a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 
 from argonne.config import Recipe
 from argonne.errors import InputError
-from argonne.keys import check_mesh
+from argonne.keys import check, check_heads, check_mesh
 from argonne.plan.memory import Setup
 from argonne.plan.shape import ModelShape
 
@@ -70,38 +72,69 @@ class Layout:
     def speed(self) -> float:
         """Assumed share of the speed that waiting for others leaves, where sending takes less time than computing."""
         return (
-            (0.95 if self.shard > 1 else 1.0)
-            * (0.85 if self.tensor > 1 else 1.0)
-            * (0.9 if self.context * self.pipeline > 1 else 1.0)
+            (0.95 if self.shard > 1 else 1.0) * (0.85 if self.tensor > 1 else 1.0) * (0.9 if self.context > 1 else 1.0)
         )
 
-    def in_a_node(self, dimension: str) -> bool:
+    @property
+    def told(self) -> str:
+        return " x ".join(f"{name} {degree}" for name, degree in asdict(self).items() if degree > 1) or "one process"
+
+    def in_a_node(self, dimension: str, node: int = NODE) -> bool:
         """Are the ranks of each group of this dimension on one node? Tensor and context are the innermost dimensions of
-        the mesh, then shard, then replicate (argonne/parallel/mesh.py).
+        the mesh, then shard, then replicate, then pipeline (argonne/parallel/mesh.py).
         """
-        outer = {"replicate": self.shard * self.replicate, "shard": self.shard}.get(dimension, 1)
+        data = self.shard * self.replicate
+        outer = {"pipeline": data * self.pipeline, "replicate": data, "shard": self.shard}.get(dimension, 1)
         span = self.tensor * self.context * outer
-        return self.devices <= NODE or NODE % span == 0
+        return self.devices <= node or node % span == 0
 
 
-def layouts(recipe: Recipe, devices: int) -> Iterator[Layout]:
-    """The recipe's degrees; where it shards nothing and leaves the replicas open, then every other shard degree,
-    rising: the first that fits is the one to recommend. Raises InputError for degrees that do not make the devices.
+def layouts(recipe: Recipe, shape: ModelShape, devices: int, node: int = NODE) -> list[Layout]:
+    """What the recipe's degrees can be on these devices, least communication first: replicas, shards within a node of
+    so many devices and over more, tensors and parts of rows within a node, pipelines. The first that fits is the one to
+    recommend. Where no degree is open, a shard of 1 beside open replicas is. Raises InputError where there is none.
     """
     asked = recipe.parallel
-    fixed = Layout(max(1, asked.replicate), asked.shard, asked.tensor, asked.context, asked.pipeline)
-    copies, left = divmod(devices, fixed.devices)
-    if left or (asked.replicate and copies != 1):
+    opened = asked.open or ("shard",) * (asked.shard == 1 and asked.replicate == 0)
+    divisors = [degree for degree in range(1, devices + 1) if devices % degree == 0]
+    names = ("shard", "tensor", "context", "pipeline")
+    found = []
+    for degrees in product(*(divisors if name in opened else (getattr(asked, name),) for name in names)):
+        layout = Layout(1, *degrees)
+        replicate, left = divmod(devices, layout.devices)
+        if not left and asked.replicate in (0, replicate):
+            found.append(replace(layout, replicate=replicate))
+    if not found:
+        told = ", ".join(f"{name} {getattr(asked, name) or 'auto'}" for name in ("replicate", *names))
+        least = math.prod(max(1, getattr(asked, name)) for name in ("replicate", *names))
         raise InputError(
-            f"[parallel]: replicate {asked.replicate or 'auto'}, shard {asked.shard}, tensor {asked.tensor}, context "
-            f"{asked.context}, pipeline {asked.pipeline} do not make {devices} devices; give --gpus "
-            f"{'' if asked.replicate else 'a multiple of '}{fixed.devices}, or other degrees"
+            f"[parallel]: {told} do not make {devices} devices; give --gpus "
+            f"{'' if asked.replicate and not asked.open else 'a multiple of '}{least}, or other degrees"
         )
-    yield replace(fixed, replicate=copies * fixed.replicate)
-    if asked.shard == 1 and asked.replicate == 0:
-        for shard in range(2, copies + 1):
-            if copies % shard == 0:
-                yield replace(fixed, replicate=copies // shard, shard=shard)
+    if asked.open:
+        refused = [refusal_of(recipe, layout) or _misplaced(recipe, shape, layout, node) for layout in found]
+        if all(refused):
+            raise InputError(refused[0] or "")
+        found = [layout for layout, why in zip(found, refused, strict=True) if why is None]
+    return sorted(
+        found, key=lambda one: (one.pipeline, one.context, one.tensor, not one.in_a_node("shard", node), one.shard)
+    )
+
+
+def _misplaced(recipe: Recipe, shape: ModelShape, layout: Layout, node: int) -> str | None:
+    """Why a layout is not one to choose for this model."""
+    stages = layout.pipeline * (recipe.parallel.stages if recipe.parallel.schedule == "interleaved" else 1)
+    if layout.pipeline > 1 and stages > shape.num_hidden_layers:
+        return f"parallel.pipeline: {stages} stages are more than the model's {shape.num_hidden_layers} layers"
+    inner = {"tensor", "context"} & {*recipe.parallel.open}
+    if far := [name for name in inner if getattr(layout, name) > 1 and not layout.in_a_node(name, node)]:
+        return f"parallel.{far[0]}: a group of {getattr(layout, far[0])} is more than a node of {node}"
+    try:
+        check_heads(shape.num_attention_heads, layout.tensor)
+        check(replace(recipe, parallel=replace(recipe.parallel, **asdict(layout))))
+    except InputError as error:
+        return str(error)
+    return None
 
 
 def refusal_of(recipe: Recipe, layout: Layout) -> str | None:
@@ -145,27 +178,34 @@ def traffic_of(shape: ModelShape, setup: Setup, layout: Layout, micro_batches: i
     the ends the embedding, and the gradient of the head's input. Gains of heads, and the gradients of heads of keys
     that do not divide, are left out. Parts of rows gather the keys and values of every layer in each forward pass, and
     their gradients are reduced to their part.
+
+    Pipeline: of the stage that holds most. Hidden states go on, and their gradients back, once a micro-batch and stage;
+    both ends exchange the gradient of a tied weight. A stage keeps what it gathered for a backward pass until the next
+    forward one, and reduces once a step.
     """
-    part = layout.tensor * layout.pipeline
-    layers = setup.wide * shape.num_hidden_layers * shape.layer_parameters() / part
-    whole = setup.wide * shape.parameters() / part
-    matrices = shape.num_hidden_layers * (shape.attention_weights + shape.mlp_weights) / part
+    part = max(setup.ranks(shape), key=lambda one: len(one.layers) * shape.layer_parameters() + one.ends(shape))
+    count, pipelined = len(part.layers), layout.pipeline > 1
+    layers = setup.wide * count * shape.layer_parameters() / layout.tensor
+    whole = layers + setup.wide * part.ends(shape) / layout.tensor
+    gathered = micro_batches * (layers + whole) if not pipelined else micro_batches * layers + whole
+    matrices = count * (shape.attention_weights + shape.mlp_weights) / layout.tensor
     muon = matrices if setup.optimizer == "muon" else 0.0
     of_shard, of_copies, of_replicas, of_context, of_tensor = (
         (n - 1) / n for n in (layout.parts, layout.copies, layout.replicate, layout.context, layout.tensor)
     )
-    keys = setup.narrow * 2 * shape.key_width * setup.tokens * layout.context * shape.num_hidden_layers / part
+    keys = setup.narrow * 2 * shape.key_width * setup.tokens * layout.context * count / layout.tensor
     again = 1 + setup.share_recomputed(shape.num_hidden_layers)
-    recomputed = sum(map(setup.recomputes, range(shape.num_hidden_layers))) * (2 if shape.sandwich_norm else 1)
+    recomputed = sum(map(setup.recomputes, part.layers)) * (2 if shape.sandwich_norm else 1)
     # The MLP's output is not needed again without a norm on it.
-    outputs = setup.narrow * (2 * shape.num_hidden_layers + recomputed)
-    stream = outputs + setup.wide * (2 * shape.num_hidden_layers + 2)
-    stream *= setup.tokens * shape.hidden_size * micro_batches
+    outputs = setup.narrow * (2 * count + recomputed)
+    hidden = setup.tokens * shape.hidden_size * micro_batches
+    stream = hidden * (outputs + setup.wide * (2 * count + part.first + part.last))
     sharers = "tensor" if of_tensor else "shard" if of_shard else "replicate"
     updates = (of_tensor * layout.tensor or of_shard or of_replicas) * setup.muon_width * muon
     sent = [
-        ("all-gather", "shard", of_shard * (micro_batches * (layers + whole) + setup.wide * muon)),
-        ("reduce-scatter", "shard", of_shard * micro_batches * whole),
+        ("send", "pipeline", pipelined * _passed_on(shape, setup, setup.wide * hidden)),
+        ("all-gather", "shard", of_shard * (gathered + setup.wide * muon)),
+        ("reduce-scatter", "shard", of_shard * (1 if pipelined else micro_batches) * whole),
         ("all-reduce", "replicate", 2 * of_copies * whole / layout.parts),
         ("all-gather", "context", of_context * micro_batches * again * keys),
         ("reduce-scatter", "context", of_context * micro_batches * keys),
@@ -176,11 +216,18 @@ def traffic_of(shape: ModelShape, setup: Setup, layout: Layout, micro_batches: i
     return [_sent(layout, device, *found) for found in sent if found[2]]
 
 
+def _passed_on(shape: ModelShape, setup: Setup, hidden: float) -> float:
+    """Bytes that the busiest rank of a pipeline sends to its neighbours; hidden: those of one stage's output."""
+    table = setup.wide * shape.vocab_size * shape.hidden_size / setup.tensor / setup.shard
+    at_an_end = (2 * setup.stages - 1) * hidden + table * shape.tie_word_embeddings
+    return max(at_an_end, 2 * setup.stages * hidden if setup.pipeline > 2 else 0.0)
+
+
 def _sent(layout: Layout, device: str, kind: str, over: str, size: float) -> Sent:
     near = layout.in_a_node(over)
     link = LINKS.get(device)
     rate = None if link is None else 1e9 * LINK_USE * link[0 if near else 1]
-    sizes = {"shard": layout.parts, "replicate": layout.copies, "context": layout.context, "tensor": layout.tensor}
+    sizes = asdict(layout) | {"shard": layout.parts, "replicate": layout.copies}
     ranks = sizes[over]
     return Sent(kind, over, ranks, size, near, rate)
 

@@ -38,6 +38,8 @@ def plan_lines(plan: Plan) -> list[str]:
         ("memory", f"{_bytes(plan.memory_total)} a device at its highest moment ({plan.memory_peak}){limit}"),
         *[("", f"{_bytes(size):>12}  {part}") for part, size in plan.memory.items()],
         *([] if plan.fits else [("DOES NOT FIT", plan.advice or "")]),
+        *([("parallel", plan.layout_reason)] if plan.layout_reason else []),
+        *([("idle", f"{100 * plan.idle_share:.0f} % of a step, in the pipeline")] if plan.idle_share else []),
         *_traffic_rows(plan),
         *_length_rows(plan),
         *[("source", _source(use)) for use in plan.sources],

@@ -66,12 +66,17 @@ def rehearse(parts: Sequence[Part], machine: Machine, log: Callable[[str], None]
     real: list[Recipe] = []
     for part in parts:
         with _phase("the check", part):
-            real.append(checks.real_recipe(part.recipe, None if part.former is None else real[part.former]))
+            former = None if part.former is None else real[part.former]
+            real.append(checks.settled(checks.real_recipe(part.recipe, former), machine))
             checks.check_run(real[-1], part.folder, machine)
     with _phase("the check", parts[0]):
         checks.check_disk(
             [(part.folder, checks.bytes_needed(recipe)) for part, recipe in zip(parts, real, strict=True)]
         )
+    parts = [
+        replace(part, recipe=replace(part.recipe, parallel=recipe.parallel, given=recipe.given))
+        for part, recipe in zip(parts, real, strict=True)
+    ]
     tell("checked: the real recipes, their data, folders and disk")
     folder = Path(tempfile.mkdtemp(prefix="argonne-rehearsal-"))
     commands.load()

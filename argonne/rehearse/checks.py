@@ -14,6 +14,7 @@ from argonne.errors import InputError
 from argonne.files import human
 from argonne.keys import check_mesh, parse_duration
 from argonne.layout import last_checkpoint
+from argonne.plan import device, settle
 from argonne.plan.build import over_read, plan_of, source_uses, tokens_before
 from argonne.plan.shape import ARCHITECTURE, as_trained, fitted, shape_of, vocabulary_of
 from argonne.rehearse.shrink import real_steps
@@ -41,6 +42,17 @@ def real_recipe(recipe: Recipe, former: Recipe | None) -> Recipe:
         return as_trained(recipe)
     known = {name: getattr(former.model, name) for name in ARCHITECTURE}
     return fitted(recipe, None if recipe.stage in CHAT_STAGES else vocabulary_of(recipe.data), known)
+
+
+def settled(recipe: Recipe, machine: Machine) -> Recipe:
+    """The recipe with the degrees that the real run will have. Raises InputError where the machine is not told."""
+    workers = recipe.parallel.nproc or machine.gpus
+    if (opened := recipe.parallel.open) and (not workers or (machine.gpus and not machine.gpu)):
+        raise InputError(
+            f"parallel.{opened[0]}: found auto, and the devices of the real run are not known; give --gpus and --gpu, "
+            "or a number"
+        )
+    return settle(recipe, device(machine.gpu or "cpu"), workers)[0]
 
 
 def check_run(recipe: Recipe, folder: Path, machine: Machine) -> None:

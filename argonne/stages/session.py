@@ -21,13 +21,14 @@ from argonne.keys import check_sizes, is_free, parse_duration
 from argonne.layout import FINAL_MODEL, LOCK, last_checkpoint
 from argonne.model.kernels import KernelUnavailable
 from argonne.parallel.launch import let_the_cause_speak_first, run_workers
-from argonne.parallel.mesh import Mesh, open_mesh, worker_count
+from argonne.parallel.mesh import Mesh, choose_device, open_mesh, worker_count
 from argonne.parallel.nodes import place_of
+from argonne.plan import settle
 from argonne.plan.shape import weights_on_disk
 from argonne.recipe import to_tree
 from argonne.stages.chat_tokens import ADDED_TOKENS
 from argonne.stages.hooks import banner, checkpoint_files, export_final, of_newest, run_state
-from argonne.stages.setup import Built, Opened, Session, build, changes, open_run, record_start
+from argonne.stages.setup import Built, Opened, Session, build, changes, open_run, planned_device, record_start
 from argonne.stages.start import Start
 from argonne.train.aside import Sampled, Work
 from argonne.train.checkpoint import list_checkpoints, read_state
@@ -48,11 +49,13 @@ def run_session(session: Session) -> Outcome:
     """Run one session to its end, on local workers of its own where the recipe or the GPUs of this machine ask for
     several.
     """
-    parallel = session.recipe.parallel
     place = place_of(os.environ) if "NNODES" in os.environ else None
     nodes = 1 if place is None else place.nodes
-    count = worker_count(parallel, session.recipe.train.device, nodes)
-    session.mode.check(parallel, int(os.environ.get("WORLD_SIZE", count * nodes)))
+    count = worker_count(session.recipe.parallel, session.recipe.train.device, nodes)
+    workers = int(os.environ.get("WORLD_SIZE", count * nodes))
+    session = _with_degrees(session, workers, int(os.environ.get("LOCAL_WORLD_SIZE", count)))
+    parallel = session.recipe.parallel
+    session.mode.check(parallel, workers)
     for weights in filter(None, (session.resume_from, session.recipe.model.init_from)):
         check_sizes(weights_on_disk(str(weights)) or {}, parallel)
     session = dataclasses.replace(session, watch=session.watch or StopWatch(session.recipe.stop))
@@ -76,6 +79,19 @@ def run_session(session: Session) -> Outcome:
     except Stopped as stopped:
         _mark_stopped(session, str(stopped))
         raise
+
+
+def _with_degrees(session: Session, workers: int, local: int) -> Session:
+    """Degrees that are `auto` as the plan would have them on so many workers, `local` on each node."""
+    recipe = session.recipe
+    if not recipe.parallel.open:
+        return session
+    device = planned_device(choose_device(recipe.train.device, where="train.device"))
+    device = dataclasses.replace(device, node=local)
+    recipe, told = settle(recipe, device, workers, overrun="memory" in session.allow)
+    if os.environ.get("RANK", os.environ.get("NODE_RANK", "0")) == "0":
+        print(f"parallel: {told}", file=sys.stderr)
+    return dataclasses.replace(session, recipe=recipe)
 
 
 def _mark_stopped(session: Session, reason: str) -> None:

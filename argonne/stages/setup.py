@@ -32,6 +32,7 @@ from argonne.parallel.tensor import TENSOR
 from argonne.plan import Device, Setup, choose_setup, plan_of_run, running_device, shape_of
 from argonne.plan.build import total_steps as planned_steps
 from argonne.plan.shape import fitted, short_base
+from argonne.plan.stages import idle_share
 from argonne.recipe import differences, to_toml, to_tree
 from argonne.stages.chat_tokens import ADDED_TOKENS, added_tokens, told
 from argonne.stages.stage import Stage, StageData
@@ -202,10 +203,10 @@ def record_start(
         "tokens"
     )
     if mesh.pipeline > 1:
-        number, waits = -(-rows // mesh.data_size // micro_rows), mesh.pipeline - 1
+        number = -(-rows // mesh.data_size // micro_rows)
         log(
-            f"pipeline: {mesh.stages} stages a worker, {mesh.schedule}, {number} micro-batches: "
-            f"idle {waits / (number * mesh.stages + waits):.0%} of a step"
+            f"pipeline: {mesh.stages} stages a worker, {mesh.schedule}, {number} micro-batches: idle "
+            f"{idle_share(mesh.pipeline, mesh.stages, number):.0%} of a step"
         )
     rates = "  ".join(f"{step}: {rate:.3g}" for step, rate in curve(total_steps, recipe.optim, recipe.schedule))
     log(f"learning rate at steps {rates}")
@@ -219,7 +220,7 @@ def build(session: Session, opened: Opened, run: RunFolder, mesh: Mesh, log: Cal
     speed and memory.
     """
     recipe, start, data, stage = opened.recipe, opened.start, opened.data, session.stage
-    device = planned_device(mesh)
+    device = planned_device(mesh.device)
     choice = choose_setup(recipe, device, mesh.world_size, overrun="memory" in session.allow)
     weights = stage.weights(recipe, start)
     dtype, config = compute_dtype(recipe.train.precision, mesh.device), weights.config
@@ -314,11 +315,11 @@ def returns_memory(train: TrainSection, device_type: str, planned_bytes: float) 
     return train.return_memory == "on" or planned_bytes >= LARGE_RUN
 
 
-def planned_device(mesh: Mesh) -> Device:
-    """The device of this process as the plan knows it."""
-    if mesh.device.type != "cuda":
+def planned_device(device: torch.device) -> Device:
+    """A device of this machine as the plan knows it."""
+    if device.type != "cuda":
         return running_device("cpu")
-    facts = torch.cuda.get_device_properties(mesh.device)
+    facts = torch.cuda.get_device_properties(device)
     return running_device(facts.name, facts.total_memory)
 
 

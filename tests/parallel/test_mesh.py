@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from argonne.parallel.mesh import Mesh, _data_groups
+from argonne.config import ParallelSection
+from argonne.errors import InputError
+from argonne.parallel.launch import run_workers
+from argonne.parallel.mesh import Mesh, _data_groups, open_mesh
 
 DEGREES = st.integers(1, 4)
 
@@ -39,3 +44,23 @@ def test_a_data_group_holds_one_rank_of_each_place(replicas: int, pipeline: int,
 def test_one_process_is_the_whole_mesh() -> None:
     mesh = Mesh(torch.device("cpu"))
     assert (mesh.data_rank, mesh.data_size, mesh.speaks_for_its_rows) == (0, 1, True)
+
+
+def _joined() -> str:
+    """What a worker is told that has other degrees than its neighbour."""
+    first = os.environ["RANK"] == "0"
+    try:
+        with open_mesh(ParallelSection(shard=2 if first else 1), "cpu", timeout_seconds=20):
+            return "joined"
+    except InputError as error:
+        return str(error)
+
+
+def test_workers_with_other_degrees_do_not_begin() -> None:
+    said = run_workers(_joined, (), count=2, max_restarts=0, grace_seconds=5)
+    degrees = "tensor 1, context 1, pipeline 1, schedule 1f1b, stages 2"
+    assert said[0] == said[1]
+    assert said[0] == (
+        f"[parallel]: workers were started with shard 2, {degrees} and with shard 1, {degrees}; give every node the "
+        'same command, and numbers where "auto" comes to others'
+    )

@@ -1,4 +1,4 @@
-"""Pipelines: where layers are cut, shapes that change on the way, checkpoints that go on on any other mesh, every
+"""Pipelines: shapes that change on the way, checkpoints that go on on any other mesh, every
 stage of the way, the one export.
 """
 
@@ -8,19 +8,15 @@ import dataclasses
 import subprocess
 import sys
 from collections.abc import Callable
-from itertools import combinations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from argonne import cli
 from argonne.config import ParallelSection, Recipe
 from argonne.errors import InputError
 from argonne.keys import check_mesh
 from argonne.layout import FINAL_MODEL, MODEL_CONFIG
-from argonne.parallel.pipeline import cut
 from argonne.recipe import load_recipe, to_toml
 from argonne.report.records import read_metrics
 from argonne.stages.pretrain import run
@@ -45,23 +41,6 @@ def mesh(pipeline: int, **others: int | str) -> dict[str, str]:
     if "schedule" in others:
         found["parallel.schedule"] = f'"{others["schedule"]}"'
     return {**found, "parallel.nproc": str(workers), "parallel.timeout": "60s"} if workers > 1 else {}
-
-
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=9), st.integers(0, 20), st.data())
-def test_the_dearest_stage_of_a_cut_is_as_cheap_as_it_can_be(costs: list[int], last: int, data: st.DataObject) -> None:
-    stages = data.draw(st.integers(1, len(costs)))
-
-    def dearest(ends: tuple[int, ...]) -> float:
-        starts = (0, *ends)
-        sums = [sum(costs[first:end]) for first, end in zip(starts, (*ends, len(costs)), strict=True)]
-        return max(*sums[:-1], sums[-1] + last) if len(sums) > 1 else sums[0] + last
-
-    found = cut(costs, last, stages)
-    assert [index for layers in found for index in layers] == list(range(len(costs)))
-    assert len(found) == stages
-    assert all(found)
-    every = combinations(range(1, len(costs)), stages - 1)
-    assert dearest(tuple(layers.stop for layers in found[:-1])) == min(map(dearest, every))
 
 
 def test_a_checkpoint_of_four_ranks_goes_on_in_a_pipeline_then_alone_then_on_three_as_if_nothing_had_changed(

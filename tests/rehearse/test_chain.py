@@ -54,3 +54,18 @@ def test_a_card_is_told_to_a_launch_that_rehearses(rehearsals: Rehearsals, folde
         2,
         "argonne: --gpu: is for --rehearse; add that, or leave it out\n",
     )
+
+
+def test_degrees_that_are_auto_need_a_machine(rehearsals: Rehearsals, folder: Path) -> None:
+    code, said = rehearsals.run("rehearse pre.toml --parallel.shard auto", folder)
+    assert code == 2
+    assert "parallel.shard: found auto, and the devices of the real run are not known; give --gpus and --gpu" in said
+
+
+def test_degrees_that_are_auto_are_rehearsed_as_the_real_machine_has_them(rehearsals: Rehearsals, folder: Path) -> None:
+    (folder / "mine.toml").write_text('base = "pre.toml"\n')
+    (folder / "pre.toml").write_text((folder / "pre.toml").read_text() + '[parallel]\nshard = "auto"\n')
+    code, said = rehearsals.run("rehearse mine.toml --gpus 2 --gpu h200", folder)
+    assert code == 0, said[-3000:]
+    assert "mine.toml: parallel.nproc: 0 -> 2" in said
+    assert "(auto)" not in said
