@@ -11,14 +11,16 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_module
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
     PrepareModuleInput,
+    PrepareModuleOutput,
     RowwiseParallel,
     SequenceParallel,
     parallelize_module,
@@ -29,29 +31,20 @@ from argonne.parallel.mesh import Mesh
 from argonne.parallel.objective import Head, Loss, MicroBatch, Objective
 from argonne.parallel.parallelise import Casts, Mode, Parallelised, Weights, in_one_call
 
-
-class Whole(ParallelStyle):
-    """Weights, inputs and outputs are the same on every rank of the group, plain tensors outside."""
-
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        leave: Any = self._leave  # torch's own type says that it returns nothing
-        return distribute_module(module, device_mesh, None, self._enter, leave)
-
-    def _enter(self, module: nn.Module, inputs: tuple[Any, ...], mesh: DeviceMesh) -> Any:
-        first = inputs[0]
-        return (first if isinstance(first, DTensor) else DTensor.from_local(first, mesh, [Replicate()]), *inputs[1:])
-
-    def _leave(self, module: nn.Module, output: DTensor, mesh: DeviceMesh) -> Tensor:
-        return output.to_local()
+TEXT = Shard(1)  # of the stream (B, T, H)
 
 
-class OwnHeads(Whole):
+class OwnHeads(ParallelStyle):
     """Every rank makes all heads of keys or values, and goes on with those that its queries read: for fewer of them
     than ranks. A head that several ranks read gets the gradients of all of them.
     """
 
     def __init__(self, heads: Sequence[int], head_dim: int) -> None:
         self.columns = torch.tensor([head * head_dim + place for head in heads for place in range(head_dim)])
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        leave: Any = self._leave  # torch's own type says that it returns nothing
+        return distribute_module(module, device_mesh, None, None, leave)
 
     def _leave(self, module: nn.Module, output: DTensor, mesh: DeviceMesh) -> Tensor:
         whole = output.to_local(grad_placements=[Partial()])
@@ -64,9 +57,23 @@ class Table(RowwiseParallel):
     """
 
     @staticmethod
-    def _prepare_output_fn(output_layouts: Any, use_local_output: bool, module: Any, output: Any, mesh: Any) -> Tensor:
-        found: Tensor = output.redistribute(placements=output_layouts).to_local()
+    def _prepare_output_fn(output_layouts: Any, use_local_output: bool, module: Any, output: Any, mesh: Any) -> DTensor:
+        found: DTensor = output.redistribute(placements=output_layouts)
         return found
+
+
+class OwnMasks(ParallelStyle):
+    """Dropout of a rank's own tokens by its own seed: torch's for a DTensor takes rank 0's."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        dropout: Any = module
+
+        def drop(stream: DTensor) -> DTensor:
+            own = F.dropout(stream.to_local(), dropout.p, dropout.training)
+            return DTensor.from_local(own, device_mesh, stream.placements, shape=stream.shape, stride=stream.stride())
+
+        dropout.forward = drop
+        return module
 
 
 def own_heads(queries: int, keys: int, degree: int, rank: int) -> list[int]:
@@ -81,7 +88,9 @@ def own_heads(queries: int, keys: int, degree: int, rank: int) -> list[int]:
 
 
 def split_layer(layer: nn.Module, config: Any, mesh: DeviceMesh) -> None:
-    """A decoder layer over a group: columns of q, k, v, gate and up, rows of o and down, norms whole."""
+    """A decoder layer over a group: columns of q, k, v, gate and up, rows of o and down. The stream enters and leaves
+    split along the text (a DTensor, whose shape is the whole's); a plain one that enters is whole.
+    """
     degree, rank = mesh.size(), mesh.get_local_rank()
     queries, keys = config.num_attention_heads, config.num_key_value_heads
     attention: Any = layer.get_submodule("self_attn")
@@ -91,20 +100,19 @@ def split_layer(layer: nn.Module, config: Any, mesh: DeviceMesh) -> None:
         of_keys = OwnHeads(heads, config.head_dim)
         attention.num_key_value_groups = queries // degree // len(heads)
     # Inputs enter once for all that read them: their gradients are added before they are sent.
-    entering = PrepareModuleInput(
-        input_layouts=(Replicate(), None), desired_input_layouts=(Replicate(), None), use_local_output=False
-    )
-    fed = PrepareModuleInput(input_layouts=(Replicate(),), desired_input_layouts=(Replicate(),), use_local_output=False)
     column = ColwiseParallel(use_local_output=False)  # whose number may not divide
+    row = RowwiseParallel(output_layouts=TEXT, use_local_output=False)
     plan: dict[str, ParallelStyle] = {
-        "self_attn": entering,
+        "": PrepareModuleInput(input_layouts=(Replicate(), None), desired_input_layouts=(TEXT, None)),
+        "self_attn": PrepareModuleInput(input_layouts=(TEXT, None), desired_input_layouts=(Replicate(), None)),
         "self_attn.q_proj": ColwiseParallel(),
         "self_attn.k_proj": of_keys,
         "self_attn.v_proj": of_keys,
-        "self_attn.o_proj": RowwiseParallel(),
-        "mlp": fed,
+        "self_attn.o_proj": row,
+        "mlp": PrepareModuleInput(input_layouts=TEXT, desired_input_layouts=Replicate()),
         "mlp.up_proj": column,
-        "mlp.down_proj": RowwiseParallel(),
+        "mlp.down_proj": row,
+        "dropout": OwnMasks(),
     }
     if config.mlp_gated:
         plan["mlp.gate_proj"] = column
@@ -112,20 +120,30 @@ def split_layer(layer: nn.Module, config: Any, mesh: DeviceMesh) -> None:
     wanted = {"q_norm": config.q_norm, "k_norm": config.k_norm, "v_norm": config.v_norm}
     of_heads = SequenceParallel(sequence_dim=2, use_local_output=True)
     plan |= {f"self_attn.{name}": of_heads for name, there in wanted.items() if there}
-    plan |= {name: Whole() for name, _ in layer.named_children() if name.endswith("layernorm")}
+    plan |= {name: SequenceParallel() for name, _ in layer.named_children() if name.endswith("layernorm")}
     parallelize_module(layer, mesh, plan, src_data_rank=None)
+
+
+def leave_whole(module: nn.Module, mesh: DeviceMesh) -> None:
+    """What leaves is plain and whole: at the last norm, and where a pipeline is cut behind a layer."""
+    whole = PrepareModuleOutput(output_layouts=TEXT, desired_output_layouts=Replicate())
+    parallelize_module(module, mesh, whole)
 
 
 def split_ends(model: Any, mesh: DeviceMesh) -> None:
     """Embedding and head over rows of the vocabulary; tied ones stay one tensor."""
     plan: dict[str, ParallelStyle] = {
-        "model.embed_tokens": Table(input_layouts=Replicate()),
-        "model.norm": Whole(),
+        "model.embed_tokens": Table(input_layouts=Replicate(), output_layouts=TEXT),
+        "model.dropout": OwnMasks(),
+        "model.norm": SequenceParallel(),
         "lm_head": ColwiseParallel(output_layouts=Replicate()),
     }
     if model.config.position_embedding == "learned":
-        plan["model.embed_positions"] = Whole()
+        places = PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=TEXT)
+        parallelize_module(model.model.embed_positions, mesh, places)
+        plan["model.embed_positions"] = SequenceParallel()
     parallelize_module(model, mesh, plan, src_data_rank=None)
+    leave_whole(model.model.norm, mesh)
     if model.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
 

@@ -141,10 +141,10 @@ def traffic_of(shape: ModelShape, setup: Setup, layout: Layout, micro_batches: i
     autocast narrows them only where they are used. Muon gathers the directions of split matrices; the ranks of a
     tensor group, else of a shard group, or replicas of whole ones, share its work and broadcast the updates.
 
-    Tensor: in each layer the outputs of attention and MLP are added up, and backward the gradients of their inputs; at
-    the ends the embedding, and the gradient of the head's input. Gains of heads, and the gradients of heads of keys
-    that do not divide, are left out. Parts of rows gather the keys and values of every layer in each forward pass, and
-    their gradients are reduced to their part.
+    Tensor: the stream is gathered where attention and MLP enter, and summed into its parts where they leave, backward
+    the other way round; so at the embedding, and where the head enters, whose gradient is summed whole. Gradients of
+    gains, and of heads of keys that do not divide, are left out. Parts of rows gather the keys and values of every
+    layer in each forward pass, and their gradients are reduced to their part.
     """
     part = layout.tensor * layout.pipeline
     layers = setup.wide * shape.num_hidden_layers * shape.layer_parameters() / part
@@ -156,11 +156,13 @@ def traffic_of(shape: ModelShape, setup: Setup, layout: Layout, micro_batches: i
     )
     keys = setup.narrow * 2 * shape.key_width * setup.tokens * layout.context * shape.num_hidden_layers / part
     again = 1 + setup.share_recomputed(shape.num_hidden_layers)
-    recomputed = sum(map(setup.recomputes, range(shape.num_hidden_layers))) * (2 if shape.sandwich_norm else 1)
+    recomputed = sum(map(setup.recomputes, range(shape.num_hidden_layers)))
+    both = 2 * shape.num_hidden_layers  # attentions and MLPs
+    stream = setup.tokens * shape.hidden_size * micro_batches
+    gathered = stream * (setup.wide * (both + 2 + 2 * recomputed) + setup.narrow * both)
     # The MLP's output is not needed again without a norm on it.
-    outputs = setup.narrow * (2 * shape.num_hidden_layers + recomputed)
-    stream = outputs + setup.wide * (2 * shape.num_hidden_layers + 2)
-    stream *= setup.tokens * shape.hidden_size * micro_batches
+    again_summed = recomputed * (2 if shape.sandwich_norm else 1)
+    summed = stream * (setup.wide * (both + 1) + setup.narrow * (both + again_summed))
     sharers = "tensor" if of_tensor else "shard" if of_shard else "replicate"
     updates = (of_tensor * layout.tensor or of_shard or of_replicas) * setup.muon_width * muon
     sent = [
@@ -169,8 +171,9 @@ def traffic_of(shape: ModelShape, setup: Setup, layout: Layout, micro_batches: i
         ("all-reduce", "replicate", 2 * of_copies * whole / layout.parts),
         ("all-gather", "context", of_context * micro_batches * again * keys),
         ("reduce-scatter", "context", of_context * micro_batches * keys),
-        ("all-reduce", "tensor", 2 * of_tensor * stream),
-        ("all-gather", "tensor", of_tensor * setup.wide * muon * layout.tensor),
+        ("all-gather", "tensor", of_tensor * (gathered + setup.wide * muon * layout.tensor)),
+        ("reduce-scatter", "tensor", of_tensor * summed),
+        ("all-reduce", "tensor", 2 * of_tensor * setup.wide * stream),
         ("broadcast", sharers, updates),
     ]
     return [_sent(layout, device, *found) for found in sent if found[2]]

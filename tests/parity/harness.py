@@ -11,6 +11,7 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 from zlib import crc32
 
 import numpy as np
@@ -59,8 +60,8 @@ Tensors = dict[str, np.ndarray]
 class Case:
     """A model, how it is spread, and what a step does. `rows`: of a global batch; five on four ranks leave one with a
     row that only fills up. masked: rank 0's rows train nothing. untrained: so many first places of every row train
-    nothing. fails: the first pass raises in the middle on every
-    rank, as where compiling fails, and the step is tried again.
+    nothing. fails: the first pass raises in the middle on every rank, as where compiling fails, and the step is tried
+    again. answers: so many tokens are written in the end, one at a time, after a prompt.
     """
 
     generation: str = "3.0"
@@ -85,6 +86,8 @@ class Case:
     mutation: str = ""
     tensor: int = 1
     heads: tuple[int, int] | None = None  # of queries and keys, else 6 and 2 or 6
+    dropout: float = 0.0
+    answers: int = 0
 
     @property
     def world(self) -> int:
@@ -107,13 +110,17 @@ class Case:
 
 @dataclass(frozen=True)
 class Found:
-    """loss: summed over all ranks, by its count. copies: what each rank holds of the weights in the end, hashed."""
+    """loss: summed over all ranks, by its count. copies: what each rank holds of the weights in the end, hashed.
+    held_out: the loss of evaluation. logits: after the prompt and after each token that was written.
+    """
 
     loss: float
     gradients: Tensors
     norm: float
     weights: Tensors
     copies: list[int] = field(default_factory=list)
+    held_out: float = 0.0
+    logits: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
 
 @dataclass(frozen=True)
@@ -188,7 +195,8 @@ def rough_weights(case: Case) -> Weights:
         own |= {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 9}
     if case.heads is not None:
         own |= dict(zip(("num_attention_heads", "num_key_value_heads"), case.heads, strict=True))
-    config = config_from_fields({**released, **SIZES, **own})
+    dropped = {"hidden_dropout": case.dropout, "attention_dropout": case.dropout}
+    config = config_from_fields({**released, **SIZES, **own, **dropped})
     whole = roughen(build_model(config, seed=0, dtype=torch.float64))
     tensors = {name: parameter.detach() for name, parameter in whole.named_parameters()}
     empty = empty_model(config)
@@ -224,6 +232,7 @@ def compute(case: Case, mesh: Mesh) -> Found:
         with contextlib.suppress(Planted):
             model.forward_backward(batches[0].micro_batches, counts[0])
     optimizer.zero_grad(set_to_none=True)
+    torch.manual_seed(mesh.rank % mesh.inner)
     sums = model.forward_backward(batches[0].micro_batches, counts[0])
     named = dict(model.plain.named_parameters())
     norm = model.gradient_norm(list(named.values()))
@@ -234,7 +243,22 @@ def compute(case: Case, mesh: Mesh) -> Found:
     held = [parameter.to_local() if isinstance(parameter, DTensor) else parameter for parameter in named.values()]
     mine = crc32(b"".join(part.detach().numpy().tobytes() for part in held))
     weights = {name: whole(parameter) for name, parameter in named.items()}
-    return Found(loss, gradients, float(norm), weights, mesh.gather(mine))
+    evaluated = sum(float(model.evaluate(micro).total) for micro in batches[0].micro_batches)
+    held_out = sum(mesh.gather(evaluated)) / mesh.inner
+    return Found(loss, gradients, float(norm), weights, mesh.gather(mine), held_out, written(model.plain, case.answers))
+
+
+def written(model: Any, count: int) -> np.ndarray:
+    """Logits (1 + count, 2, V) of a prompt of five tokens, and of tokens that follow it, one at a time with a cache."""
+    model.eval()
+    ids = torch.arange(2 * (5 + count)).reshape(2, -1)
+    found, cache = [], None
+    with torch.no_grad():
+        for part in ids.split([5] + [1] * count, dim=1) if count else ():
+            output = model(input_ids=part, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            found.append(output.logits[:, -1].numpy())
+    return np.array(found)
 
 
 def _work(cases: Sequence[Case]) -> list[Found]:
@@ -275,7 +299,10 @@ def problems(case: Case, found: Found, expected: Found, relative: float = 1e-9) 
     wrong = []
     if found.copies != found.copies[: case.parts] * (case.world // case.parts):
         wrong.append(f"copies of the model differ: {found.copies}")
-    for name, mine, theirs in (("loss", found.loss, expected.loss), ("norm", found.norm, expected.norm)):
+    if case.answers and not np.allclose(found.logits, expected.logits, relative * 100, relative * 100):
+        wrong.append(f"logits of what is written: {np.abs(found.logits - expected.logits).max():.2e}")
+    numbers = ((name, getattr(found, name), getattr(expected, name)) for name in ("loss", "norm", "held_out"))
+    for name, mine, theirs in numbers:
         if not abs(mine - theirs) <= max(relative, 1e-6 if name == "loss" else 0) * abs(theirs):  # sums are fp32
             wrong.append(f"{name}: {mine} instead of {theirs}")
     if found.gradients.keys() != expected.gradients.keys():

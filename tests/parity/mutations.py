@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, Replicate
-from torch.distributed.tensor.parallel import PrepareModuleInput
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import PrepareModuleInput, SequenceParallel
 
 from argonne.model import attention, loss
 from argonne.parallel import context, parallelise, shard, tensor
@@ -34,6 +34,8 @@ OWN_KEYS_ONLY = "what other ranks make of keys and values is dropped"
 MEAN_OF_PARTS = "gradients of the parts of a row are averaged"
 OWN_ROWS = "a row is summed over the rank's own part"
 OWN_INPUTS = "what enters q, k, v, gate and up, and with it every norm, gets its own rank's gradients alone"
+OWN_TOKENS = "gains of norms get the gradients of their own rank's tokens alone"
+ORDER_OF_PARTS = "attention gathers the parts of the text in the wrong order"
 OWN_GAINS = "gains of q, k and v get the gradients of their own rank's heads alone"
 OWN_KEYS = "a head of keys that several ranks read gets the gradients of one"
 OWN_VOCABULARY = "what enters a split head gets the gradients of its own rows of the vocabulary"
@@ -161,7 +163,34 @@ class _Alone(torch.autograd.Function):
 class _OwnInputs(PrepareModuleInput):
     def _prepare_input_fn(self, inputs: Any, device_mesh: Any) -> Any:
         first, *rest = super()._prepare_input_fn(inputs, device_mesh)
-        return (_Alone.apply(first), *rest)
+        gathered = first.placements == (Replicate(),)
+        return (_Alone.apply(first) if gathered else first, *rest)
+
+
+class _Swapped(PrepareModuleInput):
+    def _prepare_input_fn(self, inputs: Any, device_mesh: Any) -> Any:
+        first, *rest = super()._prepare_input_fn(inputs, device_mesh)
+        gathered = first.placements == (Replicate(),) and rest
+        return (first.roll(first.shape[1] // device_mesh.size(), 1) if gathered else first, *rest)
+
+
+def _own_gains(dimension: int) -> Callable[..., SequenceParallel]:
+    """Norms of what is split over this dimension take their input for whole, and with it the gradient of a gain."""
+
+    class OwnGains(SequenceParallel):
+        @staticmethod
+        def _prepare_input_fn(split: Any, module: nn.Module, inputs: Any, mesh: Any) -> DTensor:
+            first = inputs[0]
+            return DTensor.from_local(first.to_local() if isinstance(first, DTensor) else first, mesh, [Replicate()])
+
+        @staticmethod
+        def _prepare_output_fn(local: bool, module: nn.Module, output: DTensor, mesh: Any) -> Tensor:
+            return output.to_local() if local else DTensor.from_local(output.to_local(), mesh, [Shard(dimension)])
+
+    def style(sequence_dim: int = 1, **how: Any) -> SequenceParallel:
+        return (OwnGains if sequence_dim == dimension else SequenceParallel)(sequence_dim=sequence_dim, **how)
+
+    return style
 
 
 def _own_keys(self: Any, module: nn.Module, output: DTensor, mesh: Any) -> Tensor:
@@ -194,7 +223,9 @@ FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
     OWN_ROWS: [(context.Part, "join", _own_part)],
     NO_ALL_REDUCE: [(page, "fully_shard", _without_all_reduce) for page in (shard, tensor)],
     OWN_INPUTS: [(tensor, "PrepareModuleInput", _OwnInputs)],
-    OWN_GAINS: [(tensor, "SequenceParallel", lambda **how: tensor.Whole())],
+    OWN_GAINS: [(tensor, "SequenceParallel", _own_gains(2))],
+    OWN_TOKENS: [(tensor, "SequenceParallel", _own_gains(1))],
+    ORDER_OF_PARTS: [(tensor, "PrepareModuleInput", _Swapped)],
     OWN_KEYS: [(tensor.OwnHeads, "_leave", _own_keys)],
     OWN_VOCABULARY: [(loss.dist, "all_reduce", _own_vocabulary(dist.all_reduce))],
 }
