@@ -29,9 +29,36 @@ from torch.distributed.tensor.parallel import (
 from argonne.keys import check_heads, check_mesh
 from argonne.parallel.mesh import Mesh
 from argonne.parallel.objective import Head, Loss, MicroBatch, Objective
-from argonne.parallel.parallelise import Casts, Mode, Parallelised, Weights, in_one_call
+from argonne.parallel.parallelise import Casts, Mode, Parallelised, Pass, Weights, in_one_call, loss_of
 
 TEXT = Shard(1)  # of the stream (B, T, H)
+
+
+class Gathered(ParallelStyle):
+    """The whole text enters, a plain tensor, for all that read it: their gradients are added before they are sent. As a
+    DTensor it would get a wrong gradient where a compiled layer has to be cut (2.13; seen in tests/parity).
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        module.register_forward_pre_hook(lambda _, inputs: (self.whole(inputs[0]), *inputs[1:]))
+        return module
+
+    @staticmethod
+    def whole(stream: DTensor) -> Tensor:
+        return stream.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+
+
+def entered(module: nn.Module, inputs: tuple[Tensor, ...], mesh: DeviceMesh) -> DTensor:
+    """What was gathered, for a matrix."""
+    return DTensor.from_local(inputs[0], mesh, [Replicate()], grad_placements=[Partial()])
+
+
+class Columns(ColwiseParallel):
+    """Columns of a matrix that reads what was gathered."""
+
+    @staticmethod
+    def _prepare_input_fn(layouts: Any, desired: Any, module: Any, inputs: Any, mesh: Any) -> DTensor:
+        return entered(module, inputs, mesh)
 
 
 class OwnHeads(ParallelStyle):
@@ -43,22 +70,22 @@ class OwnHeads(ParallelStyle):
         self.columns = torch.tensor([head * head_dim + place for head in heads for place in range(head_dim)])
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        leave: Any = self._leave  # torch's own type says that it returns nothing
-        return distribute_module(module, device_mesh, None, None, leave)
+        hooks: Any = entered, self._leave  # torch's own types say that they return nothing
+        return distribute_module(module, device_mesh, None, *hooks)
 
     def _leave(self, module: nn.Module, output: DTensor, mesh: DeviceMesh) -> Tensor:
         whole = output.to_local(grad_placements=[Partial()])
         return whole.index_select(-1, self.columns.to(whole.device))
 
 
-class Table(RowwiseParallel):
-    """Rows of a table: what is looked up is there when it leaves. Torch's own hands on what is still on its way, of
-    which a compiled layer returns a wrong gradient (2.13; seen in tests/parity).
+class Rows(RowwiseParallel):
+    """Rows of a matrix, or of a table: what leaves is split along the text, and there. Torch's own hands on what is
+    still on its way, of which a compiled layer returns a wrong gradient (2.13; seen in tests/parity).
     """
 
     @staticmethod
     def _prepare_output_fn(output_layouts: Any, use_local_output: bool, module: Any, output: Any, mesh: Any) -> DTensor:
-        found: DTensor = output.redistribute(placements=output_layouts)
+        found: DTensor = output.redistribute(placements=[TEXT])
         return found
 
 
@@ -94,24 +121,22 @@ def split_layer(layer: nn.Module, config: Any, mesh: DeviceMesh) -> None:
     degree, rank = mesh.size(), mesh.get_local_rank()
     queries, keys = config.num_attention_heads, config.num_key_value_heads
     attention: Any = layer.get_submodule("self_attn")
-    of_keys: ParallelStyle = ColwiseParallel()
+    of_keys: ParallelStyle = Columns()
     if keys % degree:
         heads = own_heads(queries, keys, degree, rank)
         of_keys = OwnHeads(heads, config.head_dim)
         attention.num_key_value_groups = queries // degree // len(heads)
-    # Inputs enter once for all that read them: their gradients are added before they are sent.
-    column = ColwiseParallel(use_local_output=False)  # whose number may not divide
-    row = RowwiseParallel(output_layouts=TEXT, use_local_output=False)
+    column = Columns(use_local_output=False)  # whose number may not divide
     plan: dict[str, ParallelStyle] = {
         "": PrepareModuleInput(input_layouts=(Replicate(), None), desired_input_layouts=(TEXT, None)),
-        "self_attn": PrepareModuleInput(input_layouts=(TEXT, None), desired_input_layouts=(Replicate(), None)),
-        "self_attn.q_proj": ColwiseParallel(),
+        "self_attn": Gathered(),
+        "self_attn.q_proj": Columns(),
         "self_attn.k_proj": of_keys,
         "self_attn.v_proj": of_keys,
-        "self_attn.o_proj": row,
-        "mlp": PrepareModuleInput(input_layouts=TEXT, desired_input_layouts=Replicate()),
+        "self_attn.o_proj": Rows(),
+        "mlp": Gathered(),
         "mlp.up_proj": column,
-        "mlp.down_proj": row,
+        "mlp.down_proj": Rows(),
         "dropout": OwnMasks(),
     }
     if config.mlp_gated:
@@ -133,7 +158,7 @@ def leave_whole(module: nn.Module, mesh: DeviceMesh) -> None:
 def split_ends(model: Any, mesh: DeviceMesh) -> None:
     """Embedding and head over rows of the vocabulary; tied ones stay one tensor."""
     plan: dict[str, ParallelStyle] = {
-        "model.embed_tokens": Table(input_layouts=Replicate(), output_layouts=TEXT),
+        "model.embed_tokens": Rows(input_layouts=Replicate()),
         "model.dropout": OwnMasks(),
         "model.norm": SequenceParallel(),
         "lm_head": ColwiseParallel(output_layouts=Replicate()),
@@ -146,6 +171,23 @@ def split_ends(model: Any, mesh: DeviceMesh) -> None:
     leave_whole(model.model.norm, mesh)
     if model.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
+
+
+def loss_of_filled(degree: int) -> Pass:
+    """Rows are filled up to a length that the degree divides, with what no token sees and no objective: of two lengths
+    whose parts are alike on some ranks alone, torch 2.13 takes a layer compiled for one as compiled for the other.
+    """
+
+    def loss_of_rows(model: nn.Module, micro: MicroBatch, objective: Objective) -> Loss:
+        length = micro["input_ids"].shape[1]
+        missing = -length % degree
+        if not missing:
+            return loss_of(model, micro, objective)
+        given = {"input_ids": micro["input_ids"], "position_ids": micro.get("position_ids", torch.arange(length)[None])}
+        filled = {name: F.pad(tensor, (0, missing)) for name, tensor in given.items()}
+        return loss_of(model, filled, lambda head, hidden, _: objective(head, hidden[:, :length], micro))
+
+    return loss_of_rows
 
 
 def over_the_vocabulary(objective: Objective, mesh: DeviceMesh) -> Objective:
@@ -185,7 +227,16 @@ def split(weights: Weights, mesh: Mesh, objective: Objective, casts: Casts) -> P
         whole.set_requires_all_reduce(wanted)  # as in shard.py
         yield
 
-    made = in_one_call(model, model, mesh, over_the_vocabulary(objective, group), casts, sync=sync, forward="together")
+    made = in_one_call(
+        model,
+        model,
+        mesh,
+        over_the_vocabulary(objective, group),
+        casts,
+        sync=sync,
+        forward="together",
+        forward_pass=loss_of_filled(mesh.inner),
+    )
 
     def evaluate(micro: MicroBatch, other: Objective | None = None) -> Loss:
         return made.evaluate(micro, over_the_vocabulary(other or objective, group))

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from argonne.config import DpoSection, OptimSection, ParallelSection
 from argonne.data.loader import Array, Arrays, Loader
 from argonne.model.build import Weights, build_model, config_from_fields, empty_model
-from argonne.parallel.compile import compile_blocks
+from argonne.parallel.compile import compile_blocks, eager_blocks
 from argonne.parallel.context import CONTEXT
 from argonne.parallel.launch import run_workers
 from argonne.parallel.mesh import Mesh, open_mesh
@@ -223,7 +223,8 @@ def compute(case: Case, mesh: Mesh) -> Found:
     optim = OptimSection(lr=RATE, name=case.optimizer, muon_dtype="float64", muon_lr=RATE, weight_decay=0.1)
     optimizer = build_optimizer(model.plain, optim, mesh)
     if case.compile:
-        compile_blocks(model.plain)
+        torch.compiler.reset()  # or the layers of earlier cases count against the limit of graphs
+        compile_blocks(model.plain, tensor=case.tensor > 1)
     trained, data = Trained(model, optimizer, precision), Drawn(case)
     with Loader(data, mesh.data_rank, mesh.data_size, case.micro, prefetch=0) as loader:
         batches = [loader.batch(step) for step in range(case.steps)]
@@ -243,9 +244,11 @@ def compute(case: Case, mesh: Mesh) -> Found:
     held = [parameter.to_local() if isinstance(parameter, DTensor) else parameter for parameter in named.values()]
     mine = crc32(b"".join(part.detach().numpy().tobytes() for part in held))
     weights = {name: whole(parameter) for name, parameter in named.items()}
-    evaluated = sum(float(model.evaluate(micro).total) for micro in batches[0].micro_batches)
+    with eager_blocks(model.plain):
+        evaluated = sum(float(model.evaluate(micro).total) for micro in batches[0].micro_batches)
+        logits = written(model.plain, case.answers)
     held_out = sum(mesh.gather(evaluated)) / mesh.inner
-    return Found(loss, gradients, float(norm), weights, mesh.gather(mine), held_out, written(model.plain, case.answers))
+    return Found(loss, gradients, float(norm), weights, mesh.gather(mine), held_out, logits)
 
 
 def written(model: Any, count: int) -> np.ndarray:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor.parallel import PrepareModuleInput, SequenceParallel
+from torch.distributed.tensor.parallel import SequenceParallel
 
 from argonne.model import attention, loss
 from argonne.parallel import context, parallelise, shard, tensor
@@ -148,30 +148,13 @@ def _own_part(self: context.Part, part: Tensor) -> Tensor:
 PATTERN_OF_PART, LOSS_OF_PART = attention.pattern_of_part, context.loss_of_part
 
 
-class _Alone(torch.autograd.Function):
-    """Takes what each rank's gradient lacks for nothing."""
-
-    @staticmethod
-    def forward(ctx: Any, entering: DTensor) -> DTensor:
-        return entering.view_as(entering)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: DTensor) -> DTensor:  # type: ignore[override]
-        return DTensor.from_local(gradient.to_local(), gradient.device_mesh, [Replicate()])
+def _own_inputs(stream: DTensor) -> Tensor:
+    return stream.redistribute(placements=[Replicate()]).to_local()
 
 
-class _OwnInputs(PrepareModuleInput):
-    def _prepare_input_fn(self, inputs: Any, device_mesh: Any) -> Any:
-        first, *rest = super()._prepare_input_fn(inputs, device_mesh)
-        gathered = first.placements == (Replicate(),)
-        return (_Alone.apply(first) if gathered else first, *rest)
-
-
-class _Swapped(PrepareModuleInput):
-    def _prepare_input_fn(self, inputs: Any, device_mesh: Any) -> Any:
-        first, *rest = super()._prepare_input_fn(inputs, device_mesh)
-        gathered = first.placements == (Replicate(),) and rest
-        return (first.roll(first.shape[1] // device_mesh.size(), 1) if gathered else first, *rest)
+def _swapped(stream: DTensor) -> Tensor:
+    whole = WHOLE(stream)
+    return whole.roll(whole.shape[1] // stream.device_mesh.size(), 1)
 
 
 def _own_gains(dimension: int) -> Callable[..., SequenceParallel]:
@@ -205,7 +188,7 @@ def _own_vocabulary(original: Callable[..., Any]) -> Callable[..., Any]:
     return summed
 
 
-SPREAD = muon.MuonAdamW._spread
+SPREAD, WHOLE = muon.MuonAdamW._spread, tensor.Gathered.whole
 FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
     LOCAL_COUNT: [
         (page, "in_one_call", _divide_by_own(parallelise.in_one_call)) for page in (parallelise, shard, tensor)
@@ -222,10 +205,10 @@ FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
     MEAN_OF_PARTS: [(Mesh, "averaged", Mesh.data_size)],
     OWN_ROWS: [(context.Part, "join", _own_part)],
     NO_ALL_REDUCE: [(page, "fully_shard", _without_all_reduce) for page in (shard, tensor)],
-    OWN_INPUTS: [(tensor, "PrepareModuleInput", _OwnInputs)],
+    OWN_INPUTS: [(tensor.Gathered, "whole", staticmethod(_own_inputs))],
     OWN_GAINS: [(tensor, "SequenceParallel", _own_gains(2))],
     OWN_TOKENS: [(tensor, "SequenceParallel", _own_gains(1))],
-    ORDER_OF_PARTS: [(tensor, "PrepareModuleInput", _Swapped)],
+    ORDER_OF_PARTS: [(tensor.Gathered, "whole", staticmethod(_swapped))],
     OWN_KEYS: [(tensor.OwnHeads, "_leave", _own_keys)],
     OWN_VOCABULARY: [(loss.dist, "all_reduce", _own_vocabulary(dist.all_reduce))],
 }

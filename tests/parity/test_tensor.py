@@ -114,10 +114,10 @@ def test_every_generation_on_every_mesh_gives_what_one_process_gives() -> None:
 def test_compiled_layers_give_what_one_process_gives() -> None:
     cases = [
         Case("3.0", tensor=2, compile=True, length=31),
-        Case("2.0", tensor=2, compile=True, steps=1),
-        Case("1.0", tensor=2, compile=True, steps=1),
+        Case("3.0", tensor=2, compile=True),
+        Case("1.0", tensor=2, compile=True, steps=1, micro=3),
         Case("2.5", 1, 2, tensor=2, compile=True, recompute="full"),
-        Case("3.0", 1, 2, tensor=2, compile=True, heads=(6, 3), recompute="every_nth", documents=True),
+        Case("4.0", tensor=2, compile=True, heads=(6, 3), recompute="every_nth", documents=True, steps=1),
     ]
     together = on_workers(cases)
     wrong = {name_of(case): problems(case, together[case], in_one_process(case)) for case in cases}
