@@ -32,6 +32,8 @@ from argonne.parallel.objective import Head, Loss, MicroBatch, Objective
 from argonne.parallel.parallelise import Casts, Mode, Parallelised, Pass, Weights, in_one_call, loss_of
 
 TEXT = Shard(1)  # of the stream (B, T, H)
+# What leaves is plain and whole: at the last norm, and at a layer behind which a pipeline is cut.
+WHOLE = PrepareModuleOutput(output_layouts=TEXT, desired_output_layouts=Replicate())
 
 
 class Gathered(ParallelStyle):
@@ -149,27 +151,21 @@ def split_layer(layer: nn.Module, config: Any, mesh: DeviceMesh) -> None:
     parallelize_module(layer, mesh, plan, src_data_rank=None)
 
 
-def leave_whole(module: nn.Module, mesh: DeviceMesh) -> None:
-    """What leaves is plain and whole: at the last norm, and where a pipeline is cut behind a layer."""
-    whole = PrepareModuleOutput(output_layouts=TEXT, desired_output_layouts=Replicate())
-    parallelize_module(module, mesh, whole)
-
-
 def split_ends(model: Any, mesh: DeviceMesh) -> None:
-    """Embedding and head over rows of the vocabulary; tied ones stay one tensor."""
-    plan: dict[str, ParallelStyle] = {
-        "model.embed_tokens": Rows(input_layouts=Replicate()),
-        "model.dropout": OwnMasks(),
-        "model.norm": SequenceParallel(),
-        "lm_head": ColwiseParallel(output_layouts=Replicate()),
+    """Embedding and head, those that are here, over rows of the vocabulary; tied ones stay one tensor."""
+    places = PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=TEXT)
+    plan: dict[str, list[ParallelStyle]] = {
+        "model.embed_tokens": [Rows(input_layouts=Replicate())],
+        "model.embed_positions": [places, SequenceParallel()],
+        "model.dropout": [OwnMasks()],
+        "model.norm": [SequenceParallel(), WHOLE],
+        "lm_head": [ColwiseParallel(output_layouts=Replicate())],
     }
-    if model.config.position_embedding == "learned":
-        places = PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=TEXT)
-        parallelize_module(model.model.embed_positions, mesh, places)
-        plan["model.embed_positions"] = SequenceParallel()
-    parallelize_module(model, mesh, plan, src_data_rank=None)
-    leave_whole(model.model.norm, mesh)
-    if model.config.tie_word_embeddings:
+    here = dict(model.named_modules())
+    for name in [name for name in plan if name in here]:
+        for style in plan[name]:
+            parallelize_module(here[name], mesh, style, src_data_rank=None)
+    if model.config.tie_word_embeddings and {"model.embed_tokens", "lm_head"} <= here.keys():
         model.lm_head.weight = model.model.embed_tokens.weight
 
 
