@@ -206,7 +206,8 @@ def prepare_patterns(masks: Mapping[str, Any], config: Any, hidden: Tensor, kern
         return
     rows, length = hidden.shape[:2]
     autocast = torch.is_autocast_enabled("cuda")
-    one = hidden.new_empty((), dtype=torch.get_autocast_dtype("cuda") if autocast else hidden.dtype)
+    dtype = torch.get_autocast_dtype("cuda") if autocast else hidden.dtype
+    one = torch.empty((), dtype=dtype, device=hidden.device)  # the hidden states may be a DTensor
     query, key = (
         one.expand(rows, heads, length, config.head_dim)
         for heads in (config.num_attention_heads, config.num_key_value_heads)

@@ -234,7 +234,7 @@ class ArgonneDecoderLayer(nn.Module):
     def __init__(self, config: ArgonneConfig, layer_idx: int) -> None:
         super().__init__()
         self.sandwich = config.sandwich_norm
-        self.dropout = config.hidden_dropout
+        self.dropout = nn.Dropout(config.hidden_dropout)
         self.input_layernorm = make_norm(config, config.hidden_size)
         self.self_attn = ArgonneAttention(config, layer_idx)
         self.post_attention_layernorm = make_norm(config, config.hidden_size)
@@ -246,11 +246,8 @@ class ArgonneDecoderLayer(nn.Module):
     def forward(self, hidden_states: Tensor, inputs: LayerInputs) -> Tensor:
         attended = self.self_attn(self.input_layernorm(hidden_states), inputs)
         if self.sandwich:
-            hidden_states = hidden_states + self._drop(self.post_attention_layernorm(attended))
+            hidden_states = hidden_states + self.dropout(self.post_attention_layernorm(attended))
             fed = self.mlp(self.pre_feedforward_layernorm(hidden_states))
-            return hidden_states + self._drop(self.post_feedforward_layernorm(fed))
-        hidden_states = hidden_states + self._drop(attended)
-        return hidden_states + self._drop(self.mlp(self.post_attention_layernorm(hidden_states)))
-
-    def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout) if self.training and self.dropout else x
+            return hidden_states + self.dropout(self.post_feedforward_layernorm(fed))
+        hidden_states = hidden_states + self.dropout(attended)
+        return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))

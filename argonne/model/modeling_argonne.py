@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -65,6 +64,7 @@ class ArgonneBaseModel(ArgonnePreTrainedModel):
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         else:
             self.rotary_emb = ArgonneRotaryEmbedding(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
         self.layers = nn.ModuleList(ArgonneDecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = make_norm(config, config.hidden_size)
         self.gradient_checkpointing, self.recomputed_stride = False, 1
@@ -94,9 +94,7 @@ class ArgonneBaseModel(ArgonnePreTrainedModel):
                 )
             there = position_ids.to(hidden.device, non_blocking=True)
             hidden = hidden + self.embed_positions(there).to(hidden.device)
-        if self.training and self.config.hidden_dropout:
-            hidden = F.dropout(hidden, self.config.hidden_dropout)
-        return hidden
+        return self.dropout(hidden)
 
     def layer_inputs(
         self,

@@ -9,10 +9,12 @@ from typing import Any
 from torch import nn
 
 
-def compile_blocks(model: nn.Module) -> None:
-    """Compile each decoder layer in place, so that equal layers share one graph."""
+def compile_blocks(model: nn.Module, *, tensor: bool = False) -> None:
+    """Compile each decoder layer in place, so that equal layers share one graph. Under tensor parallelism each shape
+    gets graphs of its own: those for several shapes, as torch 2.13 makes them of the second, it fails to compile.
+    """
     for layer in _layers(model):
-        layer.compile()
+        layer.compile(dynamic=False if tensor else None)
 
 
 def undo_compile(model: nn.Module) -> None:

@@ -24,7 +24,15 @@ from argonne.parallel.compile import is_compiler_error
 from argonne.parallel.mesh import Mesh
 from argonne.parallel.objective import Loss, MicroBatch, Objective
 from argonne.parallel.parallelise import Casts, Mode, Parallelised, Sums, Weights, placed, total_norm
-from argonne.parallel.tensor import over_the_vocabulary, quiet_redistribution, split_ends, split_layer
+from argonne.parallel.tensor import (
+    filled,
+    over_the_vocabulary,
+    parted,
+    quiet_redistribution,
+    split_ends,
+    split_layer,
+    whole,
+)
 from argonne.plan.shape import shape_of
 from argonne.plan.stages import runs_of
 
@@ -36,7 +44,7 @@ class Stage(nn.Module):
     whole of it in `losses`; between them hidden states (B, T, H) travel.
     """
 
-    def __init__(self, model: Any, layers: range, casts: Casts) -> None:
+    def __init__(self, model: Any, layers: range, casts: Casts, tensors: DeviceMesh | None) -> None:
         super().__init__()
         self.layers = nn.ModuleList(model.model.layers[index] for index in layers)
         self.is_first, self.is_last = layers.start == 0, layers.stop == len(model.model.layers)
@@ -46,24 +54,28 @@ class Stage(nn.Module):
         if self.is_first and model.config.position_embedding == "learned":
             ends.append(model.model.embed_positions)
         self.ends = nn.ModuleList(ends)
-        self.run, self.casts = range(layers.start, layers.stop), casts
+        self.run, self.casts, self.tensors = layers, casts, tensors
         self._whole = (model,)  # not a part of this one
-        self._coming: Iterator[MicroBatch] = iter(())
+        self._coming: Iterator[tuple[MicroBatch, MicroBatch]] = iter(())
 
-    def begin(self, micro_batches: Sequence[MicroBatch], objective: Objective) -> None:
-        self._coming, self._objective, self.losses = iter(micro_batches), objective, list[Loss]()
+    def begin(self, rows: Sequence[MicroBatch], micro_batches: Sequence[MicroBatch], objective: Objective) -> None:
+        """rows: what the model reads of the micro-batches, perhaps filled up to a longer length."""
+        self._coming, self._objective = zip(rows, micro_batches, strict=True), objective
+        self.losses = list[Loss]()
 
     def forward(self, hidden: Tensor | None = None) -> Tensor:
-        (model,), micro = self._whole, next(self._coming)
-        positions = micro.get("position_ids")
+        (model,), (rows, micro) = self._whole, next(self._coming)
+        positions, length = rows.get("position_ids"), micro["input_ids"].shape[1]
         with self.casts.autocast():
             if hidden is None:
-                hidden = model.embed(micro["input_ids"], positions)
+                hidden = model.embed(rows["input_ids"], positions)
+            elif self.tensors is not None:
+                hidden = parted(hidden, self.tensors)
             hidden = model.run_layers(hidden, self.run.start, self.run.stop, position_ids=positions)
             if not self.is_last:
-                return hidden
-            self.losses.append(self._objective(model.head, model.model.norm(hidden), micro))
-        return self.losses[-1].total[None]
+                return hidden if self.tensors is None else whole(hidden)
+            self.losses.append(self._objective(model.head, model.model.norm(hidden)[:, :length], micro))
+        return torch.stack([self.losses[-1].total])
 
 
 def take_out(model: Any, stages: Sequence[range]) -> None:
@@ -91,11 +103,12 @@ class Pipeline:
         runs = runs_of(shape_of(model.config.to_dict()), self.count)[mesh.stage :: mesh.pipeline]
         sizes = (mesh.pipeline, mesh.data_size // mesh.shard, mesh.shard, mesh.inner)
         devices = init_device_mesh(mesh.device.type, sizes, mesh_dim_names=("pipeline", "replicate", "shard", "tensor"))
-        self.group, self.tensors = devices["pipeline"].get_group(), devices["tensor"]
+        self.group = devices["pipeline"].get_group()
+        self.tensors = devices["tensor"] if mesh.inner > 1 else None
         take_out(model, runs)
         self.model: Any = self._spread(weights, devices)
         self.hidden, self.dtype = model.config.hidden_size, next(self.model.parameters()).dtype
-        self.stages = [Stage(self.model, layers, casts) for layers in runs]
+        self.stages = [Stage(self.model, layers, casts, self.tensors) for layers in runs]
         if mesh.data_size * mesh.inner > 1:
             for stage in self.stages:
                 fully_shard(stage, mesh=devices[_data_of(mesh)])
@@ -110,14 +123,14 @@ class Pipeline:
             check_heads(config.num_attention_heads, mesh.inner)
 
         def part(layer: nn.Module) -> None:
-            if mesh.inner > 1:
-                split_layer(layer, config, devices["tensor"])
+            if self.tensors is not None:
+                split_layer(layer, config, self.tensors)
             if mesh.data_size * mesh.inner > 1:
                 fully_shard(layer, mesh=devices[_data_of(mesh)])
 
-        model = weights.of(names).fill(mesh.device, part)
-        if mesh.inner > 1:
-            split_ends(model, devices["tensor"])
+        model: Any = weights.of(names).fill(mesh.device, part)
+        if self.tensors is not None:
+            split_ends(model, self.tensors)
         return model
 
     def _schedule(self, micro: MicroBatch, count: int, *, backward: bool) -> Any:
@@ -148,11 +161,12 @@ class Pipeline:
     def _run(self, micro_batches: Sequence[MicroBatch], objective: Objective, *, backward: bool) -> list[Loss]:
         """All micro-batches through all stages. Their losses where the last one is."""
         here = [placed(micro, self.mesh.device) for micro in micro_batches]
-        objective = over_the_vocabulary(objective, self.tensors) if self.mesh.inner > 1 else objective
+        rows = [filled(micro, self.mesh.inner) for micro in here]
+        objective = objective if self.tensors is None else over_the_vocabulary(objective, self.tensors)
         for stage in self.stages:
-            stage.begin(here, objective)
+            stage.begin(rows, here, objective)
         try:
-            schedule = self._schedule(here[0], len(here), backward=backward)
+            schedule = self._schedule(rows[0], len(here), backward=backward)
             schedule.step(target=torch.empty(len(here)), return_outputs=False)
         except RuntimeError as error:  # what a stage raised, told with the sizes of all it was given
             cause = error.__cause__

@@ -11,14 +11,16 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_module
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
     PrepareModuleInput,
+    PrepareModuleOutput,
     RowwiseParallel,
     SequenceParallel,
     parallelize_module,
@@ -27,25 +29,51 @@ from torch.distributed.tensor.parallel import (
 from argonne.keys import check_heads, check_mesh
 from argonne.parallel.mesh import Mesh
 from argonne.parallel.objective import Head, Loss, MicroBatch, Objective
-from argonne.parallel.parallelise import Casts, Mode, Parallelised, Weights, in_one_call
+from argonne.parallel.parallelise import Casts, Mode, Parallelised, Pass, Weights, in_one_call, loss_of
+
+TEXT = Shard(1)  # of the stream (B, T, H)
+# What leaves the last norm is plain and whole.
+WHOLE = PrepareModuleOutput(output_layouts=TEXT, desired_output_layouts=Replicate())
 
 
-class Whole(ParallelStyle):
-    """Weights, inputs and outputs are the same on every rank of the group, plain tensors outside."""
+def parted(hidden: Tensor, mesh: DeviceMesh) -> DTensor:
+    """The stream of a whole (B, T, H), the same on every rank of the group."""
+    return DTensor.from_local(hidden, mesh, [Replicate()]).redistribute(placements=[TEXT])
+
+
+def whole(stream: Tensor) -> Tensor:
+    """Back from it: no view, which FSDP2 warns of."""
+    return cast(DTensor, stream).redistribute(placements=[Replicate()]).to_local().clone()
+
+
+class Gathered(ParallelStyle):
+    """The whole text enters, a plain tensor, for all that read it: their gradients are added before they are sent. As a
+    DTensor it would get a wrong gradient where a compiled layer has to be cut (2.13; seen in tests/parity).
+    """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        leave: Any = self._leave  # torch's own type says that it returns nothing
-        return distribute_module(module, device_mesh, None, self._enter, leave)
+        module.register_forward_pre_hook(lambda _, inputs: (self.whole(inputs[0]), *inputs[1:]))
+        return module
 
-    def _enter(self, module: nn.Module, inputs: tuple[Any, ...], mesh: DeviceMesh) -> Any:
-        first = inputs[0]
-        return (first if isinstance(first, DTensor) else DTensor.from_local(first, mesh, [Replicate()]), *inputs[1:])
-
-    def _leave(self, module: nn.Module, output: DTensor, mesh: DeviceMesh) -> Tensor:
-        return output.to_local()
+    @staticmethod
+    def whole(stream: DTensor) -> Tensor:
+        return stream.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
 
 
-class OwnHeads(Whole):
+def entered(module: nn.Module, inputs: tuple[Tensor, ...], mesh: DeviceMesh) -> DTensor:
+    """What was gathered, for a matrix."""
+    return DTensor.from_local(inputs[0], mesh, [Replicate()], grad_placements=[Partial()])
+
+
+class Columns(ColwiseParallel):
+    """Columns of a matrix that reads what was gathered."""
+
+    @staticmethod
+    def _prepare_input_fn(layouts: Any, desired: Any, module: Any, inputs: Any, mesh: Any) -> DTensor:
+        return entered(module, inputs, mesh)
+
+
+class OwnHeads(ParallelStyle):
     """Every rank makes all heads of keys or values, and goes on with those that its queries read: for fewer of them
     than ranks. A head that several ranks read gets the gradients of all of them.
     """
@@ -53,20 +81,38 @@ class OwnHeads(Whole):
     def __init__(self, heads: Sequence[int], head_dim: int) -> None:
         self.columns = torch.tensor([head * head_dim + place for head in heads for place in range(head_dim)])
 
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        hooks: Any = entered, self._leave  # torch's own types say that they return nothing
+        return distribute_module(module, device_mesh, None, *hooks)
+
     def _leave(self, module: nn.Module, output: DTensor, mesh: DeviceMesh) -> Tensor:
         whole = output.to_local(grad_placements=[Partial()])
         return whole.index_select(-1, self.columns.to(whole.device))
 
 
-class Table(RowwiseParallel):
-    """Rows of a table: what is looked up is there when it leaves. Torch's own hands on what is still on its way, of
-    which a compiled layer returns a wrong gradient (2.13; seen in tests/parity).
+class Rows(RowwiseParallel):
+    """Rows of a matrix, or of a table: what leaves is split along the text, and there. Torch's own hands on what is
+    still on its way, of which a compiled layer returns a wrong gradient (2.13; seen in tests/parity).
     """
 
     @staticmethod
-    def _prepare_output_fn(output_layouts: Any, use_local_output: bool, module: Any, output: Any, mesh: Any) -> Tensor:
-        found: Tensor = output.redistribute(placements=output_layouts).to_local()
+    def _prepare_output_fn(output_layouts: Any, use_local_output: bool, module: Any, output: Any, mesh: Any) -> DTensor:
+        found: DTensor = output.redistribute(placements=[TEXT])
         return found
+
+
+class OwnMasks(ParallelStyle):
+    """Dropout of a rank's own tokens by its own seed: torch's for a DTensor takes rank 0's."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        dropout: Any = module
+
+        def drop(stream: DTensor) -> DTensor:
+            own = F.dropout(stream.to_local(), dropout.p, dropout.training)
+            return DTensor.from_local(own, device_mesh, stream.placements, shape=stream.shape, stride=stream.stride())
+
+        dropout.forward = drop
+        return module
 
 
 def own_heads(queries: int, keys: int, degree: int, rank: int) -> list[int]:
@@ -81,30 +127,29 @@ def own_heads(queries: int, keys: int, degree: int, rank: int) -> list[int]:
 
 
 def split_layer(layer: nn.Module, config: Any, mesh: DeviceMesh) -> None:
-    """A decoder layer over a group: columns of q, k, v, gate and up, rows of o and down, norms whole."""
+    """A decoder layer over a group: columns of q, k, v, gate and up, rows of o and down. The stream enters and leaves
+    split along the text (a DTensor, whose shape is the whole's); a plain one that enters is whole.
+    """
     degree, rank = mesh.size(), mesh.get_local_rank()
     queries, keys = config.num_attention_heads, config.num_key_value_heads
     attention: Any = layer.get_submodule("self_attn")
-    of_keys: ParallelStyle = ColwiseParallel()
+    of_keys: ParallelStyle = Columns()
     if keys % degree:
         heads = own_heads(queries, keys, degree, rank)
         of_keys = OwnHeads(heads, config.head_dim)
         attention.num_key_value_groups = queries // degree // len(heads)
-    # Inputs enter once for all that read them: their gradients are added before they are sent.
-    entering = PrepareModuleInput(
-        input_layouts=(Replicate(), None), desired_input_layouts=(Replicate(), None), use_local_output=False
-    )
-    fed = PrepareModuleInput(input_layouts=(Replicate(),), desired_input_layouts=(Replicate(),), use_local_output=False)
-    column = ColwiseParallel(use_local_output=False)  # whose number may not divide
+    column = Columns(use_local_output=False)  # whose number may not divide
     plan: dict[str, ParallelStyle] = {
-        "self_attn": entering,
-        "self_attn.q_proj": ColwiseParallel(),
+        "": PrepareModuleInput(input_layouts=(Replicate(), None), desired_input_layouts=(TEXT, None)),
+        "self_attn": Gathered(),
+        "self_attn.q_proj": Columns(),
         "self_attn.k_proj": of_keys,
         "self_attn.v_proj": of_keys,
-        "self_attn.o_proj": RowwiseParallel(),
-        "mlp": fed,
+        "self_attn.o_proj": Rows(),
+        "mlp": Gathered(),
         "mlp.up_proj": column,
-        "mlp.down_proj": RowwiseParallel(),
+        "mlp.down_proj": Rows(),
+        "dropout": OwnMasks(),
     }
     if config.mlp_gated:
         plan["mlp.gate_proj"] = column
@@ -112,23 +157,48 @@ def split_layer(layer: nn.Module, config: Any, mesh: DeviceMesh) -> None:
     wanted = {"q_norm": config.q_norm, "k_norm": config.k_norm, "v_norm": config.v_norm}
     of_heads = SequenceParallel(sequence_dim=2, use_local_output=True)
     plan |= {f"self_attn.{name}": of_heads for name, there in wanted.items() if there}
-    plan |= {name: Whole() for name, _ in layer.named_children() if name.endswith("layernorm")}
+    plan |= {name: SequenceParallel() for name, _ in layer.named_children() if name.endswith("layernorm")}
     parallelize_module(layer, mesh, plan, src_data_rank=None)
 
 
 def split_ends(model: Any, mesh: DeviceMesh) -> None:
-    """Embedding and head over rows of the vocabulary, where they are here; tied ones stay one tensor."""
-    plan: dict[str, ParallelStyle] = {
-        "model.embed_tokens": Table(input_layouts=Replicate()),
-        "model.norm": Whole(),
-        "lm_head": ColwiseParallel(output_layouts=Replicate()),
+    """Embedding and head, those that are here, over rows of the vocabulary; tied ones stay one tensor."""
+    places = PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=TEXT)
+    plan: dict[str, list[ParallelStyle]] = {
+        "model.embed_tokens": [Rows(input_layouts=Replicate())],
+        "model.embed_positions": [places, SequenceParallel()],
+        "model.dropout": [OwnMasks()],
+        "model.norm": [SequenceParallel(), WHOLE],
+        "lm_head": [ColwiseParallel(output_layouts=Replicate())],
     }
-    if model.config.position_embedding == "learned":
-        plan["model.embed_positions"] = Whole()
-    there = {name: style for name, style in plan.items() if any(True for _ in model.get_submodule(name).parameters())}
-    parallelize_module(model, mesh, there, src_data_rank=None)
-    if model.config.tie_word_embeddings and "lm_head" in there:
+    here = {name: part for name, part in model.named_modules() if not isinstance(part, nn.Identity)}
+    for name in [name for name in plan if name in here]:
+        for style in plan[name]:
+            parallelize_module(here[name], mesh, style, src_data_rank=None)
+    if model.config.tie_word_embeddings and {"model.embed_tokens", "lm_head"} <= here.keys():
         model.lm_head.weight = model.model.embed_tokens.weight
+
+
+def filled(micro: MicroBatch, degree: int) -> MicroBatch:
+    """Rows filled up to a length that the degree divides, with what no token sees: of two lengths whose parts are alike
+    on some ranks alone, torch 2.13 takes a layer compiled for one as compiled for the other.
+    """
+    length = micro["input_ids"].shape[1]
+    if not (missing := -length % degree):
+        return micro
+    given = {"input_ids": micro["input_ids"], "position_ids": micro.get("position_ids", torch.arange(length)[None])}
+    return {name: F.pad(tensor, (0, missing)) for name, tensor in given.items()}
+
+
+def loss_of_filled(degree: int) -> Pass:
+    """What fills up is seen by no objective."""
+
+    def loss_of_rows(model: nn.Module, micro: MicroBatch, objective: Objective) -> Loss:
+        length = micro["input_ids"].shape[1]
+        rows = filled(micro, degree)
+        return loss_of(model, rows, lambda head, hidden, _: objective(head, hidden[:, :length], micro))
+
+    return loss_of_rows
 
 
 def over_the_vocabulary(objective: Objective, mesh: DeviceMesh) -> Objective:
@@ -172,7 +242,16 @@ def split(weights: Weights, mesh: Mesh, objective: Objective, casts: Casts) -> P
         whole.set_requires_all_reduce(wanted)  # as in shard.py
         yield
 
-    made = in_one_call(model, model, mesh, over_the_vocabulary(objective, group), casts, sync=sync, forward="together")
+    made = in_one_call(
+        model,
+        model,
+        mesh,
+        over_the_vocabulary(objective, group),
+        casts,
+        sync=sync,
+        forward="together",
+        forward_pass=loss_of_filled(mesh.inner),
+    )
 
     def evaluate(micro: MicroBatch, other: Objective | None = None) -> Loss:
         return made.evaluate(micro, over_the_vocabulary(other or objective, group))

@@ -120,13 +120,14 @@ def peaks(shape: ModelShape, setup: Setup, part: Part | None = None) -> dict[str
     always = {"weights": state.weights, "moments": state.peaks, "process": PROCESS_CPU if setup.cpu else PROCESS_GPU}
     held = state.held if setup.accumulates else 0.0
     stream = setup.tokens * shape.hidden_size * setup.wide
-    kept = [stream if setup.recomputes(layer) else activations_of_layer(shape, setup, layer) for layer in part.layers]
+    share = stream / setup.tensor
+    kept = [share if setup.recomputes(layer) else activations_of_layer(shape, setup, layer) for layer in part.layers]
     others = sum(kept) * (part.in_flight - 1)
     if setup.pipeline > 1:  # of every micro-batch what comes from other stages has its place; and what goes there
         others += setup.micro_batches * stream * (2 * setup.stages - part.first - part.last)
         others += part.in_flight * stream * (setup.stages - part.last)
     # The last norm keeps its input, and an RMS norm its normalised value.
-    tail = stream * (2 if shape.norm_type == "rms" else 1)
+    tail = share * (2 if shape.norm_type == "rms" else 1)
     head = 4.0 * shape.vocab_size * shape.hidden_size / setup.tensor
     # The head's gradient: part of the embedding's where they are tied, and then waiting for it; else one of the
     # gradients.
@@ -216,11 +217,11 @@ def activations_of_layer(shape: ModelShape, setup: Setup, layer: int) -> float:
     """Bytes that autograd keeps of a layer that is not recomputed until its backward pass: what each operation's
     derivative reads.
     """
-    hidden, queries, keys = shape.hidden_size, shape.query_width / setup.tensor, shape.key_width / setup.tensor
+    hidden, queries, keys = (size / setup.tensor for size in (shape.hidden_size, shape.query_width, shape.key_width))
     wide, narrow, middle = setup.wide, setup.narrow, shape.intermediate_size / setup.tensor
     inner = wide * hidden if shape.norm_type == "rms" else 0  # an RMS norm keeps its normalised value beside its input
-    # Twice: residual stream, norm, the norm's output that the products read.
-    a_token = 2.0 * (wide * hidden + inner + narrow * hidden)
+    # Twice: residual stream, norm, the norm's output that the products read, whole.
+    a_token = 2.0 * (wide * hidden + inner + narrow * shape.hidden_size)
     if shape.sandwich_norm:
         a_token += 2 * (wide + narrow) * hidden
     a_token += (wide + narrow) * (queries * shape.q_norm + keys * (shape.k_norm + shape.v_norm))
@@ -265,7 +266,7 @@ def backward_work(shape: ModelShape, setup: Setup, layer: int) -> float:
     gradients = setup.tokens * setup.narrow * (2 * middle if shape.mlp_gated else middle)
     stream = setup.tokens * shape.hidden_size * setup.wide
     # Its input is kept anyway.
-    again = activations_of_layer(shape, setup, layer) - stream if setup.recomputes(layer) else 0.0
+    again = activations_of_layer(shape, setup, layer) - stream / setup.tensor if setup.recomputes(layer) else 0.0
     # The gradient of the MLP's last product is made where the temporaries are most. Sharded, all gradients of the layer
     # are whole, and copied to be sent.
     weight = setup.wide * shape.hidden_size * middle

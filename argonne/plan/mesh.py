@@ -174,14 +174,14 @@ def traffic_of(shape: ModelShape, setup: Setup, layout: Layout, micro_batches: i
     autocast narrows them only where they are used. Muon gathers the directions of split matrices; the ranks of a
     tensor group, else of a shard group, or replicas of whole ones, share its work and broadcast the updates.
 
-    Tensor: in each layer the outputs of attention and MLP are added up, and backward the gradients of their inputs; at
-    the ends the embedding, and the gradient of the head's input. Gains of heads, and the gradients of heads of keys
-    that do not divide, are left out. Parts of rows gather the keys and values of every layer in each forward pass, and
-    their gradients are reduced to their part.
+    Tensor: the stream is gathered where attention and MLP enter, and summed into its parts where they leave, backward
+    the other way round; so at the embedding, and where the head enters, whose gradient is summed whole. Gradients of
+    gains, and of heads of keys that do not divide, are left out. Parts of rows gather the keys and values of every
+    layer in each forward pass, and their gradients are reduced to their part.
 
     Pipeline: of the stage that holds most. Hidden states go on, and their gradients back, once a micro-batch and stage;
     both ends exchange the gradient of a tied weight. A stage keeps what it gathered for a backward pass until the next
-    forward one, and reduces once a step.
+    forward one, and reduces once a step. Between stages the stream is whole on every rank of a tensor group.
     """
     part = max(setup.ranks(shape), key=lambda one: len(one.layers) * shape.layer_parameters() + one.ends(shape))
     count, pipelined = len(part.layers), layout.pipeline > 1
@@ -195,22 +195,25 @@ def traffic_of(shape: ModelShape, setup: Setup, layout: Layout, micro_batches: i
     )
     keys = setup.narrow * 2 * shape.key_width * setup.tokens * layout.context * count / layout.tensor
     again = 1 + setup.share_recomputed(shape.num_hidden_layers)
-    recomputed = sum(map(setup.recomputes, part.layers)) * (2 if shape.sandwich_norm else 1)
+    recomputed, both = sum(map(setup.recomputes, part.layers)), 2 * count  # attentions and MLPs
+    stream = setup.tokens * shape.hidden_size * micro_batches
+    # Once for each edge of the stages besides: forward where the stream leaves whole, backward where it entered so.
+    texts = stream * (setup.wide * (both + 2 * setup.stages + 2 * recomputed) + setup.narrow * both)
     # The MLP's output is not needed again without a norm on it.
-    outputs = setup.narrow * (2 * count + recomputed)
-    hidden = setup.tokens * shape.hidden_size * micro_batches
-    stream = hidden * (outputs + setup.wide * (2 * count + part.first + part.last))
+    again_summed = recomputed * (2 if shape.sandwich_norm else 1)
+    summed = stream * (setup.wide * (both + part.first) + setup.narrow * (both + again_summed))
     sharers = "tensor" if of_tensor else "shard" if of_shard else "replicate"
     updates = (of_tensor * layout.tensor or of_shard or of_replicas) * setup.muon_width * muon
     sent = [
-        ("send", "pipeline", pipelined * _passed_on(shape, setup, setup.wide * hidden)),
+        ("send", "pipeline", pipelined * _passed_on(shape, setup, setup.wide * stream)),
         ("all-gather", "shard", of_shard * (gathered + setup.wide * muon)),
         ("reduce-scatter", "shard", of_shard * (1 if pipelined else micro_batches) * whole),
         ("all-reduce", "replicate", 2 * of_copies * whole / layout.parts),
         ("all-gather", "context", of_context * micro_batches * again * keys),
         ("reduce-scatter", "context", of_context * micro_batches * keys),
-        ("all-reduce", "tensor", 2 * of_tensor * stream),
-        ("all-gather", "tensor", of_tensor * setup.wide * muon * layout.tensor),
+        ("all-gather", "tensor", of_tensor * (texts + setup.wide * muon * layout.tensor)),
+        ("reduce-scatter", "tensor", of_tensor * summed),
+        ("all-reduce", "tensor", 2 * of_tensor * part.last * setup.wide * stream),
         ("broadcast", sharers, updates),
     ]
     return [_sent(layout, device, *found) for found in sent if found[2]]

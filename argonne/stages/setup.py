@@ -252,7 +252,7 @@ def build(session: Session, opened: Opened, run: RunFolder, mesh: Mesh, log: Cal
         return_freed_memory()
     compiled = recipe.train.compile == "on" or (recipe.train.compile == "auto" and mesh.device.type == "cuda")
     if compiled:
-        compile_blocks(parallelised.plain)
+        compile_blocks(parallelised.plain, tensor=recipe.parallel.tensor > 1)
     settled = dataclasses.replace(
         recipe.train,
         precision=precision.name,

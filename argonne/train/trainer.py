@@ -254,10 +254,13 @@ class Trainer:
         return step.clone() if isinstance(step, torch.Tensor) else None
 
     def _seed_of(self, step: int) -> int:
-        """Randomness is a function of (seed, step, this rank's first sample, its part): nothing random is stored."""
+        """Randomness is a function of (seed, step, this rank's first sample, its place among the ranks of its rows, of
+        which each drops out its own tokens, heads or layers): nothing random is stored.
+        """
         sample = self.data.samples_before(step) + self.data.rows(step) * self.mesh.data_rank // self.mesh.data_size
         mixed = self.recipe.seed * 0x9E3779B97F4A7C15 + step * 0xC2B2AE3D27D4EB4F + sample * 0x165667B19E3779F9
-        return (mixed + self.mesh.part * 0x27D4EB2F165667C5 + self.mesh.stage * 0x85EBCA77C2B2AE63) % 2**63
+        place = self.mesh.rank % self.mesh.inner
+        return (mixed + place * 0x27D4EB2F165667C5 + self.mesh.stage * 0x85EBCA77C2B2AE63) % 2**63
 
     def _after_step(self) -> None:
         recipe, step = self.recipe, self.progress.step

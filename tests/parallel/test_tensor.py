@@ -5,21 +5,32 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.parallel import parallelize_module
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from argonne import cli
 from argonne.config import ParallelSection, Recipe
 from argonne.errors import InputError
 from argonne.keys import check_heads, check_mesh
 from argonne.layout import FINAL_MODEL, MODEL_CONFIG
-from argonne.parallel.tensor import own_heads
+from argonne.parallel.mesh import Mesh
+from argonne.parallel.tensor import OwnMasks, own_heads
 from argonne.recipe import to_toml
 from argonne.report.records import read_metrics
 from argonne.stages.pretrain import run
 from argonne.stages.session import run_session
 from argonne.stages.setup import Session
 from argonne.train.checkpoint import LAST
+from argonne.train.trainer import Trainer
 from tests.parallel.faults import Fault
 from tests.parallel.test_sharded import load_all, same_curve, stage_named
 from tests.train.helpers import curve, stage_of, stored
@@ -121,6 +132,35 @@ def test_rank_0_reads_for_all_and_muon_trains_as_on_one_process(nano: Nano, tmp_
 def test_degrees_that_are_not_the_number_of_workers_are_refused(degrees: dict[str, int], fits: str) -> None:
     with pytest.raises(InputError, match=f"on 4 workers, expected degrees whose product is 4: {fits}"):
         check_mesh(ParallelSection(**degrees), 4)
+
+
+def test_each_rank_of_a_group_draws_its_own_randomness() -> None:
+    def seed(rank: int, degree: int) -> int:
+        data = SimpleNamespace(samples_before=lambda step: 8 * step, rows=lambda step: 8)
+        asked: Any = SimpleNamespace(
+            recipe=SimpleNamespace(seed=444), data=data, mesh=Mesh(torch.device("cpu"), rank, 4, inner=degree)
+        )
+        return Trainer._seed_of(asked, 3)
+
+    assert len({seed(rank, 2) for rank in range(4)}) == 4
+    assert seed(0, 2) == seed(0, 1)
+
+
+def test_a_rank_drops_out_of_its_own_tokens_by_its_own_seed() -> None:
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        group = init_device_mesh("cpu", (2,))
+        dropout = parallelize_module(nn.Dropout(0.5), group, OwnMasks())
+        own = torch.ones(1, 3, 8)  # of five tokens
+        stream = DTensor.from_local(own, group, [Shard(1)], shape=torch.Size((1, 5, 8)), stride=(40, 8, 1))
+        torch.manual_seed(444)
+        found = dropout(stream)
+        torch.manual_seed(444)
+        assert torch.equal(found.to_local(), nn.functional.dropout(own, 0.5))
+        assert found.shape == (1, 5, 8)
+        assert dropout.eval()(stream).to_local().equal(own)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_heads_that_cannot_be_dealt_are_refused_with_the_degrees_that_fit() -> None:

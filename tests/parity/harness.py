@@ -11,6 +11,7 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 from zlib import crc32
 
 import numpy as np
@@ -21,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from argonne.config import DpoSection, OptimSection, ParallelSection
 from argonne.data.loader import Array, Arrays, Loader
 from argonne.model.build import Weights, build_model, config_from_fields, empty_model
-from argonne.parallel.compile import compile_blocks
+from argonne.parallel.compile import compile_blocks, eager_blocks
 from argonne.parallel.context import CONTEXT
 from argonne.parallel.launch import run_workers
 from argonne.parallel.mesh import Mesh, open_mesh
@@ -59,8 +60,8 @@ Tensors = dict[str, np.ndarray]
 class Case:
     """A model, how it is spread, and what a step does. `rows`: of a global batch; five on four ranks leave one with a
     row that only fills up. masked: rank 0's rows train nothing. untrained: so many first places of every row train
-    nothing. fails: the first pass raises in the middle on every
-    rank, as where compiling fails, and the step is tried again.
+    nothing. fails: the first pass raises in the middle on every rank, as where compiling fails, and the step is tried
+    again. answers: so many tokens are written in the end, one at a time, after a prompt.
     """
 
     generation: str = "3.0"
@@ -88,6 +89,8 @@ class Case:
     schedule: str = "1f1b"
     layers: int = 2
     heads: tuple[int, int] | None = None  # of queries and keys, else 6 and 2 or 6
+    dropout: float = 0.0
+    answers: int = 0
 
     @property
     def world(self) -> int:
@@ -111,7 +114,8 @@ class Case:
 @dataclass(frozen=True)
 class Found:
     """loss: summed over all ranks, by its count. copies: what each rank holds of the weights in the end, hashed.
-    differing: of what two stages hold, what is not the same.
+    held_out: the loss of evaluation. logits: after the prompt and after each token that was written. differing: of what
+    two stages hold, what is not the same.
     """
 
     loss: float
@@ -119,6 +123,8 @@ class Found:
     norm: float
     weights: Tensors
     copies: list[int] = field(default_factory=list)
+    held_out: float = 0.0
+    logits: np.ndarray = field(default_factory=lambda: np.zeros(0))
     differing: list[str] = field(default_factory=list)
 
 
@@ -196,7 +202,8 @@ def rough_weights(case: Case) -> Weights:
         own |= {"sliding_window": 9}
     if case.heads is not None:
         own |= dict(zip(("num_attention_heads", "num_key_value_heads"), case.heads, strict=True))
-    config = config_from_fields({**released, **SIZES, **own})
+    dropped = {"hidden_dropout": case.dropout, "attention_dropout": case.dropout}
+    config = config_from_fields({**released, **SIZES, **own, **dropped})
     whole = roughen(build_model(config, seed=0, dtype=torch.float64))
     tensors = {name: parameter.detach() for name, parameter in whole.named_parameters()}
     empty = empty_model(config)
@@ -234,7 +241,8 @@ def compute(case: Case, mesh: Mesh) -> Found:
     optim = OptimSection(lr=RATE, name=case.optimizer, muon_dtype="float64", muon_lr=RATE, weight_decay=0.1)
     optimizer = build_optimizer(model.plain, optim, mesh)
     if case.compile:
-        compile_blocks(model.plain)
+        torch.compiler.reset()  # or the layers of earlier cases count against the limit of graphs
+        compile_blocks(model.plain, tensor=case.tensor > 1)
     trained, data = Trained(model, optimizer, precision), Drawn(case)
     with Loader(data, mesh.data_rank, mesh.data_size, case.micro, prefetch=0) as loader:
         batches = [loader.batch(step) for step in range(case.steps)]
@@ -243,6 +251,7 @@ def compute(case: Case, mesh: Mesh) -> Found:
         with contextlib.suppress(Planted):
             model.forward_backward(batches[0].micro_batches, counts[0])
     optimizer.zero_grad(set_to_none=True)
+    torch.manual_seed(mesh.rank % mesh.inner)
     sums = model.forward_backward(batches[0].micro_batches, counts[0])
     named = dict(model.plain.named_parameters())
     norm = model.gradient_norm(list(named.values()))
@@ -254,7 +263,24 @@ def compute(case: Case, mesh: Mesh) -> Found:
     held = [parameter.to_local() if isinstance(parameter, DTensor) else parameter for parameter in named.values()]
     mine = crc32(b"".join(part.detach().numpy().tobytes() for part in held))
     weights = joined(mesh, {name: whole(parameter) for name, parameter in named.items()}, differing)
-    return Found(loss, gradients, float(norm), weights, mesh.gather(mine), differing)
+    with eager_blocks(model.plain):
+        evaluated = sum(float(model.evaluate(micro).total) for micro in batches[0].micro_batches)
+        logits = written(model.plain, case.answers)
+    held_out = sum(mesh.gather(evaluated)) / (mesh.inner * mesh.pipeline)
+    return Found(loss, gradients, float(norm), weights, mesh.gather(mine), held_out, logits, differing)
+
+
+def written(model: Any, count: int) -> np.ndarray:
+    """Logits (1 + count, 2, V) of a prompt of five tokens, and of tokens that follow it, one at a time with a cache."""
+    model.eval()
+    ids = torch.arange(2 * (5 + count)).reshape(2, -1)
+    found, cache = [], None
+    with torch.no_grad():
+        for part in ids.split([5] + [1] * count, dim=1) if count else ():
+            output = model(input_ids=part, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            found.append(output.logits[:, -1].numpy())
+    return np.array(found)
 
 
 def _work(cases: Sequence[Case]) -> list[Found]:
@@ -305,7 +331,10 @@ def problems(case: Case, found: Found, expected: Found, relative: float = 1e-9) 
         if stage != stage[: case.parts] * (width // case.parts):
             wrong.append(f"copies of the model differ: {found.copies}")
     wrong += [f"{name} differs between stages" for name in found.differing]
-    for name, mine, theirs in (("loss", found.loss, expected.loss), ("norm", found.norm, expected.norm)):
+    if case.answers and not np.allclose(found.logits, expected.logits, relative * 100, relative * 100):
+        wrong.append(f"logits of what is written: {np.abs(found.logits - expected.logits).max():.2e}")
+    numbers = ((name, getattr(found, name), getattr(expected, name)) for name in ("loss", "norm", "held_out"))
+    for name, mine, theirs in numbers:
         if not abs(mine - theirs) <= max(relative, 1e-6 if name == "loss" else 0) * abs(theirs):  # sums are fp32
             wrong.append(f"{name}: {mine} instead of {theirs}")
     if found.gradients.keys() != expected.gradients.keys():

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, Replicate
-from torch.distributed.tensor.parallel import PrepareModuleInput
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import SequenceParallel
 
 from argonne.model import attention, loss
 from argonne.parallel import context, parallelise, pipeline, shard, tensor
@@ -34,6 +34,8 @@ OWN_KEYS_ONLY = "what other ranks make of keys and values is dropped"
 MEAN_OF_PARTS = "gradients of the parts of a row are averaged"
 OWN_ROWS = "a row is summed over the rank's own part"
 OWN_INPUTS = "what enters q, k, v, gate and up, and with it every norm, gets its own rank's gradients alone"
+OWN_TOKENS = "gains of norms get the gradients of their own rank's tokens alone"
+ORDER_OF_PARTS = "attention gathers the parts of the text in the wrong order"
 OWN_GAINS = "gains of q, k and v get the gradients of their own rank's heads alone"
 OWN_KEYS = "a head of keys that several ranks read gets the gradients of one"
 TIED_APART = "each end of a pipeline keeps its own gradient of the tied head"
@@ -150,22 +152,32 @@ def _own_part(self: context.Part, part: Tensor) -> Tensor:
 PATTERN_OF_PART, LOSS_OF_PART = attention.pattern_of_part, context.loss_of_part
 
 
-class _Alone(torch.autograd.Function):
-    """Takes what each rank's gradient lacks for nothing."""
-
-    @staticmethod
-    def forward(ctx: Any, entering: DTensor) -> DTensor:
-        return entering.view_as(entering)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: DTensor) -> DTensor:  # type: ignore[override]
-        return DTensor.from_local(gradient.to_local(), gradient.device_mesh, [Replicate()])
+def _own_inputs(stream: DTensor) -> Tensor:
+    return stream.redistribute(placements=[Replicate()]).to_local()
 
 
-class _OwnInputs(PrepareModuleInput):
-    def _prepare_input_fn(self, inputs: Any, device_mesh: Any) -> Any:
-        first, *rest = super()._prepare_input_fn(inputs, device_mesh)
-        return (_Alone.apply(first), *rest)
+def _swapped(stream: DTensor) -> Tensor:
+    whole = WHOLE(stream)
+    return whole.roll(whole.shape[1] // stream.device_mesh.size(), 1)
+
+
+def _own_gains(dimension: int) -> Callable[..., SequenceParallel]:
+    """Norms of what is split over this dimension take their input for whole, and with it the gradient of a gain."""
+
+    class OwnGains(SequenceParallel):
+        @staticmethod
+        def _prepare_input_fn(split: Any, module: nn.Module, inputs: Any, mesh: Any) -> DTensor:
+            first = inputs[0]
+            return DTensor.from_local(first.to_local() if isinstance(first, DTensor) else first, mesh, [Replicate()])
+
+        @staticmethod
+        def _prepare_output_fn(local: bool, module: nn.Module, output: DTensor, mesh: Any) -> Tensor:
+            return output.to_local() if local else DTensor.from_local(output.to_local(), mesh, [Shard(dimension)])
+
+    def style(sequence_dim: int = 1, **how: Any) -> SequenceParallel:
+        return (OwnGains if sequence_dim == dimension else SequenceParallel)(sequence_dim=sequence_dim, **how)
+
+    return style
 
 
 def _own_keys(self: Any, module: nn.Module, output: DTensor, mesh: Any) -> Tensor:
@@ -191,10 +203,8 @@ def _averaging(stages: Any, **how: Any) -> Any:
     return ONE_BY_ONE(stages, **{**how, "scale_grads": True})
 
 
-def _of_others(self: pipeline.Stage, micro_batches: Sequence[Any], objective: Any) -> None:
-    positions = [micro["position_ids"] for micro in micro_batches]
-    mixed = [{**micro, "position_ids": other} for micro, other in zip(micro_batches, positions[::-1], strict=True)]
-    BEGIN(self, mixed if self.is_last else micro_batches, objective)
+def _of_others(self: pipeline.Stage, rows: Sequence[Any], micro_batches: Sequence[Any], objective: Any) -> None:
+    BEGIN(self, rows[::-1] if self.is_last else rows, micro_batches, objective)
 
 
 FORWARD_BACKWARD, GRADIENT_NORM = pipeline.Pipeline.forward_backward, pipeline.Pipeline.gradient_norm
@@ -209,7 +219,7 @@ def _own_vocabulary(original: Callable[..., Any]) -> Callable[..., Any]:
     return summed
 
 
-SPREAD = muon.MuonAdamW._spread
+SPREAD, WHOLE = muon.MuonAdamW._spread, tensor.Gathered.whole
 FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
     LOCAL_COUNT: [
         *((page, "in_one_call", _divide_by_own(parallelise.in_one_call)) for page in (parallelise, shard, tensor)),
@@ -237,8 +247,10 @@ FAULTS: dict[str, list[tuple[Any, str, Any]]] = {
         *((page, "fully_shard", _without_all_reduce) for page in (shard, tensor)),
         (pipeline, "_data_of", lambda mesh: ("shard",)),
     ],
-    OWN_INPUTS: [(tensor, "PrepareModuleInput", _OwnInputs)],
-    OWN_GAINS: [(tensor, "SequenceParallel", lambda **how: tensor.Whole())],
+    OWN_INPUTS: [(tensor.Gathered, "whole", staticmethod(_own_inputs))],
+    OWN_GAINS: [(tensor, "SequenceParallel", _own_gains(2))],
+    OWN_TOKENS: [(tensor, "SequenceParallel", _own_gains(1))],
+    ORDER_OF_PARTS: [(tensor.Gathered, "whole", staticmethod(_swapped))],
     OWN_KEYS: [(tensor.OwnHeads, "_leave", _own_keys)],
     OWN_VOCABULARY: [(loss.dist, "all_reduce", _own_vocabulary(dist.all_reduce))],
 }

@@ -19,6 +19,7 @@ PAIR = (
 SQUARE = (
     Case("3.0", pipeline=2, shard=2, micro=1, optimizer="muon", documents=True),
     Case("2.5", pipeline=2, tensor=2, micro=2, objective="dpo", z_loss=1e-3),
+    Case("1.0", pipeline=2, tensor=2, micro=4, layers=3, length=31, documents=True),
     Case("4.0", pipeline=4, layers=5, micro=1, documents=True),
 )
 SPREADS = ({"replicate": 2}, {"shard": 2}, {"tensor": 2})
@@ -86,9 +87,10 @@ def test_compiled_layers_give_what_one_process_gives() -> None:
     cases = [
         Case("3.0", pipeline=2, micro=2, compile=True),
         Case("2.5", pipeline=2, shard=2, micro=2, compile=True, recompute="full"),
+        Case("4.0", pipeline=2, tensor=2, micro=2, compile=True, documents=True, layers=4, schedule="interleaved"),
     ]
     together = on_workers(cases)
-    assert [problems(case, together[case], in_one_process(case)) for case in cases] == [[], []]
+    assert [problems(case, together[case], in_one_process(case)) for case in cases] == [[], [], []]
 
 
 @pytest.mark.campaign

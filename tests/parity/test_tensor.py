@@ -4,6 +4,8 @@ not, alone and over shards and replicas; and faults as they have been made, each
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tests.parity import mutations
@@ -17,6 +19,10 @@ PAIR = (
     Case("3.0", tensor=2, optimizer="muon", documents=True, recompute="every_nth"),
     Case("4.0", tensor=2, heads=(6, 3), documents=True, masked=True),
     Case("3.0", tensor=2, heads=(6, 1), micro=1),
+    # Of each text one rank has one token more than the other.
+    Case("1.0", tensor=2, length=31, documents=True, answers=3),
+    Case("2.5", tensor=2, length=17, recompute="full", masked=True, answers=3),
+    Case("4.0", tensor=2, length=31, optimizer="muon", documents=True, answers=3),
 )
 SQUARE = (
     Case("3.0", shard=2, tensor=2, documents=True, micro=1, rows=5),
@@ -34,15 +40,32 @@ WIDE = (
         for replicate, shard in ((2, 1), (1, 2))
         for objective, optimizer in (("next_token", "adamw"), ("by_row", "muon"))
     ),
+    # The last rank has fewer tokens of a text than the others, or none: nine are 3, 3, 3 and 0.
+    *(
+        Case(generation, tensor=4, heads=(8, 2), length=length, documents=True, answers=2)
+        for generation, length in (("2.0", 30), ("2.5", 9), ("3.0", 9), ("4.0", 30))
+    ),
+    Case("1.0", tensor=4, heads=(8, 8), length=9, micro=1, answers=2),
+    Case("3.0", 2, 1, tensor=2, length=31, objective="by_row", micro=1, rows=5),
+    Case("2.5", 1, 2, tensor=2, length=28, objective="dpo", recompute="full"),
     Case("3.0", tensor=3, heads=(6, 2), z_loss=1e-3),
     Case("3.0", tensor=3, heads=(12, 4), recompute="full"),
     Case("3.0", 2, 1, tensor=2, masked=True, micro=1),
     Case("3.0", 2, 1, tensor=2, fails=True, micro=1),
 )
+DROPPED = tuple(
+    Case(generation, tensor=2, dropout=0.2, recompute=recompute, length=31, steps=1)
+    for generation in ("1.0", "3.0")
+    for recompute in ("none", "full")
+)
 LONG = Case("3.0", 2, 1, tensor=2, steps=100)
 PLANTED = (
     Case("3.0", tensor=2, steps=1, mutation=mutations.OWN_INPUTS),
+    Case("3.0", tensor=2, steps=1, mutation=mutations.OWN_TOKENS),
+    Case("1.0", tensor=2, steps=1, mutation=mutations.OWN_TOKENS),
+    Case("3.0", tensor=2, steps=1, mutation=mutations.ORDER_OF_PARTS),
     Case("3.0", tensor=2, steps=1, mutation=mutations.OWN_GAINS),
+    Case("4.0", tensor=2, steps=1, mutation=mutations.OWN_GAINS),
     Case("3.0", tensor=2, heads=(6, 3), steps=1, mutation=mutations.OWN_KEYS),
     Case("3.0", tensor=2, steps=1, mutation=mutations.OWN_VOCABULARY),
     Case("3.0", tensor=2, steps=1, mutation=mutations.LOCAL_NORM),
@@ -55,7 +78,7 @@ PLANTED = (
 
 @pytest.fixture(scope="module")
 def found() -> dict[Case, Found]:
-    return on_workers([*PAIR, *SQUARE, *PLANTED])
+    return on_workers([*PAIR, *SQUARE, *DROPPED, *PLANTED])
 
 
 def name_of(case: Case) -> str:
@@ -74,6 +97,12 @@ def test_a_planted_fault_is_seen(found: dict[Case, Found], case: Case) -> None:
     assert problems(case, found[case], in_one_process(case))
 
 
+def test_a_layer_that_is_computed_again_drops_out_what_it_dropped_before(found: dict[Case, Found]) -> None:
+    for once, again in zip(DROPPED[::2], DROPPED[1::2], strict=True):
+        assert problems(again, found[again], found[once]) == []
+        assert any("gradient" in told for told in problems(once, found[once], in_one_process(replace(once, dropout=0))))
+
+
 @pytest.mark.campaign
 def test_every_generation_on_every_mesh_gives_what_one_process_gives() -> None:
     together = on_workers(WIDE)
@@ -83,9 +112,16 @@ def test_every_generation_on_every_mesh_gives_what_one_process_gives() -> None:
 
 @pytest.mark.campaign
 def test_compiled_layers_give_what_one_process_gives() -> None:
-    cases = [Case("3.0", tensor=2, compile=True), Case("2.5", 1, 2, tensor=2, compile=True, recompute="full")]
+    cases = [
+        Case("3.0", tensor=2, compile=True, length=31),
+        Case("3.0", tensor=2, compile=True),
+        Case("1.0", tensor=2, compile=True, steps=1, micro=3),
+        Case("2.5", 1, 2, tensor=2, compile=True, recompute="full"),
+        Case("4.0", tensor=2, compile=True, heads=(6, 3), recompute="every_nth", documents=True, steps=1),
+    ]
     together = on_workers(cases)
-    assert [problems(case, together[case], in_one_process(case)) for case in cases] == [[], []]
+    wrong = {name_of(case): problems(case, together[case], in_one_process(case)) for case in cases}
+    assert {name: told for name, told in wrong.items() if told} == {}
 
 
 @pytest.mark.campaign

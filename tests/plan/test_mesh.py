@@ -147,7 +147,10 @@ class Counted(TorchDispatchMode):
             kind := next((self.KINDS[key] for key in self.KINDS if key in name), None)
         ):
             tensors = [arg for arg in torch.utils._pytree.tree_leaves(args) if isinstance(arg, torch.Tensor)]
-            self.bytes[kind] += max(tensor.nbytes for tensor in tensors)
+            given = [arg for arg in args if isinstance(arg, int) and not isinstance(arg, bool)]
+            # DTensor's own gather is given a part, and the number of ranks.
+            ranks = given[0] if kind == "all-gather" and given and len(tensors) == 1 else 1
+            self.bytes[kind] += ranks * max(tensor.nbytes for tensor in tensors)
         return func(*args, **(kwargs or {}))
 
 
@@ -233,15 +236,20 @@ def test_the_plan_counts_what_a_group_with_split_tensors_sends(recompute: str) -
     spread = spread_over(layout, recompute)
     with Counted() as counted:
         spread.forward_backward(micro_batches(3), 24)
-    # Of each token its highest logit, its sum and that of its label, and once a micro-batch nothing else.
-    of_tokens = 3 * 3 * 8 * 4
-    planned = {
-        (part.kind, part.over): part.bytes
-        for part in traffic_of(
-            shape_of(TINY), Setup(1, 8, shard=2, tensor=2, activation_checkpointing=recompute), layout, 3, "h100"
-        )
+    shape, setup = shape_of(TINY), Setup(1, 8, shard=2, tensor=2, activation_checkpointing=recompute)
+    traffic = traffic_of(shape, setup, layout, 3, "h100")
+    planned = {part.kind: part.bytes for part in traffic if part.over == "tensor"}
+    # What a rank holds of layers and ends: halves, but whole norms. Of each token its highest logit, its sum and that
+    # of its label, of each norm the gradient of its gain.
+    layers, ends = 2 * ((LAYER - 8) / 2 + 8), (ENDS - 4) / 2 + 4
+    of_shards = {
+        "all-gather": 2 * layers + ends,
+        "reduce-scatter": layers + ends,
+        "all-reduce": 3 * 8 + (2 * 2 + 1) * 4,
     }
-    assert counted.bytes["all-reduce"] - of_tokens == planned["all-reduce", "tensor"]
+    shares = {"all-gather": 1 / 2, "reduce-scatter": 1 / 2, "all-reduce": 2 * 1 / 2}
+    found = {kind: shares[kind] * (counted.bytes[kind] - 3 * 4 * of_shards[kind]) for kind in shares}
+    assert found == planned
 
 
 @pytest.mark.usefixtures("ranks")
