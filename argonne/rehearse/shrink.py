@@ -25,6 +25,7 @@ TEXT_ROWS, CHAT_ROWS = 4, 1  # of a step, at most before ranks ask for more
 TEXT_ROW, CHAT_ROW = (32, 256), 1024  # tokens: a sixteenth of text within these; conversations stay whole
 RANKS = 4
 MOST = {"eval.windows": 2, "eval.task_limit": 2, "checkpoint.sample_tokens": 8, "chat.probes": 2}
+QUESTION = 128  # bytes, and so tokens at most, of a probe's question in its template
 UNSEEN = "kernels of the card, its memory and speed; the real width, depth and context"
 
 
@@ -49,7 +50,8 @@ def shrink(recipe: Recipe, *, workers: int = 0, instead: Mapping[str, Any] | Non
     values |= _batch(recipe, max(1, values["parallel.nproc"])) | _device(recipe)
     values |= {path: min(value_of(recipe, path), most) for path, most in MOST.items()}
     context = recipe.model.max_position_embeddings or recipe.data.sequence_length
-    if recipe.checkpoint.sample_tokens > context // 2:  # whether they fit is to be seen
+    longest = QUESTION + len(recipe.checkpoint.sample_prompt.encode())
+    if recipe.checkpoint.sample_tokens + longest > context:  # whether they fit is to be seen
         del values["checkpoint.sample_tokens"]
     values |= {"log.every_steps": 1, "log.wandb": None, "log.trackio": None, "chat.cache": None}
     values |= {"stop.wall_time": None, "stop.deadline": None, **(instead or {})}

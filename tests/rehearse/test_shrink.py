@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 
 from argonne.config import CHAT_STAGES
+from argonne.data.chat import ChatTemplate
 from argonne.errors import InputError
+from argonne.evaluate.probes import QUESTIONS, questions_of
 from argonne.keys import batches
 from argonne.recipe import load_recipe, recipe_names
-from argonne.rehearse.shrink import RANKS, STEPS, moments, period_of, shrink, write_small
+from argonne.rehearse.shrink import QUESTION, RANKS, STEPS, moments, period_of, shrink, write_small
+from argonne.tokens.tokenizer import load_tokenizer
 
 # All that a rehearsal may change.
 CHANGES = {
@@ -78,6 +81,21 @@ def test_a_person_s_own_sizes_of_given_weights_are_made_small_too() -> None:
     small = shrink(load_recipe("nano-3.0-continue", given))
     assert small.changed["model.hidden_size"] == (256, 32)
     assert small.changed["model.num_hidden_layers"] == (12, 4)
+
+
+def test_answers_that_surely_fit_are_made_few_and_others_stay_for_the_run_to_refuse() -> None:
+    assert shrink(load_recipe("argonne-3.0-cot-sft")).changed["checkpoint.sample_tokens"] == (700, 8)
+    for tokens in ("1000", "2000"):  # of a context of 1,024
+        told = {"checkpoint.sample_tokens": tokens}
+        assert "checkpoint.sample_tokens" not in shrink(load_recipe("nano-3.0-sft", told)).changed
+
+
+@pytest.mark.parametrize("name", ["chatml", "plain"])
+def test_no_question_of_the_probes_takes_more_tokens_than_are_left_for_it(name: str, tokens: Path) -> None:
+    """With any tokenizer: a token is a byte at least."""
+    tokenizer = load_tokenizer(tokens / "tokenizer")
+    for question in questions_of(ChatTemplate(tokenizer, name), QUESTIONS):
+        assert len(tokenizer.decode(question.prompt).encode()) <= QUESTION
 
 
 def test_places_of_the_user_are_left_alone() -> None:
