@@ -167,6 +167,12 @@ def test_steps_within_is_the_largest_number_of_steps_that_the_tokens_pay_for(
     assert tokens_before(batch, steps) <= tokens < tokens_before(batch, steps + 1)
 
 
+def test_a_schedule_that_does_not_fit_into_the_run_refuses_the_plan() -> None:
+    told = {"train.steps": "none", "train.tokens": "40960", "schedule.warmup": "20"}
+    (refusal,) = make_plan(load_recipe("nano-3.0", told)).refusals
+    assert refusal.startswith("schedule.warmup: found 20 steps, more than the run's 10")
+
+
 def test_a_length_that_makes_no_whole_step_is_refused() -> None:
     length = {"train.steps": "none", "train.tokens": "100"}
     with pytest.raises(InputError, match=r"100 tokens make no whole step of batch\.tokens_per_step = 4,096"):
