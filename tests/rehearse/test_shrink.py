@@ -19,7 +19,7 @@ from argonne.tokens.tokenizer import load_tokenizer
 CHANGES = {
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("layer_types", "sliding_window", "sequence_length", "tokens_per_step", "warmup", "decay", "tokens", "epochs"),
-    *("steps", "every_steps", "windows", "sample_tokens", "probes"),
+    *("steps", "every_steps", "windows", "sample_tokens", "probes", "return_memory"),
 }
 
 
@@ -74,6 +74,25 @@ def test_degrees_are_kept_as_far_as_ranks_go_and_each_rank_has_rows() -> None:
     assert (large.recipe.parallel.replicate, large.recipe.parallel.shard) == (2, 2)
     assert large.recipe.parallel.nproc == RANKS
     assert any("workers" in said for said in large.untold)
+
+
+@pytest.mark.parametrize(("schedule", "least"), [("1f1b", 4), ("interleaved", 8)])
+def test_a_pipeline_keeps_layers_for_its_stages_micro_batches_for_its_workers_and_a_tied_head(
+    schedule: str, least: int
+) -> None:
+    told = {"parallel.pipeline": "4", "parallel.schedule": schedule, "model.num_hidden_layers": "12"}
+    for micro, rows in (("auto", "1"), ("2", "1")):
+        small = shrink(load_recipe("nano-3.0", {**told, "batch.micro": micro}), workers=4).recipe
+        assert small.model.num_hidden_layers == least
+        assert small.model.tie_word_embeddings
+        assert (small.parallel.pipeline, small.parallel.nproc, small.batch.micro) == (4, 4, int(rows))
+        assert small.batch.tokens_per_step // small.data.sequence_length >= 4
+
+
+def test_a_pipeline_with_too_few_micro_batches_stays_one() -> None:
+    told = {"parallel.pipeline": "4", "batch.micro": "16", "batch.tokens_per_step": "4096"}  # one of 16 rows
+    small = shrink(load_recipe("nano-3.0", told), workers=4).recipe
+    assert small.batch.micro == small.batch.tokens_per_step // small.data.sequence_length == 4
 
 
 def test_a_person_s_own_sizes_of_given_weights_are_made_small_too() -> None:
