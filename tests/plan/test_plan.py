@@ -316,7 +316,13 @@ def test_a_continued_run_reads_the_sizes_of_the_model_it_starts_from(tmp_path: A
     folder.mkdir(parents=True)
     fields = {name: value for name, value in presets()["argonne-2.5"].fields.items() if value is not None}
     (folder / "config.json").write_text(json.dumps(fields))
-    length = {"train.steps": "1", "schedule.kind": "constant", "schedule.decay": "none", "model.preset": "none"}
+    length = {
+        "train.steps": "1",
+        "schedule.warmup": "0",
+        "schedule.kind": "constant",
+        "schedule.decay": "none",
+        "model.preset": "none",
+    }
     recipe = load_recipe("nano-3.0", {**length, "model.init_from": json.dumps(str(tmp_path / "run"))})
     assert make_plan(recipe).parameters == 1_273_807_360
     recipe = load_recipe("nano-3.0", {**length, "model.init_from": json.dumps(str(tmp_path / "nothing"))})
