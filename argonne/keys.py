@@ -11,6 +11,8 @@ import math
 import re
 import typing
 from collections.abc import Mapping
+from contextlib import suppress
+from datetime import datetime
 from types import MappingProxyType
 from typing import Any
 
@@ -132,6 +134,13 @@ def check(recipe: Recipe) -> None:
         raise InputError(
             f"train: found {' and '.join(lengths) or 'no length'}, expected exactly one of steps, tokens, epochs"
         )
+    for path in ("stop.wall_time", "stop.grace", "log.telemetry_limit", "parallel.timeout"):
+        if (duration := value_of(recipe, path)) is not None:
+            parse_duration(duration, path)
+    if recipe.stop.deadline is not None:
+        parse_deadline(recipe.stop.deadline, "stop.deadline")
+    if train.steps is not None:
+        check_schedule(train.steps, recipe.schedule)
     if data.sources and data.input:
         raise InputError("data.sources and data.input are both set; keep one")
     if data.input and not data.tokenizer:
@@ -187,9 +196,7 @@ def _check_changes(path: str, starts: list[int]) -> None:
 
 
 def check_rates(optim: OptimSection, schedule: ScheduleSection) -> None:
-    """Raise InputError for a schedule that contradicts itself, however long the run is (`argonne.train.schedule` asks
-    whether it fits).
-    """
+    """Raise InputError for a schedule that contradicts itself, however long the run is."""
     decay = schedule.decay
     if schedule.kind == "wsd" and decay is None:
         raise InputError(
@@ -205,6 +212,44 @@ def check_rates(optim: OptimSection, schedule: ScheduleSection) -> None:
     if schedule.kind == "steps" and not schedule.steps:
         raise InputError('schedule.steps: empty, and kind "steps" needs [{ step, lr }]')
     _check_changes("schedule.steps", [change.step for change in schedule.steps])
+
+
+def decay_steps(total_steps: int, schedule: ScheduleSection) -> int:
+    """Steps of the decay: all after the warmup for a cosine; for wsd the given number, or the given share of the run,
+    rounded.
+    """
+    if schedule.kind == "cosine":
+        return total_steps - schedule.warmup
+    if schedule.kind != "wsd":
+        return 0
+    decay = schedule.decay or 0.0
+    return round(decay) if decay >= 1 else round(decay * total_steps)
+
+
+def check_schedule(total_steps: int, schedule: ScheduleSection) -> None:
+    """Raise InputError where the schedule does not fit into `total_steps`."""
+    if total_steps < 1:
+        raise InputError(
+            f"train: the run has {total_steps} steps, expected at least 1; give more train.steps, tokens or epochs"
+        )
+    if schedule.warmup > total_steps:
+        raise InputError(
+            f"schedule.warmup: found {schedule.warmup} steps, more than the run's {total_steps}; lower it or train "
+            "longer"
+        )
+    if schedule.kind != "wsd":
+        return
+    length = decay_steps(total_steps, schedule)
+    if schedule.decay and not length:
+        raise InputError(
+            f"schedule.decay: a share of {schedule.decay:g} of {total_steps} steps is less than one step; give at "
+            "least 1 step, or 0 on purpose"
+        )
+    if schedule.warmup + length > total_steps:
+        raise InputError(
+            f"schedule: {schedule.warmup} steps of warmup and {length} of decay do not fit into the run's "
+            f"{total_steps}; shorten one"
+        )
 
 
 def check_mesh(parallel: ParallelSection, workers: int) -> None:
@@ -275,3 +320,15 @@ def parse_duration(text: str, where: str) -> float:
         days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
         return days * 86400.0 + hours * 3600.0 + minutes * 60.0 + seconds
     raise InputError(f"{where}: found {text!r}, expected seconds, or 90m, 12h, 2d, 12:30:00 or 1-12:00:00")
+
+
+def parse_deadline(text: str, where: str) -> float:
+    """Unix seconds of an ISO 8601 moment (local time where no zone is given) or of a number of Unix seconds."""
+    with suppress(ValueError):
+        return float(text)
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except ValueError:
+        raise InputError(
+            f"{where}: found {text!r}, expected ISO 8601 such as 2026-11-21T18:00:00+00:00, or Unix seconds"
+        ) from None

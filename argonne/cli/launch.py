@@ -123,6 +123,7 @@ def legs_of(options: argparse.Namespace) -> list[Leg]:
 
 def leg_of(name: str, folder: Path, former: Path | None, options: argparse.Namespace) -> Leg:
     """One recipe's command. It starts from the former's run, unless it says itself from what, or begins fresh."""
+    from argonne.plan.build import check_length
     from argonne.plan.shape import as_trained, weights_on_disk
 
     asked = parsed("pretrain", name, options.rest)
@@ -150,6 +151,8 @@ def leg_of(name: str, folder: Path, former: Path | None, options: argparse.Names
             )
         as_trained(recipe)
     if not folder.exists():
+        if asked.resume_from is None:
+            check_length(recipe)
         check_data(recipe, folder)
     return Leg(folder, [verb, name, "--run", str(folder), *more])
 

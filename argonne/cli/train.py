@@ -124,6 +124,7 @@ def check_data(recipe: Recipe, folder: Path) -> None:
 
 
 def train_model(options: argparse.Namespace) -> None:
+    from argonne.plan.build import check_length
     from argonne.plan.shape import as_trained
     from argonne.recipe import recipe_name, to_toml
     from argonne.train.guard import StopWatch
@@ -140,6 +141,8 @@ def train_model(options: argparse.Namespace) -> None:
     folder = options.run or Path("runs") / recipe_name(options.recipe)
     # A finished run needs no data; of several nodes, or torchrun's workers, the first alone may have it.
     if not folder.exists() and "RANK" not in os.environ and os.environ.get("NODE_RANK", "0") == "0":
+        if options.resume_from is None:  # else what was trained before counts too
+            check_length(recipe)
         check_data(recipe, folder)
     watch = StopWatch(recipe.stop, started=options.started)
     with watch.listening():  # already while torch is loaded

@@ -7,12 +7,16 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from torch._functorch import config as functorch_config
 
 
 def compile_blocks(model: nn.Module, *, tensor: bool = False) -> None:
     """Compile each decoder layer in place, so that equal layers share one graph. Under tensor parallelism each shape
-    gets graphs of its own: those for several shapes, as torch 2.13 makes them of the second, it fails to compile.
+    gets graphs of its own: those for several shapes, as torch 2.13 makes them of the second, it fails to compile. Nor
+    are they kept on the disk, where one group's graph, with its name in it, is taken for another's.
     """
+    if tensor:
+        functorch_config.enable_autograd_cache = False
     for layer in _layers(model):
         layer.compile(dynamic=False if tensor else None)
 

@@ -16,7 +16,7 @@ from typing import Any
 from argonne import layout
 from argonne.config import BatchSection, DataSection, Recipe
 from argonne.errors import InputError
-from argonne.keys import batches
+from argonne.keys import batches, check_schedule
 from argonne.plan import devices
 from argonne.plan.degrees import choose, misfit, reason
 from argonne.plan.devices import (
@@ -132,7 +132,8 @@ def plan_of(
     hours = tokens / rate / 3600 if tokens is not None and rate else None
     uses = source_uses(recipe.data, tokens, SOURCE_TOKENS.get(name or ""))
     advice = None if choice.fits else what_would_fit(recipe, shape, device, gpus)
-    refusals = _refusals(recipe, uses, choice, misfit(recipe, choice, device, gpus, advice))
+    misfits = (_unscheduled(recipe, steps), misfit(recipe, choice, device, gpus, advice))
+    refusals = [why for why in (refusal_of(recipe, choice.layout), *misfits, *over_read(uses)) if why]
     return Plan(
         recipe=name,
         stage=recipe.stage,
@@ -208,9 +209,14 @@ def _replicated(recipe: Recipe, world_size: int) -> Recipe:
     return replace(recipe, parallel=replace(asked, replicate=world_size))
 
 
-def _refusals(recipe: Recipe, uses: list[SourceUse], choice: Choice, misfit: str | None) -> list[str]:
-    """Why pretrain would not start this run."""
-    return [reason for reason in (refusal_of(recipe, choice.layout), misfit, *over_read(uses)) if reason]
+def _unscheduled(recipe: Recipe, steps: int | None) -> str | None:
+    """Why the schedule does not fit into the run; None where it does."""
+    try:
+        if steps is not None:
+            check_schedule(steps, recipe.schedule)
+    except InputError as error:
+        return str(error)
+    return None
 
 
 def over_read(uses: list[SourceUse]) -> list[str]:
@@ -328,6 +334,15 @@ def total_steps(
             "train longer or take a smaller batch"
         )
     return steps
+
+
+def check_length(recipe: Recipe) -> None:
+    """Raise InputError where a new run makes no whole step, or its schedule does not fit into its steps, as far as the
+    recipe alone tells: of epochs only the data does.
+    """
+    steps = total_steps(recipe, partial(tokens_before, recipe.batch), lambda: None)
+    if steps is not None:
+        check_schedule(steps, recipe.schedule)
 
 
 def source_tokens(path: str, data: DataSection) -> int | None:

@@ -117,6 +117,7 @@ class _Rehearsal:
         self.workers = machine.gpus
         self.recipe, self.run, self.export = part.recipe, place / place.name, place / "export"
         self.chat = part.recipe.stage in CHAT_STAGES
+        self.took: dict[str, float] = {}  # seconds of each command
 
     def play(self) -> Rehearsed:
         began = time.monotonic()
@@ -129,7 +130,10 @@ class _Rehearsal:
         self.train(small.recipe)
         self.evaluate(small.recipe)
         self.hand_on()
-        return Rehearsed(self.part, small, self.run, time.monotonic() - began)
+        seconds = time.monotonic() - began
+        parts = ", ".join(f"{phase} {took:.1f} s" for phase, took in self.took.items())
+        self.tell(f"{self.part.name}: took {seconds:.1f} s: {parts}")
+        return Rehearsed(self.part, small, self.run, seconds)
 
     def shrunk(self) -> Small:
         instead: dict[str, Any] = {}
@@ -232,7 +236,7 @@ class _Rehearsal:
     def command(
         self, phase: str, words: list[str], watch: Callable[[], bool] = lambda: False, wanted: int | None = None
     ) -> int:
-        code = commands.run_command(words, self.log_of(phase), watch)
+        code = self.timed(phase, lambda: commands.run_command(words, self.log_of(phase), watch))
         if wanted is not None and code != wanted:
             self.fail(phase)
         return code
@@ -246,8 +250,14 @@ class _Rehearsal:
                 return error.exit_code
             return 0
 
-        if commands.run_forked(code, self.log_of(phase)) != 0:
+        if self.timed(phase, lambda: commands.run_forked(code, self.log_of(phase))) != 0:
             self.fail(phase)
+
+    def timed(self, phase: str, command: Callable[[], int]) -> int:
+        began = time.monotonic()
+        code = command()
+        self.took[phase] = self.took.get(phase, 0.0) + time.monotonic() - began
+        return code
 
     def fail(self, phase: str) -> None:
         path = self.log_of(phase)

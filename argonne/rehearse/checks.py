@@ -12,7 +12,7 @@ from pathlib import Path
 from argonne.config import CHAT_STAGES, Recipe
 from argonne.errors import InputError
 from argonne.files import human
-from argonne.keys import check_mesh, parse_duration
+from argonne.keys import check_mesh, check_schedule, parse_deadline, parse_duration
 from argonne.layout import last_checkpoint
 from argonne.plan import device, settle
 from argonne.plan.build import over_read, plan_of, source_uses, tokens_before
@@ -60,8 +60,10 @@ def check_run(recipe: Recipe, folder: Path, machine: Machine) -> None:
     _check_folder(recipe, folder)
     if machine.gpus:
         check_mesh(recipe.parallel, recipe.parallel.nproc or machine.gpus)
+    steps = real_steps(recipe)
+    if steps is not None:
+        check_schedule(steps, recipe.schedule)
     if recipe.stage not in CHAT_STAGES:
-        steps = real_steps(recipe)
         tokens = None if steps is None else tokens_before(recipe.batch, steps)
         for refusal in over_read(source_uses(recipe.data, tokens)):
             raise InputError(f"data.sources: {refusal}; take fewer steps, or allow more passes")
@@ -140,8 +142,6 @@ def _check_time(recipe: Recipe, machine: Machine, step_seconds: float | None) ->
     if recipe.stop.wall_time:
         limits["stop.wall_time"] = parse_duration(recipe.stop.wall_time, "stop.wall_time")
     if recipe.stop.deadline:
-        from argonne.train.guard import parse_deadline
-
         limits["stop.deadline"] = parse_deadline(recipe.stop.deadline, "stop.deadline") - time.time()
     for name, seconds in limits.items():
         if seconds is not None and seconds <= first:

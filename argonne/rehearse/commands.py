@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from argonne.errors import REQUESTS
+from argonne.train.allocator import keep_freed_memory
 
 # What would make a command one of several, or show it a card.
 OTHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NNODES", "NODE_RANK", "SLURM_STEP_NUM_TASKS")
@@ -23,12 +24,15 @@ POLL_SECONDS, LIMIT_SECONDS = 0.02, 900.0
 
 
 def load() -> None:
-    """Everything that the commands import; they start at once."""
+    """Everything that the commands import, so that they start at once; what they free they keep, since the logits of a
+    whole vocabulary are asked for in every step.
+    """
     importlib.import_module("torch.distributed")
     importlib.import_module("transformers")
     importlib.import_module("argonne.stages.session")
     importlib.import_module("argonne.stages.pretrain")
     importlib.import_module("argonne.serve.engine")
+    keep_freed_memory()
 
 
 def run_command(words: list[str], log: Path, watch: Callable[[], bool] = lambda: False) -> int:

@@ -20,11 +20,13 @@ from argonne.presets import FULL
 from argonne.recipe import to_tree, toml_value
 
 STEPS, SAVE_EVERY = 12, 4
+CHAT_STEPS, CHAT_SAVE_EVERY = 6, 2  # whole rows over a whole vocabulary take most of a rehearsal
 HIDDEN, INTERMEDIATE, LAYERS, KEY_VALUE_HEADS = 32, 64, 4, 2
 TEXT_ROWS, CHAT_ROWS = 4, 1  # of a step, at most before ranks ask for more
 TEXT_ROW, CHAT_ROW = (32, 256), 1024  # tokens: a sixteenth of text within these; conversations stay whole
 RANKS = 4
 MOST = {"eval.windows": 2, "eval.task_limit": 2, "checkpoint.sample_tokens": 8, "chat.probes": 2}
+QUESTION = 128  # bytes, and so tokens at most, of a probe's question in its template
 UNSEEN = "kernels of the card, its memory and speed; the real width, depth and context"
 
 
@@ -49,7 +51,8 @@ def shrink(recipe: Recipe, *, workers: int = 0, instead: Mapping[str, Any] | Non
     values |= _batch(recipe, max(1, values["parallel.nproc"])) | _device(recipe)
     values |= {path: min(value_of(recipe, path), most) for path, most in MOST.items()}
     context = recipe.model.max_position_embeddings or recipe.data.sequence_length
-    if recipe.checkpoint.sample_tokens > context // 2:  # whether they fit is to be seen
+    longest = QUESTION + len(recipe.checkpoint.sample_prompt.encode())
+    if recipe.checkpoint.sample_tokens + longest > context:  # whether they fit is to be seen
         del values["checkpoint.sample_tokens"]
     values |= {"log.every_steps": 1, "log.wandb": None, "log.trackio": None, "chat.cache": None}
     values |= {"stop.wall_time": None, "stop.deadline": None, **(instead or {})}
@@ -76,7 +79,8 @@ def _model(recipe: Recipe) -> dict[str, Any]:
             found["head_dim"] = model.head_dim or model.hidden_size // heads
     if layers:
         kinds = model.layer_types or (FULL,) * layers
-        least = max(LAYERS, recipe.parallel.pipeline)
+        parallel = recipe.parallel
+        least = max(LAYERS, parallel.pipeline * (parallel.stages if parallel.schedule == "interleaved" else 1))
         found["num_hidden_layers"] = min(layers, -(-least // period_of(kinds)) * period_of(kinds))
         if model.layer_types:
             found["layer_types"] = kinds[: found["num_hidden_layers"]]
@@ -99,12 +103,18 @@ def real_steps(recipe: Recipe) -> int | None:
     )
 
 
+def _few(recipe: Recipe) -> tuple[int, int]:
+    """Steps of the small run at most, and those between its saves."""
+    return (CHAT_STEPS, CHAT_SAVE_EVERY) if recipe.stage in CHAT_STAGES else (STEPS, SAVE_EVERY)
+
+
 def _length(recipe: Recipe) -> dict[str, Any]:
     """Few steps, in which each thing happens that happens in the real ones."""
     schedule, checkpoint = recipe.schedule, recipe.checkpoint
     events = [*(change.step for change in recipe.batch.steps), *(change.step for change in schedule.steps)]
-    real = real_steps(recipe) or 2 * max([STEPS, *events])
-    steps = min(real, STEPS)
+    few, save_every = _few(recipe)
+    real = real_steps(recipe) or 2 * max([few, *events])
+    steps = min(real, few)
     found: dict[str, Any] = {"train.steps": steps, "train.tokens": None, "train.epochs": None}
     found["schedule.warmup"] = min(schedule.warmup, max(1, steps // 6))
     if schedule.decay is not None and schedule.decay >= 1:
@@ -116,7 +126,7 @@ def _length(recipe: Recipe) -> dict[str, Any]:
         found["schedule.steps"] = tuple(
             replace(change, step=step) for change, step in zip(schedule.steps, at, strict=True)
         )
-    every = max(1, min(SAVE_EVERY, steps // 2))
+    every = max(1, min(save_every, steps // 2))
     if not checkpoint.every_steps or checkpoint.every_steps > every:
         found["checkpoint.every_steps"] = every
     if checkpoint.keep_every:
@@ -175,9 +185,12 @@ def _batch(recipe: Recipe, ranks: int) -> dict[str, Any]:
         if real != before and few[index] == few[index - 1]:
             few[index] = few[index - 1] + ranks if real > before else max(ranks, few[index - 1] - ranks)
     found: dict[str, Any] = {"data.sequence_length": lengths[0], "batch.tokens_per_step": few[0] * lengths[0]}
+    if recipe.parallel.pipeline > 1:  # as many micro-batches as in the real run, and of those left open all that can be
+        micro = recipe.batch.micro
+        found["batch.micro"] = max(1, micro * few[0] // rows[0]) if isinstance(micro, int) else 1
     if recipe.batch.steps:
         real = real_steps(recipe) or 2 * max(change.step for change in recipe.batch.steps)
-        at = moments([step for _, step, *_ in parts[1:]], real, min(real, STEPS))
+        at = moments([step for _, step, *_ in parts[1:]], real, min(real, _few(recipe)[0]))
         ordered = sorted(recipe.batch.steps, key=lambda change: change.step)
         found["batch.steps"] = tuple(
             replace(
@@ -200,6 +213,8 @@ def _device(recipe: Recipe) -> dict[str, Any]:
         found["train.compile"] = "off"
     if train.attention in ("flash", "varlen", "flex"):
         found["train.attention"] = "auto"
+    if train.return_memory == "auto":  # each page of freed logits would be asked for again
+        found["train.return_memory"] = "off"
     if recipe.parallel.async_tensor:
         found["parallel.async_tensor"] = False
     return found

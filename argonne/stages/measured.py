@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -19,24 +20,43 @@ from argonne.train.aside import Sampled, Work
 from argonne.train.data import Data
 
 
-def tasks_of(recipe: Recipe, data: Data) -> dict[str, Callable[[nn.Module], Work[Sampled]]]:
-    """The work of each task by its name; what it asks is written here, once. Raises InputError for a task that is not
-    there, is named twice, has no number to follow, or whose data cannot be read.
+def check_tasks(recipe: Recipe) -> None:
+    """Raise InputError for a task that is not there, is named twice, has no number to follow, or is given data that it
+    would not read.
     """
-    found: dict[str, Callable[[nn.Module], Work[Sampled]]] = {}
+    names = [entry.partition(":")[0] for entry in recipe.eval.tasks]
     for entry in recipe.eval.tasks:
         name, _, where = entry.partition(":")
-        try:
+        with _named(entry):
             (task,) = make_tasks([name])
             if task.headline is None:
                 raise InputError(f"{name} has no number to follow; a chat stage asks its probes anyway, leave it out")
-            if name in found:
+            if names.count(name) > 1:
                 raise InputError(f"{name} is named twice; keep one")
             if where and name in ("sums", "turns"):
                 raise InputError(f"{name} makes its questions itself, and {where} would not be read; leave it out")
+
+
+@contextmanager
+def _named(entry: str) -> Iterator[None]:
+    name = entry.partition(":")[0]
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f'eval.tasks, {entry!r}: {error} (data is given as "{name}:DATA")') from None
+
+
+def tasks_of(recipe: Recipe, data: Data) -> dict[str, Callable[[nn.Module], Work[Sampled]]]:
+    """The work of each task by its name; what it asks is written here, once. Raises InputError as `check_tasks`, and
+    for a task whose data cannot be read.
+    """
+    check_tasks(recipe)
+    found: dict[str, Callable[[nn.Module], Work[Sampled]]] = {}
+    for entry in recipe.eval.tasks:
+        name, _, where = entry.partition(":")
+        (task,) = make_tasks([name])
+        with _named(entry):
             requests = task.requests(_context(recipe, data, task, where or None))
-        except InputError as error:
-            raise InputError(f'eval.tasks, {entry!r}: {error} (data is given as "{name}:DATA")') from None
         found[name] = partial(_measured, task, requests, data.tokenizer)
     return found
 

@@ -139,9 +139,6 @@ def _join(session: Session, watch: StopWatch) -> Outcome:
     """Join the workers, own the run, train."""
     run = RunFolder(session.folder)
     timeout = parse_duration(session.recipe.parallel.timeout, "parallel.timeout")
-    # Used later, and wrong now.
-    parse_duration(session.recipe.stop.grace, "stop.grace")
-    parse_duration(session.recipe.log.telemetry_limit, "log.telemetry_limit")
     with open_mesh(session.recipe.parallel, session.recipe.train.device, timeout_seconds=timeout) as mesh:
         problem: InputError | None = None
         if mesh.is_main:

@@ -13,11 +13,11 @@ from typing import Any, cast
 
 import torch
 
-from argonne.config import Recipe, TrainSection
+from argonne.config import CHAT_STAGES, Recipe, TrainSection
 from argonne.data.loader import Loader
 from argonne.errors import InputError
 from argonne.files import read_json, write_json, write_text
-from argonne.keys import all_keys, idle_without_held_out, is_free, unmet, without_idle_keys
+from argonne.keys import all_keys, check_schedule, idle_without_held_out, is_free, unmet, without_idle_keys
 from argonne.layout import COMPUTE_PLAN, CONFIG
 from argonne.legacy.training import restore
 from argonne.model.build import check_attention
@@ -30,6 +30,7 @@ from argonne.parallel.pipeline import PIPELINE
 from argonne.parallel.shard import SHARDED
 from argonne.parallel.tensor import TENSOR
 from argonne.plan import Device, Setup, choose_setup, plan_of_run, running_device, shape_of
+from argonne.plan.build import check_length
 from argonne.plan.build import total_steps as planned_steps
 from argonne.plan.shape import fitted, short_base
 from argonne.plan.stages import idle_share
@@ -45,7 +46,7 @@ from argonne.train.micro_batch import MICRO_ROWS_FILE, probe_micro_rows
 from argonne.train.optim import Precision, build_optimizer, compute_dtype
 from argonne.train.run import RunFolder
 from argonne.train.saving import Progress
-from argonne.train.schedule import check_schedule, curve
+from argonne.train.schedule import curve
 from argonne.train.trainer import Trained
 
 HISTORY = "# Changed at step "
@@ -118,6 +119,7 @@ def open_run(session: Session, run: RunFolder, mesh: Mesh, log: Callable[[str], 
     changed = _compare_config(start, session, mesh, log)
     train = start.settled(session.recipe).train
     given = dataclasses.replace(session.recipe, train=train)
+    _check_before_reading(given, start)
     alone = _reads_alone(given, mesh)
     found: StageData | InputError | None = None
     if mesh.is_main or not alone:
@@ -140,9 +142,23 @@ def open_run(session: Session, run: RunFolder, mesh: Mesh, log: Callable[[str], 
             "many, or go back with --rewind N"
         )
     data.check_steps(total_steps)
-    check_schedule(total_steps, recipe.optim, recipe.schedule)
+    check_schedule(total_steps, recipe.schedule)
     held_out = next(data.held_out(1, 1), None) is not None or bool(recipe.data.input and recipe.data.hold_out)
     return Opened(recipe, start, data, total_steps, [] if held_out else idle_without_held_out(recipe), changed)
+
+
+def _check_before_reading(recipe: Recipe, start: Start) -> None:
+    """Raise InputError for what the recipe and the weights tell without the data, of which reading may take minutes."""
+    if not start.progress.get("step"):  # else what was trained before counts too
+        check_length(recipe)
+    if (weights := start.architecture) is not None:  # rows of new tokens are the data's to say
+        fitted(recipe, None, {**weights, "vocab_size": recipe.model.vocab_size or weights["vocab_size"]})
+    if not (recipe.chat.hold_out if recipe.stage in CHAT_STAGES else recipe.data.hold_out or recipe.data.sources):
+        idle_without_held_out(recipe)
+    if recipe.eval.tasks:
+        from argonne.stages.measured import check_tasks
+
+        check_tasks(recipe)
 
 
 def _reads_alone(recipe: Recipe, mesh: Mesh) -> bool:

@@ -10,26 +10,13 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from datetime import datetime
 from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
 
 from argonne.config import StopSection
-from argonne.errors import REQUESTS, InputError, Stopped
-from argonne.keys import parse_duration
-
-
-def parse_deadline(text: str, where: str) -> float:
-    """Unix seconds of an ISO 8601 moment (local time where no zone is given) or of a number of Unix seconds."""
-    with suppress(ValueError):
-        return float(text)
-    try:
-        return datetime.fromisoformat(text).timestamp()
-    except ValueError:
-        raise InputError(
-            f"{where}: found {text!r}, expected ISO 8601 such as 2026-11-21T18:00:00+00:00, or Unix seconds"
-        ) from None
+from argonne.errors import REQUESTS, Stopped
+from argonne.keys import parse_deadline, parse_duration
 
 
 class StopWatch:

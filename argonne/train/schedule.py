@@ -16,8 +16,7 @@ import math
 from typing import TYPE_CHECKING
 
 from argonne.config import OptimSection, ScheduleSection
-from argonne.errors import InputError
-from argonne.keys import check_rates
+from argonne.keys import decay_steps
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +28,7 @@ CURVE_POINTS = (0, 25, 50, 75, 100)
 def learning_rate(step: int, total_steps: int, optim: OptimSection, schedule: ScheduleSection) -> float:
     """The rate that optimizer step `step` (from 0) of a run of `total_steps` applies.
 
-    The schedule is one that `check_schedule` has passed.
+    The schedule is one that `keys.check_schedule` has passed.
     """
     if step < 0:
         raise ValueError(f"step is {step}; steps count from 0")
@@ -68,42 +67,3 @@ def final_rate(optim: OptimSection, schedule: ScheduleSection) -> float:
     if schedule.min_lr is not None:
         return schedule.min_lr
     return optim.lr * (DEFAULT_MIN_RATIO if schedule.min_ratio is None else schedule.min_ratio)
-
-
-def decay_steps(total_steps: int, schedule: ScheduleSection) -> int:
-    """Steps of the decay: all after the warmup for a cosine; for wsd the given number, or the given share of the run,
-    rounded.
-    """
-    if schedule.kind == "cosine":
-        return total_steps - schedule.warmup
-    if schedule.kind != "wsd":
-        return 0
-    decay = schedule.decay or 0.0
-    return round(decay) if decay >= 1 else round(decay * total_steps)
-
-
-def check_schedule(total_steps: int, optim: OptimSection, schedule: ScheduleSection) -> None:
-    """Raise InputError where the schedule contradicts itself or does not fit into `total_steps`."""
-    if total_steps < 1:
-        raise InputError(
-            f"train: the run has {total_steps} steps, expected at least 1; give more train.steps, tokens or epochs"
-        )
-    check_rates(optim, schedule)
-    if schedule.warmup > total_steps:
-        raise InputError(
-            f"schedule.warmup: found {schedule.warmup} steps, more than the run's {total_steps}; lower it or train "
-            "longer"
-        )
-    if schedule.kind != "wsd":
-        return
-    length = decay_steps(total_steps, schedule)
-    if schedule.decay and not length:
-        raise InputError(
-            f"schedule.decay: a share of {schedule.decay:g} of {total_steps} steps is less than one step; give at "
-            "least 1 step, or 0 on purpose"
-        )
-    if schedule.warmup + length > total_steps:
-        raise InputError(
-            f"schedule: {schedule.warmup} steps of warmup and {length} of decay do not fit into the run's "
-            f"{total_steps}; shorten one"
-        )

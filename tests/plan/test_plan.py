@@ -167,6 +167,12 @@ def test_steps_within_is_the_largest_number_of_steps_that_the_tokens_pay_for(
     assert tokens_before(batch, steps) <= tokens < tokens_before(batch, steps + 1)
 
 
+def test_a_schedule_that_does_not_fit_into_the_run_refuses_the_plan() -> None:
+    told = {"train.steps": "none", "train.tokens": "40960", "schedule.warmup": "20"}
+    (refusal,) = make_plan(load_recipe("nano-3.0", told)).refusals
+    assert refusal.startswith("schedule.warmup: found 20 steps, more than the run's 10")
+
+
 def test_a_length_that_makes_no_whole_step_is_refused() -> None:
     length = {"train.steps": "none", "train.tokens": "100"}
     with pytest.raises(InputError, match=r"100 tokens make no whole step of batch\.tokens_per_step = 4,096"):
@@ -310,7 +316,13 @@ def test_a_continued_run_reads_the_sizes_of_the_model_it_starts_from(tmp_path: A
     folder.mkdir(parents=True)
     fields = {name: value for name, value in presets()["argonne-2.5"].fields.items() if value is not None}
     (folder / "config.json").write_text(json.dumps(fields))
-    length = {"train.steps": "1", "schedule.kind": "constant", "schedule.decay": "none", "model.preset": "none"}
+    length = {
+        "train.steps": "1",
+        "schedule.warmup": "0",
+        "schedule.kind": "constant",
+        "schedule.decay": "none",
+        "model.preset": "none",
+    }
     recipe = load_recipe("nano-3.0", {**length, "model.init_from": json.dumps(str(tmp_path / "run"))})
     assert make_plan(recipe).parameters == 1_273_807_360
     recipe = load_recipe("nano-3.0", {**length, "model.init_from": json.dumps(str(tmp_path / "nothing"))})

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 
 from argonne.config import CHAT_STAGES
+from argonne.keys import check_schedule
 from argonne.plan import device_names, make_plan, published
 from argonne.plan.build import tokens_before, total_steps
 from argonne.presets import presets
 from argonne.recipe import RECIPES, load_recipe, recipe_names, to_toml, to_tree
-from argonne.train.schedule import check_schedule, curve
+from argonne.train.schedule import curve
 
 PUBLISHED: dict[str, dict[str, Any]] = {
     "argonne-1.0-pretrain": {
@@ -132,7 +133,7 @@ def test_the_schedule_of_a_recipe_fits_its_length(name: str) -> None:
     recipe = load_recipe(name)
     steps = total_steps(recipe, partial(tokens_before, recipe.batch), lambda: 100_000_000)  # of an epoch
     assert steps is not None
-    check_schedule(steps, recipe.optim, recipe.schedule)
+    check_schedule(steps, recipe.schedule)
     assert curve(steps, recipe.optim, recipe.schedule)[0][1] > 0
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
+from tests.parallel.pbs import Pbs, with_commands
 from tests.prepare.helpers import content
-from tests.rehearse.commands import Rehearsals
+from tests.rehearse.commands import ROOT, Rehearsals
 
 
 def test_a_chain_is_trained_stopped_resumed_evaluated_exported_and_leaves_nothing(
@@ -14,10 +19,12 @@ def test_a_chain_is_trained_stopped_resumed_evaluated_exported_and_leaves_nothin
     before = content(folder)
     code, said = rehearsals.run("rehearse pre.toml sft.toml", folder)
     assert code == 0, said
-    for name, evaluated in (("pre.toml", "bpb"), ("sft.toml", "turns")):
-        for done in ("trained, and stopped by SIGTERM", "resumed, and complete at step 12", f"evaluated ({evaluated})"):
+    for name, evaluated, steps in (("pre.toml", "bpb", 12), ("sft.toml", "turns", 6)):
+        for done in ("trained, and stopped by SIGTERM", f"resumed, and complete at step {steps}"):
             assert f"{name}: {done}" in said
+        assert f"{name}: evaluated ({evaluated})" in said
         assert f"{name}: exported, proven in a fresh process, and loaded" in said
+        assert re.search(rf"{name}: took \S+ s: training \S+ s, resuming \S+ s, evaluation \S+ s, export \S+ s", said)
     assert "pre.toml: model.hidden_size: 128 -> 32" in said
     assert "sft.toml: model.init_from: runs/pre -> " in said
     assert "not rehearsed: kernels of the card" in said
@@ -47,6 +54,20 @@ def test_launch_hands_nothing_in_before_the_rehearsal_has_passed(rehearsals: Reh
     assert code == 2
     assert "rehearsal: the check of pre.toml: [parallel]" in said
     assert not (folder / "runs").exists()
+
+
+def test_launch_hands_in_what_has_passed_its_rehearsal(folder: Path, tmp_path: Path) -> None:
+    pbs = Pbs(tmp_path / "pbs")
+    words = ["launch", "pbs", "pre.toml", "--rehearse", "--time", "2h"]
+    environment = os.environ | {"PATH": with_commands(pbs), "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-m", "argonne", *words]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "1.server\n"), done.stderr
+    passed, handed_in = "pre.toml: took ", "runs/pre: argonne pretrain pre.toml --run runs/pre\n"
+    assert 0 < done.stderr.index(passed) < done.stderr.index(handed_in)
+    (job,) = pbs.folder.glob("job-*")
+    assert "-m argonne pretrain pre.toml --run runs/pre" in job.read_text()
+    assert not list(tmp_path.glob("argonne-rehearsal-*"))
 
 
 def test_a_card_is_told_to_a_launch_that_rehearses(rehearsals: Rehearsals, folder: Path) -> None:

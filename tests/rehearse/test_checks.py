@@ -45,6 +45,12 @@ def test_a_deadline_without_saves_by_time_has_only_to_be_in_the_future(tmp_path:
         check_run(load_recipe("nano-3.0", {**told, "stop.deadline": "1000"}), tmp_path / "run", Machine())
 
 
+def test_a_warmup_longer_than_the_real_run_is_found_though_the_small_one_has_a_short_one(tmp_path: Path) -> None:
+    told = {"train.steps": "none", "train.tokens": "40960", "schedule.warmup": "20"}
+    with pytest.raises(InputError, match=r"schedule\.warmup: found 20 steps, more than the run's 10"):
+        check_run(load_recipe("nano-3.0", told), tmp_path / "run", Machine())
+
+
 def test_a_card_that_is_too_small_is_told_in_the_words_of_the_plan(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="the run will be refused: memory: a step is planned with"):
         check_run(load_recipe("argonne-3.0-pretrain"), tmp_path / "run", Machine(gpus=1, gpu="l4"))

@@ -162,6 +162,10 @@ FAULTS = {
     "more passes than are allowed": Fault(
         "rehearse pre.toml --train.steps 90000", ("the check of pre.toml", "more than its max_epochs 200")
     ),
+    "a warmup longer than the run": Fault(
+        "rehearse pre.toml --train.steps none --train.tokens 40960",
+        ("the check of pre.toml", "schedule.warmup: found 20 steps, more than the run's 10"),
+    ),
     "a name error in the save path": Fault(
         "rehearse pre.toml",
         ("training of pre.toml", "name 'save_tokeniser' is not defined"),

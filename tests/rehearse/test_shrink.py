@@ -7,16 +7,19 @@ from pathlib import Path
 import pytest
 
 from argonne.config import CHAT_STAGES
+from argonne.data.chat import ChatTemplate
 from argonne.errors import InputError
+from argonne.evaluate.probes import QUESTIONS, questions_of
 from argonne.keys import batches
 from argonne.recipe import load_recipe, recipe_names
-from argonne.rehearse.shrink import RANKS, STEPS, moments, period_of, shrink, write_small
+from argonne.rehearse.shrink import QUESTION, RANKS, STEPS, moments, period_of, shrink, write_small
+from argonne.tokens.tokenizer import load_tokenizer
 
 # All that a rehearsal may change.
 CHANGES = {
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("layer_types", "sliding_window", "sequence_length", "tokens_per_step", "warmup", "decay", "tokens", "epochs"),
-    *("steps", "every_steps", "windows", "sample_tokens", "probes"),
+    *("steps", "every_steps", "windows", "sample_tokens", "probes", "return_memory"),
 }
 
 
@@ -73,11 +76,45 @@ def test_degrees_are_kept_as_far_as_ranks_go_and_each_rank_has_rows() -> None:
     assert any("workers" in said for said in large.untold)
 
 
+@pytest.mark.parametrize(("schedule", "least"), [("1f1b", 4), ("interleaved", 8)])
+def test_a_pipeline_keeps_layers_for_its_stages_micro_batches_for_its_workers_and_a_tied_head(
+    schedule: str, least: int
+) -> None:
+    told = {"parallel.pipeline": "4", "parallel.schedule": schedule, "model.num_hidden_layers": "12"}
+    for micro, rows in (("auto", "1"), ("2", "1")):
+        small = shrink(load_recipe("nano-3.0", {**told, "batch.micro": micro}), workers=4).recipe
+        assert small.model.num_hidden_layers == least
+        assert small.model.tie_word_embeddings
+        assert (small.parallel.pipeline, small.parallel.nproc, small.batch.micro) == (4, 4, int(rows))
+        assert small.batch.tokens_per_step // small.data.sequence_length >= 4
+
+
+def test_a_pipeline_with_too_few_micro_batches_stays_one() -> None:
+    told = {"parallel.pipeline": "4", "batch.micro": "16", "batch.tokens_per_step": "4096"}  # one of 16 rows
+    small = shrink(load_recipe("nano-3.0", told), workers=4).recipe
+    assert small.batch.micro == small.batch.tokens_per_step // small.data.sequence_length == 4
+
+
 def test_a_person_s_own_sizes_of_given_weights_are_made_small_too() -> None:
     given = {"model.init_from": "runs/other", "model.hidden_size": "256", "model.num_hidden_layers": "12"}
     small = shrink(load_recipe("nano-3.0-continue", given))
     assert small.changed["model.hidden_size"] == (256, 32)
     assert small.changed["model.num_hidden_layers"] == (12, 4)
+
+
+def test_answers_that_surely_fit_are_made_few_and_others_stay_for_the_run_to_refuse() -> None:
+    assert shrink(load_recipe("argonne-3.0-cot-sft")).changed["checkpoint.sample_tokens"] == (700, 8)
+    for tokens in ("1000", "2000"):  # of a context of 1,024
+        told = {"checkpoint.sample_tokens": tokens}
+        assert "checkpoint.sample_tokens" not in shrink(load_recipe("nano-3.0-sft", told)).changed
+
+
+@pytest.mark.parametrize("name", ["chatml", "plain"])
+def test_no_question_of_the_probes_takes_more_tokens_than_are_left_for_it(name: str, tokens: Path) -> None:
+    """With any tokenizer: a token is a byte at least."""
+    tokenizer = load_tokenizer(tokens / "tokenizer")
+    for question in questions_of(ChatTemplate(tokenizer, name), QUESTIONS):
+        assert len(tokenizer.decode(question.prompt).encode()) <= QUESTION
 
 
 def test_places_of_the_user_are_left_alone() -> None:

@@ -10,8 +10,8 @@ import pytest
 
 from argonne.config import StopSection
 from argonne.errors import InputError
-from argonne.keys import parse_duration
-from argonne.train.guard import NonFinitePolicy, StopWatch, parse_deadline
+from argonne.keys import parse_deadline, parse_duration
+from argonne.train.guard import NonFinitePolicy, StopWatch
 
 
 @pytest.mark.parametrize(

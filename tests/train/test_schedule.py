@@ -11,9 +11,15 @@ from hypothesis import strategies as st
 
 from argonne.config import OptimSection, RateChange, ScheduleSection
 from argonne.errors import InputError
-from argonne.train.schedule import check_schedule, curve, decay_steps, final_rate, learning_rate
+from argonne.keys import check_rates, check_schedule, decay_steps
+from argonne.train.schedule import curve, final_rate, learning_rate
 
 PEAK = OptimSection(lr=3e-4)
+
+
+def check(total: int, schedule: ScheduleSection) -> None:
+    check_rates(PEAK, schedule)
+    check_schedule(total, schedule)
 
 
 def rates(total: int, schedule: ScheduleSection, optim: OptimSection = PEAK) -> list[float]:
@@ -127,4 +133,4 @@ def test_the_printed_curve_covers_the_first_and_the_last_step() -> None:
 )
 def test_a_schedule_that_cannot_be_meant_is_refused(total: int, schedule: ScheduleSection, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        check_schedule(total, PEAK, schedule)
+        check(total, schedule)
