@@ -210,25 +210,28 @@ def record_start(
     # The weights say what the model is: of a preset beside them only some defaults are left.
     origin = f"from {recipe.model.init_from}" if recipe.model.init_from else recipe.model.preset or "sizes of its own"
     log(f"model: {parameters:,} parameters, {recipe.model.num_hidden_layers} layers, {origin}")
-    parts = mesh.pipeline * mesh.inner // mesh.context * (mesh.shard * mesh.context if mesh.shard > 1 else 1)
-    spread = f" ({mesh.world_size // parts} copies in {parts} parts)" if parts > 1 else ""
-    spread += f", each row in {mesh.context} parts" if mesh.context > 1 else ""
     log(
         f"batch: {rows * length:,} tokens a step = {rows} rows x {length}, {micro_rows} rows a micro-batch on "
-        f"{mesh.world_size} x {mesh.device.type}{spread}; {total_steps:,} steps, {data.tokens_before(total_steps):,} "
-        "tokens"
+        f"{mesh.world_size} x {mesh.device.type}{_spread(mesh, rows, micro_rows)}; {total_steps:,} steps, "
+        f"{data.tokens_before(total_steps):,} tokens"
     )
-    if mesh.pipeline > 1:
-        number = -(-rows // mesh.data_size // micro_rows)
-        log(
-            f"pipeline: {mesh.stages} stages a worker, {mesh.schedule}, {number} micro-batches: idle "
-            f"{idle_share(mesh.pipeline, mesh.stages, number):.0%} of a step"
-        )
     rates = "  ".join(f"{step}: {rate:.3g}" for step, rate in curve(total_steps, recipe.optim, recipe.schedule))
     log(f"learning rate at steps {rates}")
     if short := short_base(recipe.model, sizes.head_dim, sizes.max_position_embeddings):
         log(f"warning: {short}")
     log(start.description)
+
+
+def _spread(mesh: Mesh, rows: int, micro_rows: int) -> str:
+    """How the model, and the rows of a step, lie over the workers."""
+    parts = mesh.pipeline * mesh.inner // mesh.context * (mesh.shard * mesh.context if mesh.shard > 1 else 1)
+    told = f" ({mesh.world_size // parts} copies in {parts} parts)" if parts > 1 else ""
+    told += f", each row in {mesh.context} parts" if mesh.context > 1 else ""
+    if mesh.pipeline > 1:
+        number = -(-rows // mesh.data_size // micro_rows)
+        idle = idle_share(mesh.pipeline, mesh.stages, number)
+        told += f", {mesh.pipeline * mesh.stages} stages, {mesh.schedule}, idle {idle:.0%} of a step"
+    return told
 
 
 def build(session: Session, opened: Opened, run: RunFolder, mesh: Mesh, log: Callable[[str], None]) -> Built:

@@ -79,7 +79,7 @@ def test_it_samples_from_its_checkpoints_and_says_which_layers_lie_where(nano: N
     (tmp_path / "recipe.toml").write_text(to_toml(nano(**asked, **mesh(2))))
     command = [sys.executable, "-m", "argonne", "pretrain", str(tmp_path / "recipe.toml"), "--run", "two"]
     told = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stderr
-    assert "pipeline: 1 stages a worker, 1f1b, 2 micro-batches: idle 33% of a step" in told
+    assert "(1 copies in 2 parts), 2 stages, 1f1b, idle 33% of a step" in told
     assert "pipeline: layers 0-1 | 2" in told
     samples = [[record["text"] for record in read_metrics(tmp_path / name).of("sample")] for name in ("one", "two")]
     assert samples[0] == samples[1] != []
