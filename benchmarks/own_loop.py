@@ -146,7 +146,7 @@ def timed_steps(
 
     mesh = Mesh(device=torch.device(device))
     model: Any = build_model(config_from_fields(architecture_fields(recipe.model)), seed=0, device=device).train()
-    configure_model(model, recipe, choose_setup(recipe, planned_device(mesh)))
+    configure_model(model, recipe, choose_setup(recipe, planned_device(mesh.device)))
     precision = Precision(recipe.train.precision, mesh.device)
     parallelised = in_one_call(model, model, mesh, next_token, precision)
     optimizer = build_optimizer(model, recipe.optim, mesh)
