@@ -9,14 +9,23 @@ export TOKENIZERS_PARALLELISM ?= true
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+# Without an NVIDIA card torch comes from PyTorch's own index, without CUDA: 200 MB instead of several GB.
+TORCH_INDEX ?= $(shell command -v nvidia-smi >/dev/null || test -n "$$PIP_FIND_LINKS" || test "$$(uname)" = Darwin || echo --extra-index-url https://download.pytorch.org/whl/cpu)
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+$(VENV)/.runs: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "argonne needs Python 3.11 or 3.12; none was found. Set PYTHON=/path/to/python3.11"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(PIP) $(TORCH_INDEX) torch
+	$(PIP) --editable .
 	@touch $@
 
-demo: install
+$(VENV)/.installed: $(VENV)/.runs
+	$(PIP) --editable '.[dev]'
+	@touch $@
+
+# Takes nothing that only developing needs.
+demo: $(VENV)/.runs
 	$(BIN)/argonne demo --out demo
 
 # Two tests at a time, with one thread each: a test of several ranks uses both cores alone.

@@ -69,6 +69,7 @@ def fresh_clone(folder: Path) -> Path:
         shutil.copyfile(ROOT / name, folder / name)
     (folder / ".venv").mkdir()
     (folder / ".venv" / "bin").symlink_to(Path(sys.executable).parent)
+    (folder / ".venv" / ".runs").touch()
     (folder / ".venv" / ".installed").touch()
     return folder
 

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -238,9 +239,11 @@ class MetricsLog:
         """Record that a session starts or resumes at `step`; open the other places that the recipe asks for."""
         if self._file is None:
             return
-        name, log, failures = self.folder.resolve().name, self.log, []
+        name, log, installed, failures = self.folder.resolve().name, self.log, find_spec("tensorboard"), []
         makers = {
-            "tensorboard": log.tensorboard and partial(_tensorboard, self.folder / layout.TENSORBOARD, step),
+            "tensorboard": installed
+            and log.tensorboard
+            and partial(_tensorboard, self.folder / layout.TENSORBOARD, step),
             "wandb": log.wandb and partial(_wandb, log.wandb, name, run_id, recipe, self.folder),
             "trackio": log.trackio and partial(_trackio, log.trackio, f"{name}-{run_id}", recipe),
         }

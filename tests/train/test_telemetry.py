@@ -118,6 +118,14 @@ def test_a_run_without_a_library_it_was_to_write_with_says_so_and_trains(
     assert capfd.readouterr().err.count(f"warning: {warning['message']}") == 1
 
 
+def test_where_tensorboard_is_not_installed_nothing_is_said_of_it(
+    nano: Nano, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("argonne.train.telemetry.find_spec", lambda name: None)
+    assert run(nano(**{"log.tensorboard": "true"}), tmp_path / "run").outcome.complete
+    assert read_metrics(tmp_path / "run").of("warning") == []
+
+
 def test_an_idle_night_is_no_work_though_a_library_is_missing_the_next_day(
     nano: Nano, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
