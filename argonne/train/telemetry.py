@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -239,11 +238,9 @@ class MetricsLog:
         """Record that a session starts or resumes at `step`; open the other places that the recipe asks for."""
         if self._file is None:
             return
-        name, log, installed, failures = self.folder.resolve().name, self.log, find_spec("tensorboard"), []
+        name, log, failures = self.folder.resolve().name, self.log, []
         makers = {
-            "tensorboard": installed
-            and log.tensorboard
-            and partial(_tensorboard, self.folder / layout.TENSORBOARD, step),
+            "tensorboard": log.tensorboard and partial(_tensorboard, self.folder / layout.TENSORBOARD, step),
             "wandb": log.wandb and partial(_wandb, log.wandb, name, run_id, recipe, self.folder),
             "trackio": log.trackio and partial(_trackio, log.trackio, f"{name}-{run_id}", recipe),
         }
@@ -252,7 +249,8 @@ class MetricsLog:
                 if callable(make):
                     self._writers[kind] = make()
             except ImportError as error:
-                failures.append(f"{kind} is off: {error}; pip install 'argonne[{kind}]', or turn log.{kind} off")
+                if error.name != "tensorboard":  # it is written where it is installed
+                    failures.append(f"{kind} is off: {error}; pip install 'argonne[{kind}]', or turn log.{kind} off")
             except Exception as error:  # telemetry never stops a run
                 failures.append(f"{kind} is off: {first_line(error)}")
         self.write(event, step, **values)

@@ -121,7 +121,9 @@ def test_a_run_without_a_library_it_was_to_write_with_says_so_and_trains(
 def test_where_tensorboard_is_not_installed_nothing_is_said_of_it(
     nano: Nano, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("argonne.train.telemetry.find_spec", lambda name: None)
+    for name in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
     assert run(nano(**{"log.tensorboard": "true"}), tmp_path / "run").outcome.complete
     assert read_metrics(tmp_path / "run").of("warning") == []
 
