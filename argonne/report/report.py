@@ -209,13 +209,10 @@ def _compared_head(runs: list[ReportedRun]) -> list[str]:
         for key, (first, other) in differences(trees[0], tree).items():
             changed.setdefault(key, [str(first)] * len(runs))[number] = str(other)
     if changed:
-        parts.append(page.heading("What differs in the configuration"))
-        parts.append(
-            page.table(
-                ["key", *(run.name for run in runs)],
-                [[key, *values] for key, values in sorted(changed.items())],
-            )
-        )
+        rows = [[key, *values] for key, values in sorted(changed.items())]
+        title = f"What differs in the configuration ({len(rows)})"
+        table = page.table(["key", *(run.name for run in runs)], rows)
+        parts.append(page.folded(title, table, is_open=len(rows) <= 8))
     return parts
 
 

@@ -31,7 +31,8 @@ def page(title: str, body: Iterable[str], scripts: Sequence[str] = ()) -> str:
         *(f"<style>\n{(_FOLDER / name).read_text()}</style>" for name in STYLE),
     ]
     end = [*(f"<script>{text}</script>" for text in texts), "</body>", "</html>", ""]
-    return "\n".join(["<!doctype html>", '<html lang="en">', "<head>", *head, "</head>", "<body>", *body, *end])
+    begin = ["<!doctype html>", '<html lang="en">', "<head>", *head, "</head>", "<body>", "<main>"]
+    return "\n".join([*begin, *body, "</main>", *end])
 
 
 def controls() -> str:
@@ -52,6 +53,7 @@ def table(
 
     def cell(text: str, column: int, tag: str, swatch: str = "") -> str:
         kind = ' class="number"' if column in numbers else ""
+        tag = tag if text else "td"  # a heading without a text heads nothing
         return f"<{tag}{kind}>{swatch if column == 0 else ''}{escape(text)}</{tag}>"
 
     def line(row: Sequence[str], tag: str, swatch: str = "") -> str:

@@ -66,7 +66,8 @@ function compact(value, apart) {
   const [unit, letter] = [[1e12, "T"], [1e9, "B"], [1e6, "M"], [1e5, "k"]].find(([size]) => Math.abs(value) >= size)
     ?? [1, ""];
   const size = letter === "k" ? 1e3 : unit;
-  const digits = Math.min(6, Math.max(0, Math.ceil(-Math.log10(apart / size) - 1e-9)));
+  let digits = 0;
+  for (let rest = apart / size; digits < 6 && Math.abs(rest - Math.round(rest)) > 1e-6 * rest; rest *= 10) digits += 1;
   return (value / size).toLocaleString("en", { maximumFractionDigits: digits }) + letter;
 }
 
@@ -97,8 +98,9 @@ function remember() {
 function recall() {
   const kept = new URLSearchParams(location.hash.slice(1));
   const windows = WINDOWS.filter((window) => window < Math.max(lastStep, 11));
-  const records = Math.max(...data.steps.map((steps) => steps.length));
-  const usual = Math.max(5 * lastStep / records, lastStep / 50); // five records at least, a fiftieth of a long run
+  const smooth = data.panels.flatMap((panel) => panel.curves.filter((curve) => curve.smooth));
+  const apart = Math.max(...smooth.map((curve) => data.steps[curve.steps].at(-1) / curve.values.length));
+  const usual = Math.max(5 * apart, lastStep / 50); // five records at least, a fiftieth of a long run
   const asked = Number(kept.get("smooth") ?? NaN);
   state.x = known(kept.get("x")) ? kept.get("x") : "step";
   state.smooth = windows.includes(asked) ? asked : windows.find((window) => window >= usual) ?? windows.at(-1);
@@ -343,7 +345,8 @@ function reloadLater() {
 }
 
 recall();
-controls.hidden = false;
 listen();
 drawAll();
+controls.hidden = false;
+document.getElementById("unscripted").hidden = true;
 if (data.live) reloadLater();
