@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -27,6 +27,7 @@ _KEY_TO_MARKS = (
     "Vertical lines: resumed (dashed), stopped (dotted), step skipped (solid), warning or key changed (dotted). Hover "
     "for values, drag to zoom, double-click for the whole range."
 )
+_SIZES = {"num_hidden_layers": "layers", "hidden_size": "wide", "vocab_size": "tokens in the vocabulary"}
 _LOOK_AGAIN = 10.0  # seconds between two looks at the records of a run that lives
 
 
@@ -161,17 +162,12 @@ def _number(value: Any, form: str) -> str:
     return format(value, form) if isinstance(value, int | float) else "n/a"
 
 
-def _model(run: ReportedRun) -> str:
-    """The model in a line: what it is made of, as far as the run says."""
+def _model(run: ReportedRun, sizes: Iterable[str] = _SIZES) -> str:
+    """The model in a line: its preset, its parameters and these of its sizes, as far as the run says."""
     model = tomllib.loads(run.config_text).get("model", {})
     parameters = run.manifest.get("parameters")
     parts = [str(model.get("preset") or ""), f"{files.human(parameters)} parameters" if parameters else ""]
-    for key, name in (
-        ("num_hidden_layers", "layers"),
-        ("hidden_size", "wide"),
-        ("vocab_size", "tokens in the vocabulary"),
-    ):
-        parts.append(f"{model[key]:,} {name}" if key in model else "")
+    parts += [f"{model[key]:,} {_SIZES[key]}" for key in sizes if key in model]
     return ", ".join(part for part in parts if part)
 
 
@@ -194,7 +190,7 @@ def _compared_head(runs: list[ReportedRun]) -> list[str]:
     rows = []
     for number in ranked:
         values = [facts[number].get(name, "n/a") for name in shown]
-        rows.append([runs[number].name, *values, _model(runs[number]), runs[number].state])
+        rows.append([runs[number].name, *values, _model(runs[number], ["num_hidden_layers"]), runs[number].state])
     parts = [page.paragraph("Ranked by held-out loss, lowest first."), _not_alike(runs)]
     parts.append(
         page.table(["run", *shown, "model", "state"], rows, numbers=range(1, len(shown) + 1), row_colours=ranked)

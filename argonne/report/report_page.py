@@ -61,7 +61,8 @@ def table(
 
     swatches = (f'<i class="swatch" style="color: var({colour_variable(number)})"></i>' for number in row_colours)
     body = "".join(line(row, "td", next(swatches, "")) for row in rows)
-    return f'<div class="scroll"><table><thead>{line(header, "th")}</thead><tbody>{body}</tbody></table></div>'
+    kind = ' class="ranked"' if row_colours else ""
+    return f'<div class="scroll"><table{kind}><thead>{line(header, "th")}</thead><tbody>{body}</tbody></table></div>'
 
 
 def paragraph(text: str, kind: str = "quiet") -> str:

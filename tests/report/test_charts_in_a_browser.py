@@ -318,7 +318,7 @@ def test_a_phone_shows_it_without_scrolling_sideways(opened: Open, count: int) -
     report = opened(count, viewport={"width": 420, "height": 800})
     report.fits()
     high = report.page.evaluate("Math.max(...[...document.querySelectorAll('tr')].map((row) => row.offsetHeight))")
-    assert high < 200
+    assert high < 120
     wide = report.page.evaluate("charts.map((chart) => [chart.width, chart.root.parentElement.clientWidth])")
     assert all(drawn == room for drawn, room in wide)
     report.page.set_viewport_size({"width": 900, "height": 800})

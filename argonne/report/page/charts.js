@@ -240,8 +240,9 @@ function showTip(chart, tip, panel, lines) {
   }
   tip.replaceChildren(...rows);
   const { clientWidth: wide, clientHeight: high } = chart.over;
-  const beside = left + 14 + tip.offsetWidth > wide ? left - 14 - tip.offsetWidth : left + 14;
-  tip.style.left = `${Math.max(-50, beside)}px`;
+  const right = left < wide / 2; // where there is more room, and never out of the chart's frame
+  const beside = right ? Math.min(left + 14, wide + 14 - tip.offsetWidth) : Math.max(-54, left - 14 - tip.offsetWidth);
+  tip.style.left = `${beside}px`;
   tip.style.top = `${Math.max(0, Math.min(top - 10, high - tip.offsetHeight))}px`;
 }
 
