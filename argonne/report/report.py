@@ -78,7 +78,7 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
         body += _details(run, len(runs) > 1)
     body.append(embedded([(run.name, run.metrics) for run in runs], panels, live))
     target.parent.mkdir(parents=True, exist_ok=True)
-    files.write_text(target, page.page(f"{title} - argonne", body, scripts=page.CHARTS))
+    files.write_text(target, page.page(f"{title} - argonne", body, charts=True))
     return target
 
 

@@ -12,15 +12,16 @@ from pathlib import Path
 
 from argonne.report.curves import colour_variable
 
-_FOLDER = Path(__file__).with_name("page")
-STYLE = ("uPlot-1.6.32.min.css", "report.css")
-CHARTS = ("uPlot-1.6.32.iife.min.js", "charts.js")
+_CHARTS = ("uPlot-1.6.32.iife.min.js", "charts.js")
 
 
-def page(title: str, body: Iterable[str], scripts: Sequence[str] = ()) -> str:
-    """The document; scripts: files of the folder `page`, run in this order when all else is there."""
-    texts = [(_FOLDER / name).read_text() for name in scripts]
-    hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts]
+def page(title: str, body: Iterable[str], charts: bool = False) -> str:
+    """The document; charts: with the scripts that draw the curves in it, run when all else is there."""
+    style, scripts, licence = _file("report.css"), [], ""
+    if charts:
+        style, scripts = _file("uPlot-1.6.32.min.css") + style, [_file(name) for name in _CHARTS]
+        licence = f"<!-- uPlot 1.6.32, https://github.com/leeoniya/uPlot\n{_file('uPlot-LICENSE')}-->"
+    hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts]
     allowed = " ".join(f"'sha256-{found}'" for found in hashes) or "'none'"
     policy = f"default-src 'none'; base-uri 'none'; form-action 'none'; style-src 'unsafe-inline'; script-src {allowed}"
     head = [
@@ -28,16 +29,20 @@ def page(title: str, body: Iterable[str], scripts: Sequence[str] = ()) -> str:
         f'<meta http-equiv="content-security-policy" content="{policy}">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{escape(title)}</title>",
-        *(f"<style>\n{(_FOLDER / name).read_text()}</style>" for name in STYLE),
+        f"<style>\n{style}</style>",
     ]
-    end = [*(f"<script>{text}</script>" for text in texts), "</body>", "</html>", ""]
     begin = ["<!doctype html>", '<html lang="en">', "<head>", *head, "</head>", "<body>", "<main>"]
-    return "\n".join([*begin, *body, "</main>", *end])
+    end = ["</main>", licence, *(f"<script>{text}</script>" for text in scripts), "</body>", "</html>", ""]
+    return "\n".join([*begin, *body, *end])
+
+
+def _file(name: str) -> str:
+    return (Path(__file__).with_name("page") / name).read_text()
 
 
 def controls() -> str:
     """What the reader may switch; hidden where no script runs, and a word instead."""
-    return (_FOLDER / "controls.html").read_text()
+    return _file("controls.html")
 
 
 def cards(facts: Sequence[tuple[str, str]]) -> str:

@@ -300,6 +300,15 @@ def test_without_scripts_the_last_values_stand_there_and_a_word_says_why(browser
     page.context.close()
 
 
+def test_no_script_runs_but_those_the_page_was_written_with(browser: Browser, runs: list[Path]) -> None:
+    file = write_report(runs[:1])
+    file.write_text(file.read_text().replace("</main>", "<script>window.ran = 1</script></main>"))
+    page = browser.new_context().new_page()
+    page.goto(file.as_uri())
+    assert page.evaluate("[typeof window.ran, charts.length > 0]") == ["undefined", True]
+    page.context.close()
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("count", [1, 3])
 def test_anyone_can_read_and_reach_it_in_either_theme(opened: Open, scheme: str, count: int) -> None:
