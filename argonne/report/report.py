@@ -28,7 +28,7 @@ _KEY_TO_MARKS = (
     "for values, drag to zoom, double-click for the whole range."
 )
 _SIZES = {"num_hidden_layers": "layers", "hidden_size": "wide", "vocab_size": "tokens in the vocabulary"}
-_LOOK_AGAIN = 10.0  # seconds between two looks at the records of a run that lives
+_LOOK_AGAIN = 20.0  # seconds between two looks at the records of a run that lives
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,11 @@ def watch_report(
         live = any(map(_lives, folders))  # before it is read: what a run wrote last is in the page
         seen = _sizes(folders)
         target = write_report(folders, out)
-        while live and _sizes(folders) == seen and any(map(_lives, folders)):
-            wait(_LOOK_AGAIN)
         if not live:
             return target
+        wait(_LOOK_AGAIN)  # in any case: the page of a long run takes seconds of a core that trains
+        while _sizes(folders) == seen and any(map(_lives, folders)):
+            wait(_LOOK_AGAIN)
 
 
 def _lives(folder: Path) -> bool:
