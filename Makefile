@@ -35,7 +35,7 @@ test: install lint
 test-all: install lint
 	$(BIN)/python -m pytest -m 'not gpu and not browser'
 
-# The chat page in Debian's Chromium, with axe's accessibility rules; both are fetched where they are missing.
+# The chat page and the report in Debian's Chromium, with axe's accessibility rules; both are fetched where they are missing.
 AXE := axe-core@4.14.1
 test-page: install .cache/axe.min.js /usr/bin/chromium
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser

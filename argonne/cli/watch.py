@@ -6,7 +6,6 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from argonne import layout
 from argonne.cli.command import Verbs, json_flag, show
 from argonne.errors import InputError
 
@@ -20,6 +19,9 @@ def add_verbs(verb: Verbs, arguments: Sequence[str]) -> None:
     report = verb("report", write_page)
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     report.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the first run")
+    report.add_argument(
+        "--watch", action="store_true", help="write the page again when the records grow, until no run lives"
+    )
     inspect = verb("inspect", inspect_artifact)
     inspect.add_argument("path", type=Path, metavar="PATH", help="token set, run, checkpoint or exported model")
     inspect.add_argument(
@@ -44,11 +46,9 @@ def list_all(options: argparse.Namespace) -> None:
 
 
 def write_page(options: argparse.Namespace) -> None:
-    for run in options.runs:
-        layout.metrics_of(run)  # before matplotlib is loaded
-    from argonne.report.report import write_report
+    from argonne.report.report import watch_report, write_report
 
-    print(write_report(options.runs, options.out))
+    print((watch_report if options.watch else write_report)(options.runs, options.out))
 
 
 def inspect_artifact(options: argparse.Namespace) -> None:

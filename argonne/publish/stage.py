@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +117,9 @@ def write_card(staged: Staged, record: dict[str, Any], results: Sequence[Any], l
 
 
 def draw_loss(past: Sequence[Trained], file: Path) -> bool:
-    """Loss by step of each training, beside one another; False where none has a record of it."""
+    """Loss by step of each training, beside one another; False where none has a record of it, or, as is told, nothing
+    here draws.
+    """
     curves = []
     for training in past:
         if not (training.run / layout.METRICS).is_file():
@@ -127,7 +130,11 @@ def draw_loss(past: Sequence[Trained], file: Path) -> bool:
             curves.append((training.state["recipe"]["stage"], steps, losses, metrics.series("held_out", "loss")))
     if not curves:
         return False
-    from matplotlib.figure import Figure
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        print(f"warning: the card has no picture of the loss: {error}; pip install 'argonne[plots]'", file=sys.stderr)
+        return False
 
     figure = Figure(figsize=(3.2 * max(2, len(curves)), 2.8), layout="constrained")
     for place, (title, steps, losses, (held_steps, held)) in zip(

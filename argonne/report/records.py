@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,14 @@ APART = {"warning": "message", "task": "task"}  # event -> what tells several of
 @dataclass(frozen=True)
 class Metrics:
     """The records of one run that count, in step order. hours: of all its sessions, each from its beginning to its last
-    record; None where no record has a time.
+    record; None where no record has a time. worked: the hours when the first record of a step was written, by step.
     """
 
     path: Path
     records: tuple[Record, ...]
     lines: int
     hours: float | None
+    worked: Mapping[int, float]
     problems: tuple[str, ...]
 
     def of(self, event: str) -> list[Record]:
@@ -68,6 +70,7 @@ def read_metrics(path: Path) -> Metrics:
     file = layout.metrics_of(path)
     problems: list[str] = []
     kept: dict[tuple[str, int, str], Record] = {}
+    worked: dict[int, float] = {}
     lines, seconds, earlier = 0, 0.0, None
     for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
         if not line.strip():
@@ -89,12 +92,15 @@ def read_metrics(path: Path) -> Metrics:
             earlier = moment
         if event in BEGINS:
             kept = {key: held for key, held in kept.items() if held["step"] <= step}
+            worked = {at: hours for at, hours in worked.items() if at <= step}
+        if earlier is not None:
+            worked.setdefault(step, seconds / 3600)
         key = (event, step, str(record.get(APART[event], "")) if event in APART else "")
         kept.pop(key, None)
         kept[key] = record
     ordered = sorted(kept.values(), key=lambda record: record["step"])
     hours = None if earlier is None else seconds / 3600
-    return Metrics(file, tuple(ordered), lines, hours, tuple(problems))
+    return Metrics(file, tuple(ordered), lines, hours, dict(sorted(worked.items())), tuple(problems))
 
 
 def smoothed(values: list[float], share: float = 0.02) -> list[float]:

@@ -1,11 +1,12 @@
-"""`argonne report`: one or several runs -> one self-contained HTML page with plots."""
+"""`argonne report`: one or several runs -> one self-contained HTML page with curves."""
 
 from __future__ import annotations
 
 import math
 import statistics
+import time
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -17,14 +18,17 @@ from argonne.errors import InputError
 from argonne.recipe import differences
 from argonne.report import probes_page
 from argonne.report import report_page as page
+from argonne.report.curves import embedded, figure
+from argonne.report.panels import event_text, panels_of
 from argonne.report.records import Metrics, read_metrics, smoothed
-from argonne.report.report_plots import Curve, Mark, Panel
+from argonne.report.runs import is_running
 
 _KEY_TO_MARKS = (
-    "Horizontal axis: step. Vertical lines: resumed (dashed), stopped (dotted), step skipped (solid), warning or key "
-    "changed (dotted)."
+    "Vertical lines: resumed (dashed), stopped (dotted), step skipped (solid), warning or key changed (dotted). Hover "
+    "for values, drag to zoom, double-click for the whole range."
 )
-_MARKS = ("resume", "stop", "skip", "warning", "change")
+_SIZES = {"num_hidden_layers": "layers", "hidden_size": "wide", "vocab_size": "tokens in the vocabulary"}
+_LOOK_AGAIN = 20.0  # seconds between two looks at the records of a run that lives
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class ReportedRun:
     config_text: str
     manifest: dict[str, Any]
     state: str
+    running: bool
     problems: tuple[str, ...]
 
 
@@ -56,18 +61,49 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
     ]
     target = out or Path(folders[0]) / layout.REPORT
     title = " and ".join(run.name for run in runs) if len(runs) < 3 else f"{len(runs)} runs"
+    live = any(run.running for run in runs)
     body = [page.heading(title, 1)]
     for run in runs:
         body += [page.paragraph(f"{run.name}: {problem}", "alert") for problem in run.problems]
-    body += _compared_head(runs) if len(runs) > 1 else [page.paragraph(runs[0].state), page.cards(_facts(runs[0]))]
-    last_step = max(run.metrics.records[-1]["step"] for run in runs)
-    body += [page.heading("Curves"), page.paragraph(_KEY_TO_MARKS)]
-    body += ['<div class="panels">', *(page.figure(panel, last_step) for panel in _panels(runs)), "</div>"]
+    body += _compared_head(runs) if len(runs) > 1 else _head(runs[0])
+    if live:
+        again = f"argonne report {' '.join(map(str, folders))}{f' --out {out}' if out else ''} --watch"
+        body.append(
+            page.paragraph(f"Written at {datetime.now(UTC):%H:%M:%S} UTC. `{again}` keeps the page up to date.")
+        )
+    panels = panels_of([(run.name, run.metrics) for run in runs])
+    body += [page.heading("Curves"), page.controls(), page.paragraph(_KEY_TO_MARKS)]
+    body += ['<div class="panels">', *(figure(panel, number) for number, panel in enumerate(panels)), "</div>"]
     for run in runs:
         body += _details(run, len(runs) > 1)
+    body.append(embedded([(run.name, run.metrics) for run in runs], panels, live))
     target.parent.mkdir(parents=True, exist_ok=True)
-    files.write_text(target, page.page(f"{title} - argonne", body))
+    files.write_text(target, page.page(f"{title} - argonne", body, charts=True))
     return target
+
+
+def watch_report(
+    folders: Sequence[Path], out: Path | None = None, *, wait: Callable[[float], object] = time.sleep
+) -> Path:
+    """Write the page, and again whenever a run's records grew, until none of the runs lives."""
+    while True:
+        live = any(map(_lives, folders))  # before it is read: what a run wrote last is in the page
+        seen = _sizes(folders)
+        target = write_report(folders, out)
+        if not live:
+            return target
+        wait(_LOOK_AGAIN)  # in any case: the page of a long run takes seconds of a core that trains
+        while _sizes(folders) == seen and any(map(_lives, folders)):
+            wait(_LOOK_AGAIN)
+
+
+def _lives(folder: Path) -> bool:
+    """Is the run being trained? One that wrote its marker has ended, though its process still draws this page."""
+    return layout.ending_of(folder) is None and is_running(folder)
+
+
+def _sizes(folders: Sequence[Path]) -> list[int]:
+    return [layout.metrics_of(folder).stat().st_size for folder in folders]
 
 
 def _read_run(folder: Path, name: str) -> ReportedRun:
@@ -79,11 +115,13 @@ def _read_run(folder: Path, name: str) -> ReportedRun:
     config, manifest = folder / layout.CONFIG, folder / layout.MANIFEST
     problems += [f"{file.name} is missing" for file in (config, manifest) if not file.is_file()]
     ending = layout.ending_of(folder)  # the run's markers, never its name
-    state = f"{ending.lower() if ending else 'not complete, last run'} at step {metrics.records[-1]['step']:,}"
     found = files.read_json(manifest) if manifest.is_file() else {}
-    return ReportedRun(
-        name, folder, metrics, config.read_text() if config.is_file() else "", found, state, tuple(problems)
-    )
+    running = _lives(folder)
+    state = "running" if running else ending.lower() if ending else "not complete, last run"
+    state += f" at step {metrics.records[-1]['step']:,}"
+    state += f" of {found['total_steps']:,}" if running and found.get("total_steps") else ""
+    text = config.read_text() if config.is_file() else ""
+    return ReportedRun(name, folder, metrics, text, found, state, running, tuple(problems))
 
 
 # ---------------------------------------------------------------------------------------------------------------- facts
@@ -125,132 +163,62 @@ def _number(value: Any, form: str) -> str:
     return format(value, form) if isinstance(value, int | float) else "n/a"
 
 
+def _model(run: ReportedRun, sizes: Iterable[str] = _SIZES) -> str:
+    """The model in a line: its preset, its parameters and these of its sizes, as far as the run says."""
+    model = tomllib.loads(run.config_text).get("model", {})
+    parameters = run.manifest.get("parameters")
+    parts = [str(model.get("preset") or ""), f"{files.human(parameters)} parameters" if parameters else ""]
+    parts += [f"{model[key]:,} {_SIZES[key]}" for key in sizes if key in model]
+    return ", ".join(part for part in parts if part)
+
+
+def _head(run: ReportedRun) -> list[str]:
+    parts = [page.paragraph(model, "model")] if (model := _model(run)) else []
+    return [*parts, page.paragraph(run.state), page.cards(_facts(run))]
+
+
+def _rank(run: ReportedRun) -> float:
+    """The last held-out loss; what has none comes last."""
+    value = (run.metrics.last("held_out") or {}).get("loss")
+    return value if isinstance(value, int | float) and math.isfinite(value) else math.inf
+
+
 def _compared_head(runs: list[ReportedRun]) -> list[str]:
     facts = [dict(_facts(run)) for run in runs]
-    rows = [["state", *(run.state for run in runs)]]
-    rows += [
-        [name, *(each.get(name, "") for each in facts)]
-        for name in dict.fromkeys(name for each in facts for name in each)
-    ]
-    parts = [page.table(["", *(run.name for run in runs)], rows, numbers=range(1, len(runs) + 1), swatches=True)]
+    ranked = sorted(range(len(runs)), key=lambda number: _rank(runs[number]))
+    shown = ["held-out loss, last", "held-out bits per byte", "training loss, smoothed", "tokens", "time at work"]
+    shown = [name for name in shown if any(name in each for each in facts)]
+    rows = []
+    for number in ranked:
+        values = [facts[number].get(name, "n/a") for name in shown]
+        rows.append([runs[number].name, *values, _model(runs[number], ["num_hidden_layers"]), runs[number].state])
+    parts = [page.paragraph("Ranked by held-out loss, lowest first."), _not_alike(runs)]
+    parts.append(
+        page.table(["run", *shown, "model", "state"], rows, numbers=range(1, len(shown) + 1), row_colours=ranked)
+    )
+    others = [name for name in dict.fromkeys(name for each in facts for name in each) if name not in shown]
+    rows = [[name, *(each.get(name, "") for each in facts)] for name in others]
+    more = page.table(["", *(run.name for run in runs)], rows, numbers=range(1, len(runs) + 1))
+    parts.append(page.folded("Steps, speed, memory, waiting", more))
     trees = [tomllib.loads(run.config_text) for run in runs]
     changed: dict[str, list[str]] = {}
     for number, tree in enumerate(trees):
         for key, (first, other) in differences(trees[0], tree).items():
             changed.setdefault(key, [str(first)] * len(runs))[number] = str(other)
     if changed:
-        parts.append(page.heading("What differs in the configuration"))
-        parts.append(
-            page.table(
-                ["key", *(run.name for run in runs)],
-                [[key, *values] for key, values in sorted(changed.items())],
-            )
-        )
+        rows = [[key, *values] for key, values in sorted(changed.items())]
+        title = f"What differs in the configuration ({len(rows)})"
+        table = page.table(["key", *(run.name for run in runs)], rows)
+        parts.append(page.folded(title, table, is_open=len(rows) <= 8))
     return parts
 
 
-# --------------------------------------------------------------------------------------------------------------- curves
-
-
-def _panels(runs: list[ReportedRun]) -> list[Panel]:
-    marks = [
-        Mark(row["step"], kind, number if len(runs) > 1 else None)
-        for number, run in enumerate(runs)
-        for kind in _MARKS
-        for row in run.metrics.of(kind)
-    ]
-
-    def plain(event: str, name: str) -> list[Curve]:
-        return [curve for number, run in enumerate(runs) for curve in _curve(run, number, event, (name,), run.name)]
-
-    def by_source(event: str, name: str) -> list[Curve]:
-        sources = dict.fromkeys(source for run in runs for source in run.metrics.sources())
-        return _told_apart(runs, event, {source: ("sources", source, name) for source in sources})
-
-    stalls = {"for data": ("wait_data_seconds",), "for saves": ("wait_save_seconds",)}
-    speeds = {
-        "since the record before": ("tokens_per_second",),
-        "mean of the session": ("tokens_per_second_mean",),
-    }
-    shares = {
-        "end their turn": ("stopped",),
-        "repetition": ("repetition",),
-        "question's language": ("same_language",),
-        "think, and close it": ("closed",),
-    }
-    lengths = {"answer": ("length",), "thought": ("trace_length",)}
-    panels = [
-        _loss_panel(runs, marks),
-        Panel("Held-out bits per byte", "", plain("held_out", "bits_per_byte")),
-        Panel("Probes", "share of the answers", _told_apart(runs, "probes", shares), from_zero=True),
-        Panel("Length of the answers", "tokens", _told_apart(runs, "probes", lengths), from_zero=True),
-        Panel("Learning rate", "", plain("step", "lr"), from_zero=True),
-        Panel("Gradient norm", "before clipping", plain("step", "grad_norm"), marks, logarithmic=True),
-        Panel("Throughput", "tokens/s", _told_apart(runs, "step", speeds), marks, from_zero=True),
-        Panel("MFU", "share of the device's peak", plain("step", "mfu"), from_zero=True),
-        Panel("Memory", "GB", plain("step", "memory_gb"), from_zero=True),
-        Panel("Waiting", "seconds since the session began", _told_apart(runs, "step", stalls), marks, from_zero=True),
-        Panel("Tokens per source", "tokens", by_source("step", "tokens"), from_zero=True),
-        Panel("Loss per source", "nats per token", by_source("step", "loss")),
-        Panel("Held-out loss per source", "nats per token", by_source("held_out", "loss")),
-        Panel("Passes per source", "epochs", by_source("step", "passes"), from_zero=True),
-    ]
-    panels[2:2] = _metric_panels(runs)
-    return [panel for panel in panels if panel.curves]
-
-
-def _metric_panels(runs: list[ReportedRun]) -> list[Panel]:
-    """What an objective counts beside its loss: a panel a name, or a name's part before the slash."""
-    groups: dict[str, dict[str, tuple[str, ...]]] = {}
-    for name in dict.fromkeys(
-        name for run in runs for record in run.metrics.records for name in record.get("metrics") or {}
-    ):
-        group, _, part = name.partition("/")
-        groups.setdefault(group, {})[part or group] = ("metrics", name)
-    panels = []
-    for group, fields in groups.items():
-        title = group.replace("_", " ")
-        panels.append(Panel(title.capitalize(), "", _told_apart(runs, "step", fields)))
-        panels.append(Panel(f"Held-out {title}", "", _told_apart(runs, "held_out", fields)))
-        panels.append(Panel(title.capitalize(), "task, at each checkpoint", _told_apart(runs, "task", fields)))
-    return panels
-
-
-def _curve(run: ReportedRun, number: int, event: str, names: tuple[str, ...], label: str, **looks: Any) -> list[Curve]:
-    """The curve of one field of one run, or none where the field never held a number."""
-    steps, values = run.metrics.series(event, *names)
-    name, looks = f"curve-{number}-{event}-{'-'.join(names)}", {"colour": number, **looks}
-    return (
-        [Curve(name, steps, values, label=label, points=event in ("held_out", "probes", "task"), **looks)]
-        if steps
-        else []
-    )
-
-
-def _loss_panel(runs: list[ReportedRun], marks: list[Mark]) -> Panel:
-    curves: list[Curve] = []
-    alone = len(runs) == 1
-    for number, run in enumerate(runs):
-        steps, values = run.metrics.series("step", "loss")
-        label = "training, smoothed" if alone else f"{run.name}: training"
-        curves.append(
-            Curve(f"curve-{number}-step-loss", steps, values, number, label="training" if alone else "", faint=True)
-        )
-        curves.append(Curve(f"curve-{number}-smoothed-loss", steps, smoothed(values), number, label))
-        label, looks = ("held-out", {"colour": 1}) if alone else (f"{run.name}: held-out", {"dash": 1})
-        curves += _curve(run, number, "held_out", ("loss",), label, **looks)
-    return Panel("Loss", "nats per token", curves, marks)
-
-
-def _told_apart(runs: list[ReportedRun], event: str, fields: Mapping[str, tuple[str, ...]]) -> list[Curve]:
-    """A curve a run and field, by label. One run: a colour a field. Several: a colour a run, a dash a field."""
-    alone = len(runs) == 1
-    curves: list[Curve] = []
-    for number, run in enumerate(runs):
-        for index, (label, names) in enumerate(fields.items()):
-            looks = {"colour": index} if alone else {"dash": index}
-            curves += _curve(run, number, event, names, label if alone else f"{run.name}: {label}", **looks)
-    return curves
+def _not_alike(runs: list[ReportedRun]) -> str:
+    """A warning where losses are of different tokens: a loss a token says nothing across tokenizers."""
+    made = {run.manifest.get("tokenizer_fingerprint") for run in runs}
+    if len(made) < 2:
+        return ""
+    return page.paragraph("The runs have different tokenizers: compare bits per byte, not losses.", "alert")
 
 
 # -------------------------------------------------------------------------------------------------------------- details
@@ -271,7 +239,7 @@ def _details(run: ReportedRun, named: bool) -> list[str]:
         parts.append(probes_page.answers(columns))
     parts.append(page.heading(f"{prefix}Events"))
     events = [row for row in run.metrics.records if row["event"] not in ("step", "sample", "probes", "task")]
-    rows = [[_clock(row), f"{row['step']:,}", row["event"], _event_text(row)] for row in events]
+    rows = [[_clock(row), f"{row['step']:,}", row["event"], event_text(row)] for row in events]
     parts.append(
         page.folded(
             f"{len(rows)} events", page.table(["UTC", "step", "event", ""], rows, numbers=[1]), is_open=len(rows) <= 12
@@ -289,17 +257,6 @@ def _details(run: ReportedRun, named: bool) -> list[str]:
 def _clock(row: dict[str, Any]) -> str:
     moment = row.get("time")
     return datetime.fromtimestamp(moment, UTC).strftime("%Y-%m-%d %H:%M:%S") if isinstance(moment, int | float) else ""
-
-
-def _event_text(row: dict[str, Any]) -> str:
-    told = {key: value for key, value in row.items() if key not in ("event", "step", "time") and value is not None}
-    return ", ".join(f"{key} {_short(value)}" for key, value in told.items())
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, float) and math.isfinite(value):
-        return f"{value:.5g}"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
 def _flat(value: Any, where: str = "") -> list[tuple[str, str]]:

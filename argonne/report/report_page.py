@@ -1,28 +1,48 @@
-"""The report's page: one HTML document with its style inside. No script, no font and no picture is loaded from
-anywhere.
+"""The report's page: one HTML document with its style and scripts inside. Nothing is loaded from anywhere, and no
+script runs but those that the page was written with.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
-from argonne.report.report_plots import Panel, colour_variable, draw
+from argonne.report.curves import colour_variable
 
-STYLE = Path(__file__).with_name("report.css")
+_CHARTS = ("uPlot-1.6.32.iife.min.js", "charts.js")
 
 
-def page(title: str, body: Iterable[str]) -> str:
+def page(title: str, body: Iterable[str], charts: bool = False) -> str:
+    """The document; charts: with the scripts that draw the curves in it, run when all else is there."""
+    style, scripts, licence = _file("report.css"), [], ""
+    if charts:
+        style, scripts = _file("uPlot-1.6.32.min.css") + style, [_file(name) for name in _CHARTS]
+        licence = f"<!-- uPlot 1.6.32, https://github.com/leeoniya/uPlot\n{_file('uPlot-LICENSE')}-->"
+    hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts]
+    allowed = " ".join(f"'sha256-{found}'" for found in hashes) or "'none'"
+    policy = f"default-src 'none'; base-uri 'none'; form-action 'none'; style-src 'unsafe-inline'; script-src {allowed}"
     head = [
         '<meta charset="utf-8">',
+        f'<meta http-equiv="content-security-policy" content="{policy}">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{escape(title)}</title>",
-        f"<style>\n{STYLE.read_text()}</style>",
+        f"<style>\n{style}</style>",
     ]
-    return "\n".join(
-        ["<!doctype html>", '<html lang="en">', "<head>", *head, "</head>", "<body>", *body, "</body>", "</html>", ""]
-    )
+    begin = ["<!doctype html>", '<html lang="en">', "<head>", *head, "</head>", "<body>", "<main>"]
+    end = ["</main>", licence, *(f"<script>{text}</script>" for text in scripts), "</body>", "</html>", ""]
+    return "\n".join([*begin, *body, *end])
+
+
+def _file(name: str) -> str:
+    return (Path(__file__).with_name("page") / name).read_text()
+
+
+def controls() -> str:
+    """What the reader may switch; hidden where no script runs, and a word instead."""
+    return _file("controls.html")
 
 
 def cards(facts: Sequence[tuple[str, str]]) -> str:
@@ -32,26 +52,22 @@ def cards(facts: Sequence[tuple[str, str]]) -> str:
 
 
 def table(
-    header: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[int] = (), swatches: bool = False
+    header: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[int] = (), row_colours: Sequence[int] = ()
 ) -> str:
-    """A table; columns listed in `numbers` are right-aligned; `swatches` puts the runs' colours before the heads from
-    the second on.
-    """
+    """A table; columns listed in `numbers` are right-aligned; `row_colours` puts a run's colour before each row."""
 
-    def cell(text: str, column: int, tag: str) -> str:
+    def cell(text: str, column: int, tag: str, swatch: str = "") -> str:
         kind = ' class="number"' if column in numbers else ""
-        swatch = _swatch(column - 1) if swatches and tag == "th" and column else ""
-        return f"<{tag}{kind}>{swatch}{escape(text)}</{tag}>"
+        tag = tag if text else "td"  # a heading without a text heads nothing
+        return f"<{tag}{kind}>{swatch if column == 0 else ''}{escape(text)}</{tag}>"
 
-    def line(row: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(cell(text, column, tag) for column, text in enumerate(row)) + "</tr>"
+    def line(row: Sequence[str], tag: str, swatch: str = "") -> str:
+        return "<tr>" + "".join(cell(text, column, tag, swatch) for column, text in enumerate(row)) + "</tr>"
 
-    body = "".join(line(row, "td") for row in rows)
-    return f'<div class="scroll"><table><thead>{line(header, "th")}</thead><tbody>{body}</tbody></table></div>'
-
-
-def _swatch(colour: int, kind: str = "") -> str:
-    return f'<i class="swatch {kind}" style="color: var({colour_variable(colour)})"></i>'
+    swatches = (f'<i class="swatch" style="color: var({colour_variable(number)})"></i>' for number in row_colours)
+    body = "".join(line(row, "td", next(swatches, "")) for row in rows)
+    kind = ' class="ranked"' if row_colours else ""
+    return f'<div class="scroll"><table{kind}><thead>{line(header, "th")}</thead><tbody>{body}</tbody></table></div>'
 
 
 def paragraph(text: str, kind: str = "quiet") -> str:
@@ -60,17 +76,6 @@ def paragraph(text: str, kind: str = "quiet") -> str:
 
 def heading(text: str, level: int = 2) -> str:
     return f"<h{level}>{escape(text)}</h{level}>"
-
-
-def figure(panel: Panel, last_step: int) -> str:
-    keys = ""
-    for curve in panel.legend():
-        looks = f"dash{curve.dash % 4} faint" if curve.faint else f"dash{curve.dash % 4}"
-        keys += f'<span class="key">{_swatch(curve.colour, looks)}{escape(curve.label)}</span>'
-    unit = f"<span>{escape(panel.unit)}</span>" if panel.unit else ""
-    return (
-        f"<figure><figcaption><h3>{escape(panel.title)}</h3>{unit}{keys}</figcaption>{draw(panel, last_step)}</figure>"
-    )
 
 
 def folded(title: str, inside: str, is_open: bool = False) -> str:

@@ -23,9 +23,15 @@ def list_runs(folder: Path) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: -row["last_activity"])
 
 
+def is_running(run: Path) -> bool:
+    """Does a process live that trains this run?"""
+    lock = run / layout.LOCK
+    return lock.exists() and not lock_is_stale(lock)
+
+
 def _row(run: RunFolder) -> dict[str, Any]:
     path, manifest, lock = run.path, run.manifest(), run.path / layout.LOCK
-    if lock.exists() and not lock_is_stale(lock):
+    if is_running(path):
         status = "running"
     elif run.marker(layout.COMPLETE):
         status = "complete"

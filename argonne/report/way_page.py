@@ -40,7 +40,7 @@ def write_way_page(
 
 def _measures(found: Mapping[str, Mapping[str, Any]]) -> str:
     """A row a measure, a column a stage, a bar under each number: of a share of 1, of others of the largest."""
-    head = "".join(f"<th>{escape(name)}</th>" for name in ["", *found])
+    head = "<td></td>" + "".join(f"<th>{escape(name)}</th>" for name in found)
     body = ""
     for (task, key, sampled), (name, share) in MEASURES.items():
         values = [(tasks[task]["sampled"] if sampled else tasks[task])[key] for tasks in found.values()]

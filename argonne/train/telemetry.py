@@ -6,7 +6,9 @@ Nothing here makes a training step wait for the device.
 
 from __future__ import annotations
 
+import os
 import resource
+import shutil
 import sys
 import time
 from collections import deque
@@ -14,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 
@@ -28,6 +30,9 @@ from argonne.plan import device_peak_flops, flops_per_token
 from argonne.train.data import Data
 from argonne.train.guard import SpikeWatch
 from argonne.train.optim import resolve_precision
+
+if TYPE_CHECKING:
+    from argonne.train.writers import Writer
 
 
 @dataclass(frozen=True)
@@ -173,7 +178,8 @@ class Telemetry:
         self._metrics.clear()
         self.metrics.write("step", step, **record)
         left = (now[1] - self._begun[1]) / max(1, step - self.first_step) * (self.total_steps - step)
-        self.line.log(step_line({"step": step, **record}, self.total_steps, left))
+        columns = shutil.get_terminal_size().columns if self.line.on_terminal else None
+        self.line.log(step_line({"step": step, **record}, self.total_steps, left, columns))
         return record
 
     def _sources(self, step: int, parts: list[list[list[float]]]) -> dict[str, dict[str, float | None]]:
@@ -203,14 +209,6 @@ def _means(parts: list[dict[str, list[float]]]) -> dict[str, float | None]:
     return {name: value / count if count else None for name, (value, count) in totals.items()}
 
 
-@dataclass(frozen=True)
-class Writer:
-    """Another place for the records. write(event, step, values)."""
-
-    write: Callable[[str, int, dict[str, Any]], Any]
-    close: Callable[[], Any]
-
-
 class MetricsLog:
     """Append-only records of a run, one JSON object a line, each written whole.
 
@@ -238,16 +236,14 @@ class MetricsLog:
         """Record that a session starts or resumes at `step`; open the other places that the recipe asks for."""
         if self._file is None:
             return
-        name, log, failures = self.folder.resolve().name, self.log, []
-        makers = {
-            "tensorboard": log.tensorboard and partial(_tensorboard, self.folder / layout.TENSORBOARD, step),
-            "wandb": log.wandb and partial(_wandb, log.wandb, name, run_id, recipe, self.folder),
-            "trackio": log.trackio and partial(_trackio, log.trackio, f"{name}-{run_id}", recipe),
-        }
+        log, failures, makers = self.log, [], {}
+        if log.tensorboard or log.wandb or log.trackio:
+            from argonne.train.writers import makers_of
+
+            makers = makers_of(log, self.folder, step, run_id, recipe)
         for kind, make in makers.items():
             try:
-                if callable(make):
-                    self._writers[kind] = make()
+                self._writers[kind] = make()
             except ImportError as error:
                 if error.name != "tensorboard":  # it is written where it is installed
                     failures.append(f"{kind} is off: {error}; pip install 'argonne[{kind}]', or turn log.{kind} off")
@@ -306,55 +302,13 @@ class MetricsLog:
         self._file.close()
 
 
-def _scalars(event: str, values: dict[str, Any]) -> dict[str, float]:
-    found = {
-        f"{event}/{name}": value
-        for name, value in values.items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
-    }
-    found |= {f"{event}/{name}": value for name, value in (values.get("metrics") or {}).items() if value is not None}
-    for source, numbers in (values.get("sources") or {}).items():
-        found |= {f"{event}/{source}/{name}": value for name, value in numbers.items() if value is not None}
-    return found
-
-
-def _tensorboard(folder: Path, step: int) -> Writer:
-    """What an earlier session wrote beyond `step` is void."""
-    from torch.utils.tensorboard.writer import SummaryWriter
-
-    writer = SummaryWriter(str(folder), purge_step=step + 1)
-
-    def write(event: str, step: int, values: dict[str, Any]) -> None:
-        for name, value in _scalars(event, values).items():
-            writer.add_scalar(name, value, step)
-        if event == "sample":
-            writer.add_text("sample", f"{values.get('prompt', '')}{values.get('text', '')}", step)
-        writer.flush()
-
-    return Writer(write, writer.close)
-
-
-def _wandb(project: str | None, name: str, run_id: str, recipe: dict[str, Any], folder: Path) -> Writer:
-    import wandb
-
-    run = wandb.init(project=project, name=name, id=run_id, resume="allow", config=recipe, dir=str(folder))
-    # Not as W&B's own step, which may not go back, as a resume after a kill does.
-    return Writer(lambda event, step, values: run.log({**_scalars(event, values), "step": step}), lambda: run.finish())
-
-
-def _trackio(project: str | None, name: str, recipe: dict[str, Any]) -> Writer:
-    import trackio
-
-    run = trackio.init(project=project, name=name, resume="allow", config=recipe)  # a run is known by its name
-    return Writer(lambda event, step, values: run.log(_scalars(event, values), step=step), lambda: run.finish())
-
-
 class ProgressBar:
     """A bar with rate and time left on a terminal, plain lines elsewhere; both on stderr."""
 
     def __init__(self, total: int, first: int, *, enabled: bool) -> None:
         self._enabled, self._bar = enabled, None
-        if enabled and sys.stderr.isatty():
+        self.on_terminal = enabled and sys.stderr.isatty()
+        if self.on_terminal:
             from tqdm import tqdm
 
             self._bar = tqdm(total=total, initial=first, unit="step", dynamic_ncols=True, file=sys.stderr)
@@ -383,15 +337,40 @@ def human_time(seconds: float) -> str:
     return " ".join(f"{count}{unit}" for count, unit in parts[:2])
 
 
-def step_line(record: dict[str, Any], total_steps: int, seconds_left: float) -> str:
-    """The line of one logged step, for a person."""
-    mfu = "n/a" if record["mfu"] is None else f"{100 * record['mfu']:.1f}%"
-    return (
-        f"step {record['step']:>{len(str(total_steps))}}/{total_steps}  loss {record['loss']:.4f}  lr "
-        f"{record['lr']:.3g}  grad {record['grad_norm']:.3f}  {human(record['tokens_per_second'])} tok/s (mean "
-        f"{human(record['tokens_per_second_mean'])})  mfu {mfu}  {record['memory_gb']:.2f} GB  tokens "
-        f"{human(record['tokens'])}  left {human_time(seconds_left)}{in_line(record.get('metrics'))}"
-    )
+def step_line(record: dict[str, Any], total_steps: int, seconds_left: float, columns: int | None = None) -> str:
+    """The line of one logged step, for a person. On a terminal of so many columns what matters least is left out until
+    the line fits, and the loss is bold unless NO_COLOR is set.
+    """
+    loss = f"{record['loss']:.4f}"
+    parts = {
+        "step": f"step {record['step']:>{len(str(total_steps))}}/{total_steps}",
+        "loss": f"  loss {loss}",
+        "lr": f"  lr {record['lr']:.3g}",
+        "grad": f"  grad {record['grad_norm']:.3f}",
+        "speed": f"  {human(record['tokens_per_second'])} tok/s",
+        "mean": f" (mean {human(record['tokens_per_second_mean'])})",
+        "mfu": f"  mfu {'n/a' if record['mfu'] is None else format(record['mfu'], '.1%')}",
+        "memory": f"  {record['memory_gb']:.2f} GB",
+        "tokens": f"  tokens {human(record['tokens'])}",
+        "left": f"  left {human_time(seconds_left)}",
+        "metrics": in_line(record.get("metrics")),
+    }
+    if columns is not None:
+        for name in (
+            "mean",
+            "memory",
+            "mfu" if record["mfu"] is None else "",
+            "tokens",
+            "mfu",
+            "lr",
+            "grad",
+            "metrics",
+        ):
+            if sum(map(len, parts.values())) >= columns:  # a line as wide as the terminal wraps on some
+                parts.pop(name, None)
+        if not os.environ.get("NO_COLOR"):
+            parts["loss"] = f"  loss \033[1m{loss}\033[0m"
+    return "".join(parts.values())
 
 
 def in_line(metrics: dict[str, float | None] | None) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from html.parser import HTMLParser
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,41 +17,10 @@ from argonne.cli import main
 from argonne.errors import InputError
 from argonne.report.inspect import inspect_path
 from argonne.report.records import read_metrics, smoothed
-from argonne.report.report import write_report
-from argonne.report.report_plots import compact
+from argonne.report.report import watch_report, write_report
 from argonne.report.runs import list_runs
-
-
-def step_record(step: int, **changes: Any) -> dict[str, Any]:
-    return {
-        "event": "step",
-        "step": step,
-        "time": 1000.0 + step,
-        "tokens": step * 512,
-        "loss": 5.0 / step,
-        "lr": 1e-3,
-        "grad_norm": 1.0 / step,
-        "tokens_per_second": 7000.0,
-        "tokens_per_second_mean": 6500.0,
-        "mfu": None,
-        "memory_gb": 0.5,
-        "wait_data_seconds": 0.01,
-        "wait_save_seconds": 0.0,
-        "sources": {
-            "books": {"tokens": step * 300, "loss": 5.1 / step, "passes": step / 100},
-            "web": {"tokens": step * 212, "loss": 4.9 / step, "passes": 0.0},
-        },
-    } | changes
-
-
-def write_run(folder: Path, records: list[dict[str, Any]], *, seed: int = 1) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    (folder / "config.toml").write_text(f"seed = {seed}\n[optim]\nlr = 0.001  # peak learning rate\n")
-    (folder / "manifest.json").write_text(
-        json.dumps({"run_id": "one", "parameters": 1_052_800, "data": {"fingerprint": "abc"}})
-    )
-    return folder
+from argonne.train.run import RunFolder
+from tests.report.written import Page, step_record, write_run
 
 
 @pytest.fixture
@@ -73,68 +43,21 @@ def run(tmp_path: Path) -> Path:
     return write_run(tmp_path / "nano", records)
 
 
-def vertices(html: str, curve: str) -> int:
-    """Number of points of the path that a curve became."""
-    found = re.search(rf'<g id="{re.escape(curve)}">\s*<path d="([^"]*)"', html)
-    assert found, f"no curve {curve}"
-    return len(re.findall(r"[ML] ", found[1]))
-
-
-class _Checker(HTMLParser):
-    """Collects what a browser would load from elsewhere, and whether every element is closed."""
-
-    void = ("meta", "br", "hr", "img", "link", "input")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.loads: list[str] = []
-        self.open: list[str] = []
-        self.text: list[str] = []
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        if tag not in self.void:
-            self.open.append(tag)
-        if tag in ("script", "link", "img", "iframe"):
-            self.loads.append(tag)
-        self.loads += [
-            f"{name}={value}"
-            for name, value in attributes
-            if name in ("src", "href", "xlink:href") and not (value or "").startswith("#")
-        ]
-
-    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attributes)
-        if tag not in self.void:
-            self.open.pop()
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text.append(data)
-
-
-def parsed(html: str) -> _Checker:
-    checker = _Checker()
-    checker.feed(html)
-    checker.close()
-    return checker
-
-
 def test_every_curve_has_as_many_points_as_metrics_has_records(run: Path) -> None:
-    html = write_report([run]).read_text()
+    page, metrics = Page(write_report([run]).read_text()), read_metrics(run)
     for name in ("loss", "lr", "grad_norm", "tokens_per_second", "memory_gb", "wait_data_seconds", "wait_save_seconds"):
-        assert vertices(html, f"curve-0-step-{name}") == 30, name
-    assert vertices(html, "curve-0-smoothed-loss") == 30
-    assert vertices(html, "curve-0-held_out-bits_per_byte") == 3
+        assert page.curve(f"curve-0-step-{name}") == metrics.series("step", name), name
+    assert page.curve("curve-0-held_out-bits_per_byte") == ([10, 20, 30], [1.5, 1.5, 1.5])
     for source in ("books", "web"):
         for name in ("tokens", "loss", "passes"):
-            assert vertices(html, f"curve-0-step-sources-{source}-{name}") == 30
+            found = page.curve(f"curve-0-step-sources-{source}-{name}")
+            assert found == metrics.series("step", "sources", source, name)
+            assert len(found[0]) == 30
 
 
 def test_throughput_is_shown_of_each_interval_and_beside_it_the_mean_of_the_session(run: Path) -> None:
     html = write_report([run]).read_text()
-    assert vertices(html, "curve-0-step-tokens_per_second_mean") == 30
+    assert len(Page(html).curve("curve-0-step-tokens_per_second_mean")[0]) == 30
     assert "mean of the session" in html
     write_run(run, [{**step_record(1), "tokens_per_second_mean": None}])  # runs of earlier versions have no mean
     assert "mean of the session" not in write_report([run]).read_text()
@@ -155,16 +78,17 @@ def test_the_held_out_loss_by_position_is_a_panel_with_a_curve_a_band_and_earlie
     assert "<h3>Held-out loss by position</h3>" in html
     assert "<h3>Loss by position</h3>" not in html
     for band in bands:
-        assert vertices(html, f"curve-0-held_out-metrics-loss_by_position/{band}") == 2
-        assert f"</i>{band}</span>" in html
+        assert len(Page(html).curve(f"curve-0-held_out-metrics-loss_by_position/{band}")[0]) == 2
+        assert f"</i>{band} <b>" in html
 
 
 def test_the_page_is_well_formed_and_loads_nothing(run: Path) -> None:
     html = write_report([run]).read_text()
-    checker = parsed(html)
-    assert checker.loads == []
-    assert checker.open == []
-    assert "url(http" not in html
+    page = Page(html)
+    assert page.loads == []
+    assert page.open == []
+    assert len(page.scripts) == 3
+    assert "url(" not in html
     assert "@import" not in html
 
 
@@ -177,7 +101,7 @@ def test_text_from_the_model_is_escaped(run: Path) -> None:
 
 def test_the_page_holds_facts_config_manifest_and_samples(run: Path) -> None:
     (run / "COMPLETE").write_text("{}")
-    text = " ".join(parsed(write_report([run]).read_text()).text)
+    text = " ".join(Page(write_report([run]).read_text()).text)
     for expected in (
         "complete at step 30",
         "15,360",
@@ -197,18 +121,22 @@ def test_resumes_stops_skips_and_warnings_are_marked(run: Path) -> None:
             file.write(
                 json.dumps({"event": event, "step": number, "time": 1040.0, "reason": f"because {event}"}) + "\n"
             )
-    html = write_report([run]).read_text()
-    for number, event in enumerate(("resume", "stop", "skip", "warning"), start=11):
-        assert f'id="mark-{event}-{number}-' in html
-        assert f"because {event}" in html
+    page = Page(write_report([run]).read_text())
+    expected = [
+        {"run": 0, "step": number, "kind": event, "text": f"reason because {event}"}
+        for number, event in enumerate(("resume", "stop", "skip", "warning"), start=11)
+    ]
+    assert page.panel("Loss")["marks"] == expected
+    assert all(mark["text"] in " ".join(page.text) for mark in expected)
 
 
 def test_several_runs_share_the_axes_and_their_configurations_are_compared(run: Path, tmp_path: Path) -> None:
     other = write_run(tmp_path / "wide", [step_record(step, loss=1.0) for step in range(1, 21)], seed=2)
     html = write_report([run, other], tmp_path / "both.html").read_text()
-    assert vertices(html, "curve-0-step-loss") == 30
-    assert vertices(html, "curve-1-step-loss") == 20
-    assert len(re.findall(r"<h3>Loss</h3>", html)) == 1
+    page = Page(html)
+    assert len(page.curve("curve-0-step-loss")[0]) == 30
+    assert len(page.curve("curve-1-step-loss")[0]) == 20
+    assert page.titles().count("Loss") == 1
     assert "<td>seed</td><td>1</td><td>2</td>" in html
     assert "<td>optim.lr</td>" not in html
 
@@ -258,7 +186,7 @@ def test_records_beyond_the_step_of_a_resume_are_void(tmp_path: Path) -> None:
     facts = inspect_path(run)
     assert facts["last_step"]["step"] == 12
     html = write_report([run]).read_text()
-    assert vertices(html, "curve-0-step-loss") == 12
+    assert len(Page(html).curve("curve-0-step-loss")[0]) == 12
     assert "last run at step 12" in html
 
 
@@ -335,8 +263,10 @@ def test_loss_that_is_not_finite_leaves_a_gap_and_breaks_nothing(tmp_path: Path)
     run = write_run(
         tmp_path / "run", [step_record(step, loss=float("nan") if step == 5 else 2.0) for step in range(1, 11)]
     )
-    html = write_report([run]).read_text()
-    assert vertices(html, "curve-0-step-loss") == 9
+    steps, values = Page(write_report([run]).read_text()).curve("curve-0-step-loss")
+    assert steps == list(range(1, 11))
+    assert [value for value in values if value is not None] == [2.0] * 9
+    assert values[4] is None
 
 
 def test_smoothing_keeps_a_constant_and_the_number_of_points() -> None:
@@ -345,9 +275,87 @@ def test_smoothing_keeps_a_constant_and_the_number_of_points() -> None:
     assert smoothed([]) == []
 
 
-@pytest.mark.parametrize(
-    ("value", "label"),
-    [(0, "0"), (1500, "1.5k"), (2.5e7, "25M"), (3e-4, "3e-4"), (0.25, "0.25"), (-2000, "-2k"), (1e9, "1B")],
-)
-def test_axis_labels_are_short(value: float, label: str) -> None:
-    assert compact(value) == label
+def held_out(step: int, loss: float | None) -> dict[str, Any]:
+    return {"event": "held_out", "step": step, "time": 1000.0 + step, "loss": loss, "bits_per_byte": loss and loss / 2}
+
+
+def test_compared_runs_are_ranked_by_their_last_held_out_loss_and_one_without_comes_last(tmp_path: Path) -> None:
+    losses = {"middle": [9.0, 3.0], "none": [], "best": [2.5, 2.0], "worst": [1.0, 4.0]}
+    runs = [
+        write_run(tmp_path / name, [step_record(1), *(held_out(step, loss) for step, loss in enumerate(found))])
+        for name, found in losses.items()
+    ]
+    html = write_report(runs, tmp_path / "all.html").read_text()
+    ranked = html[html.index("Ranked by held-out loss") :]
+    assert re.findall(r"</i>(\w+)</td>", ranked[: ranked.index("</table>")]) == ["best", "middle", "worst", "none"]
+    assert '<td class="number">2.0000</td><td class="number">1.0000</td>' in ranked
+    assert "different tokenizers" not in html
+
+
+def test_losses_of_different_tokenizers_are_not_compared_in_silence(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name, [step_record(1)]) for name in ("one", "two")]
+    for run in runs:
+        (run / "manifest.json").write_text(json.dumps({"tokenizer_fingerprint": run.name}))
+    assert "different tokenizers: compare bits per byte" in write_report(runs).read_text()
+
+
+def test_the_model_and_its_size_stand_at_the_top(run: Path) -> None:
+    with (run / "config.toml").open("a") as file:
+        file.write('[model]\npreset = "nano-3.0"\nnum_hidden_layers = 4\nhidden_size = 128\n')
+    assert "nano-3.0, 1.05M parameters, 4 layers, 128 wide" in write_report([run]).read_text()
+
+
+@contextmanager
+def alive(run: Path) -> Iterator[None]:
+    """A process of this test trains the run."""
+    folder = RunFolder(run)
+    folder.acquire()
+    yield
+    folder.release()
+
+
+def test_a_page_of_a_run_that_lives_says_so_and_reloads_itself(run: Path) -> None:
+    (run / "manifest.json").write_text(json.dumps({"total_steps": 400}))
+    with alive(run):
+        html = write_report([run]).read_text()
+    assert "running at step 30 of 400" in html
+    assert f"`argonne report {run} --watch` keeps the page up to date" in html
+    assert Page(html).data["live"] is True
+    html = write_report([run]).read_text()
+    assert "not complete, last run at step 30" in html
+    assert Page(html).data["live"] is False
+
+
+def test_the_page_that_a_run_writes_of_itself_at_its_end_says_complete(run: Path) -> None:
+    (run / "COMPLETE").write_text("{}")
+    with alive(run):
+        page = Page(write_report([run]).read_text())
+    assert "complete at step 30" in page.text
+    assert page.data["live"] is False
+
+
+def test_a_watched_page_is_written_again_when_the_records_grow_and_last_when_the_run_has_ended(run: Path) -> None:
+    pages: list[Page] = []
+    looks = 0
+
+    def wait(seconds: float) -> None:
+        nonlocal looks
+        looks += 1
+        pages.append(Page((run / "report.html").read_text()))
+        if looks == 2:
+            with (run / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(step_record(31)) + "\n")
+        if looks == 3:
+            with (run / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(step_record(32)) + "\n")
+            (run / "COMPLETE").write_text("{}")
+            living.close()
+
+    with ExitStack() as living:
+        living.enter_context(alive(run))
+        watch_report([run], wait=wait)
+    assert [len(page.curve("curve-0-step-loss")[0]) for page in pages] == [30, 30, 31]
+    last = Page((run / "report.html").read_text())
+    assert len(last.curve("curve-0-step-loss")[0]) == 32
+    assert last.data["live"] is False
+    assert "complete at step 32" in last.text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shutil
 import sys
 import time
@@ -26,7 +27,7 @@ from argonne.train import telemetry
 from argonne.train.checkpoint import LAST
 from argonne.train.guard import SpikeWatch
 from argonne.train.objectives import next_token
-from argonne.train.telemetry import MetricsLog
+from argonne.train.telemetry import MetricsLog, step_line
 from tests.train.helpers import curve, stage_of, stored
 
 Nano = Callable[..., Recipe]
@@ -285,3 +286,40 @@ def test_a_warning_goes_to_the_terminal_and_into_the_record(tmp_path: Path, capf
     assert capfd.readouterr().err == "warning: checkpoint not written\n"
     (warning,) = read_metrics(tmp_path).of("warning")
     assert (warning["step"], warning["path"]) == (3, "x")
+
+
+LOGGED = {
+    "step": 46,
+    "loss": 5.1346,
+    "lr": 0.00175,
+    "grad_norm": 12.97,
+    "tokens_per_second": 125_860.0,
+    "tokens_per_second_mean": 124_730.0,
+    "mfu": 0.4123,
+    "memory_gb": 61.25,
+    "tokens": 1_234_567_890,
+    "metrics": {"accuracy": 0.6123},
+}
+
+
+def test_a_step_is_told_whole_where_there_is_no_terminal() -> None:
+    assert step_line(LOGGED, 100_000, 93784.0) == (
+        "step     46/100000  loss 5.1346  lr 0.00175  grad 12.970  126k tok/s (mean 125k)  mfu 41.2%  61.25 GB  "
+        "tokens 1.23B  left 1d 2h  accuracy 0.6123"
+    )
+
+
+@pytest.mark.parametrize("columns", [60, 80, 100, 120, 200])
+def test_the_line_of_a_step_fits_the_terminal_and_keeps_step_loss_speed_and_time_left(
+    columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    line = step_line(LOGGED, 100_000, 93784.0, columns)
+    assert "\033[1m5.1346\033[0m" in line
+    shown = re.sub(r"\033\[\d*m", "", line)
+    assert len(shown) < columns
+    assert all(part in shown for part in ("step     46/100000", "loss 5.1346", "126k tok/s", "left 1d 2h"))
+    assert ("(mean 125k)" in shown) == (columns == 200)
+    assert ("accuracy" in shown) == (columns >= 80)
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert step_line(LOGGED, 100_000, 93784.0, columns) == shown
