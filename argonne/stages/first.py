@@ -1,0 +1,313 @@
+"""`argonne train`: text to a trained model in one command, with the same functions as the verbs: prepare, a size for
+the text and the machine, a recipe to keep, the run and its report.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+import sys
+import time
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from argonne import files
+from argonne.config import Recipe
+from argonne.errors import InputError, Stopped
+from argonne.keys import all_keys, unmet
+from argonne.plan import Device, make_plan
+from argonne.plan.sizes import CHARACTERS_A_TOKEN, Choice, choose_size, vocabulary_for
+from argonne.prepare.options import PrepareOptions
+from argonne.recipe import (
+    ALTERNATIVES,
+    build,
+    differences,
+    leaves,
+    load_recipe,
+    parse_value,
+    resolve,
+    to_tree,
+    toml_value,
+)
+from argonne.tokens.manifest import read_manifest
+
+BEGUN, RECIPE, TOKENS, RUN = "begun.json", "recipe.toml", "tokens", "run"  # in the folder
+HOURS_CPU, HOURS_GPU = 0.5, 1.0
+HOLD_OUT, HOLD_OUT_LARGE, LARGE_TEXT = 0.05, 0.005, 100e6  # of so many bytes on
+UNPACKED = 4  # bytes of text in a byte of a packed file
+STEP_SHARE, MEASURE_SECONDS = 0.35, 0.3  # STEP_SHARE: what a whole step reaches of the rate of a large product
+# Why a key has its value, where its meaning does not say.
+WHY = {
+    "model.vocab_size": "entries of the tokenizer",
+    "model.hidden_size": "width; with the layers below, the size: see above",
+    "data.sources": "max_epochs: a run that would read the text more often is refused",
+    "data.sequence_length": "tokens of a row, the longest context that is learnt",
+    "data.order": "windows in a new order at each pass",
+    "batch.tokens_per_step": "larger for a larger model, smaller where there would be few steps",
+    "optim.name": "for the matrices, AdamW for the rest: with little text about twice as far as AdamW alone",
+    "optim.lr": "peak rate of embeddings and gains; falls with the width",
+    "schedule.decay": "share of the steps in which the rate falls",
+    "train.steps": "what the time or the text allows",
+    "checkpoint.every_steps": "a quarter of the run",
+    "eval.every_steps": "ten points of the held-out curve; fewer of a short run",
+}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the command says. hours: of training; None: as the device is. overrides: recipe keys, as text."""
+
+    text: tuple[str, ...]
+    out: Path
+    hours: float | None = None
+    tokenizer: str | None = None
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+
+    def tree(self) -> dict[str, Any]:
+        """What must be the same for the work in the folder to go on."""
+        tree = {"TEXT": list(self.text), "--hours": self.hours, "--tokenizer": self.tokenizer}
+        return tree | {f"--{path}": value for path, value in self.overrides.items()}
+
+
+def run_first(asked: Asked, *, dry_run: bool = False, started: float | None = None) -> None:
+    """Everything from text to a trained model below `asked.out`; the same command goes on where it was, by the recipe
+    that lies there. Raises InputError for wrong input and for a folder that was begun otherwise; Stopped where it was
+    asked to stop.
+    """
+    begun, kept = _begun(asked), asked.out / RECIPE
+    if kept.exists():
+        if dry_run:
+            _show(kept.read_text(encoding="utf-8"), [f"{kept} is there already, and is what runs"])
+            return
+        _prepare(asked, begun)
+    else:
+        text_bytes = _text_bytes(asked)
+        device, gpus = machine(str(asked.overrides.get("train.device", "auto")))
+        hours = asked.hours or (HOURS_CPU if device.name == "cpu" else HOURS_GPU)
+        if not begun:
+            begun = {
+                "asked": asked.tree(),
+                "vocabulary": _vocabulary(asked, text_bytes, hours, device, gpus),
+                "hold_out": HOLD_OUT if text_bytes < LARGE_TEXT else HOLD_OUT_LARGE,
+            }
+        estimate = int(text_bytes * (1 - begun["hold_out"]) / CHARACTERS_A_TOKEN)
+        choice = choose_size(estimate, begun["vocabulary"], hours, device, gpus)
+        recipe, lines = _recipe(asked, choice, estimate, device, gpus)  # what is wrong with the keys is found here
+        if dry_run:
+            _show(recipe, [f"estimated from {text_bytes / 1e6:,.1f} MB of files; nothing is written", *lines])
+            return
+        asked.out.mkdir(parents=True, exist_ok=True)
+        files.write_json(asked.out / BEGUN, begun)
+        made = _prepare(asked, begun)
+        _heading("A size for this text, this machine and this time")
+        choice = choose_size(made["tokens"], made["tokenizer"]["vocab_size"], hours, device, gpus)
+        recipe, lines = _recipe(asked, choice, made["tokens"], device, gpus, held_out=made["held_out"]["tokens"])
+        files.write_text(kept, recipe)
+        _say(*lines, f"the recipe, with its reasons: {kept}")
+    _train(kept, asked.out / RUN, started)
+
+
+def machine(asked: str) -> tuple[Device, int]:
+    """The device that training takes, its speed measured where the plan knows none, and how many of it there are."""
+    import torch
+
+    from argonne.config import ParallelSection
+    from argonne.parallel.mesh import choose_device, worker_count
+    from argonne.stages.setup import planned_device
+
+    place = choose_device(asked, where="train.device")
+    device, count = planned_device(place), worker_count(ParallelSection(), asked) if place.type == "cuda" else 1
+    if device.bf16 or device.fp16:
+        return device, count
+    side, kind = (1024, torch.float32) if place.type == "cpu" else (4096, torch.bfloat16)
+    left = torch.ones(side, side, device=place, dtype=kind)
+    products, begin, spent = -1, 0.0, 0.0
+    while spent < MEASURE_SECONDS:
+        float((left @ left)[0, 0])  # waits for it
+        products += 1
+        begin = begin or time.perf_counter()  # the first warms up
+        spent = time.perf_counter() - begin
+    return replace(device, sustained=STEP_SHARE * products * 2 * side**3 / spent), count
+
+
+def _begun(asked: Asked) -> dict[str, Any]:
+    """What the folder was begun with; nothing where it is new."""
+    out = asked.out
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return {}
+    if not (out / BEGUN).is_file():
+        raise InputError(f"--out {out}: exists, and was not made by `argonne train`; choose another")
+    begun: dict[str, Any] = files.read_json(out / BEGUN)
+    if changed := differences(begun["asked"], asked.tree()):
+        told = "; ".join(f"{name}: {old!r}, now {new!r}" for name, (old, new) in changed.items())
+        raise InputError(
+            f"{out}: was begun with other words ({told}); give the same, edit {out / RECIPE} and go on with `argonne "
+            f"pretrain`, or choose another --out"
+        )
+    return begun
+
+
+def _text_bytes(asked: Asked) -> float:
+    """Bytes of text, about: of packed files more than they have."""
+    from argonne.prepare.documents import find_files
+    from argonne.prepare.textual import is_compressed
+
+    for folder in map(Path, asked.text):
+        if folder.is_dir() and asked.out.resolve().is_relative_to(folder.resolve()):
+            raise InputError(f"--out {asked.out}: lies in {folder}, whose text is read; choose a folder elsewhere")
+    found = find_files(asked.text, outside=asked.out)
+    return sum(file.bytes * (UNPACKED if is_compressed(file.path) else 1) for file in found)
+
+
+def _vocabulary(asked: Asked, text_bytes: float, hours: float, device: Device, gpus: int) -> int:
+    from argonne.tokens.tokenizer import load_tokenizer
+
+    if asked.tokenizer is not None:
+        return load_tokenizer(asked.tokenizer).vocab_size
+    return vocabulary_for(text_bytes, hours, device, gpus)
+
+
+def _prepare(asked: Asked, begun: Mapping[str, Any]) -> dict[str, Any]:
+    """The token set, made or found; its manifest."""
+    from argonne.prepare.prepare import prepare
+
+    _heading("The text as tokens, and a part that is never trained on")
+    own, out = asked.tokenizer, asked.out / TOKENS
+    tokenizer = ("--train-tokenizer", str(begun["vocabulary"])) if own is None else ("--tokenizer", own)
+    share = ("--hold-out", str(begun["hold_out"]))
+    _command("prepare", "--input", *asked.text, *tokenizer, *share, "--out", str(out))
+    options = PrepareOptions(
+        input=asked.text,
+        out=out,
+        tokenizer=None if own is None else Path(own),
+        train_tokenizer=begun["vocabulary"] if own is None else None,
+        hold_out=begun["hold_out"],
+    )
+    try:
+        prepare(options)
+    except KeyboardInterrupt:
+        raise Stopped(f"stopped while {out} is made; the same command goes on with it") from None
+    manifest = read_manifest(out)
+    _say(f"{manifest['tokens']:,} tokens to train on, {manifest['held_out']['tokens']:,} held out: {out}")
+    return manifest
+
+
+def _recipe(
+    asked: Asked, choice: Choice, text_tokens: int, device: Device, gpus: int, held_out: int | None = None
+) -> tuple[str, list[str]]:
+    """The recipe as text, each key with why, and the lines that tell the choice. Raises InputError for a key of the
+    command that no recipe could have.
+    """
+    chosen = choice.recipe
+    sources = [{"path": str(asked.out / TOKENS), "max_epochs": math.ceil(choice.passes) + 1}]
+    values = {
+        "stage": "pretrain",
+        **{f"model.{name}": value for name, value in to_tree(chosen.model).items() if name != "initializer"},
+        "data.sources": sources,
+        "data.sequence_length": chosen.data.sequence_length,
+        "data.order": "shuffled",
+        "batch.tokens_per_step": chosen.batch.tokens_per_step,
+        "optim.name": chosen.optim.name,
+        "optim.lr": chosen.optim.lr,
+        "schedule.kind": "wsd",
+        "schedule.decay": 0.4,
+        "train.steps": chosen.train.steps,
+    }
+    given = {path: parse_value(path, text) for path, text in asked.overrides.items()}
+    if fixed := given.keys() & {"data.sources", "data.input", "data.tokenizer", "stage"}:
+        raise InputError(f"--{min(fixed)}: the text of the command says it; use `argonne pretrain` with a recipe")
+    for ways in ALTERNATIVES:  # one that is given takes the place of ours
+        if given.keys() & set(ways):
+            values = {path: value for path, value in values.items() if path not in ways}
+    plan = make_plan(_checked(_acting(values, given)), gpu=device, gpus=gpus)
+    steps = plan.steps or chosen.train.steps or 1
+    values |= {
+        "schedule.warmup": min(100, steps // 20),
+        "checkpoint.every_steps": max(1, steps // 4),
+        "checkpoint.every_minutes": 10.0,
+        "log.every_steps": max(1, steps // 100),
+    }
+    if held_out is None or held_out > chosen.data.sequence_length:
+        values["eval.every_steps"] = max(25, steps // 10)
+    recipe = _checked(values := _acting(values, given))
+    tokens = plan.tokens or choice.tokens
+    rate = plan.tokens_per_second or choice.rate
+    model = recipe.model
+    lines = [
+        f"{plan.parameters / 1e6:,.2f}M parameters: {model.num_hidden_layers} layers of width {model.hidden_size}, "
+        f"{model.vocab_size:,} entries of the tokenizer",
+        f"{tokens:,} tokens in {steps:,} steps: the text {tokens / text_tokens:,.2g} times, "
+        f"{tokens / plan.parameters:,.2g} a parameter",
+        f"about {tokens / rate / 60:,.2g} minutes on {gpus} x {device.name} at {rate:,.0f} tokens/s"
+        f"{' (measured just now)' if device.sustained else ''}",
+        choice.larger or "this is the largest size",
+        f"other sizes: --hours, other text, or edit {asked.out / RECIPE}",
+    ]
+    head = [f"{asked.out / RECIPE}, written by `argonne train`; edit it, and go on with", _pretrain(asked.out), *lines]
+    return _toml(values, head), lines
+
+
+def _pretrain(out: Path) -> str:
+    return shlex.join(("argonne", "pretrain", str(out / RECIPE), "--run", str(out / RUN)))
+
+
+def _acting(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Values and what is given; of the values those that act beside it."""
+    recipe = build(Recipe, tomllib.loads(_toml({**values, **given}, [])))
+    acts = {path: value for path, value in values.items() if path in given or not unmet(recipe, path)}
+    return {**acts, **given}
+
+
+def _checked(values: Mapping[str, Any]) -> Recipe:
+    """The recipe of these keys, each as one that a person gave."""
+    tree = tomllib.loads(_toml(values, []))
+    return resolve(replace(build(Recipe, tree), given=frozenset(leaves(tree))))
+
+
+def _toml(values: Mapping[str, Any], head: Sequence[str]) -> str:
+    """`section.key -> value` as TOML, each with why it is so."""
+    lines, section = [f"# {line}" for line in head], ""
+    for path in sorted(values, key=lambda path: list(all_keys()).index(path) if path in all_keys() else -1):
+        here, _, name = path.rpartition(".")
+        if here != section:
+            section = here
+            lines += ["", f"[{section}]"]
+        why = WHY.get(path) or (all_keys()[path].metadata["meaning"] if path in all_keys() else "")
+        lines.append(f"{name} = {toml_value(to_tree(values[path]))}  # {why}")
+    return "\n".join(lines) + "\n"
+
+
+def _train(recipe_file: Path, run_folder: Path, started: float | None) -> None:
+    from argonne.stages.ending import finish_or_stop
+    from argonne.stages.pretrain import run
+    from argonne.train.guard import StopWatch
+
+    _heading("Training")
+    _say(f"$ {_pretrain(recipe_file.parent)}")
+    recipe = load_recipe(str(recipe_file), {})
+    watch = StopWatch(recipe.stop, started=started)
+    with watch.listening():
+        outcome = run(recipe, run_folder, watch=watch).outcome
+    finish_or_stop(outcome, run_folder)
+
+
+def _show(recipe: str, lines: Sequence[str]) -> None:
+    """What would run: the recipe to stdout, the rest to people."""
+    _say(*lines)
+    print(recipe, end="")
+
+
+def _heading(text: str) -> None:
+    print(f"\n{text}", file=sys.stderr, flush=True)
+
+
+def _command(*words: str) -> None:
+    _say(f"$ argonne {shlex.join(words)}")
+
+
+def _say(*lines: str) -> None:
+    for line in lines:
+        print(f"  {line}", file=sys.stderr, flush=True)
