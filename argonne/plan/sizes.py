@@ -11,6 +11,7 @@ from argonne.errors import InputError
 from argonne.operation import ParallelSection
 from argonne.plan.devices import Device, best_choice, expected_rate
 from argonne.plan.shape import shape_of
+from argonne.presets import preset
 
 PER_PARAMETER = 20  # tokens a parameter at which compute is spent best (Hoffmann et al. 2022, arXiv 2203.15556)
 FEW = 4  # passes that are worth almost as much as new text (Muennighoff et al. 2023, arXiv 2305.16264)
@@ -22,15 +23,17 @@ ROWS = 4  # a step at least
 
 
 class Size(NamedTuple):
-    """A rung of the ladder: the shape, the rows it is trained on, and the tokens of a step."""
+    """A rung of the ladder: fields of the model, the last of which is the length of the rows, and the tokens of a
+    step.
+    """
 
-    hidden: int
-    layers: int
-    heads: int
-    key_value_heads: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
     head_dim: int
-    mlp: int
-    sequence: int
+    intermediate_size: int
+    max_position_embeddings: int
     batch: int
 
 
@@ -47,20 +50,8 @@ LADDER = (
     Size(1024, 16, 16, 4, 64, 2816, 1024, 262144),
     Size(1280, 20, 20, 4, 64, 3456, 1024, 262144),
 )
-# The newest architecture of the family, argonne-4.0's, with a base of the positions for these contexts.
-ARCHITECTURE = ModelSection(
-    position_embedding="rope",
-    rope_theta=1e4,
-    norm_type="rms",
-    hidden_act="silu",
-    mlp_gated=True,
-    tie_word_embeddings=True,
-    q_norm=True,
-    k_norm=True,
-    v_norm=True,
-    sandwich_norm=True,
-    final_logit_softcapping=15.0,
-)
+# The newest architecture of the family, with a base of the positions for these contexts.
+ARCHITECTURE = {**preset("argonne-4.0").fields, "layer_types": None, "rope_theta": 1e4}
 
 
 @dataclass(frozen=True)
@@ -132,27 +123,19 @@ def choose_size(text_tokens: int, vocabulary: int, hours: float, device: Device,
 
 def _choice(size: Size, text_tokens: int, vocabulary: int, hours: float, device: Device, gpus: int) -> Choice | None:
     """A run of this size; None where it does not fit into memory."""
-    model = replace(
-        ARCHITECTURE,
-        vocab_size=vocabulary,
-        hidden_size=size.hidden,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-        num_key_value_heads=size.key_value_heads,
-        head_dim=size.head_dim,
-        intermediate_size=size.mlp,
-        max_position_embeddings=size.sequence,
-    )
+    fields, rows = {**ARCHITECTURE, **size._asdict(), "vocab_size": vocabulary}, size.max_position_embeddings
+    fields.pop("batch")
+    model = ModelSection(**fields)
     # The rate of embeddings and gains falls with the width; Muon's, of the matrices, holds for all widths.
-    rate = float(f"{5e-3 * math.sqrt(LADDER[0].hidden / size.hidden):.1g}")
+    rate = float(f"{5e-3 * math.sqrt(LADDER[0].hidden_size / size.hidden_size):.1g}")
     recipe = Recipe(
         model=model,
-        data=DataSection(sequence_length=size.sequence),
+        data=DataSection(sequence_length=rows),
         batch=BatchSection(size.batch),
         optim=OptimSection(name="muon", lr=rate),
         parallel=ParallelSection(replicate=gpus),
     )
-    shape = shape_of(model, size.sequence)
+    shape = shape_of(model, rows)
     way = best_choice(recipe, shape, device, gpus)
     if not way.fits:
         return None
@@ -162,7 +145,7 @@ def _choice(size: Size, text_tokens: int, vocabulary: int, hours: float, device:
     parameters = shape.parameters()
     readable = max(FEW * text_tokens, min(MANY * text_tokens, PER_PARAMETER * parameters))
     tokens, batch = min(int(speed * hours * 3600), readable), size.batch
-    least = size.sequence * max(ROWS, gpus)
+    least = rows * max(ROWS, gpus)
     while tokens < GOOD_STEPS * batch and batch > least:
         batch //= 2
     steps = max(LEAST_STEPS, tokens // batch)

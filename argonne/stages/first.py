@@ -9,7 +9,7 @@ import shlex
 import sys
 import time
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,13 @@ from argonne import files
 from argonne.config import Recipe
 from argonne.errors import InputError, Stopped
 from argonne.keys import all_keys, unmet
+from argonne.operation import ParallelSection
 from argonne.plan import Device, make_plan
 from argonne.plan.sizes import CHARACTERS_A_TOKEN, Choice, choose_size, vocabulary_for
+from argonne.prepare.documents import find_files
 from argonne.prepare.options import PrepareOptions
+from argonne.prepare.prepare import prepare
+from argonne.prepare.textual import is_compressed
 from argonne.recipe import (
     ALTERNATIVES,
     build,
@@ -33,23 +37,22 @@ from argonne.recipe import (
     toml_value,
 )
 from argonne.tokens.manifest import read_manifest
+from argonne.tokens.tokenizer import load_tokenizer
 
 BEGUN, RECIPE, TOKENS, RUN = "begun.json", "recipe.toml", "tokens", "run"  # in the folder
 HOURS_CPU, HOURS_GPU = 0.5, 1.0
 HOLD_OUT, HOLD_OUT_LARGE, LARGE_TEXT = 0.05, 0.005, 100e6  # of so many bytes on
 UNPACKED = 4  # bytes of text in a byte of a packed file
-STEP_SHARE, MEASURE_SECONDS = 0.35, 0.3  # STEP_SHARE: what a whole step reaches of the rate of a large product
+# What a whole training step reaches of the rate of one large product: measured, see docs/sizes.md.
+STEP_SHARE, MEASURE_SECONDS = 0.35, 0.3
 # Why a key has its value, where its meaning does not say.
 WHY = {
     "model.vocab_size": "entries of the tokenizer",
-    "model.hidden_size": "width; with the layers below, the size: see above",
     "data.sources": "max_epochs: a run that would read the text more often is refused",
-    "data.sequence_length": "tokens of a row, the longest context that is learnt",
     "data.order": "windows in a new order at each pass",
-    "batch.tokens_per_step": "larger for a larger model, smaller where there would be few steps",
+    "batch.tokens_per_step": "more for a larger model, fewer where there would be few steps",
     "optim.name": "for the matrices, AdamW for the rest: with little text about twice as far as AdamW alone",
     "optim.lr": "peak rate of embeddings and gains; falls with the width",
-    "schedule.decay": "share of the steps in which the rate falls",
     "train.steps": "what the time or the text allows",
     "checkpoint.every_steps": "a quarter of the run",
     "eval.every_steps": "ten points of the held-out curve; fewer of a short run",
@@ -75,46 +78,73 @@ class Asked:
 def run_first(asked: Asked, *, dry_run: bool = False, started: float | None = None) -> None:
     """Everything from text to a trained model below `asked.out`; the same command goes on where it was, by the recipe
     that lies there. Raises InputError for wrong input and for a folder that was begun otherwise; Stopped where it was
-    asked to stop.
+    asked to stop. dry_run: print the recipe, as far as it can be known, and write nothing.
     """
     begun, kept = _begun(asked), asked.out / RECIPE
     if kept.exists():
-        if dry_run:
-            _show(kept.read_text(encoding="utf-8"), [f"{kept} is there already, and is what runs"])
-            return
-        _prepare(asked, begun)
+        recipe, lines = kept.read_text(encoding="utf-8"), [f"{kept} is there already, and is what runs"]
+        if not dry_run:
+            _prepare(asked, begun)
     else:
         text_bytes = _text_bytes(asked)
-        device, gpus = machine(str(asked.overrides.get("train.device", "auto")))
-        hours = asked.hours or (HOURS_CPU if device.name == "cpu" else HOURS_GPU)
+        device, gpus = _machine(str(asked.overrides.get("train.device", "auto")))
+        hours = asked.hours if asked.hours is not None else HOURS_CPU if device.name == "cpu" else HOURS_GPU
         if not begun:
+            own = None if asked.tokenizer is None else load_tokenizer(asked.tokenizer).vocab_size
             begun = {
                 "asked": asked.tree(),
-                "vocabulary": _vocabulary(asked, text_bytes, hours, device, gpus),
+                "vocabulary": own or vocabulary_for(text_bytes, hours, device, gpus),
                 "hold_out": HOLD_OUT if text_bytes < LARGE_TEXT else HOLD_OUT_LARGE,
             }
-        estimate = int(text_bytes * (1 - begun["hold_out"]) / CHARACTERS_A_TOKEN)
-        choice = choose_size(estimate, begun["vocabulary"], hours, device, gpus)
-        recipe, lines = _recipe(asked, choice, estimate, device, gpus)  # what is wrong with the keys is found here
-        if dry_run:
-            _show(recipe, [f"estimated from {text_bytes / 1e6:,.1f} MB of files; nothing is written", *lines])
-            return
-        asked.out.mkdir(parents=True, exist_ok=True)
-        files.write_json(asked.out / BEGUN, begun)
-        made = _prepare(asked, begun)
-        _heading("A size for this text, this machine and this time")
-        choice = choose_size(made["tokens"], made["tokenizer"]["vocab_size"], hours, device, gpus)
-        recipe, lines = _recipe(asked, choice, made["tokens"], device, gpus, held_out=made["held_out"]["tokens"])
-        files.write_text(kept, recipe)
-        _say(*lines, f"the recipe, with its reasons: {kept}")
-    _train(kept, asked.out / RUN, started)
+        tokens, vocabulary = int(text_bytes * (1 - begun["hold_out"]) / CHARACTERS_A_TOKEN), begun["vocabulary"]
+        # Before anything is written: too little text and wrong keys are found here.
+        recipe, lines = _recipe(asked, choose_size(tokens, vocabulary, hours, device, gpus), tokens, device, gpus)
+        lines = [f"estimated from {text_bytes / 1e6:,.1f} MB of files; nothing is written", *lines]
+        if not dry_run:
+            asked.out.mkdir(parents=True, exist_ok=True)
+            files.write_json(asked.out / BEGUN, begun)
+            made = _prepare(asked, begun)
+            tokens, vocabulary = made["tokens"], made["tokenizer"]["vocab_size"]
+            choice = choose_size(tokens, vocabulary, hours, device, gpus)
+            recipe, lines = _recipe(asked, choice, tokens, device, gpus, held_out=made["held_out"]["tokens"])
+            files.write_text(kept, recipe)
+    _say("A size for this text, this machine and this time", *lines)
+    if dry_run:
+        print(recipe, end="")
+    else:
+        _train(kept, asked.out / RUN, started)
 
 
-def machine(asked: str) -> tuple[Device, int]:
+def _begun(asked: Asked) -> dict[str, Any]:
+    """What the folder was begun with; nothing where it is new."""
+    out = asked.out
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return {}
+    if not (out / BEGUN).is_file():
+        raise InputError(f"--out {out}: exists, and was not made by `argonne train`; choose another")
+    begun: dict[str, Any] = files.read_json(out / BEGUN)
+    if changed := differences(begun["asked"], asked.tree()):
+        told = "; ".join(f"{name} {old!r}, now {new!r}" for name, (old, new) in changed.items())
+        raise InputError(
+            f"{out}: was begun with {told}; give the same, or edit {out / RECIPE} and go on with `{_pretrain(out)}`, "
+            "or choose another --out"
+        )
+    return begun
+
+
+def _text_bytes(asked: Asked) -> float:
+    """Bytes of text, about: of packed files more than they have."""
+    for folder in map(Path, asked.text):
+        if folder.is_dir() and asked.out.resolve().is_relative_to(folder.resolve()):
+            raise InputError(f"--out {asked.out}: lies in {folder}, whose text is read; choose a folder elsewhere")
+    found = find_files(asked.text, outside=asked.out)
+    return sum(file.bytes * (UNPACKED if is_compressed(file.path) else 1) for file in found)
+
+
+def _machine(asked: str) -> tuple[Device, int]:
     """The device that training takes, its speed measured where the plan knows none, and how many of it there are."""
     import torch
 
-    from argonne.config import ParallelSection
     from argonne.parallel.mesh import choose_device, worker_count
     from argonne.stages.setup import planned_device
 
@@ -133,65 +163,19 @@ def machine(asked: str) -> tuple[Device, int]:
     return replace(device, sustained=STEP_SHARE * products * 2 * side**3 / spent), count
 
 
-def _begun(asked: Asked) -> dict[str, Any]:
-    """What the folder was begun with; nothing where it is new."""
-    out = asked.out
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return {}
-    if not (out / BEGUN).is_file():
-        raise InputError(f"--out {out}: exists, and was not made by `argonne train`; choose another")
-    begun: dict[str, Any] = files.read_json(out / BEGUN)
-    if changed := differences(begun["asked"], asked.tree()):
-        told = "; ".join(f"{name}: {old!r}, now {new!r}" for name, (old, new) in changed.items())
-        raise InputError(
-            f"{out}: was begun with other words ({told}); give the same, edit {out / RECIPE} and go on with `argonne "
-            f"pretrain`, or choose another --out"
-        )
-    return begun
-
-
-def _text_bytes(asked: Asked) -> float:
-    """Bytes of text, about: of packed files more than they have."""
-    from argonne.prepare.documents import find_files
-    from argonne.prepare.textual import is_compressed
-
-    for folder in map(Path, asked.text):
-        if folder.is_dir() and asked.out.resolve().is_relative_to(folder.resolve()):
-            raise InputError(f"--out {asked.out}: lies in {folder}, whose text is read; choose a folder elsewhere")
-    found = find_files(asked.text, outside=asked.out)
-    return sum(file.bytes * (UNPACKED if is_compressed(file.path) else 1) for file in found)
-
-
-def _vocabulary(asked: Asked, text_bytes: float, hours: float, device: Device, gpus: int) -> int:
-    from argonne.tokens.tokenizer import load_tokenizer
-
-    if asked.tokenizer is not None:
-        return load_tokenizer(asked.tokenizer).vocab_size
-    return vocabulary_for(text_bytes, hours, device, gpus)
-
-
 def _prepare(asked: Asked, begun: Mapping[str, Any]) -> dict[str, Any]:
     """The token set, made or found; its manifest."""
-    from argonne.prepare.prepare import prepare
-
-    _heading("The text as tokens, and a part that is never trained on")
-    own, out = asked.tokenizer, asked.out / TOKENS
-    tokenizer = ("--train-tokenizer", str(begun["vocabulary"])) if own is None else ("--tokenizer", own)
-    share = ("--hold-out", str(begun["hold_out"]))
-    _command("prepare", "--input", *asked.text, *tokenizer, *share, "--out", str(out))
-    options = PrepareOptions(
-        input=asked.text,
-        out=out,
-        tokenizer=None if own is None else Path(own),
-        train_tokenizer=begun["vocabulary"] if own is None else None,
-        hold_out=begun["hold_out"],
-    )
+    own, out, share, size = asked.tokenizer, asked.out / TOKENS, begun["hold_out"], begun["vocabulary"]
+    tokenizer = ("--train-tokenizer", str(size)) if own is None else ("--tokenizer", own)
+    words = ("argonne", "prepare", "--input", *asked.text, *tokenizer, "--hold-out", str(share), "--out", str(out))
+    _say("The text as tokens, and a part that is never trained on", f"$ {shlex.join(words)}")
+    which: dict[str, Any] = {"train_tokenizer": size} if own is None else {"tokenizer": Path(own)}
     try:
-        prepare(options)
+        prepare(PrepareOptions(input=asked.text, out=out, hold_out=share, **which))
     except KeyboardInterrupt:
         raise Stopped(f"stopped while {out} is made; the same command goes on with it") from None
     manifest = read_manifest(out)
-    _say(f"{manifest['tokens']:,} tokens to train on, {manifest['held_out']['tokens']:,} held out: {out}")
+    _say(None, f"{manifest['tokens']:,} tokens to train on, {manifest['held_out']['tokens']:,} held out: {out}")
     return manifest
 
 
@@ -199,14 +183,13 @@ def _recipe(
     asked: Asked, choice: Choice, text_tokens: int, device: Device, gpus: int, held_out: int | None = None
 ) -> tuple[str, list[str]]:
     """The recipe as text, each key with why, and the lines that tell the choice. Raises InputError for a key of the
-    command that no recipe could have.
+    command that no recipe could have, and for a run that would be refused.
     """
     chosen = choice.recipe
-    sources = [{"path": str(asked.out / TOKENS), "max_epochs": math.ceil(choice.passes) + 1}]
-    values = {
-        "stage": "pretrain",
-        **{f"model.{name}": value for name, value in to_tree(chosen.model).items() if name != "initializer"},
-        "data.sources": sources,
+    source = {"path": str(asked.out / TOKENS), "max_epochs": 1e9}
+    ours = {
+        **{f"model.{name}": value for name, value in to_tree(chosen.model).items() if value and name != "initializer"},
+        "data.sources": [source],
         "data.sequence_length": chosen.data.sequence_length,
         "data.order": "shuffled",
         "batch.tokens_per_step": chosen.batch.tokens_per_step,
@@ -216,26 +199,26 @@ def _recipe(
         "schedule.decay": 0.4,
         "train.steps": chosen.train.steps,
     }
+    if fixed := asked.overrides.keys() & {"data.sources", "data.input", "data.tokenizer", "stage"}:
+        raise InputError(f"--{min(fixed)}: the command's TEXT says it; use `argonne pretrain` with a recipe")
     given = {path: parse_value(path, text) for path, text in asked.overrides.items()}
-    if fixed := given.keys() & {"data.sources", "data.input", "data.tokenizer", "stage"}:
-        raise InputError(f"--{min(fixed)}: the text of the command says it; use `argonne pretrain` with a recipe")
     for ways in ALTERNATIVES:  # one that is given takes the place of ours
         if given.keys() & set(ways):
-            values = {path: value for path, value in values.items() if path not in ways}
-    plan = make_plan(_checked(_acting(values, given)), gpu=device, gpus=gpus)
-    steps = plan.steps or chosen.train.steps or 1
-    values |= {
+            ours = {path: value for path, value in ours.items() if path not in ways}
+    plan = make_plan(_settled(ours, given)[1], gpu=device, gpus=gpus)
+    if plan.refusals:
+        raise InputError(f"the run would be refused: {plan.refusals[0]}")
+    steps, tokens = plan.steps or chosen.train.steps or 1, plan.tokens or choice.tokens
+    ours |= {
+        "data.sources": [source | {"max_epochs": math.ceil(tokens / text_tokens) + 1}],
         "schedule.warmup": min(100, steps // 20),
         "checkpoint.every_steps": max(1, steps // 4),
-        "checkpoint.every_minutes": 10.0,
         "log.every_steps": max(1, steps // 100),
     }
     if held_out is None or held_out > chosen.data.sequence_length:
-        values["eval.every_steps"] = max(25, steps // 10)
-    recipe = _checked(values := _acting(values, given))
-    tokens = plan.tokens or choice.tokens
-    rate = plan.tokens_per_second or choice.rate
-    model = recipe.model
+        ours["eval.every_steps"] = max(25, steps // 10)
+    values, recipe = _settled(ours, given)
+    rate, model, kept = plan.tokens_per_second or choice.rate, recipe.model, asked.out / RECIPE
     lines = [
         f"{plan.parameters / 1e6:,.2f}M parameters: {model.num_hidden_layers} layers of width {model.hidden_size}, "
         f"{model.vocab_size:,} entries of the tokenizer",
@@ -244,38 +227,33 @@ def _recipe(
         f"about {tokens / rate / 60:,.2g} minutes on {gpus} x {device.name} at {rate:,.0f} tokens/s"
         f"{' (measured just now)' if device.sustained else ''}",
         choice.larger or "this is the largest size",
-        f"other sizes: --hours, other text, or edit {asked.out / RECIPE}",
+        f"other sizes: --hours, other text, or edit {kept}",
     ]
-    head = [f"{asked.out / RECIPE}, written by `argonne train`; edit it, and go on with", _pretrain(asked.out), *lines]
-    return _toml(values, head), lines
+    return _toml(values, given, [f"{kept}, by `argonne train`. Edit it, then: {_pretrain(asked.out)}", *lines]), lines
 
 
 def _pretrain(out: Path) -> str:
     return shlex.join(("argonne", "pretrain", str(out / RECIPE), "--run", str(out / RUN)))
 
 
-def _acting(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Values and what is given; of the values those that act beside it."""
-    recipe = build(Recipe, tomllib.loads(_toml({**values, **given}, [])))
-    acts = {path: value for path, value in values.items() if path in given or not unmet(recipe, path)}
-    return {**acts, **given}
+def _settled(ours: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[dict[str, Any], Recipe]:
+    """What is given, and of ours what acts beside it: as keys, and as the recipe in which a person gave each."""
+    whole = build(Recipe, tomllib.loads(_toml({**ours, **given})))
+    values = {**{path: value for path, value in ours.items() if not unmet(whole, path)}, **given}
+    tree = tomllib.loads(_toml(values))
+    return values, resolve(replace(build(Recipe, tree), given=frozenset(leaves(tree))))
 
 
-def _checked(values: Mapping[str, Any]) -> Recipe:
-    """The recipe of these keys, each as one that a person gave."""
-    tree = tomllib.loads(_toml(values, []))
-    return resolve(replace(build(Recipe, tree), given=frozenset(leaves(tree))))
-
-
-def _toml(values: Mapping[str, Any], head: Sequence[str]) -> str:
-    """`section.key -> value` as TOML, each with why it is so."""
-    lines, section = [f"# {line}" for line in head], ""
-    for path in sorted(values, key=lambda path: list(all_keys()).index(path) if path in all_keys() else -1):
+def _toml(values: Mapping[str, Any], given: Container[str] = (), head: Sequence[str] = ()) -> str:
+    """`section.key -> value` as TOML, each with why it is so. given: those that the command says."""
+    keys, lines, section = all_keys(), [f"# {line}" for line in head], ""
+    places = {path: number for number, path in enumerate(keys)}
+    for path in sorted(values, key=lambda path: places.get(path, -1)):
         here, _, name = path.rpartition(".")
         if here != section:
             section = here
             lines += ["", f"[{section}]"]
-        why = WHY.get(path) or (all_keys()[path].metadata["meaning"] if path in all_keys() else "")
+        why = "as given" if path in given else WHY.get(path) or (keys[path].metadata["meaning"] if path in keys else "")
         lines.append(f"{name} = {toml_value(to_tree(values[path]))}  # {why}")
     return "\n".join(lines) + "\n"
 
@@ -285,29 +263,14 @@ def _train(recipe_file: Path, run_folder: Path, started: float | None) -> None:
     from argonne.stages.pretrain import run
     from argonne.train.guard import StopWatch
 
-    _heading("Training")
-    _say(f"$ {_pretrain(recipe_file.parent)}")
-    recipe = load_recipe(str(recipe_file), {})
+    _say("Training", f"$ {_pretrain(recipe_file.parent)}")
+    recipe = load_recipe(str(recipe_file))
     watch = StopWatch(recipe.stop, started=started)
     with watch.listening():
         outcome = run(recipe, run_folder, watch=watch).outcome
     finish_or_stop(outcome, run_folder)
 
 
-def _show(recipe: str, lines: Sequence[str]) -> None:
-    """What would run: the recipe to stdout, the rest to people."""
-    _say(*lines)
-    print(recipe, end="")
-
-
-def _heading(text: str) -> None:
-    print(f"\n{text}", file=sys.stderr, flush=True)
-
-
-def _command(*words: str) -> None:
-    _say(f"$ argonne {shlex.join(words)}")
-
-
-def _say(*lines: str) -> None:
-    for line in lines:
-        print(f"  {line}", file=sys.stderr, flush=True)
+def _say(heading: str | None, *lines: str) -> None:
+    told = [f"\n{heading}"] * (heading is not None) + [f"  {line}" for line in lines]
+    print("\n".join(told), file=sys.stderr, flush=True)
