@@ -246,15 +246,19 @@ def _settled(ours: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[dict[st
 
 def _toml(values: Mapping[str, Any], given: Container[str] = (), head: Sequence[str] = ()) -> str:
     """`section.key -> value` as TOML, each with why it is so. given: those that the command says."""
-    keys, lines, section = all_keys(), [f"# {line}" for line in head], ""
-    places = {path: number for number, path in enumerate(keys)}
-    for path in sorted(values, key=lambda path: places.get(path, -1)):
-        here, _, name = path.rpartition(".")
-        if here != section:
-            section = here
-            lines += ["", f"[{section}]"]
-        why = "as given" if path in given else WHY.get(path) or (keys[path].metadata["meaning"] if path in keys else "")
-        lines.append(f"{name} = {toml_value(to_tree(values[path]))}  # {why}")
+    keys, lines = all_keys(), [f"# {line}" for line in head]
+    sections: dict[str, list[str]] = {"": []}
+    for path in (*filter(values.__contains__, keys), *(path for path in values if path not in keys)):
+        sections.setdefault(path.rpartition(".")[0], []).append(path)
+    for section, paths in sections.items():
+        lines += ["", f"[{section}]"] * bool(section)
+        for path in paths:
+            why = (
+                "as given"
+                if path in given
+                else WHY.get(path) or (keys[path].metadata["meaning"] if path in keys else "")
+            )
+            lines.append(f"{path.rpartition('.')[2]} = {toml_value(to_tree(values[path]))}  # {why}")
     return "\n".join(lines) + "\n"
 
 
