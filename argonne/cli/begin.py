@@ -8,7 +8,7 @@ from pathlib import Path
 
 from argonne.cli.command import Verbs, json_flag, parse_overrides, recipe_argument, show
 from argonne.config import Recipe
-from argonne.errors import InputError
+from argonne.errors import InputError, Stopped
 
 
 def add_verbs(verb: Verbs, arguments: Sequence[str]) -> None:
@@ -37,7 +37,10 @@ def train_on_text(options: argparse.Namespace) -> None:
 
     overrides = parse_overrides(options.rest)
     asked = Asked(tuple(options.text), options.out, options.hours, options.tokenizer, overrides)
-    run_first(asked, dry_run=options.dry_run, started=options.started)
+    try:
+        run_first(asked, dry_run=options.dry_run, started=options.started)
+    except KeyboardInterrupt:  # before training listens; all that was done is found again
+        raise Stopped(f"stopped; the same command goes on in {options.out}") from None
 
 
 def show_demo(options: argparse.Namespace) -> None:

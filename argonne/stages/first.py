@@ -16,7 +16,7 @@ from typing import Any
 
 from argonne import files
 from argonne.config import Recipe
-from argonne.errors import InputError, Stopped
+from argonne.errors import InputError
 from argonne.keys import all_keys, unmet
 from argonne.operation import ParallelSection
 from argonne.plan import Device, make_plan
@@ -78,7 +78,7 @@ class Asked:
 
 def run_first(asked: Asked, *, dry_run: bool = False, started: float | None = None) -> None:
     """Everything from text to a trained model below `asked.out`; the same command goes on where it was, by the recipe
-    that lies there. Raises InputError for wrong input and for a folder that was begun otherwise; Stopped where it was
+    that lies there. Raises InputError for wrong input and for a folder that was begun otherwise, Stopped where it was
     asked to stop. dry_run: print the recipe, as far as it can be known, and write nothing.
     """
     begun, kept = _begun(asked), asked.out / RECIPE
@@ -139,7 +139,8 @@ def _text_bytes(asked: Asked) -> float:
         if folder.is_dir() and asked.out.resolve().is_relative_to(folder.resolve()):
             raise InputError(f"--out {asked.out}: lies in {folder}, whose text is read; choose a folder elsewhere")
     found = find_files(asked.text, outside=asked.out)
-    return sum(file.bytes * (UNPACKED if is_compressed(file.path) else 1) for file in found)
+    packed = ("parquet", "arrow")
+    return sum(file.bytes * (UNPACKED if file.format in packed or is_compressed(file.path) else 1) for file in found)
 
 
 def _machine(asked: str) -> tuple[Device, int]:
@@ -171,10 +172,7 @@ def _prepare(asked: Asked, begun: Mapping[str, Any]) -> dict[str, Any]:
     words = ("argonne", "prepare", "--input", *asked.text, *tokenizer, "--hold-out", str(share), "--out", str(out))
     _say("The text as tokens, and a part that is never trained on", f"$ {shlex.join(words)}")
     which: dict[str, Any] = {"train_tokenizer": size} if own is None else {"tokenizer": Path(own)}
-    try:
-        prepare(PrepareOptions(input=asked.text, out=out, hold_out=share, **which))
-    except KeyboardInterrupt:
-        raise Stopped(f"stopped while {out} is made; the same command goes on with it") from None
+    prepare(PrepareOptions(input=asked.text, out=out, hold_out=share, **which))
     manifest = read_manifest(out)
     _say(None, f"{manifest['tokens']:,} tokens to train on, {manifest['held_out']['tokens']:,} held out: {out}")
     return manifest

@@ -171,7 +171,7 @@ def test_an_interruption_while_preparing_ends_as_a_stop(
     one_big_txt(here / "mine")
     monkeypatch.setattr("argonne.stages.first.prepare", interrupted)
     assert main(["train", "mine.txt", *BRIEF]) == 3
-    assert "the same command goes on with it" in capsys.readouterr().err
+    assert "argonne: stopped; the same command goes on in trained" in capsys.readouterr().err
 
 
 def test_an_interruption_of_training_stops_it_and_the_same_command_goes_on(
