@@ -15,7 +15,7 @@ from tests.tour import ROOT, blocks_of, fresh_clone, take
 
 GUIDES = [ROOT / "README.md", ROOT / "docs" / "getting-started.md"]
 # Run one after the other, in one folder.
-VERB_PAGES = [ROOT / "docs" / name for name in ("tokenizer.md", "pretrain.md", "look.md")]
+VERB_PAGES = [ROOT / "docs" / name for name in ("tokenizer.md", "pretrain.md", "look.md", "sizes.md")]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
 
@@ -90,7 +90,8 @@ def test_a_document_runs_word_by_word_in_a_fresh_folder(document: Path, tmp_path
 
 def test_the_pages_of_the_verbs_run_word_by_word_one_after_the_other(tmp_path: Path) -> None:
     said = take("".join(page.read_text() for page in VERB_PAGES), fresh_clone(tmp_path), {})
-    assert re.findall(r"^(runs/\S+) is complete", said, re.MULTILINE) == ["runs/small", "runs/longer"]
+    runs = ["runs/small", "runs/longer", "quick/run", "quick/run", "own/run"]
+    assert re.findall(r"^(\S+) is complete", said, re.MULTILINE) == runs
     assert said.count("everything verifies") + said.count("no problem was found") == 4
     assert re.search(r"^longer +complete +25/25 ", said, re.MULTILINE)
 

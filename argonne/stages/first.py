@@ -119,7 +119,7 @@ def run_first(asked: Asked, *, dry_run: bool = False, started: float | None = No
 def _begun(asked: Asked) -> dict[str, Any]:
     """What the folder was begun with; nothing where it is new."""
     out = asked.out
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    if not out.exists() or (out.is_dir() and all(entry.name.startswith(files.TEMPORARY) for entry in out.iterdir())):
         return {}
     if not (out / BEGUN).is_file():
         raise InputError(f"--out {out}: exists, and was not made by `argonne train`; choose another")
