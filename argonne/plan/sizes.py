@@ -69,10 +69,6 @@ class Choice:
     rate: float
     larger: str | None
 
-    @property
-    def minutes(self) -> float:
-        return self.tokens / self.rate / 60
-
 
 def vocabulary_for(text_bytes: float, hours: float, device: Device, gpus: int = 1) -> int:
     """Entries of a tokenizer for so much text, and so much time: twice as many for a model four times as large, so that
@@ -80,7 +76,7 @@ def vocabulary_for(text_bytes: float, hours: float, device: Device, gpus: int = 
     """
     fed = FEW * text_bytes / CHARACTERS_A_TOKEN / PER_PARAMETER
     flops = (device.sustained or device.expected_use * (device.bf16 or device.fp16 or 0)) * gpus * hours * 3600
-    wanted = min(fed, math.sqrt(flops / (6 * PER_PARAMETER))) / 1e6  # million parameters
+    wanted = min(fed, math.sqrt(max(0, flops) / (6 * PER_PARAMETER))) / 1e6  # million parameters
     steps = int(math.log(wanted, 4)) if wanted > 1 else 0
     return VOCABULARIES[min(steps, len(VOCABULARIES) - 1)]
 

@@ -133,6 +133,7 @@ WRONG = {
     "sources of its own": (["mine.txt", "--data.sources", "tokens/a"], "--data.sources: the command's TEXT says it"),
     "a stage of its own": (["mine.txt", "--stage", "sft"], "--stage: the command's TEXT says it"),
     "no time": (["mine.txt", "--hours", "0"], "--hours: found 0, expected more than 0"),
+    "less than no time": (["mine.txt", "--hours", "-1"], "--hours: found -1, expected more than 0"),
     "a tokenizer that is not there": (["mine.txt", "--tokenizer", "none"], "none"),
     "a folder of other things": (["mine.txt", "--out", "other"], "--out other: exists, and was not made by"),
     "a folder within the text": (["other", "--out", "other/out"], "--out other/out: lies in other, whose text is read"),
