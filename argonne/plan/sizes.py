@@ -15,7 +15,9 @@ from argonne.presets import preset
 
 PER_PARAMETER = 20  # tokens a parameter at which compute is spent best (Hoffmann et al. 2022, arXiv 2203.15556)
 FEW = 4  # passes that are worth almost as much as new text (Muennighoff et al. 2023, arXiv 2305.16264)
-MANY = 20  # passes at most, where the text is too small to feed the smallest model in a few
+# Passes at most, where the text is too small to feed the smallest model in a few, and has a token a parameter. Of nine
+# parameters a token the held-out loss rose after six passes (docs/sizes.md).
+MANY = 20
 LEAST_TOKENS, LEAST_STEPS, GOOD_STEPS = 10_000, 10, 200
 CHARACTERS_A_TOKEN = 3.5  # of the tokenizers that are trained here, in English: an estimate before there is one
 VOCABULARIES = (2048, 4096, 8192, 16384, 32768)
@@ -139,7 +141,8 @@ def _choice(size: Size, text_tokens: int, vocabulary: int, hours: float, device:
     if speed is None:
         raise InputError(f"{device.name}: its speed is not known, and no size can be chosen for a time; measure it")
     parameters = shape.parameters()
-    readable = max(FEW * text_tokens, min(MANY * text_tokens, PER_PARAMETER * parameters))
+    often = max(FEW, min(MANY, MANY * text_tokens / parameters))  # with less text it is learnt by heart before
+    readable = max(FEW * text_tokens, min(int(often * text_tokens), PER_PARAMETER * parameters))
     tokens, batch = min(int(speed * hours * 3600), readable), size.batch
     least = rows * max(ROWS, gpus)
     while tokens < GOOD_STEPS * batch and batch > least:

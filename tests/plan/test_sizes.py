@@ -61,6 +61,13 @@ def test_there_is_always_a_size_and_it_keeps_to_memory_time_and_passes(
 
 
 @settings(deadline=None, max_examples=60)
+@given(st.integers(LEAST_TOKENS, 2 * 10**6), HOURS, RATES)
+def test_the_less_text_there_is_for_a_parameter_the_less_often_it_is_read(text: int, hours: float, rate: float) -> None:
+    found = chosen(text, hours, rate)
+    assert found.passes <= max(FEW, MANY * text / found.parameters) * 1.01
+
+
+@settings(deadline=None, max_examples=60)
 @given(TEXTS, HOURS, RATES, st.floats(1, 100))
 def test_more_time_more_text_more_speed_and_more_memory_never_make_it_smaller(
     text: int, hours: float, rate: float, more: float
