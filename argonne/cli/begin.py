@@ -1,4 +1,4 @@
-"""demo, models, plan: what one looks at first."""
+"""train, demo, models, plan: what one begins with."""
 
 from __future__ import annotations
 
@@ -8,10 +8,18 @@ from pathlib import Path
 
 from argonne.cli.command import Verbs, json_flag, parse_overrides, recipe_argument, show
 from argonne.config import Recipe
-from argonne.errors import InputError
+from argonne.errors import InputError, Stopped
 
 
 def add_verbs(verb: Verbs, arguments: Sequence[str]) -> None:
+    train = verb("train", train_on_text, epilog="Each recipe key is also a flag: --train.steps 1000, --seed 1.")
+    train.add_argument("text", nargs="+", metavar="TEXT", help="files, folders, patterns; jsonl, parquet, arrow, txt")
+    train.add_argument(
+        "--out", type=Path, default=Path("trained"), metavar="DIR", help="folder for everything it makes"
+    )
+    train.add_argument("--hours", type=float, metavar="H", help="to train for (default: 0.5 on a CPU, 1 on a GPU)")
+    train.add_argument("--tokenizer", metavar="DIR", help="one to take (default: one is trained on the text)")
+    train.add_argument("--dry-run", action="store_true", help="print the size and the recipe that it would take")
     demo = verb("demo", show_demo)
     demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for everything it makes")
     demo.add_argument("--seed", type=int, default=Recipe.seed, metavar="N", help="of weights, lessons and their order")
@@ -22,6 +30,17 @@ def add_verbs(verb: Verbs, arguments: Sequence[str]) -> None:
     plan.add_argument("--gpus", type=int, default=1, metavar="N", help="devices")
     plan.add_argument("--price", type=float, metavar="P", help="price of a device for an hour")
     json_flag(plan)
+
+
+def train_on_text(options: argparse.Namespace) -> None:
+    from argonne.stages.first import Asked, run_first
+
+    overrides = parse_overrides(options.rest)
+    asked = Asked(tuple(options.text), options.out, options.hours, options.tokenizer, overrides)
+    try:
+        run_first(asked, dry_run=options.dry_run, started=options.started)
+    except KeyboardInterrupt:  # before training listens; all that was done is found again
+        raise Stopped(f"stopped; the same command goes on in {options.out}") from None
 
 
 def show_demo(options: argparse.Namespace) -> None:

@@ -24,6 +24,7 @@ from argonne.errors import REQUESTS, Ended, InputError, first_line, outlive_stde
 # The way from text to a model that others use: page of the verbs, what they are for, each verb and what it does.
 PAGES = (
     ("begin", "begin here", {
+        "train": "a model from a folder of text, in one command: prepare, pick a size, train, report",
         "demo": "every stage at laptop size in minutes, ending with a report and a model to try",
         "models": "list the model presets with their exact parameter counts",
         "plan": "what a run will take, before it starts: memory, hours, cost",
@@ -66,7 +67,7 @@ PAGES = (
     }),
 )  # fmt: skip
 ALL_VERBS = {verb: text for _, _, verbs in PAGES for verb, text in verbs.items()}
-RECIPE_VERBS = ("pretrain", "continue", "midtrain", "sft", "cot-sft", "dpo", "launch", "rehearse", "plan")
+RECIPE_VERBS = ("train", "pretrain", "continue", "midtrain", "sft", "cot-sft", "dpo", "launch", "rehearse", "plan")
 Verbs = Callable[..., "Parser"]
 
 

@@ -12,7 +12,6 @@ import pytest
 
 from argonne.config import Recipe
 from argonne.errors import InputError
-from argonne.keys import check_mesh
 from argonne.stages.pretrain import run
 from argonne.train.checkpoint import LAST
 from tests.train.helpers import curve, stored
@@ -86,9 +85,3 @@ def test_a_shard_that_is_found_damaged_by_one_rank_ends_all_and_nothing_is_start
         run(recipe, tmp_path / "run")
     assert [row["step"] for row in curve(tmp_path / "run")] == [1, 2, 3, 4, 5]
     assert "all start again" not in capfd.readouterr().err
-
-
-@pytest.mark.parametrize("key", ["pipeline"])
-def test_a_degree_that_nothing_honours_is_refused(nano: Nano, key: str) -> None:
-    with pytest.raises(InputError, match=f"parallel.{key}"):
-        check_mesh(nano(**{f"parallel.{key}": "2"}).parallel, 2)
