@@ -67,7 +67,7 @@ def test_what_each_stage_changed_stands_side_by_side_on_the_page(finished: Finis
     out, _, measured = finished
     page = (out / "report.html").read_text()
     head = re.findall(r"<th>(.*?)</th>", page)
-    assert head == ["", *STAGES, "question", *STAGES]
+    assert head == [*STAGES, "question", *STAGES]
     for found in measured.values():
         assert f"{found['bpb']['bits_per_byte']:.3f}<" in page
         assert f"{found['sums']['sampled']['sentences']:.1%}<" in page

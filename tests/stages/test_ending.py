@@ -64,7 +64,7 @@ def test_a_completed_run_has_its_report_and_is_told_what_to_do_next(
     complete: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = ended(complete, capsys)
-    assert "<svg" in (complete / "report.html").read_text()
+    assert "uPlot" in (complete / "report.html").read_text()
     assert str(complete / "report.html") in said
     assert [words[0] for words in commands(said)] == ["generate", "eval", "report", "export"]
     assert all(words[1] == str(complete) for words in commands(said))
