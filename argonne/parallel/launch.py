@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -24,6 +25,7 @@ from argonne.parallel.nodes import POLL_SECONDS, Nodes, Place, World
 
 HOST = "127.0.0.1"
 EXIT_SECONDS = 30.0
+LONGEST = 60  # of a temporary folder's name: that of a socket in it has at most 107 bytes
 
 
 class WorkerFailed(RuntimeError):
@@ -51,9 +53,9 @@ def run_workers(
     """Run `work(*arguments)` on `count` local processes that can reach one another; returns the results by rank.
 
     A worker that fails, dies or is killed ends the others, and all start again up to `max_restarts` times, unless one
-    returned an Ended before: then those are the results. Requests to
-    stop (`REQUESTS`) are passed on to the workers, which save and return; they have `grace_seconds` for it, and a
-    worker that returns a Stopped passes it on to the others as well. After a request nothing is started again.
+    returned an Ended before: then those are the results. Requests to stop (`REQUESTS`) are passed on to the workers,
+    which save and return; they have `grace_seconds` for it, and a worker that returns a Stopped passes it on to the
+    others as well. After a request nothing is started again.
     `preload`: modules loaded once in the server that workers are forked from. `place`: this is one of several nodes,
     which wait `join_seconds` for one another, fail, start again and stop together; results are this node's.
 
@@ -119,12 +121,15 @@ def _start_server(preload: Sequence[str]) -> None:
     the whole process group ends neither it nor a worker that is still starting, where it waits until `listening`.
     """
     multiprocessing.set_forkserver_preload(list(preload))
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, REQUESTS)
+    before, folder = signal.pthread_sigmask(signal.SIG_BLOCK, REQUESTS), tempfile.tempdir
     try:
+        if len(tempfile.gettempdir()) > LONGEST:
+            tempfile.tempdir = "/tmp"
         resource_tracker.ensure_running()  # leaves two of them unblocked here
         signal.pthread_sigmask(signal.SIG_BLOCK, REQUESTS)
         forkserver.ensure_running()
     finally:
+        tempfile.tempdir = folder
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 

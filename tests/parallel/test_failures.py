@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -118,3 +120,16 @@ def _deaf_to_requests(parent: int) -> None:
 def test_a_worker_that_outlasts_stop_grace_is_killed() -> None:
     with pytest.raises(Stopped, match=r"did not end within 0\.5 s"):
         run_workers(_deaf_to_requests, (os.getpid(),), count=1, max_restarts=0, grace_seconds=0.5)
+
+
+def test_workers_start_where_the_temporary_folder_has_a_long_name(tmp_path: Path) -> None:
+    folder = tmp_path / ("long" * 20)
+    folder.mkdir()
+    code = (
+        "import os; from argonne.parallel.launch import run_workers; "
+        "print(len(run_workers(os.getppid, (), count=2, max_restarts=0, grace_seconds=5)))"
+    )
+    environment = os.environ | {"TMPDIR": str(folder)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "2\n"), done.stderr
+    assert list(folder.iterdir()) == []

@@ -358,11 +358,11 @@ def test_the_released_tokens_of_a_source_are_no_passes_where_only_windows_of_doc
 
 def test_degrees_that_pretrain_refuses_are_told_and_end_with_2(capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["plan", "argonne-2.5-pretrain", "--gpu", "h200", "--gpus", "2"]
-    assert main([*asked, "--parallel.pipeline", "2", "--json"]) == 2
+    assert main([*asked, "--parallel.async_tensor", "true", "--json"]) == 2
     said = capsys.readouterr()
-    assert "the run will be refused: parallel.pipeline: found 2" in said.err
+    assert "the run will be refused: parallel.async_tensor: found true" in said.err
     plan = json.loads(said.out)
-    assert plan["refusals"][0].startswith("parallel.pipeline: found 2")
+    assert plan["refusals"][0].startswith("parallel.async_tensor: found true")
     assert any("will be refused" in warning for warning in plan["warnings"])
     assert main(asked) == 0
 

@@ -53,7 +53,7 @@ def test_a_request_while_the_loop_waits_for_data_saves_what_was_trained(nano: Na
         def read(step: int, *rest: Any) -> Any:
             if step == 5:
                 os.kill(os.getpid(), signal.SIGTERM)
-                left.wait(60)
+                left.wait(3)
             return plain(step, *rest)
 
         data.read = read
