@@ -44,8 +44,10 @@ class Fault:
             os._exit(7)
         if self.kind == "nan":
             return Loss(loss.total * torch.nan)
-        if self.kind == "inf":  # in one number of the final hidden state: the gradients of some parameters stay finite
-            return Loss(loss.total + (hidden[0, 0, 0] * 3e38).half().float())
+        # In one number of the final hidden state: the gradients of some parameters stay finite. Of the last token, which
+        # is the last rank's own where a text is split.
+        if self.kind == "inf":
+            return Loss(loss.total + (hidden[0, -1, 0] * 3e38).half().float())
         if self.kind.startswith("parent "):
             os.kill(self.parent, getattr(signal, self.kind.removeprefix("parent ")))
         else:
