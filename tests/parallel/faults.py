@@ -44,8 +44,8 @@ class Fault:
             os._exit(7)
         if self.kind == "nan":
             return Loss(loss.total * torch.nan)
-        # In one number of the final hidden state: the gradients of some parameters stay finite. Of the last token, which
-        # is the last rank's own where a text is split.
+        # In one number of the final hidden state: the gradients of some parameters stay finite. Of the last token, the
+        # last rank's own where a text is split.
         if self.kind == "inf":
             return Loss(loss.total + (hidden[0, -1, 0] * 3e38).half().float())
         if self.kind.startswith("parent "):
