@@ -19,7 +19,7 @@ from torch.distributed.pipelining.schedules import ScheduleLoopedBFS
 from torch.distributed.tensor import DTensor
 
 from argonne.errors import InputError
-from argonne.keys import check_heads, check_layers, check_mesh
+from argonne.keys import check_heads, check_mesh
 from argonne.parallel.compile import is_compiler_error
 from argonne.parallel.mesh import Mesh
 from argonne.parallel.objective import Loss, MicroBatch, Objective
@@ -99,7 +99,6 @@ class Pipeline:
         self.mesh, self.objective, self.casts, self.scale = mesh, objective, casts, 1.0
         model: Any = weights.model
         self.count = mesh.pipeline * mesh.stages
-        check_layers(len(model.model.layers), mesh.pipeline, mesh.stages)
         runs = runs_of(shape_of(model.config.to_dict()), self.count)[mesh.stage :: mesh.pipeline]
         sizes = (mesh.pipeline, mesh.data_size // mesh.shard, mesh.shard, mesh.inner)
         devices = init_device_mesh(mesh.device.type, sizes, mesh_dim_names=("pipeline", "replicate", "shard", "tensor"))
@@ -158,9 +157,8 @@ class Pipeline:
     def _scaled(self, total: Tensor, target: Tensor) -> Tensor:
         return self.casts.scale(total.sum() * self.scale)
 
-    def _run(self, micro_batches: Sequence[MicroBatch], objective: Objective, *, backward: bool) -> list[Loss]:
-        """All micro-batches through all stages. Their losses where the last one is."""
-        here = [placed(micro, self.mesh.device) for micro in micro_batches]
+    def _run(self, here: Sequence[MicroBatch], objective: Objective, *, backward: bool) -> list[Loss]:
+        """All micro-batches, that are on the device, through all stages. Their losses where the last one is."""
         rows = [filled(micro, self.mesh.inner) for micro in here]
         objective = objective if self.tensors is None else over_the_vocabulary(objective, self.tensors)
         for stage in self.stages:
@@ -183,10 +181,11 @@ class Pipeline:
     def forward_backward(self, micro_batches: Sequence[MicroBatch], count: int) -> Sums:
         mesh, sums = self.mesh, Sums(torch.zeros((), device=self.mesh.device, dtype=torch.float32))
         self.scale = mesh.averaged / max(1, count)
-        losses = self._run(micro_batches, self.objective, backward=True)
-        if mesh.rank % mesh.inner == 0:
-            for loss, micro in zip(losses, micro_batches, strict=False):
-                sums.add(loss, placed(micro, mesh.device))
+        here = [placed(micro, mesh.device) for micro in micro_batches]
+        losses = self._run(here, self.objective, backward=True)
+        if losses and mesh.rank % mesh.inner == 0:
+            for loss, micro in zip(losses, here, strict=True):
+                sums.add(loss, micro)
         if self.tied:
             self._join_ends()
         # The first stage speaks for its rows.
@@ -216,7 +215,7 @@ class Pipeline:
 
     def evaluate(self, micro: MicroBatch, other: Objective | None = None) -> Loss:
         with torch.no_grad():
-            losses = self._run([micro], other or self.objective, backward=False)
+            losses = self._run([placed(micro, self.mesh.device)], other or self.objective, backward=False)
         found: list[Any] = [losses[0].on_host() if losses else None]
         dist.broadcast_object_list(found, group=self.group, group_src=self.mesh.pipeline - 1, device=self.mesh.device)
         told: Loss = found[0]

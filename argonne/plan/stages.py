@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
 
-from argonne.errors import InputError
+from argonne.keys import check_layers
 from argonne.plan.shape import ModelShape
 
 
@@ -57,11 +57,7 @@ def runs_of(shape: ModelShape, stages: int) -> tuple[range, ...]:
     """The layers of each stage, by what they cost a token: their weights, and what attention reads behind it. Raises
     InputError for more stages than layers.
     """
-    if stages > shape.num_hidden_layers:
-        raise InputError(
-            f"parallel.pipeline: found {stages} stages in all, expected at most {shape.num_hidden_layers}: the model "
-            "has so many layers"
-        )
+    check_layers(shape.num_hidden_layers, stages, 1)
     length = shape.max_position_embeddings
     reach = [length / 2 if window is None else min(length, window) for window in shape.windows()]
     costs = [shape.layer_parameters() + 2 * shape.query_width * keys for keys in reach]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch._dynamo.exc import TorchDynamoException
 
 from argonne.errors import InputError
 from argonne.parallel.objective import Head, Loss, MicroBatch
@@ -18,7 +19,8 @@ from argonne.train.objectives import next_token
 
 @dataclass
 class Fault:
-    """`kind`: a signal's name (sent to this worker), "parent SIGTERM", "raise", "wrong input", "exit", "nan" or "inf".
+    """`kind`: a signal's name (sent to this worker), "parent SIGTERM", "raise", "wrong input", "compiler",
+    "weight" (the head's is moved), "exit", "nan" or "inf".
 
     `mark`: written before it fires, so that it fires once.
     """
@@ -40,6 +42,11 @@ class Fault:
             raise RuntimeError("a planted fault")
         if self.kind == "wrong input":
             raise InputError("a planted one")
+        if self.kind == "compiler":
+            raise TorchDynamoException("a planted one")
+        if self.kind == "weight":
+            head.weight.data += 1
+            return loss
         if self.kind == "exit":
             os._exit(7)
         if self.kind == "nan":

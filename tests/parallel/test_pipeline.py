@@ -17,6 +17,7 @@ from argonne.config import ParallelSection, Recipe
 from argonne.errors import InputError
 from argonne.keys import check_mesh
 from argonne.layout import FINAL_MODEL, MODEL_CONFIG
+from argonne.parallel.launch import WorkerFailed
 from argonne.recipe import load_recipe, to_toml
 from argonne.report.records import read_metrics
 from argonne.stages.pretrain import run
@@ -24,9 +25,8 @@ from argonne.stages.session import run_session
 from argonne.stages.setup import Session
 from argonne.train.checkpoint import LAST
 from tests.parallel.faults import Fault
-from tests.parallel.test_sharded import load_all, same_curve, stage_named
+from tests.parallel.test_sharded import chat_stage_is_that_of_one_process, load_all, same_curve
 from tests.train.helpers import curve, stage_of, stored
-from tests.tuning import pairs, write
 
 Nano = Callable[..., Recipe]
 Chat = Callable[..., Recipe]
@@ -102,12 +102,7 @@ def test_the_export_is_the_one_model_that_the_checkpoint_holds(nano: Nano, tmp_p
 def test_a_chat_stage_gives_the_curve_of_one_process(
     chat: Chat, tmp_path: Path, stage: str, degrees: dict[str, int | str]
 ) -> None:
-    made = {"sft": chat, "dpo": lambda **more: chat("nano-3.0-dpo", write(tmp_path / "pairs.jsonl", pairs(60)), **more)}
-    for name, more in (("one", {}), ("two", mesh(2, **degrees))):
-        run_session(Session(made[stage](**more), tmp_path / name, stage_named(stage)))
-    same_curve(tmp_path / "two", tmp_path / "one", 1e-3 if stage == "dpo" else 1e-4)
-    held = [[record["loss"] for record in read_metrics(tmp_path / name).of("held_out")] for name in ("one", "two")]
-    assert held[0] == pytest.approx(held[1], rel=1e-4)
+    chat_stage_is_that_of_one_process(chat, tmp_path, stage, mesh(2, **degrees))
 
 
 @pytest.mark.campaign
@@ -142,6 +137,20 @@ def test_wrong_input_found_in_one_stage_ends_all_with_it(nano: Nano, tmp_path: P
     stage = stage_of(Fault("wrong input", rank=1, call=3, mark=tmp_path / "fired"))
     with pytest.raises(InputError, match="a planted one"):
         run_session(Session(nano(**mesh(2)), tmp_path / "run", stage))
+
+
+def test_a_compiler_that_fails_in_one_stage_ends_the_run_and_says_what_to_set(nano: Nano, tmp_path: Path) -> None:
+    stage = stage_of(Fault("compiler", rank=1, call=3, mark=tmp_path / "fired"))
+    with pytest.raises(InputError, match=r'in a stage of the pipeline; set train.compile = "off"'):
+        run_session(Session(nano(**mesh(2)), tmp_path / "run", stage))
+
+
+def test_a_tied_weight_whose_two_ends_differ_is_not_saved(nano: Nano, tmp_path: Path) -> None:
+    stage = stage_of(Fault("weight", rank=1, call=3, mark=tmp_path / "fired"))
+    recipe = nano(**mesh(2), **{"parallel.max_restarts": "0"})
+    with pytest.raises(WorkerFailed, match=r"model\.embed_tokens\.weight on rank 1 differs"):
+        run_session(Session(recipe, tmp_path / "run", stage))
+    assert list((tmp_path / "run").glob("checkpoint_step_*")) == []
 
 
 @pytest.mark.campaign

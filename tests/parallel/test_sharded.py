@@ -87,12 +87,16 @@ def test_a_sharded_run_exports_the_one_model_that_its_checkpoint_holds(nano: Nan
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 def test_a_chat_stage_on_a_sharded_mesh_gives_the_curve_of_one_process(chat: Chat, tmp_path: Path, stage: str) -> None:
-    made = {"sft": chat, "dpo": lambda **more: chat("nano-3.0-dpo", write(tmp_path / "pairs.jsonl", pairs(60)), **more)}
-    for name, more in (("one", {}), ("four", mesh(2, 2))):
-        recipe = made[stage](**more)
-        run_session(Session(recipe, tmp_path / name, stage_named(stage)))
-    same_curve(tmp_path / "four", tmp_path / "one", 1e-3 if stage == "dpo" else 1e-4)
-    held = [[record["loss"] for record in read_metrics(tmp_path / name).of("held_out")] for name in ("one", "four")]
+    chat_stage_is_that_of_one_process(chat, tmp_path, stage, mesh(2, 2))
+
+
+def chat_stage_is_that_of_one_process(chat: Chat, folder: Path, stage: str, degrees: dict[str, str]) -> None:
+    """The same curve and held-out losses."""
+    made = {"sft": chat, "dpo": lambda **more: chat("nano-3.0-dpo", write(folder / "pairs.jsonl", pairs(60)), **more)}
+    for name, more in (("one", {}), ("several", degrees)):
+        run_session(Session(made[stage](**more), folder / name, stage_named(stage)))
+    same_curve(folder / "several", folder / "one", 1e-3 if stage == "dpo" else 1e-4)
+    held = [[record["loss"] for record in read_metrics(folder / name).of("held_out")] for name in ("one", "several")]
     assert held[0] == pytest.approx(held[1], rel=1e-4)
 
 

@@ -32,9 +32,8 @@ from argonne.stages.setup import Session
 from argonne.train.checkpoint import LAST
 from argonne.train.trainer import Trainer
 from tests.parallel.faults import Fault
-from tests.parallel.test_sharded import load_all, same_curve, stage_named
+from tests.parallel.test_sharded import chat_stage_is_that_of_one_process, load_all, same_curve
 from tests.train.helpers import curve, stage_of, stored
-from tests.tuning import pairs, write
 
 Nano = Callable[..., Recipe]
 Chat = Callable[..., Recipe]
@@ -74,12 +73,7 @@ def test_the_export_is_the_one_model_that_the_checkpoint_holds(nano: Nano, tmp_p
 @pytest.mark.campaign
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 def test_a_chat_stage_gives_the_curve_of_one_process(chat: Chat, tmp_path: Path, stage: str) -> None:
-    made = {"sft": chat, "dpo": lambda **more: chat("nano-3.0-dpo", write(tmp_path / "pairs.jsonl", pairs(60)), **more)}
-    for name, more in (("one", {}), ("two", mesh(1, 1, 2))):
-        run_session(Session(made[stage](**more), tmp_path / name, stage_named(stage)))
-    same_curve(tmp_path / "two", tmp_path / "one", 1e-3 if stage == "dpo" else 1e-4)
-    held = [[record["loss"] for record in read_metrics(tmp_path / name).of("held_out")] for name in ("one", "two")]
-    assert held[0] == pytest.approx(held[1], rel=1e-4)
+    chat_stage_is_that_of_one_process(chat, tmp_path, stage, mesh(1, 1, 2))
 
 
 @pytest.mark.campaign

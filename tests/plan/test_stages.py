@@ -87,7 +87,7 @@ def test_a_stage_is_cut_by_weights_and_reach_and_the_head_counts_and_the_embeddi
 
 
 def test_more_stages_than_layers_are_refused() -> None:
-    with pytest.raises(InputError, match=r"parallel\.pipeline: found 3 stages in all, expected at most 2"):
+    with pytest.raises(InputError, match=r"parallel\.pipeline: found 3, expected at most 2 stages: the model"):
         runs_of(tiny(), 3)
 
 
