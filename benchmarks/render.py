@@ -23,7 +23,7 @@ from benchmarks.harness import Benchmark, Column, main
 from benchmarks.memory import TreeMemory
 from benchmarks.texts import documents, tokenizer_folder
 
-CONVERSATIONS, SAMPLE, LENGTH = 1_000_000, 20_000, 1024
+CONVERSATIONS, SAMPLE, LENGTH = 100_000, 20_000, 1024
 
 
 def source(count: int) -> Path:

@@ -1,9 +1,10 @@
-"""A folder of 100,000 files of 2 KB beside one file of the same texts, through `argonne prepare` with the reference
-encoder on all cores, start-up included.
+"""A folder of 20,000 files of 2 KB beside one file of the same texts, through `argonne prepare` with the reference
+encoder on all cores, start-up included. `--files N`: of so many.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import tempfile
@@ -14,19 +15,19 @@ from benchmarks.harness import Benchmark, Column, main
 from benchmarks.prepare_tokens import measured
 from benchmarks.texts import parquet_file, tokenizer_folder
 
-FILES, BYTES = 100_000, 2_000
-CACHE = Path(tempfile.gettempdir()) / "argonne-benchmark-small-files"
+FILES, BYTES = 20_000, 2_000
 
 
-def corpus() -> Path:
+def corpus(files: int) -> Path:
     """`many/NNN/NNNNNN.txt` and the same texts in `one.jsonl`, made once: pieces of the shared books."""
-    if not (CACHE / "done").exists():
+    cache = Path(tempfile.gettempdir()) / f"argonne-benchmark-{files}-small-files"
+    if not (cache / "done").exists():
         import pyarrow.parquet as parquet
 
         whole = "".join(parquet.read_table(parquet_file(1.0, 8), columns=["text"])["text"].to_pylist())
-        with_lines = tempfile.mkdtemp(dir=CACHE.parent)
+        with_lines = tempfile.mkdtemp(dir=cache.parent)
         with open(Path(with_lines) / "one.jsonl", "w") as lines:
-            for number in range(FILES):
+            for number in range(files):
                 start = number * BYTES % (len(whole) - BYTES)
                 folder = Path(with_lines) / f"many/{number // 1000:03d}"
                 folder.mkdir(parents=True, exist_ok=True)
@@ -34,11 +35,11 @@ def corpus() -> Path:
                 (folder / f"{number:06d}.txt").write_text(text)
                 lines.write(json.dumps({"text": text}) + "\n")
         (Path(with_lines) / "done").touch()
-        Path(with_lines).rename(CACHE)
-    return CACHE
+        Path(with_lines).rename(cache)
+    return cache
 
 
-def prepared(name: str) -> dict[str, float]:
+def prepared(name: str, files: int) -> dict[str, float]:
     from argonne.prepare.options import PrepareOptions
     from argonne.prepare.prepare import prepare
     from argonne.prepare.progress import ProgressBar
@@ -47,17 +48,30 @@ def prepared(name: str) -> dict[str, float]:
         options = PrepareOptions((str(path),), folder / "tokens", tokenizer_folder(), encoder="tokenizers")
         return prepare(options, ProgressBar("prepare", 0, None))
 
-    return measured(work, corpus() / name, FILES * BYTES / 1e6)
+    return measured(work, corpus(files) / name, files * BYTES / 1e6)
 
 
-BENCHMARK = Benchmark(
-    name="small_files",
-    module="benchmarks.small_files",
-    contestants={"one file": lambda _: prepared("one.jsonl"), "100,000 files": lambda _: prepared("many")},
-    points={"books": "MB/s of text to token shards, all cores (peak: all its processes together)"},
-    columns=(Column("rate", "MB/s", ",.1f"), Column("peak", "peak MB")),
-    relative_to="one file",
-)
+def benchmark(files: int) -> Benchmark:
+    return Benchmark(
+        name="small_files",
+        module="benchmarks.small_files",
+        contestants={
+            "one file": lambda point: prepared("one.jsonl", int(point)),
+            "as many files": lambda point: prepared("many", int(point)),
+        },
+        points={str(files): f"MB/s of {files:,} texts to token shards, all cores (peak: all its processes together)"},
+        columns=(Column("rate", "MB/s", ",.1f"), Column("peak", "peak MB")),
+        relative_to="one file",
+        flags="" if files == FILES else f" --files {files}",
+    )
+
+
+BENCHMARK = benchmark(FILES)
 
 if __name__ == "__main__":
-    sys.exit(main(BENCHMARK))
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--files", type=int, default=FILES)
+    options, rest = parser.parse_known_args()
+    if "--child" in rest:  # which is told its point only
+        options.files = int(rest[rest.index("--point") + 1])
+    sys.exit(main(benchmark(options.files), rest))
