@@ -43,7 +43,7 @@ from argonne.train.checkpoint import clean_leftovers, load_tensors, rewind, run_
 from argonne.train.data import Batches, Data
 from argonne.train.guard import StopWatch
 from argonne.train.micro_batch import MICRO_ROWS_FILE, probe_micro_rows
-from argonne.train.optim import Precision, build_optimizer, compute_dtype
+from argonne.train.optim import Precision, build_optimizer, resolve_precision
 from argonne.train.run import RunFolder
 from argonne.train.saving import Progress
 from argonne.train.schedule import curve
@@ -117,8 +117,7 @@ def open_run(session: Session, run: RunFolder, mesh: Mesh, log: Callable[[str], 
     mesh.barrier()
     start = find_start(run, session.recipe, session.resume_from, log, data_from_start=session.data_from_start)
     changed = _compare_config(start, session, mesh, log)
-    train = start.settled(session.recipe).train
-    given = dataclasses.replace(session.recipe, train=train)
+    given = dataclasses.replace(session.recipe, train=_settled_train(session.recipe, start, mesh))
     _check_before_reading(given, start)
     alone = _reads_alone(given, mesh)
     found: StageData | InputError | None = None
@@ -145,6 +144,14 @@ def open_run(session: Session, run: RunFolder, mesh: Mesh, log: Callable[[str], 
     check_schedule(total_steps, recipe.schedule)
     held_out = next(data.held_out(1, 1), None) is not None or bool(recipe.data.input and recipe.data.hold_out)
     return Opened(recipe, start, data, total_steps, [] if held_out else idle_without_held_out(recipe), changed)
+
+
+def _settled_train(recipe: Recipe, start: Start, mesh: Mesh) -> TrainSection:
+    """What changes the arithmetic, as the run began. A precision that is still open is the main worker's choice."""
+    settled = start.settled(recipe)
+    width = settled.model.hidden_size or (start.architecture or {})["hidden_size"]
+    precision = mesh.broadcast(resolve_precision(settled.train.precision, mesh.device, width))
+    return dataclasses.replace(settled.train, precision=precision)
 
 
 def _check_before_reading(recipe: Recipe, start: Start) -> None:
@@ -242,14 +249,15 @@ def build(session: Session, opened: Opened, run: RunFolder, mesh: Mesh, log: Cal
     device = planned_device(mesh.device)
     choice = choose_setup(recipe, device, mesh.world_size, overrun="memory" in session.allow)
     weights = stage.weights(recipe, start)
-    dtype, config = compute_dtype(recipe.train.precision, mesh.device), weights.config
+    progress = Progress(**start.progress)
+    precision = Precision(recipe.train.precision, mesh.device, progress.scaler)
     kernels = check_attention(
-        *(config, mesh.device, recipe.train.attention, dtype), documents=data.document_mask, part=mesh.context > 1
+        *(weights.config, mesh.device, recipe.train.attention, precision.dtype),
+        documents=data.document_mask,
+        part=mesh.context > 1,
     )
     configure_model(weights.model, recipe, choice)
     objective = stage.objective(recipe, data)
-    progress = Progress(**start.progress)
-    precision = Precision(recipe.train.precision, mesh.device, progress.scaler)
     parallelised = session.mode.parallelise(weights, mesh, objective, precision)
     optimizer = build_optimizer(parallelised.plain, recipe.optim, mesh)
     if start.checkpoint is not None:
