@@ -15,7 +15,6 @@ from argonne.parallel.mesh import Mesh
 from argonne.plan import devices
 from argonne.plan.processor import multiplies_bf16
 from argonne.train.muon import MuonAdamW
-from argonne.train.products import ByOneDNN, faster_by_onednn
 
 DTYPES = {"bf16": torch.bfloat16, "bf16_full": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -125,9 +124,9 @@ class Precision:
             self._scaler.load_state_dict(scaler_state)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.name in ("bf16", "fp16"):
-            return torch.autocast(self.device.type, dtype=self.dtype)
-        return ByOneDNN() if self.name == "fp32" and faster_by_onednn(self.device) else contextlib.nullcontext()
+        if self.name not in ("bf16", "fp16"):
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
 
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
         return loss if self._scaler is None else self._scaler.scale(loss)

@@ -31,7 +31,7 @@ def test_a_run_that_begins_on_a_cpu_with_bf16_keeps_what_its_width_is_worth(
     folder = tmp_path / "run"
     assert run(nano(**sizes), folder, stop_after_step=4).outcome.reason
     assert precision_of(folder) == found
-    monkeypatch.setattr(optim, "multiplies_bf16", lambda: not found == "bf16")  # it goes on where that is otherwise
+    monkeypatch.setattr(optim, "multiplies_bf16", lambda: found != "bf16")  # it goes on where that is otherwise
     assert run(nano(**sizes), folder).outcome.complete
     assert precision_of(folder) == found
     assert json.loads((folder / "manifest.json").read_text())["precision"] == found
@@ -53,7 +53,8 @@ def test_plan_measures_both_precisions_here_and_says_which_is_faster(
     assert trials[1].tokens_per_second == 2 * trials[0].tokens_per_second == 256
     assert trials[0].hours == pytest.approx(plan.tokens / 128 / 3600)
     lines = trial.trial_lines(trials)
-    assert "bf16" in lines[1] and lines[-1].strip() == "--train.precision bf16 would be 2.00 times as fast"
+    assert "bf16" in lines[1]
+    assert lines[-1].strip() == "--train.precision bf16 would be 2.00 times as fast"
     speeds["bf16"] = 4.0
     assert "as the recipe" in trial.trial_lines(trial.measure(nano(**{"train.precision": '"fp32"'}))[1])[1]
 
