@@ -309,7 +309,9 @@ class TrainSection:
     steps: int | None = key(None, "length of the run in optimizer steps", bounds="at least 1", changes="weights")
     tokens: int | None = key(None, "length of the run in tokens, instead of steps", bounds="at least 1")
     epochs: float | None = key(None, "length of the run in passes over the data", bounds="more than 0")
-    precision: str = key("auto", "auto: bf16 on CUDA, fp32 on the CPU", ("auto", "bf16", "fp16", "fp32", "bf16_full"))
+    precision: str = key(
+        "auto", "auto: bf16 on CUDA; on a CPU where that is faster", ("auto", "bf16", "fp16", "fp32", "bf16_full")
+    )
     device: str = key("auto", "where to train", ("auto", "cpu", "cuda", "mps"))
     compile: str = key("auto", "compile each block; auto: on CUDA", ("auto", "on", "off"), changes="speed", free=True)
     activation_checkpointing: str = key(

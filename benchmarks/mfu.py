@@ -83,7 +83,8 @@ def argonne(point: str) -> dict[str, float]:
     """The project's own loop, as `argonne pretrain` would run the preset on one device."""
     import torch
 
-    from benchmarks.own_loop import make_recipe, timed_steps
+    from argonne.stages.trial import timed_steps
+    from benchmarks.own_loop import make_recipe
 
     def step(rows: int) -> float:
         shape = shape_of_preset(PRESETS[point], rows)

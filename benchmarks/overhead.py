@@ -29,7 +29,7 @@ def _ids() -> Any:
 
 
 def loop(_point: str) -> dict[str, float]:
-    from benchmarks.own_loop import timed_steps
+    from argonne.stages.trial import timed_steps
 
     with tempfile.TemporaryDirectory() as folder:
         seconds = timed_steps(_recipe(), _ids(), Path(folder), STEPS, warm_up=4)

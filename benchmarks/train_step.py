@@ -126,7 +126,8 @@ def hugging_face_trainer(point: str) -> dict[str, float]:
 
 def argonne(point: str, preset: str) -> dict[str, float]:
     """The project's own loop (argonne.train.trainer) on the same shape, with a batch that lies in memory."""
-    from benchmarks.own_loop import make_recipe, timed_steps
+    from argonne.stages.trial import timed_steps
+    from benchmarks.own_loop import make_recipe
 
     shape = SHAPES[point]
     recipe = make_recipe(preset, shape)

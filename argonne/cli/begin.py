@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from argonne.cli.command import Verbs, json_flag, parse_overrides, recipe_argument, show
 from argonne.config import Recipe
 from argonne.errors import InputError, Stopped
+
+if TYPE_CHECKING:
+    from argonne.plan import Plan
 
 
 def add_verbs(verb: Verbs, arguments: Sequence[str]) -> None:
@@ -29,6 +34,7 @@ def add_verbs(verb: Verbs, arguments: Sequence[str]) -> None:
     plan.add_argument("--gpu", metavar="NAME", help="device, as h200 (default: cpu for small models, h200 otherwise)")
     plan.add_argument("--gpus", type=int, default=1, metavar="N", help="devices")
     plan.add_argument("--price", type=float, metavar="P", help="price of a device for an hour")
+    plan.add_argument("--measure", action="store_true", help="train a few steps here, and tell which way is fastest")
     json_flag(plan)
 
 
@@ -69,7 +75,24 @@ def plan_run(options: argparse.Namespace) -> None:
 
     recipe = load_recipe(options.recipe, parse_overrides(options.rest))
     name = options.recipe if options.recipe in recipe_names() else None
-    plan = make_plan(recipe, gpu=options.gpu, gpus=options.gpus, price=options.price, name=name)
-    show(plan.to_dict(), "\n".join(plan_lines(plan)), as_json=options.json)
+    if options.measure:
+        plan = _measured_plan(recipe, options)
+    else:
+        plan = make_plan(recipe, gpu=options.gpu, gpus=options.gpus, price=options.price, name=name)
+        show(plan.to_dict(), "\n".join(plan_lines(plan)), as_json=options.json)
     if plan.refusals:
         raise InputError(f"{options.recipe}: the run will be refused: {plan.refusals[0]}")
+
+
+def _measured_plan(recipe: Recipe, options: argparse.Namespace) -> Plan:
+    """Show the plan for this machine with what was measured on it."""
+    for flag, unsaid in (("gpu", None), ("gpus", 1), ("price", None)):
+        if getattr(options, flag) != unsaid:
+            raise InputError(f"--{flag}: --measure runs on one device of this machine; leave one of them out")
+    from argonne.plan import plan_lines
+    from argonne.stages.trial import measure, trial_lines
+
+    plan, trials = measure(recipe)
+    found = {**plan.to_dict(), "measured": [asdict(trial) for trial in trials]}
+    show(found, "\n".join([*plan_lines(plan), *trial_lines(trials)]), as_json=options.json)
+    return plan

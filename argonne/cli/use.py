@@ -44,20 +44,22 @@ def generate_text(options: argparse.Namespace) -> None:
     sampling, shaping, form = chosen(SamplingOptions, options), Shaping(stop=tuple(options.stop)), _form(options)
     if options.n < 1 or (options.n > 1 and sampling.temperature == 0):
         raise InputError(f"--n: found {options.n}, expected 1 or more, and 1 with --temperature 0: all would be one")
+    from argonne.parallel.neighbours import beside_others
     from argonne.serve.engine import open_engine
 
     engine = open_engine(options.model, device=options.device, int8=options.quantize == "int8")
-    shown = -1
-    for number, piece in engine.streams(
-        options.prompt, [sampling.with_seed(n) for n in range(options.n)], shaping, form
-    ):
-        if number > shown:  # not before the first piece: a message about the prompt comes before it
-            print("\n" * (shown >= 0), end="", flush=True)
-            if options.n > 1:
-                print(f"--- {number + 1} of {options.n}, seed {sampling.seed + number}", file=sys.stderr, flush=True)
-            print(options.prompt, end="")
-            shown = number
-        print(piece, end="", flush=True)
+    shown, seeds = -1, [sampling.with_seed(n) for n in range(options.n)]
+    with beside_others():
+        for number, piece in engine.streams(options.prompt, seeds, shaping, form):
+            if number > shown:  # not before the first piece: a message about the prompt comes before it
+                print("\n" * (shown >= 0), end="", flush=True)
+                if options.n > 1:
+                    print(
+                        f"--- {number + 1} of {options.n}, seed {sampling.seed + number}", file=sys.stderr, flush=True
+                    )
+                print(options.prompt, end="")
+                shown = number
+            print(piece, end="", flush=True)
     print()
 
 
@@ -78,6 +80,7 @@ def _form(options: argparse.Namespace) -> dict[str, object] | None:
 def chat_with(options: argparse.Namespace) -> None:
     layout.check_model_name(options.model)  # before torch is loaded
     sampling = chosen(SamplingOptions, options)
+    from argonne.parallel.neighbours import beside_others
     from argonne.serve.chat import DIM, TAGS, Chat, Terminal, remember_lines
     from argonne.serve.engine import open_engine
 
@@ -88,13 +91,16 @@ def chat_with(options: argparse.Namespace) -> None:
     )
     if watched:
         remember_lines(terminal.write)
-    terminal.talk(input)
+    with beside_others():
+        terminal.talk(input)
 
 
 def serve_models(options: argparse.Namespace) -> None:
     for name in options.models:
         layout.check_model_name(name)  # before torch is loaded
     how = chosen(ServeOptions, options)
+    from argonne.parallel.neighbours import beside_others
     from argonne.serve.server import serve
 
-    serve(options.models, how)
+    with beside_others():
+        serve(options.models, how)

@@ -13,6 +13,7 @@ from argonne.config import Recipe
 from argonne.errors import InputError
 from argonne.plan.memory import LIBRARIES_CPU, Memory, Setup, memory_of
 from argonne.plan.mesh import NODE, Layout, Sent, layouts, sending_seconds, traffic_of
+from argonne.plan.processor import multiplies_bf16
 from argonne.plan.shape import ModelShape
 from argonne.plan.stages import idle_share
 
@@ -112,14 +113,16 @@ def find_device(reported: str) -> Device | None:
     return next((known for known in _DEVICES if all(word in words for word in known.matches)), None)
 
 
-def resolve_precision(precision: str, device: str, *, has_bf16: bool) -> str:
-    """What a precision of the recipe comes to: `auto` is bf16 on a GPU that has it, else fp32.
+def resolve_precision(precision: str, device: str, *, has_bf16: bool, width: int) -> str:
+    """What a precision of the recipe comes to: `auto` is bf16 on a GPU that has it, and on a CPU that has it for a
+    model of a width that gains by it; else fp32.
 
-    device: "cpu", or a GPU by any name. Raises InputError for bf16 on a GPU that has none.
+    device: "cpu", or a GPU by any name. width: the model's hidden size. Raises InputError for bf16 on a GPU that has
+    none.
     """
     on_gpu = device != "cpu"
     if precision == "auto":
-        return "bf16" if on_gpu and has_bf16 else "fp32"
+        return "bf16" if has_bf16 and (on_gpu or width >= WIDE_ON_CPU) else "fp32"
     if precision.startswith("bf16") and on_gpu and not has_bf16:
         raise InputError(f"train.precision: found {precision}, but {device} has no bf16; use fp16 or fp32")
     return precision
@@ -149,6 +152,8 @@ HALF_SPEED_TOKENS, FULL_SPEED_TOKENS = 2048, 16384
 HALF_USE_PARAMETERS = 100e6
 # On a CPU larger micro-batches only leave the caches.
 CPU_TOKENS = 4096
+# Hidden size from which a CPU that multiplies bf16 is clearly faster with it (docs/benchmarks.md).
+WIDE_ON_CPU = 256
 _GPU_COUNTS = (1, 2, 3, 4, 8, 16, 32, 64, 128, 256)
 _GPU_NAMES = ("rtx-4090", "a100-40gb", "a100-80gb", "h100", "h200", "b200")
 
@@ -214,6 +219,7 @@ def _choices(recipe: Recipe, shape: ModelShape, known: Device, layout: Layout, l
     largest micro-batch.
     """
     train, cpu = recipe.train, known.name == "cpu"
+    has_bf16 = multiplies_bf16() if cpu else known.bf16 is not None or known.fp16 is None
     ways = [(train.activation_checkpointing, train.checkpointing_stride)]
     if train.activation_checkpointing == "auto":
         ways = [("none", 2), ("every_nth", train.checkpointing_stride), ("full", 1)]
@@ -223,9 +229,7 @@ def _choices(recipe: Recipe, shape: ModelShape, known: Device, layout: Layout, l
             setup = Setup(
                 rows=1,
                 sequence_length=recipe.data.sequence_length,
-                precision=resolve_precision(
-                    train.precision, known.name, has_bf16=known.bf16 is not None or known.fp16 is None
-                ),
+                precision=resolve_precision(train.precision, known.name, has_bf16=has_bf16, width=shape.hidden_size),
                 activation_checkpointing=checkpointing,
                 checkpointing_stride=stride,
                 loss=loss,

@@ -30,7 +30,6 @@ from argonne.stages.start import Start, architecture_fields
 from argonne.tokens.tokenizer import TextTokenizer
 from argonne.train.aside import Sampled, Work
 from argonne.train.data import Data
-from argonne.train.optim import resolve_precision
 from argonne.train.run import RunFolder
 from argonne.train.saving import Progress
 
@@ -161,7 +160,7 @@ def banner(model: Any, run: RunFolder, recipe: Recipe, mesh: Mesh) -> list[str]:
     for part in parts:
         taken |= part
     paths = [taken[index] for index in sorted(taken)]
-    precision = resolve_precision(recipe.train.precision, mesh.device)
+    precision = recipe.train.precision
     dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()})
     if mesh.is_main:
         run.update_manifest(attention_paths=paths, precision=precision, parameter_dtypes=dtypes)

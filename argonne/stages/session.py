@@ -8,7 +8,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from typing import cast
 
@@ -22,6 +22,7 @@ from argonne.layout import FINAL_MODEL, LOCK, last_checkpoint
 from argonne.model.kernels import KernelUnavailable
 from argonne.parallel.launch import let_the_cause_speak_first, run_workers
 from argonne.parallel.mesh import Mesh, choose_device, open_mesh, worker_count
+from argonne.parallel.neighbours import beside_others
 from argonne.parallel.nodes import place_of
 from argonne.plan import settle
 from argonne.plan.shape import weights_on_disk
@@ -150,10 +151,28 @@ def _join(session: Session, watch: StopWatch) -> Outcome:
             raise problem
         try:
             _check_alike(session, mesh)
-            with _determinism(session.recipe.train.deterministic):
+            _take_threads(session.recipe.train.threads, mesh)
+            patience = beside_others(_log if mesh.is_main else _nothing) if mesh.device.type == "cpu" else nullcontext()
+            with _determinism(session.recipe.train.deterministic), patience:
                 return _train(session, run, mesh, watch)
         finally:
             run.release()
+
+
+def _log(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _nothing(text: str) -> None:
+    """What workers say but the main one."""
+
+
+def _take_threads(wanted: int, mesh: Mesh) -> None:
+    if wanted:
+        torch.set_num_threads(wanted)
+    elif mesh.world_size > 1 and mesh.device.type == "cpu":
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", mesh.world_size))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
 
 
 def _check_alike(session: Session, mesh: Mesh) -> None:
@@ -194,19 +213,11 @@ def _determinism(wanted: bool) -> Iterator[None]:
 
 
 def _train(session: Session, run: RunFolder, mesh: Mesh, watch: StopWatch) -> Outcome:
-    def log(text: str) -> None:
-        if mesh.is_main:
-            print(text, file=sys.stderr, flush=True)
-
+    log = _log if mesh.is_main else _nothing
     if (done := run.marker(COMPLETE)) is not None and session.rewind is None:
         _check_finished(session, int(done["step"]))
         log(f"{run.path}: complete at step {done['step']}; nothing to do (final model in {run.path / FINAL_MODEL})")
         return Outcome(int(done["step"]), "complete")
-    if session.recipe.train.threads:
-        torch.set_num_threads(session.recipe.train.threads)
-    elif mesh.world_size > 1 and mesh.device.type == "cpu":
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", mesh.world_size))
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
     with watch.interrupting():
         opened = open_run(session, run, mesh, log)
     recipe, start, data = opened.recipe, opened.start, opened.data

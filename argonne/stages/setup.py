@@ -21,6 +21,7 @@ from argonne.keys import all_keys, check_schedule, idle_without_held_out, is_fre
 from argonne.layout import COMPUTE_PLAN, CONFIG
 from argonne.legacy.training import restore
 from argonne.model.build import check_attention
+from argonne.model.products import multiply_by_onednn
 from argonne.parallel.compile import compile_blocks
 from argonne.parallel.context import CONTEXT
 from argonne.parallel.mesh import Mesh
@@ -32,18 +33,19 @@ from argonne.parallel.tensor import TENSOR
 from argonne.plan import Device, Setup, choose_setup, plan_of_run, running_device, shape_of
 from argonne.plan.build import check_length
 from argonne.plan.build import total_steps as planned_steps
+from argonne.plan.processor import AMD, vendor
 from argonne.plan.shape import fitted, short_base
 from argonne.plan.stages import idle_share
 from argonne.recipe import differences, to_toml, to_tree
 from argonne.stages.chat_tokens import ADDED_TOKENS, added_tokens, told
 from argonne.stages.stage import Stage, StageData
-from argonne.stages.start import Start, check_tokenizer, find_start
+from argonne.stages.start import Start, check_tokenizer, find_start, settled_train
 from argonne.train.allocator import LARGE_RUN, return_freed_memory
 from argonne.train.checkpoint import clean_leftovers, load_tensors, rewind, run_tensors
 from argonne.train.data import Batches, Data
 from argonne.train.guard import StopWatch
 from argonne.train.micro_batch import MICRO_ROWS_FILE, probe_micro_rows
-from argonne.train.optim import Precision, build_optimizer, compute_dtype
+from argonne.train.optim import Precision, build_optimizer
 from argonne.train.run import RunFolder
 from argonne.train.saving import Progress
 from argonne.train.schedule import curve
@@ -117,8 +119,7 @@ def open_run(session: Session, run: RunFolder, mesh: Mesh, log: Callable[[str], 
     mesh.barrier()
     start = find_start(run, session.recipe, session.resume_from, log, data_from_start=session.data_from_start)
     changed = _compare_config(start, session, mesh, log)
-    train = start.settled(session.recipe).train
-    given = dataclasses.replace(session.recipe, train=train)
+    given = dataclasses.replace(session.recipe, train=settled_train(session.recipe, start, mesh))
     _check_before_reading(given, start)
     alone = _reads_alone(given, mesh)
     found: StageData | InputError | None = None
@@ -242,14 +243,15 @@ def build(session: Session, opened: Opened, run: RunFolder, mesh: Mesh, log: Cal
     device = planned_device(mesh.device)
     choice = choose_setup(recipe, device, mesh.world_size, overrun="memory" in session.allow)
     weights = stage.weights(recipe, start)
-    dtype, config = compute_dtype(recipe.train.precision, mesh.device), weights.config
+    progress = Progress(**start.progress)
+    precision = Precision(recipe.train.precision, mesh.device, progress.scaler)
     kernels = check_attention(
-        *(config, mesh.device, recipe.train.attention, dtype), documents=data.document_mask, part=mesh.context > 1
+        *(weights.config, mesh.device, recipe.train.attention, precision.dtype),
+        documents=data.document_mask,
+        part=mesh.context > 1,
     )
     configure_model(weights.model, recipe, choice)
     objective = stage.objective(recipe, data)
-    progress = Progress(**start.progress)
-    precision = Precision(recipe.train.precision, mesh.device, progress.scaler)
     parallelised = session.mode.parallelise(weights, mesh, objective, precision)
     optimizer = build_optimizer(parallelised.plain, recipe.optim, mesh)
     if start.checkpoint is not None:
@@ -387,3 +389,5 @@ def configure_model(model: Any, recipe: Recipe, choice: Setup) -> None:
         loss_chunk=recipe.train.loss_chunk,
         z_loss=recipe.train.z_loss,
     )
+    if choice.cpu and choice.precision == "fp32" and vendor() == AMD:  # MKL is made for Intel's
+        multiply_by_onednn(model)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from argonne.config import CHAT_STAGES, ModelSection, Recipe
+from argonne.config import CHAT_STAGES, ModelSection, Recipe, TrainSection
 from argonne.errors import InputError
 from argonne.files import verify_directory
 from argonne.layout import LEGACY_SUFFIXES, followed
@@ -20,9 +20,11 @@ from argonne.legacy.position import carried_position
 from argonne.legacy.training import TrainingFile, read_training_file
 from argonne.model.build import Weights, config_from_fields, fresh_weights
 from argonne.model.load import identity_of, resolve_model, started_from, tokens_before
+from argonne.parallel.mesh import Mesh
 from argonne.plan.shape import ARCHITECTURE, left_to, with_new_tokens
 from argonne.tokens.tokenizer import AddedTokens, TextTokenizer, load_tokenizer
 from argonne.train.checkpoint import list_checkpoints, newest_complete, read_state
+from argonne.train.optim import resolve_precision
 from argonne.train.run import RunFolder
 
 # `auto` that decides about the arithmetic: settled when a run is created, for good.
@@ -81,6 +83,14 @@ class Start:
         model = left_to(given, self.architecture or {})
         context = max(self.recipe_tree["model"].get("max_position_embeddings", 0), model.max_position_embeddings or 0)
         return dataclasses.replace(model, max_position_embeddings=context)
+
+
+def settled_train(recipe: Recipe, start: Start, mesh: Mesh) -> TrainSection:
+    """What changes the arithmetic, as the run began. A precision that is still open is the main worker's choice."""
+    settled = start.settled(recipe)
+    width = settled.model.hidden_size or (start.architecture or {})["hidden_size"]
+    precision = mesh.broadcast(resolve_precision(settled.train.precision, mesh.device, width))
+    return dataclasses.replace(settled.train, precision=precision)
 
 
 def find_start(

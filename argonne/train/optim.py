@@ -11,9 +11,12 @@ import torch
 from torch import nn
 
 from argonne.config import OptimSection
-from argonne.errors import InputError
 from argonne.parallel.mesh import Mesh
+from argonne.plan import devices
+from argonne.plan.processor import multiplies_bf16
 from argonne.train.muon import MuonAdamW
+
+DTYPES = {"bf16": torch.bfloat16, "bf16_full": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def parameter_groups(model: nn.Module, optim: OptimSection) -> list[dict[str, Any]]:
@@ -96,39 +99,34 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
     }
 
 
-def resolve_precision(name: str, device: torch.device) -> str:
-    """`auto` is bf16 on CUDA (where the card has it) and fp32 elsewhere. A precision the device cannot run is an
-    InputError.
+def resolve_precision(name: str, device: torch.device, width: int) -> str:
+    """What train.precision comes to on this machine, for a model of hidden size `width`. A precision that the device
+    cannot run is an InputError.
     """
-    if name == "auto":
-        return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-    if name in ("bf16", "bf16_full") and device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise InputError(
-            f"train.precision: found {name}, but {torch.cuda.get_device_name(device)} has no bf16; use fp16 or fp32"
-        )
-    return name
-
-
-def compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """What matrix products and attention run in under a precision."""
-    kinds = {"bf16": torch.bfloat16, "bf16_full": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    return kinds[resolve_precision(name, device)]
+    if device.type == "cuda":
+        found = torch.cuda.get_device_name(device)
+        return devices.resolve_precision(name, found, has_bf16=torch.cuda.is_bf16_supported(), width=width)
+    has_bf16 = device.type == "cpu" and multiplies_bf16()
+    return devices.resolve_precision(name, "cpu", has_bf16=has_bf16, width=width)
 
 
 class Precision:
-    """The casts of one session and, for fp16, the loss scale (kept in the checkpoint through `state`)."""
+    """The casts of one session and, for fp16, the loss scale (kept in the checkpoint through `state`).
+
+    dtype: what matrix products and attention run in.
+    """
 
     def __init__(self, name: str, device: torch.device, scaler_state: dict[str, Any] | None = None) -> None:
-        self.name, self.device = resolve_precision(name, device), device
+        """name: of train.precision, but "auto" (`resolve_precision` says what that is)."""
+        self.name, self.device, self.dtype = name, device, DTYPES[name]
         self._scaler = torch.amp.GradScaler(device.type) if self.name == "fp16" else None
         if self._scaler is not None and scaler_state:
             self._scaler.load_state_dict(scaler_state)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
-        if self.name not in kinds:
+        if self.name not in ("bf16", "fp16"):
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=kinds[self.name])
+        return torch.autocast(self.device.type, dtype=self.dtype)
 
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
         return loss if self._scaler is None else self._scaler.scale(loss)

@@ -29,7 +29,6 @@ from argonne.parallel.parallelise import Sums
 from argonne.plan import device_peak_flops, flops_per_token
 from argonne.train.data import Data
 from argonne.train.guard import SpikeWatch
-from argonne.train.optim import resolve_precision
 
 if TYPE_CHECKING:
     from argonne.train.writers import Writer
@@ -92,7 +91,7 @@ class Telemetry:
         # (tokens, seconds) when the session's first batch was there, and at the last record.
         self._begun = self._recorded = (0, 0.0)
         name = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "cpu"
-        peak = device_peak_flops(name, resolve_precision(recipe.train.precision, mesh.device))
+        peak = device_peak_flops(name, recipe.train.precision)
         flops = flops_per_token(recipe.model, recipe.data.sequence_length)
         # The MFU of a token a second; None where the device's peak is not known.
         self._use = flops / (peak * mesh.world_size) if peak else None

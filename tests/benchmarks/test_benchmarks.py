@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from argonne.stages.trial import timed_steps
 from benchmarks import decode, harness, packing, reference, render, serving, start_up, train_step
 from benchmarks.all import MODULES
 from benchmarks.harness import Benchmark, Column, markdown, measure, save, write_table
-from benchmarks.own_loop import make_recipe, timed_steps
+from benchmarks.own_loop import make_recipe
 
 TINY = {
     "vocab": 64,

@@ -11,10 +11,13 @@ import pytest
 
 from argonne.config import Recipe
 from argonne.errors import InputError
-from argonne.plan import devices
-from argonne.stages import stage
+from argonne.model.build import build_model, config_from_fields
+from argonne.model.products import LinearByOneDNN
+from argonne.plan import choose_setup, devices
+from argonne.stages import setup, stage
 from argonne.stages.pretrain import run
 from argonne.stages.sft import SFT
+from argonne.stages.start import architecture_fields
 
 Nano = Callable[..., Recipe]
 
@@ -57,3 +60,17 @@ def test_a_run_that_its_plan_says_cannot_fit_does_not_start_unless_allowed(
             run(recipe, tmp_path / "run")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
     assert run(recipe, tmp_path / "run", allow=["memory"]).outcome.complete
+
+
+@pytest.mark.parametrize(
+    ("vendor", "precision", "taken"),
+    [("AuthenticAMD", "fp32", True), ("GenuineIntel", "fp32", False), ("AuthenticAMD", "bf16", False)],
+)
+def test_products_in_fp32_are_onednn_s_on_processors_that_mkl_is_not_made_for(
+    nano: Nano, monkeypatch: pytest.MonkeyPatch, vendor: str, precision: str, taken: bool
+) -> None:
+    monkeypatch.setattr(setup, "vendor", lambda: vendor)
+    recipe = nano(**{"train.precision": f'"{precision}"'})
+    model = build_model(config_from_fields(architecture_fields(recipe.model)), seed=0)
+    setup.configure_model(model, recipe, choose_setup(recipe, devices.running_device("cpu")))
+    assert (type(model.lm_head) is LinearByOneDNN) is taken
