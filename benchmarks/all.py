@@ -12,6 +12,8 @@ from benchmarks import harness
 MODULES = (
     "start_up",
     "train_step",
+    "precision",
+    "neighbours",
     "overhead",
     "saves",
     "encode_text",
