@@ -365,3 +365,27 @@ def test_long_work_says_how_far_it_is_where_there_is_no_terminal(
     assert lines[0].startswith("requests: 1,000 of 14,042, ")
     assert lines[1].startswith("requests: 2,000 of 14,042, ")
     assert lines[1].endswith(" s left")
+
+
+def test_plan_measures_on_this_machine_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["plan", "nano-3.0", *SMALL[:-4], "--measure"]
+    for flag in (["--gpu", "h200"], ["--gpus", "2"], ["--price", "3"]):
+        assert main([*asked, *flag]) == 2
+        assert f"{flag[0]}: --measure runs on one device of this machine" in capsys.readouterr().err
+    assert main([*asked, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {trial["precision"] for trial in found["measured"]} == {"fp32", "bf16"}
+    assert sum(trial["chosen"] for trial in found["measured"]) == 1
+    assert all(trial["tokens_per_second"] > 0 for trial in found["measured"])
+
+
+def test_a_line_that_is_wider_than_the_terminal_is_cut_between_words_under_its_text() -> None:
+    line = "  micro-batch    4 rows x 2 a device (the largest that fits, evened out), loss chunked"
+    assert command.folded(line, 60).split("\n") == [
+        "  micro-batch    4 rows x 2 a device (the largest that fits,",
+        "                 evened out), loss chunked",
+    ]
+    assert command.folded("  note: so it is that words go on here", 24).split("\n")[1].startswith("        ")
+    assert command.folded(line, len(line)) == line
+    long = "x" * 100
+    assert command.folded(long, 60) == long

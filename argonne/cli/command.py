@@ -9,8 +9,11 @@ import difflib
 import importlib
 import io
 import itertools
+import re
+import shutil
 import signal
 import sys
+import textwrap
 import time
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -299,7 +302,20 @@ def show(found: Any, text: str | None = None, *, as_json: bool) -> None:
         from argonne.files import json_text
 
         text = json_text(found, indent=2, ascii_only=str(getattr(sys.stdout, "encoding", "")).lower() != "utf-8")
-    print("\n".join(f"{name}: {value}" for name, value in found.items()) if text is None else text)
+    text = "\n".join(f"{name}: {value}" for name, value in found.items()) if text is None else text
+    if sys.stdout.isatty() and not as_json:
+        columns = shutil.get_terminal_size().columns
+        text = "\n".join(folded(line, columns) for line in text.split("\n"))
+    print(text)
+
+
+def folded(line: str, columns: int) -> str:
+    """A line of at most so many columns, or cut between words; what goes on stands under the text behind its label."""
+    if len(line) <= columns:
+        return line
+    label = re.match(r"\s*\S+(?: \S+)*?(?:  +|: )", line)
+    indent = len(label[0]) if label and label.end() <= columns // 2 else len(line) - len(line.lstrip()) + 2
+    return textwrap.fill(line, columns, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
 
 
 SECONDS_A_LINE = 10.0
