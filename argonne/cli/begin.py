@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from argonne.cli.command import Verbs, json_flag, parse_overrides, recipe_argument, show
+from argonne.cli.command import Verbs, json_flag, parse_overrides, progress_bar, recipe_argument, show
 from argonne.config import Recipe
 from argonne.errors import InputError, Stopped
 
@@ -89,10 +91,13 @@ def _measured_plan(recipe: Recipe, options: argparse.Namespace) -> Plan:
     for flag, unsaid in (("gpu", None), ("gpus", 1), ("price", None)):
         if getattr(options, flag) != unsaid:
             raise InputError(f"--{flag}: --measure runs on one device of this machine; leave one of them out")
+    from argonne.parallel.neighbours import beside_others
     from argonne.plan import plan_lines
     from argonne.stages.trial import measure, trial_lines
 
-    plan, trials = measure(recipe)
+    tell = partial(print, file=sys.stderr, flush=True)  # measuring turns sys.stderr aside
+    with progress_bar("ways to train") as progress, beside_others(tell):
+        plan, trials = measure(recipe, progress)
     found = {**plan.to_dict(), "measured": [asdict(trial) for trial in trials]}
     show(found, "\n".join([*plan_lines(plan), *trial_lines(trials)]), as_json=options.json)
     return plan

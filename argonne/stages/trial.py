@@ -21,7 +21,7 @@ from argonne.config import BatchSection, Recipe
 from argonne.data.loader import Batch
 from argonne.errors import InputError
 from argonne.model.build import build_model, config_from_fields
-from argonne.operation import CheckpointSection, LogSection
+from argonne.operation import CheckpointSection, LogSection, ParallelSection
 from argonne.parallel.compile import compile_blocks
 from argonne.parallel.mesh import Mesh, choose_device
 from argonne.parallel.parallelise import in_one_call
@@ -122,14 +122,16 @@ class Trial:
     chosen: bool
 
 
-def measure(recipe: Recipe) -> tuple[Plan, list[Trial]]:
+def measure(
+    recipe: Recipe, progress: Callable[[int, int], None] = lambda done, total: None
+) -> tuple[Plan, list[Trial]]:
     """The plan for one device of this machine, and the speed of each way to train on it: precisions on a CPU, compiled
-    or not on a GPU. Plain rows of random tokens, whatever the stage.
+    or not on a GPU. Plain rows of random tokens, whatever the stage. progress: called with (ways done, all).
 
     Raises InputError where the model does not fit.
     """
     device = choose_device(recipe.train.device, where="train.device")
-    fit = as_trained(recipe)
+    fit = replace(as_trained(recipe), parallel=ParallelSection())
     plan = plan_of(fit, gpu=planned_device(device), gpus=1)
     if not plan.fits:
         raise InputError(f"--measure: the model does not fit into the memory of {plan.device}; {plan.advice}")
@@ -141,8 +143,9 @@ def measure(recipe: Recipe) -> tuple[Plan, list[Trial]]:
     ways = [(plan.precision, "on"), (plan.precision, "off")]
     if device.type != "cuda":
         ways = [own, *((precision, own[1]) for precision in ("fp32", "bf16") if precision != plan.precision)]
-    trials = []
+    trials: list[Trial] = []
     for precision, compile in ways:
+        progress(len(trials), len(ways))
         tried = replace(
             fit,
             train=replace(fit.train, precision=precision, compile=compile),

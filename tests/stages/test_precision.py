@@ -71,9 +71,9 @@ def test_the_final_loss_under_bf16_lies_inside_the_noise_of_five_seeds(nano: Nan
     more = {
         "model.num_hidden_layers": "3",
         "data.sequence_length": "128",
-        "batch.tokens_per_step": "2048",
-        "batch.micro": "16",
-        "train.steps": "120",
+        "batch.tokens_per_step": "1024",
+        "batch.micro": "8",
+        "train.steps": "80",
         "train.threads": "2",
         "eval.every_steps": "0",
         "optim.lr": "2e-3",
