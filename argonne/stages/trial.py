@@ -169,7 +169,9 @@ def trial_lines(trials: list[Trial]) -> list[str]:
     lines = [f"measured on this machine{threads}, steps of random tokens"]
     for trial in sorted(trials, key=lambda trial: -trial.tokens_per_second):
         way = trial.precision + (", compiled" if trial.compile == "on" else "")
-        time = "" if trial.hours is None else f"  {trial.hours:,.1f} hours"
+        time = ""
+        if trial.hours is not None:
+            time = f"  {trial.hours:,.1f} hours" if trial.hours >= 2 else f"  {60 * trial.hours:.1f} minutes"
         lines.append(f"  {way:<15} {trial.tokens_per_second:>10,.0f} tokens/s{time}{'  as the recipe' * trial.chosen}")
     if best is not taken:
         flag = f"--train.precision {best.precision}"
