@@ -112,6 +112,13 @@ class Forward:
         return straight, torch.cat((crossed.expand(shape), crossed.new_zeros(still)), 2)
 
 
+def weight_like(linear: Any) -> Tensor:
+    """Any tensor of the dtype and device of a layer's weight: to ask an int8 layer for its weight unpacks it whole."""
+    if isinstance(linear, Part):
+        return linear.together.scale
+    return linear.scale if isinstance(linear, Int8Linear) else linear.weight
+
+
 def norm_of(module: nn.Module) -> Product:
     if not isinstance(module, ArgonneRMSNorm) or module.weight.dtype not in (torch.float32, torch.float64):
         return module
@@ -138,9 +145,10 @@ class _Layer:
             joined(attention.q_proj, attention.k_proj, attention.v_proj),
         )
         self.out = joined(attention.o_proj)
-        self.gains, self.normed = self._gains(attention)
-        wide = torch.empty(0, dtype=torch.promote_types(attention.q_proj.weight.dtype, torch.float32))
-        self.length = root_mean_square(self.size, config.rms_norm_eps, wide.to(attention.q_proj.weight.device))
+        like = weight_like(attention.q_proj)
+        self.gains, self.normed = self._gains(attention, like)
+        wide = torch.empty(0, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+        self.length = root_mean_square(self.size, config.rms_norm_eps, wide)
         self.behind = self.fed = None
         self.into = norm_of(layer.post_attention_layernorm)
         if layer.sandwich:
@@ -149,14 +157,13 @@ class _Layer:
         self.up = joined(mlp.gate_proj, mlp.up_proj) if mlp.gated else joined(mlp.up_proj)
         self.gated, self.down, self.act = mlp.gated, joined(mlp.down_proj), mlp.act_fn
 
-    def _gains(self, attention: Any) -> tuple[Tensor | None, Tensor | None]:
+    def _gains(self, attention: Any, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Gains of the heads of queries, keys and values, (heads, D), and which of them are normalised, where not all
         are.
         """
         config, parts, flags = attention.config, [], []
         for name, count in (("q_norm", self.queries), ("k_norm", self.keys), ("v_norm", self.keys)):
             has = getattr(config, name)
-            like = attention.q_proj.weight
             gain = getattr(attention, name).weight if has else like.new_ones(self.size)
             parts.append(gain.expand(count, self.size))
             flags += [has] * count

@@ -68,7 +68,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float()
-        largest = wide.abs().amax(-1, keepdim=True).clamp_min_(LEAST)
+        largest = torch.linalg.vector_norm(wide, torch.inf, -1, keepdim=True).clamp_min_(LEAST)
         found: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
             wide / largest, 1 / self.levels, self.levels, self.packed
         )

@@ -117,6 +117,20 @@ def test_a_rounded_model_answers_as_its_own_passes_say(generation: str) -> None:
         assert float(logits.max() - logits[found[count]]) <= 0.02 * float(logits.abs().max())
 
 
+@pytest.mark.parametrize("generation", ["nano-1.0", "nano-2.5", "nano-3.0"])
+def test_a_decoder_of_a_rounded_model_unpacks_no_weight(generation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For 85M parameters that took as long as a dozen tokens, each time one was made."""
+
+    def unpacked(layer: Int8Linear) -> torch.Tensor:
+        raise AssertionError("a weight was unpacked")
+
+    model = make_model(generation, max_position_embeddings=256).eval()
+    quantize(model)
+    pack(model)
+    monkeypatch.setattr(Int8Linear, "whole", property(unpacked))
+    assert Decoder(model, rows=2)._pass is not None
+
+
 def test_the_loss_of_a_rounded_model_is_that_of_its_logits() -> None:
     model = make_model().eval()
     quantize(model)
