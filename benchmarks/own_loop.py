@@ -1,6 +1,4 @@
-"""The project's own training loop, timed: `argonne.train.trainer.Trainer` as a training verb runs it, on one batch that
-lies in memory.
-"""
+"""Recipes of the shapes that benchmarks compare; `argonne.stages.trial` times them through the project's own loop."""
 
 from __future__ import annotations
 

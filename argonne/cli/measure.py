@@ -115,7 +115,6 @@ def evaluate_model(options: argparse.Namespace) -> None:
     for name in models:
         layout.check_model_name(name)  # before torch is loaded
     from argonne.evaluate.run import evaluate, render
-    from argonne.parallel.neighbours import beside_others
 
     results = []
     for number, name in enumerate(models, 1):
@@ -128,8 +127,7 @@ def evaluate_model(options: argparse.Namespace) -> None:
                 "int8": options.quantize == "int8",
                 "out": options.out if number == len(models) else None,
             }
-            with beside_others():
-                results.append(evaluate(name, asked, options.data, options.shots, limit=options.limit, **how))
+            results.append(evaluate(name, asked, options.data, options.shots, limit=options.limit, **how))
     for found in results:  # thousands of items: --out keeps them
         for values in found["tasks"].values():
             values.pop("items", None)

@@ -27,6 +27,7 @@ from argonne.evaluate.scorer import scoring
 from argonne.evaluate.tasks import make_tasks
 from argonne.evaluate.texts import byte_count, open_texts
 from argonne.model.stored import fingerprint_of_weights
+from argonne.parallel.neighbours import beside_others
 from argonne.serve.engine import to_the_end, tokenizer_of
 from argonne.serve.quantize import quantize
 from argonne.tokens.formats import open_tokens
@@ -66,6 +67,7 @@ class Asked:
         )
 
 
+@beside_others()
 def evaluate(
     model_path: str | Path,
     tasks: Sequence[str],

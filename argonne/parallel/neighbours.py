@@ -148,7 +148,7 @@ def _watch(end: threading.Event, tell: Callable[[str], None]) -> None:
             told = at
             tell(
                 f"warning: other processes use {taken:.1f} of this machine's {cores} cores, which slows this one down; "
-                "end them, or take fewer threads (OMP_NUM_THREADS)"
+                "end what is not needed, or take fewer threads (OMP_NUM_THREADS)"
             )
     if teams is not None:
         teams.close()

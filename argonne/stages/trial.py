@@ -109,10 +109,14 @@ class _Enough(Exception):
     """The measured steps are done."""
 
 
+class NotCompiled(RuntimeError):
+    """The compiler failed, and the loop went on without: what was timed is not what was asked for."""
+
+
 @dataclass(frozen=True)
 class Trial:
-    """One way to train and its speed here. hours: of the whole run, where its length is known. chosen: what the recipe
-    takes here.
+    """One way to train and its speed here, 0 where it could not be compiled. hours: of the whole run, where its length
+    is known. chosen: what the recipe takes here.
     """
 
     precision: str
@@ -153,10 +157,12 @@ def measure(
             log=LogSection(every_steps=TOTAL_STEPS, tensorboard=False),
             checkpoint=CheckpointSection(every_minutes=0.0),
         )
-        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+        speed = 0.0
+        aside = contextlib.redirect_stderr(io.StringIO())
+        with tempfile.TemporaryDirectory() as folder, aside, contextlib.suppress(NotCompiled):
             seconds = timed_steps(tried, ids, Path(folder), MEASURED_STEPS, device=device.type)
-        speed = tried.batch.tokens_per_step / seconds
-        hours = None if plan.tokens is None else plan.tokens / speed / 3600
+            speed = tried.batch.tokens_per_step / seconds
+        hours = plan.tokens / speed / 3600 if plan.tokens is not None and speed else None
         trials.append(Trial(precision, compile, speed, hours, (precision, compile) == own))
     return plan, trials
 
@@ -172,8 +178,11 @@ def trial_lines(trials: list[Trial]) -> list[str]:
         time = ""
         if trial.hours is not None:
             time = f"  {trial.hours:,.1f} hours" if trial.hours >= 2 else f"  {60 * trial.hours:.1f} minutes"
-        lines.append(f"  {way:<15} {trial.tokens_per_second:>10,.0f} tokens/s{time}{'  as the recipe' * trial.chosen}")
-    if best is not taken:
+        told = (
+            f"{trial.tokens_per_second:>10,.0f} tokens/s{time}" if trial.tokens_per_second else "could not be compiled"
+        )
+        lines.append(f"  {way:<15} {told}{'  as the recipe' * trial.chosen}")
+    if best is not taken and taken.tokens_per_second:
         flag = f"--train.precision {best.precision}"
         if best.compile != taken.compile:
             flag = f"--train.compile {best.compile}"
@@ -192,7 +201,7 @@ def timed_steps(
     after_first: Callable[[], None] = lambda: None,
 ) -> float:
     """Seconds a step: the median of `steps` on the CPU, their mean on CUDA, after `warm_up` steps. `ids` is (rows,
-    length + 1).
+    length + 1). Raises NotCompiled where the recipe compiles and the compiler fails.
     """
     mesh = Mesh(device=torch.device(device))
     model: Any = build_model(config_from_fields(architecture_fields(recipe.model)), seed=0, device=device).train()
@@ -220,6 +229,8 @@ def timed_steps(
     )
     with contextlib.suppress(_Enough):
         trainer.fit()
+    if compiled and not trainer.compiled:
+        raise NotCompiled
     ends = data.ends[warm_up - 1 :]
     gaps = [late - early for early, late in itertools.pairwise(ends)]
     return statistics.median(gaps) if device == "cpu" else (ends[-1] - ends[0]) / steps

@@ -6,8 +6,10 @@ import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from argonne.config import Recipe
 from argonne.recipe import load_recipe
@@ -57,6 +59,20 @@ def test_plan_measures_both_precisions_here_and_says_which_is_faster(
     assert lines[-1].strip() == "--train.precision bf16 would be 2.00 times as fast"
     speeds["bf16"] = 4.0
     assert "as the recipe" in trial.trial_lines(trial.measure(nano(**{"train.precision": '"fp32"'}))[1])[1]
+
+
+def test_what_could_not_be_compiled_is_told_and_not_timed(nano: Nano, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(model: Any, **how: object) -> None:
+        def broken(*given: object, **named: object) -> None:
+            raise torch._dynamo.exc.InternalTorchDynamoError("planted")
+
+        for layer in model.model.layers:
+            layer._compiled_call_impl = broken
+
+    monkeypatch.setattr(trial, "compile_blocks", fails)
+    _, trials = trial.measure(nano(**{"train.compile": '"on"'}))
+    assert [found.tokens_per_second for found in trials] == [0.0, 0.0]
+    assert all("could not be compiled" in line for line in trial.trial_lines(trials)[1:])
 
 
 def test_a_measured_step_is_one_of_the_real_loop(nano: Nano) -> None:
