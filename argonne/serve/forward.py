@@ -44,9 +44,10 @@ def rows_of_attention(group: int, tokens: int) -> int:
 def joined(*linears: nn.Module) -> Product:
     """Their outputs side by side."""
     if isinstance(linears[0], Part):
-        return linears[0].together
+        return product_of_rounded(linears[0].together)
     if isinstance(linears[0], Int8Linear):
-        return linears[0] if len(linears) == 1 else lambda x: torch.cat([linear(x) for linear in linears], -1)
+        rounded = [product_of_rounded(linear) for linear in linears if isinstance(linear, Int8Linear)]
+        return rounded[0] if len(rounded) == 1 else lambda x: torch.cat([part(x) for part in rounded], -1)
     plain: list[Any] = list(linears)
     weights, biases = [linear.weight for linear in plain], [linear.bias for linear in plain]
     bias = torch.cat(biases) if biases[0] is not None else None
@@ -66,9 +67,15 @@ def product_of(weight: Tensor, bias: Tensor | None) -> Product:
     return lambda x: F.linear(x, weight, bias)
 
 
+def product_of_rounded(layer: Int8Linear) -> Product:
+    one_row, rows = layer.of_one_row, layer.forward
+    size = layer.in_features
+    return lambda x: one_row(x) if x.numel() == size and x.dtype == torch.float32 else rows(x)
+
+
 class Forward:
-    """Passes of one model over slots. It reads the model's weights where they lie, but for the gains of the norms of
-    heads, which it joins: make another after a change of weights.
+    """Passes of one model over slots. It reads the model's weights where they lie, but for the gains of norms: make
+    another after a change of weights.
     """
 
     def __init__(self, model: ArgonneForCausalLM) -> None:
@@ -120,18 +127,19 @@ def weight_like(linear: Any) -> Tensor:
 
 
 def norm_of(module: nn.Module) -> Product:
+    """Of fp32 or fp64, in a third of the calls of F.rms_norm, each of which takes a CPU longer than its numbers: x over
+    the length of (x, sqrt(H eps)), times the gain and sqrt(H).
+    """
     if not isinstance(module, ArgonneRMSNorm) or module.weight.dtype not in (torch.float32, torch.float64):
         return module
-    length, gain = root_mean_square(module.weight.shape[0], module.variance_epsilon, module.weight), module.weight
+    length, gain = length_of(module.weight, module.variance_epsilon), module.weight * module.weight.shape[0] ** 0.5
     return lambda x: (x / length(x)).mul_(gain)
 
 
-def root_mean_square(size: int, eps: float, like: Tensor) -> Product:
-    """sqrt(mean(x^2) + eps) over the last dimension, which is kept; in a third of the calls of F.rms_norm, each of
-    which takes a CPU longer than its numbers.
-    """
-    root, least = size**-0.5, torch.tensor(eps**0.5, dtype=like.dtype, device=like.device)
-    return lambda x: torch.linalg.vector_norm(x, dim=-1, keepdim=True).mul_(root).hypot_(least)
+def length_of(vector: Tensor, eps: float) -> Product:
+    """sqrt(sum(x^2) + size eps) of vectors of the size, dtype and device of this one; the last dimension is kept."""
+    least = vector.new_tensor((eps * vector.shape[0]) ** 0.5)
+    return lambda x: torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(least)
 
 
 class _Layer:
@@ -146,20 +154,21 @@ class _Layer:
         )
         self.out = joined(attention.o_proj)
         like = weight_like(attention.q_proj)
+        self.wide = torch.promote_types(like.dtype, torch.float32)
         self.gains, self.normed = self._gains(attention, like)
-        wide = torch.empty(0, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
-        self.length = root_mean_square(self.size, config.rms_norm_eps, wide)
+        self.length = length_of(like.new_empty(self.size, dtype=self.wide), config.rms_norm_eps)
         self.behind = self.fed = None
         self.into = norm_of(layer.post_attention_layernorm)
         if layer.sandwich:
             self.behind, self.into = self.into, norm_of(layer.pre_feedforward_layernorm)
             self.fed = norm_of(layer.post_feedforward_layernorm)
         self.up = joined(mlp.gate_proj, mlp.up_proj) if mlp.gated else joined(mlp.up_proj)
-        self.gated, self.down, self.act = mlp.gated, joined(mlp.down_proj), mlp.act_fn
+        self.gated, self.down = mlp.gated, joined(mlp.down_proj)
+        self.act = F.silu if type(mlp.act_fn) is nn.SiLU else mlp.act_fn
 
     def _gains(self, attention: Any, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Gains of the heads of queries, keys and values, (heads, D), and which of them are normalised, where not all
-        are.
+        """Gains of the heads of queries, keys and values, (heads, D), in fp32 times sqrt(D), and which of them are
+        normalised, where not all are.
         """
         config, parts, flags = attention.config, [], []
         for name, count in (("q_norm", self.queries), ("k_norm", self.keys), ("v_norm", self.keys)):
@@ -169,7 +178,10 @@ class _Layer:
             flags += [has] * count
         if not any(flags):
             return None, None
-        return torch.cat(parts), None if all(flags) else torch.tensor(flags, device=like.device)[:, None]
+        gains = torch.cat(parts)
+        if gains.dtype == self.wide:
+            gains = gains * self.size**0.5
+        return gains, None if all(flags) else torch.tensor(flags, device=like.device)[:, None]
 
     def __call__(
         self, hidden: Tensor, index: int, slots: Slots, mask: Tensor, turns: tuple[Tensor, Tensor] | None
@@ -178,18 +190,23 @@ class _Layer:
         x = self.project(self.before(hidden)).view(rows, tokens, -1, self.size)
         dtype = x.dtype
         if self.gains is not None:
-            wide = x.to(torch.promote_types(dtype, torch.float32))
-            normed = (wide / self.length(wide)).to(dtype) * self.gains
+            wide = x if dtype == self.wide else x.to(self.wide)
+            normed = wide / self.length(wide)
+            if dtype != self.wide:
+                normed = normed.mul_(self.size**0.5).to(dtype)
+            normed = normed * self.gains
             x = normed if self.normed is None else torch.where(self.normed, normed, x)
         if turns is not None:
             x = torch.addcmul(x * turns[0], x.roll(self.size // 2, -1), turns[1])
-        x = x.to(dtype)
-        key, value = slots.write(index, x[:, :, self.queries :])
-        query = x[:, :, : self.queries].view(rows, tokens, self.keys, -1, self.size)
+        query, new = x.to(dtype).split((self.queries, 2 * self.keys), 2)
+        key, value = slots.write(index, new)
         if tokens > 1:
-            query = query.transpose(1, 2).reshape(rows, self.keys, -1, self.size)
+            query = query.view(rows, tokens, self.keys, -1, self.size).transpose(1, 2)
+            query = query.reshape(rows, self.keys, -1, self.size)
         else:
-            query = F.pad(query[:, 0], (0, 0, 0, mask.shape[2] - query.shape[3]))
+            query = query.view(rows, self.keys, -1, self.size)
+            if more := mask.shape[2] - query.shape[2]:
+                query = F.pad(query, (0, 0, 0, more))
         found = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.scale)
         if tokens > 1:
             found = found.view(rows, self.keys, tokens, -1, self.size).transpose(1, 2)

@@ -4,6 +4,7 @@ For one answer a matrix product waits for the memory, and int8 is a quarter of f
 
 from __future__ import annotations
 
+import math
 import platform
 import warnings
 from typing import Any
@@ -68,12 +69,24 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float()
-        largest = torch.linalg.vector_norm(wide, torch.inf, -1, keepdim=True).clamp_min_(LEAST)
+        largest = wide.abs().amax(-1, keepdim=True).clamp_min_(LEAST)  # a norm of infinity takes ten times as long
         found: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
             wide / largest, 1 / self.levels, self.levels, self.packed
         )
         found.mul_(largest)
         return (found if self.bias is None else found.add_(self.bias)).to(x.dtype)
+
+    def of_one_row(self, x: Tensor) -> Tensor:
+        """Of x, a single row in fp32, the same but for how its last digit is rounded, in half the calls: its step is a
+        number.
+        """
+        largest = float(x.abs().amax())
+        if not LEAST < largest < math.inf:
+            return self.forward(x)
+        found: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+            x, largest / self.levels, self.levels, self.packed
+        )
+        return found if self.bias is None else found.add_(self.bias)
 
 
 class Part(nn.Module):

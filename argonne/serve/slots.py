@@ -21,6 +21,8 @@ class Slots:
     def __init__(self, count: int, capacity: int) -> None:
         self.count, self.capacity = count, -(-capacity // LENGTH_STEP) * LENGTH_STEP
         self._held: dict[int, Tensor] = {}
+        self._seen_by: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> the keys and values its pass may see
+        self._window: tuple[int, int, int] | None = None  # of which this holds
 
     def at(self, slots: Sequence[int], places: Tensor, device: torch.device) -> None:
         """Row r of the next pass is of slots[r]; its token t goes to places[r, t], and nowhere where that is negative.
@@ -37,6 +39,10 @@ class Slots:
         while self._length <= int(places.max()):  # a power of two times LENGTH_STEP, so that few shapes occur
             self._length *= 2
         self._length = min(self._length, self.capacity)
+        window = (first, len(slots), self._length) if together else None
+        if window is None or window != self._window:
+            self._seen_by.clear()
+        self._window = window
 
     def masks(self, windows: dict[str, int | None], device: torch.device) -> dict[str, Tensor]:
         """What each token of the next pass sees, by layer type: (rows, 1, tokens, length) bool."""
@@ -59,9 +65,13 @@ class Slots:
             self._held[layer] = new.new_zeros(self.count, new.shape[2], self.capacity, new.shape[3])
         held, (slots, places) = self._held[layer], self._target
         held[slots, :, places] = new[self._source] if len(slots) < new.shape[0] * new.shape[1] else new.flatten(0, 1)
-        seen = held[:, :, : self._length][self._rows]
-        keys, values = seen.chunk(2, 1)
-        return keys, values
+        if self._window is None:
+            keys, values = held[:, :, : self._length][self._rows].chunk(2, 1)
+            return keys, values
+        if layer not in self._seen_by:
+            keys, values = held[self._rows, :, : self._length].chunk(2, 1)
+            self._seen_by[layer] = keys, values
+        return self._seen_by[layer]
 
     def get_seq_length(self, layer: int = 0) -> int:
         return self._length

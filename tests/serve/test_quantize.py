@@ -68,6 +68,21 @@ def test_a_row_of_zeros_gives_zeros_and_one_that_is_not_finite_stays_so(rows: in
 
 
 @pytest.mark.parametrize("bias", [False, True])
+def test_a_single_row_is_multiplied_in_the_same_steps_in_fewer_calls(bias: bool) -> None:
+    layer = rounded(96, 64, bias)
+    product = joined(layer)
+    for x in (torch.randn(1, 1, 96), 1e-20 * torch.randn(1, 1, 96), 1e20 * torch.randn(1, 1, 96)):
+        step = float(x.abs().max()) / levels() * layer.weight.abs().sum(1)
+        assert bool(((product(x) - layer(x)).abs() <= 0.01 * step).all())
+    assert torch.equal(product(torch.zeros(1, 1, 96)), layer(torch.zeros(1, 1, 96)))
+    assert product(torch.full((1, 1, 96), float("nan"))).isnan().all()
+    x = torch.randn(1, 1, 96)
+    x[..., 3] = float("inf")
+    assert not product(x).isfinite().any()
+    assert torch.equal(product(torch.ones(2, 1, 96)), layer(torch.ones(2, 1, 96)))
+
+
+@pytest.mark.parametrize("bias", [False, True])
 def test_layers_side_by_side_give_what_each_gives(bias: bool) -> None:
     block = nn.Module()
     for name, size in (("q_proj", 32), ("k_proj", 16), ("v_proj", 64)):
