@@ -29,6 +29,7 @@ class LossOptions:
     """How the loss is computed; no field changes what is computed but `softcap` and `z_loss`.
 
     chunk: rows of h whose logits exist at the same time; 0 = chosen by size.
+    onednn: products with W by oneDNN where they are of fp32 on a CPU.
     group: process group over which the rows of W are split (tensor parallelism); this rank holds W[first : first +
     V_local].
     """
@@ -36,8 +37,15 @@ class LossOptions:
     softcap: float | None = None
     z_loss: float = 0.0
     chunk: int = 0
+    onednn: bool = False
     group: dist.ProcessGroup | None = None
     first: int = 0
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b by oneDNN, of fp32 on a CPU: x (.., in), W (out, in) in any layout."""
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return found
 
 
 def rows_of_chunk(options: LossOptions, rows: int, vocabulary: int, device: torch.device) -> int:
@@ -81,7 +89,11 @@ class _Logits:
     ) -> None:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         rows = hidden.shape[0]
-        x = torch.mm(hidden, weight.t(), out=None if buffers is None else buffers[0, :rows]).to(wide)
+        self.onednn = options.onednn and hidden.device.type == "cpu" and hidden.dtype == torch.float32
+        if self.onednn:
+            x = product(hidden, weight)
+        else:
+            x = torch.mm(hidden, weight.t(), out=None if buffers is None else buffers[0, :rows]).to(wide)
         self.slope: Tensor | None = None
         if options.softcap:
             slope = torch.tanh_(x.div_(options.softcap))
@@ -135,7 +147,8 @@ class _Logits:
                 into.weight.add_(torch.mm(p.t(), scaled))
             into.weight.index_add_(0, self.column[:, 0], (hidden * -on_target).to(into.weight.dtype))
         if into.hidden is not None:
-            gradient = torch.mm(p, weight).to(on_log_z.dtype) * on_log_z
+            found = product(p, weight.t()) if self.onednn else torch.mm(p, weight)
+            gradient = found.to(on_log_z.dtype) * on_log_z
             into.hidden[part] = gradient.sub_(F.embedding(self.column[:, 0], weight) * on_target)
 
 

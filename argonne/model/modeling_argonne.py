@@ -225,9 +225,10 @@ class ArgonneForCausalLM(ArgonnePreTrainedModel, GenerationMixin):
         loss: str = "chunked",
         loss_chunk: int = 0,
         z_loss: float = 0.0,
+        onednn: bool = False,
     ) -> None:
-        """Choose how a training run computes. Raises ValueError for an unknown choice; a forced kernel is checked when
-        it first runs.
+        """Choose how a training run computes; onednn: see LossOptions. Raises ValueError for an unknown choice; a
+        forced kernel is checked when it first runs.
         """
         known = {
             "attention": (attention, ("auto", *ORDER)),
@@ -242,7 +243,7 @@ class ArgonneForCausalLM(ArgonnePreTrainedModel, GenerationMixin):
                 f"checkpointing_stride is {checkpointing_stride} and loss_chunk {loss_chunk}; expected at least 1 and 0"
             )
         self.model.training_options = TrainingOptions(
-            activation_checkpointing, checkpointing_stride, loss, loss_chunk, z_loss
+            activation_checkpointing, checkpointing_stride, loss, loss_chunk, z_loss, onednn
         )
         for layer in self._attentions():
             layer.attention_kernel = attention
@@ -266,7 +267,8 @@ class ArgonneForCausalLM(ArgonnePreTrainedModel, GenerationMixin):
     def head(self) -> Head:
         """Weight and loss settings of the head, for an objective."""
         options = self.model.training_options
-        settings = LossOptions(self.config.final_logit_softcapping, options.z_loss, options.loss_chunk)
+        softcap = self.config.final_logit_softcapping
+        settings = LossOptions(softcap, options.z_loss, options.loss_chunk, options.onednn)
         return Head(self.lm_head.weight, settings, whole=options.loss == "full")
 
     def head_loss(self, hidden: Tensor, shift_labels: Tensor) -> Tensor:

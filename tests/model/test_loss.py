@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from argonne.model import ArgonneForCausalLM
+from argonne.model import ArgonneForCausalLM, loss
 from argonne.model.loss import LossOptions, padded, summed_loss, token_log_probs
 
 Make = Callable[..., ArgonneForCausalLM]
@@ -33,6 +33,36 @@ def plain(
         logits = softcap * torch.tanh(logits / softcap)
     log_z = torch.logsumexp(logits, -1)[targets != -100]
     return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum") + z_loss * log_z.square().sum()
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+@pytest.mark.parametrize(("softcap", "z_loss"), [(None, 0.0), (2.0, 0.1)])
+@pytest.mark.parametrize("chunk", [5, 64])
+def test_products_by_onednn_give_the_same_loss_and_gradients(
+    softcap: float | None, z_loss: float, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.Size] = []
+    real = loss.product
+
+    def product(x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        seen.append(x.shape)
+        return real(x, *others)
+
+    monkeypatch.setattr(loss, "product", product)
+    exact = example(23, 40)
+    options = LossOptions(softcap, z_loss, chunk, onednn=True)
+    expected = plain(*exact, softcap, z_loss)
+    torch.testing.assert_close(summed_loss(*exact, options), expected, rtol=1e-12, atol=1e-12)
+    assert not seen  # float64 is left to torch
+    hidden, weight, targets = exact
+    narrow = [x.detach().float().requires_grad_() for x in (hidden, weight)]
+    found = summed_loss(*narrow, targets, options)
+    count = int((targets != -100).sum())
+    assert [shape[-1] for shape in seen] == [6, 40] * -(-count // chunk)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    wanted = torch.autograd.grad(expected, (hidden, weight))
+    for mine, theirs in zip(torch.autograd.grad(found, narrow), wanted, strict=True):
+        torch.testing.assert_close(mine.double(), theirs, rtol=1e-4, atol=1e-4)
 
 
 @settings(max_examples=40, deadline=None)
