@@ -18,18 +18,19 @@ from tests.train.helpers import curve, stored
 Nano = Callable[..., Recipe]
 Finish = Callable[..., None]
 KINDS = {"open", "write", "fsync", "rename", "unlink", "rmdir", "mkdir", "symlink"}
+OFTEN = {"open", "write", "fsync", "rename", "unlink"}  # times enough in a save that each fourth operation meets them
 
 
 def complete_steps(run: Path) -> list[int]:
     return [saved.step for saved in list_checkpoints(run) if verify_directory(saved.path) == []]
 
 
-def crash_at_every_operation(mother: Mother, recipe: Recipe, run: Path, mode: str) -> list[str]:
-    """One session for each operation of a save: it resumes what the last one left, and dies one operation later.
-    Returns the operations.
+def crash_at_operations(mother: Mother, recipe: Recipe, run: Path, mode: str, stride: int) -> list[str]:
+    """One session for each operation of a save, or each of `stride`: it resumes what the last one left, and dies so
+    many operations later. Returns the operations.
     """
     report, visited = run.parent / f"{run.name}.operation", []
-    for number in range(1, 1000):
+    for number in range(1, 1000, stride):
         before = complete_steps(run)
         mother.start(recipe, run, crash={"at": number, "mode": mode, "report": str(report)})
         (code,) = mother.wait()
@@ -47,18 +48,26 @@ def crash_at_every_operation(mother: Mother, recipe: Recipe, run: Path, mode: st
     raise AssertionError("a save never ended")
 
 
-@pytest.mark.parametrize("mode", ["kill", pytest.param("power cut", marks=pytest.mark.campaign)])
+@pytest.mark.parametrize(
+    ("mode", "stride"),
+    [
+        ("kill", 4),
+        pytest.param("kill", 1, marks=pytest.mark.campaign),
+        pytest.param("power cut", 1, marks=pytest.mark.campaign),
+    ],
+)
 def test_a_crash_at_any_operation_of_a_save_costs_nothing(
-    mother: Mother, finish: Finish, nano: Nano, tmp_path: Path, mode: str
+    mother: Mother, finish: Finish, nano: Nano, tmp_path: Path, mode: str, stride: int
 ) -> None:
     quiet = {"checkpoint.sample_prompt": "", "eval.windows": "0", "checkpoint.keep_last": "1"}
     recipe = nano(**{"train.steps": "80", "checkpoint.every_steps": "1", **quiet})
     finish(recipe, tmp_path / "whole")
     mother.start(recipe, tmp_path / "crashed", stop_after=1)
     assert mother.wait() == [3]
-    visited = crash_at_every_operation(mother, recipe, tmp_path / "crashed", mode)
+    visited = crash_at_operations(mother, recipe, tmp_path / "crashed", mode, stride)
     print(f"{len(visited)} operations visited")
-    assert {text.split()[0] for text in visited} == KINDS
+    kinds = {text.split()[0] for text in visited}
+    assert kinds == KINDS if stride == 1 else kinds >= OFTEN
     assert curve(tmp_path / "crashed") == curve(tmp_path / "whole")
     assert stored(tmp_path / "crashed" / LAST) == stored(tmp_path / "whole" / LAST)
     assert list((tmp_path / "crashed").glob(f"{TEMPORARY}*")) == []

@@ -47,7 +47,7 @@ def _campaign(mother: Mother, finish: Finish, nano: Nano, folder: Path, *, signa
     assert stored(folder / "stopped" / LAST) == stored(folder / "whole" / LAST)
 
 
-@pytest.mark.parametrize(("ranks", "signals"), [(1, 13), (2, 7)], ids=["1 rank", "2 ranks"])
+@pytest.mark.parametrize(("ranks", "signals"), [(1, 6), (2, 3)], ids=["1 rank", "2 ranks"])
 def test_requests_at_random_moments_leave_no_trace(
     mother: Mother, finish: Finish, nano: Nano, tmp_path: Path, ranks: int, signals: int
 ) -> None:
