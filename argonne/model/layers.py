@@ -80,9 +80,9 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def _on_a_cpu(x: Tensor, weight: Tensor) -> bool:
-    """Is a norm waited for by a CPU, and differentiated? Compiled code makes its own passes."""
+    """Is a norm waited for by a CPU? Compiled code makes its own passes."""
     plain = type(x) is Tensor and type(weight) in (Tensor, nn.Parameter)
-    return plain and x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return plain and x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 class ArgonneRMSNorm(nn.Module):
@@ -95,7 +95,9 @@ class ArgonneRMSNorm(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         if _on_a_cpu(hidden_states, self.weight):
-            normed: Tensor = _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon)[0]
+            # The same numbers either way: a policy that is its reference differs from it in no bit.
+            norm = _RMSNorm.apply if torch.is_grad_enabled() else _RMSNorm.forward
+            normed: Tensor = norm(hidden_states, self.weight, self.variance_epsilon)[0]
             return normed
         dtype = hidden_states.dtype
         hidden_states = hidden_states.to(torch.promote_types(dtype, torch.float32))

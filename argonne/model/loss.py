@@ -29,17 +29,17 @@ class LossOptions:
     """How the loss is computed; no field changes what is computed but `softcap` and `z_loss`.
 
     chunk: rows of h whose logits exist at the same time; 0 = chosen by size.
-    onednn: products with W by oneDNN where they are of fp32 on a CPU.
     group: process group over which the rows of W are split (tensor parallelism); this rank holds W[first : first +
     V_local].
+    onednn: products with W by oneDNN where they are of fp32 on a CPU, in sums alone.
     """
 
     softcap: float | None = None
     z_loss: float = 0.0
     chunk: int = 0
-    onednn: bool = False
     group: dist.ProcessGroup | None = None
     first: int = 0
+    onednn: bool = False
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -344,6 +344,10 @@ class Head:
 
 
 def token_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, options: LossOptions) -> tuple[Tensor, Tensor]:
-    """log p(target) and log-partition of each token, both (N,), differentiable, 0 where the target is -100."""
-    log_p, log_z = _TokenLogProbs.apply(hidden, weight, targets, options)
+    """log p(target) and log-partition of each token, both (N,), differentiable, 0 where the target is -100.
+
+    By torch's own products: the same of two models, read in batches of other sizes, they are to be the same to the last
+    bit, or preferences begin at a margin that is not 0. oneDNN rounds by the number of rows.
+    """
+    log_p, log_z = _TokenLogProbs.apply(hidden, weight, targets, replace(options, onednn=False))
     return log_p, log_z

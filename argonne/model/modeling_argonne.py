@@ -268,7 +268,7 @@ class ArgonneForCausalLM(ArgonnePreTrainedModel, GenerationMixin):
         """Weight and loss settings of the head, for an objective."""
         options = self.model.training_options
         softcap = self.config.final_logit_softcapping
-        settings = LossOptions(softcap, options.z_loss, options.loss_chunk, options.onednn)
+        settings = LossOptions(softcap, options.z_loss, options.loss_chunk, onednn=options.onednn)
         return Head(self.lm_head.weight, settings, whole=options.loss == "full")
 
     def head_loss(self, hidden: Tensor, shift_labels: Tensor) -> Tensor:

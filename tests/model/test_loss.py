@@ -63,6 +63,9 @@ def test_products_by_onednn_give_the_same_loss_and_gradients(
     wanted = torch.autograd.grad(expected, (hidden, weight))
     for mine, theirs in zip(torch.autograd.grad(found, narrow), wanted, strict=True):
         torch.testing.assert_close(mine.double(), theirs, rtol=1e-4, atol=1e-4)
+    seen.clear()
+    assert token_log_probs(*narrow, targets, options)[0].isfinite().all()
+    assert not seen  # those of preferences are left to torch: they begin at a margin of exactly 0
 
 
 @settings(max_examples=40, deadline=None)
