@@ -28,7 +28,6 @@ class TrainingOptions:
     loss: str = "chunked"
     loss_chunk: int = 0
     z_loss: float = 0.0
-    onednn: bool = False
 
     def recomputes(self, layer: int) -> bool:
         """Is this layer run again in the backward pass instead of keeping its activations?"""

@@ -31,7 +31,7 @@ class LossOptions:
     chunk: rows of h whose logits exist at the same time; 0 = chosen by size.
     group: process group over which the rows of W are split (tensor parallelism); this rank holds W[first : first +
     V_local].
-    onednn: products with W by oneDNN where they are of fp32 on a CPU, in sums alone.
+    onednn: products with W by oneDNN where they are of fp32 on a CPU, as the layer of the head does.
     """
 
     softcap: float | None = None
@@ -344,10 +344,6 @@ class Head:
 
 
 def token_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, options: LossOptions) -> tuple[Tensor, Tensor]:
-    """log p(target) and log-partition of each token, both (N,), differentiable, 0 where the target is -100.
-
-    By torch's own products: the same of two models, read in batches of other sizes, they are to be the same to the last
-    bit, or preferences begin at a margin that is not 0. oneDNN rounds by the number of rows.
-    """
-    log_p, log_z = _TokenLogProbs.apply(hidden, weight, targets, replace(options, onednn=False))
+    """log p(target) and log-partition of each token, both (N,), differentiable, 0 where the target is -100."""
+    log_p, log_z = _TokenLogProbs.apply(hidden, weight, targets, options)
     return log_p, log_z

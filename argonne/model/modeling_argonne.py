@@ -225,10 +225,9 @@ class ArgonneForCausalLM(ArgonnePreTrainedModel, GenerationMixin):
         loss: str = "chunked",
         loss_chunk: int = 0,
         z_loss: float = 0.0,
-        onednn: bool = False,
     ) -> None:
-        """Choose how a training run computes; onednn: see LossOptions. Raises ValueError for an unknown choice; a
-        forced kernel is checked when it first runs.
+        """Choose how a training run computes. Raises ValueError for an unknown choice; a forced kernel is checked when
+        it first runs.
         """
         known = {
             "attention": (attention, ("auto", *ORDER)),
@@ -243,7 +242,7 @@ class ArgonneForCausalLM(ArgonnePreTrainedModel, GenerationMixin):
                 f"checkpointing_stride is {checkpointing_stride} and loss_chunk {loss_chunk}; expected at least 1 and 0"
             )
         self.model.training_options = TrainingOptions(
-            activation_checkpointing, checkpointing_stride, loss, loss_chunk, z_loss, onednn
+            activation_checkpointing, checkpointing_stride, loss, loss_chunk, z_loss
         )
         for layer in self._attentions():
             layer.attention_kernel = attention
@@ -267,8 +266,8 @@ class ArgonneForCausalLM(ArgonnePreTrainedModel, GenerationMixin):
     def head(self) -> Head:
         """Weight and loss settings of the head, for an objective."""
         options = self.model.training_options
-        softcap = self.config.final_logit_softcapping
-        settings = LossOptions(softcap, options.z_loss, options.loss_chunk, onednn=options.onednn)
+        softcap, onednn = self.config.final_logit_softcapping, getattr(self.lm_head, "onednn", False)
+        settings = LossOptions(softcap, options.z_loss, options.loss_chunk, onednn=onednn)
         return Head(self.lm_head.weight, settings, whole=options.loss == "full")
 
     def head_loss(self, hidden: Tensor, shift_labels: Tensor) -> Tensor:

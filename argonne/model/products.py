@@ -30,6 +30,8 @@ class _Linear(torch.autograd.Function):
 class LinearByOneDNN(nn.Linear):
     """A linear layer of plain fp32 tensors on the CPU, outside autocast and compiled code; of others, torch's own."""
 
+    onednn = True  # what the loss asks the layer of the head
+
     def forward(self, input: Tensor) -> Tensor:
         plain = type(input) is Tensor and type(self.weight) in (Tensor, nn.Parameter)
         narrow = torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()

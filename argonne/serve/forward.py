@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from argonne.model import ArgonneForCausalLM
 from argonne.model.attention import IMPLEMENTATION
 from argonne.model.layers import ArgonneDecoderLayer, ArgonneRMSNorm
+from argonne.model.loss import product
 from argonne.serve.quantize import Int8Linear, Part, in_a_row
 from argonne.serve.slots import Slots
 
@@ -63,7 +64,7 @@ def product_of(weight: Tensor, bias: Tensor | None) -> Product:
     """x W^T + b. A few rows by a large fp32 matrix are multiplied sooner by oneDNN than by MKL, which torch takes."""
     large = weight.dtype == torch.float32 and weight.device.type == "cpu" and weight.numel() >= LARGE
     if large and torch.backends.mkldnn.is_available():
-        return lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return lambda x: product(x, weight, bias)
     return lambda x: F.linear(x, weight, bias)
 
 

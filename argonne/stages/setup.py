@@ -381,8 +381,6 @@ def choose_micro_rows(
 
 def configure_model(model: Any, recipe: Recipe, choice: Setup) -> None:
     """Training-only switches of the model: the recipe's, and for `auto` what was chosen by memory."""
-    onednn = choice.cpu and choice.precision == "fp32" and vendor() == AMD  # MKL is made for Intel's
-    onednn = onednn and torch.backends.mkldnn.is_available()
     model.configure_training(
         attention=recipe.train.attention,
         activation_checkpointing=choice.activation_checkpointing,
@@ -390,7 +388,6 @@ def configure_model(model: Any, recipe: Recipe, choice: Setup) -> None:
         loss=choice.loss,
         loss_chunk=recipe.train.loss_chunk,
         z_loss=recipe.train.z_loss,
-        onednn=onednn,
     )
-    if onednn:
+    if choice.cpu and choice.precision == "fp32" and vendor() == AMD:  # MKL is made for Intel's
         multiply_by_onednn(model)

@@ -63,9 +63,13 @@ def test_products_by_onednn_give_the_same_loss_and_gradients(
     wanted = torch.autograd.grad(expected, (hidden, weight))
     for mine, theirs in zip(torch.autograd.grad(found, narrow), wanted, strict=True):
         torch.testing.assert_close(mine.double(), theirs, rtol=1e-4, atol=1e-4)
-    seen.clear()
-    assert token_log_probs(*narrow, targets, options)[0].isfinite().all()
-    assert not seen  # those of preferences are left to torch: they begin at a margin of exactly 0
+    exactly, wide = (token_log_probs(*given, targets, options) for given in ((hidden, weight), narrow))
+    for mine, theirs in zip(wide, exactly, strict=True):
+        torch.testing.assert_close(mine.double(), theirs, rtol=1e-5, atol=1e-5)
+    upstream = torch.randn(23, dtype=torch.float64)
+    wanted = torch.autograd.grad(exactly[0], (hidden, weight), upstream)
+    for mine, theirs in zip(torch.autograd.grad(wide[0], narrow, upstream.float()), wanted, strict=True):
+        torch.testing.assert_close(mine.double(), theirs, rtol=1e-4, atol=1e-4)
 
 
 @settings(max_examples=40, deadline=None)

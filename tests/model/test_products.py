@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from argonne.model import products
+from argonne.model import loss, products
 from argonne.model.products import LinearByOneDNN, multiply_by_onednn
+from tests.serve.test_engine import make_model
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 
@@ -86,3 +87,20 @@ def test_names_weights_and_other_layers_stay_as_they_are() -> None:
     assert type(model[1]) is nn.LayerNorm
     assert before.keys() == model.state_dict().keys()
     assert type(copy.deepcopy(model)[0]) is LinearByOneDNN
+
+
+def test_the_loss_multiplies_as_the_layer_of_the_head_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model()
+    ids, seen, real = torch.arange(24)[None], [], loss.product
+
+    def product(x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        seen.append(x.shape)
+        return real(x, *others)
+
+    monkeypatch.setattr(loss, "product", product)
+    before = model(input_ids=ids, shift_labels=ids, use_cache=False).loss
+    assert not seen
+    multiply_by_onednn(model)
+    after = model(input_ids=ids, shift_labels=ids, use_cache=False).loss
+    assert [shape[-1] for shape in seen] == [model.config.hidden_size, model.config.vocab_size]
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
