@@ -329,7 +329,7 @@ class TrainSection:
         changes="speed",
         free=True,
     )
-    attention: str = key("auto", "attention kernel", ("auto", "flash", "varlen", "flex", "sdpa", "math"))
+    attention: str = key("auto", "attention kernel", ("auto", "flash", "varlen", "flex", "blocks", "sdpa", "math"))
     loss: str = key(
         "auto", "cross-entropy over whole logits or in chunks", ("auto", "full", "chunked"), changes="speed", free=True
     )

@@ -237,7 +237,7 @@ def argonne_attention(
 ) -> tuple[Tensor, None]:
     """Attention under a pattern. query (B, Hq, Tq, D); key, value (B, Hkv, Tk, D); returns (B, Tq, Hq, D).
 
-    The kernel is the first of flash, varlen, flex, sdpa, math that can run this, or the one that `configure_training`
+    The kernel is the first of flash, varlen, flex, blocks, sdpa, math that can, or the one that `configure_training`
     forced; what ran is kept in `module.attention_path`. Raises ValueError when a forced kernel cannot run.
     """
     pattern = attention_mask if isinstance(attention_mask, Pattern) else Pattern(dense=attention_mask)

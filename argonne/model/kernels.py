@@ -1,9 +1,10 @@
 """The kernels that run attention under a pattern: which can, in which order, and how. Ships with each checkpoint.
 
-The order is flash, varlen, flex, sdpa, math; sdpa goes before varlen and flex where a query sees all before it, which
-torch's own causal kernels do fastest. `auto` takes the first that can run this device, dtype, head size and mask; a
-forced kernel that cannot is a ValueError. Running out of memory is never a reason to take another one: nothing
-here is caught. All take query (B, Hq, Tq, D), key and value (B, Hkv, Tk, D) and return (B, Tq, Hq, D).
+The order is flash, varlen, flex, blocks, sdpa, math; sdpa goes before varlen and flex where a query sees all before it,
+which torch's own causal kernels do fastest, and before blocks where those are no faster. `auto` takes the first that
+can run this device, dtype, head size and mask; a forced kernel that cannot is a ValueError. Running out of memory is
+never a reason to take another one: nothing here is caught. All take query (B, Hq, Tq, D), key and value (B, Hkv, Tk, D)
+and return (B, Tq, Hq, D).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .blocks import block_attention, why_not_blocks
 from .fused import (
     HALF,
     Pattern,
@@ -26,9 +28,9 @@ from .fused import (
     why_not_varlen,
 )
 
-ORDER = ("flash", "varlen", "flex", "sdpa", "math")
+ORDER = ("flash", "varlen", "flex", "blocks", "sdpa", "math")
 # Flex runs forward only on the CPU: training and evaluation shall not take different paths there by themselves.
-ORDER_ON_CPU = ("sdpa", "math")
+ORDER_ON_CPU = ("blocks", "sdpa", "math")
 ORDER_OF_CAUSAL = ("flash", "sdpa", "math")
 
 
@@ -56,8 +58,20 @@ def choose_kernel(wanted: str, query: Tensor, key: Tensor, value: Tensor, patter
             )
         return wanted
     causal = pattern.segments is None and pattern.window is None and pattern.dense is None
-    order = ORDER_ON_CPU if query.device.type == "cpu" else ORDER_OF_CAUSAL if causal else ORDER
+    order: tuple[str, ...] = ORDER_OF_CAUSAL if causal else ORDER
+    if query.device.type == "cpu":
+        order = ORDER_ON_CPU if blocks_are_faster(query, pattern) else ORDER_ON_CPU[1:]
     return next(kernel for kernel in order if why_not(kernel, query, key, value, pattern, dropout) is None)
+
+
+def blocks_are_faster(query: Tensor, pattern: Pattern) -> bool:
+    """Than torch's kernel on a CPU, which gains by bf16 only with tiles (AMX), but takes 256 queries at once where 768
+    keys can be seen, before that 64.
+    """
+    if query.dtype != torch.bfloat16 or torch.compiler.is_compiling():
+        return False
+    seen = min(pattern.window or query.shape[2], pattern.segments.longest if pattern.segments else query.shape[2])
+    return seen < 768 and torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
 
 
 def why_not(kernel: str, query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, dropout: float) -> str | None:
@@ -66,6 +80,8 @@ def why_not(kernel: str, query: Tensor, key: Tensor, value: Tensor, pattern: Pat
         return why_not_flash(query, key, pattern, dropout)
     if kernel == "varlen":
         return why_not_varlen(query, key, pattern, dropout)
+    if kernel == "blocks":
+        return why_not_blocks(query, key, pattern, dropout)
     return why_not_flex(query, key, value, pattern, dropout) if kernel == "flex" else None
 
 
@@ -75,6 +91,8 @@ def run_kernel(
     """Output (B, Tq, Hq, D) and the name of the path that made it."""
     if kernel == "math":
         return math_attention(query, key, value, pattern, scale, dropout), "math"
+    if kernel == "blocks":
+        return block_attention(query, key, value, pattern, scale), "blocks"
     if kernel == "sdpa":
         return sdpa_attention(query, key, value, pattern, scale, dropout)
     return run_fused(kernel, query, key, value, pattern, scale, dropout)

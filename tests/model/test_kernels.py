@@ -157,7 +157,8 @@ def test_auto_takes_sdpa_on_the_cpu_in_training_and_in_inference(plan: str) -> N
         ("flash", "FlashAttention needs a CUDA device, this is cpu"),
         ("varlen", "varlen attention needs a CUDA device, this is cpu"),
         ("flex", "flex attention has no gradients on the CPU"),
-        ("fast", "is not known; expected auto or one of flash, varlen, flex, sdpa, math"),
+        ("blocks", "blocks are for bf16 on a CPU, this is torch.float"),
+        ("fast", "is not known; expected auto or one of flash, varlen, flex, blocks, sdpa, math"),
     ],
 )
 def test_a_forced_kernel_that_cannot_run_is_an_error_with_its_reason(
