@@ -1,5 +1,5 @@
 # Two commands do all the set-up: `make demo` and `make test`. Every target sets up .venv by itself.
-PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do if $$p -c 'import sys; sys.exit(not ((3, 11) <= sys.version_info[:2] <= (3, 13)))' 2>/dev/null; then echo $$p; break; fi; done)
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; do if $$p -c 'import sys; sys.exit(not ((3, 11) <= sys.version_info[:2] <= (3, 14)))' 2>/dev/null; then echo $$p; break; fi; done)
 VENV ?= .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
@@ -14,7 +14,7 @@ TORCH_INDEX ?= $(shell command -v nvidia-smi >/dev/null || test -n "$$PIP_FIND_L
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 $(VENV)/.runs: pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "argonne needs Python 3.11, 3.12 or 3.13; none was found. Set PYTHON=/path/to/python3.11"; exit 2; }
+	@test -n "$(PYTHON)" || { echo "argonne needs Python 3.11 to 3.14; none was found. Set PYTHON=/path/to/python3.11"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) $(TORCH_INDEX) torch
 	$(PIP) --editable .
