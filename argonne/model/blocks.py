@@ -117,8 +117,6 @@ def _weights(
                 scores = scores.view(*q.shape[:-1], -1)
             later = place[keys] > place[queries, None]
             hidden = later[:, start:] if least is None else (later | (place[keys] < least[..., None]))[:, None, None]
-            # Adding is vectorised, filling by a mask is not.
-            scores[..., -hidden.shape[-1] :] += torch.zeros(hidden.shape, dtype=wide.dtype).masked_fill_(
-                hidden, -torch.inf
-            )
+            bias = torch.zeros(hidden.shape, dtype=wide.dtype).masked_fill_(hidden, -torch.inf)
+            scores[..., -hidden.shape[-1] :] += bias  # to add is vectorised, to fill by a mask is not
             yield *part, queries, keys, torch.softmax(scores, -1).to(query.dtype).flatten(2, 3).flatten(0, 1)

@@ -71,7 +71,10 @@ def blocks_are_faster(query: Tensor, pattern: Pattern) -> bool:
     if query.dtype != torch.bfloat16 or torch.compiler.is_compiling():
         return False
     seen = min(pattern.window or query.shape[2], pattern.segments.longest if pattern.segments else query.shape[2])
-    return seen < 768 and torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+    able: dict[str, bool] = getattr(
+        torch.cpu, "get_capabilities", dict
+    )()  # an export may meet a torch that does not tell
+    return seen < 768 and able.get("avx512_bf16", False) and not able.get("amx_tile", False)
 
 
 def why_not(kernel: str, query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, dropout: float) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import hypothesis
@@ -122,12 +121,11 @@ def test_the_first_key_of_a_query_is_that_of_its_document_or_its_window() -> Non
 
 
 @pytest.fixture
-def processor(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+def processor(monkeypatch: pytest.MonkeyPatch) -> dict[str, bool]:
     """What torch says of the processor, to be changed."""
-    found = SimpleNamespace(vectors=True, tiles=False)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: found.vectors)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: found.tiles)
-    return found
+    able = {"avx512_bf16": True, "amx_tile": False}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    return able
 
 
 def chosen(
@@ -137,15 +135,22 @@ def chosen(
     return choose_kernel("auto", q, k, v, pattern or Pattern(), dropout)
 
 
-def test_auto_takes_blocks_where_the_processor_has_vectors_of_bf16_and_no_tiles(processor: SimpleNamespace) -> None:
+def test_auto_takes_blocks_where_the_processor_has_vectors_of_bf16_and_no_tiles(processor: dict[str, bool]) -> None:
     assert chosen() == "blocks"
-    processor.tiles = True
+    processor["amx_tile"] = True
     assert chosen() == "sdpa"
-    processor.vectors = processor.tiles = False
+    processor.update(avx512_bf16=False, amx_tile=False)
     assert chosen() == "sdpa"
 
 
-def test_auto_takes_torchs_kernel_for_what_blocks_do_not_know_or_not_faster(processor: SimpleNamespace) -> None:
+def test_auto_takes_torchs_kernel_where_torch_does_not_tell_what_the_processor_can(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert chosen() == "sdpa"
+
+
+def test_auto_takes_torchs_kernel_for_what_blocks_do_not_know_or_not_faster(processor: dict[str, bool]) -> None:
     assert chosen(dtype=torch.float32) == "sdpa"
     assert chosen(dropout=0.1) == "sdpa"
     assert chosen(Pattern(dense=torch.ones(1, 1, 512, 512, dtype=torch.bool))) == "sdpa"
@@ -155,7 +160,7 @@ def test_auto_takes_torchs_kernel_for_what_blocks_do_not_know_or_not_faster(proc
     assert chosen(Pattern(segments=documents(2, 1024, {100})), length=1024) == "sdpa"
 
 
-def test_a_model_trains_on_blocks_under_autocast_and_says_so(make_model: Make, processor: SimpleNamespace) -> None:
+def test_a_model_trains_on_blocks_under_autocast_and_says_so(make_model: Make, processor: dict[str, bool]) -> None:
     model = make_model("3-window", dtype=torch.float32, attention_dropout=0.0).train()
     ids = torch.randint(0, model.config.vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))
 
