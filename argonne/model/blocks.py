@@ -54,10 +54,8 @@ class _Blocks(torch.autograd.Function):
     """`block_attention`, given what `first_seen` says of the pattern."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, first: Tensor | None, scale: float) -> Tensor:
+    def forward(query: Tensor, key: Tensor, value: Tensor, first: Tensor | None, scale: float) -> Tensor:
         key, value = key.contiguous(), value.contiguous()
-        ctx.save_for_backward(query, key, value, first)
-        ctx.scale = scale
         found = query.new_empty(query.transpose(1, 2).shape)
         grouped = _grouped(found.transpose(1, 2), key)
         for rows, heads, queries, keys, weights in _weights(query, key, first, scale):
@@ -66,9 +64,15 @@ class _Blocks(torch.autograd.Function):
         return found
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:4])
+        ctx.scale = inputs[4]
+
+    @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, first = ctx.saved_tensors
+        key, value = key.contiguous(), value.contiguous()
         on_query = torch.empty_like(query)
         on_key, on_value = (torch.zeros(key.shape, dtype=_wide(key)) for _ in range(2))
         asking, given, target = (_grouped(x, key) for x in (query, upstream.transpose(1, 2), on_query))

@@ -87,6 +87,17 @@ def test_in_bf16_it_is_as_near_to_the_formula_as_torchs_kernel_also_where_scores
         assert mine < 1.6 * theirs
 
 
+def test_the_gradients_of_torch_func_are_those_of_the_backward_pass() -> None:
+    q, k, v, up = (x.bfloat16() for x in drawn(2, 70, 4, 2, 16))
+
+    def product(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (block_attention(q, k, v, Pattern(), 0.25) * up).sum()
+
+    expected = with_gradients(lambda *x: block_attention(*x, Pattern(), 0.25), [q, k, v, up], torch.bfloat16)[1:]
+    for one, other in zip(torch.func.grad(product, argnums=(0, 1, 2))(q, k, v), expected, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_autocast_around_it_changes_no_bit() -> None:
     tensors = [x.bfloat16() for x in drawn(2, 70, 4, 2, 16)]
 
