@@ -152,9 +152,9 @@ HALF_SPEED_TOKENS, FULL_SPEED_TOKENS = 2048, 16384
 HALF_USE_PARAMETERS = 100e6
 # On a CPU larger micro-batches only leave the caches.
 CPU_TOKENS = 4096
-# Hidden size from which a CPU that multiplies bf16 takes it: a choice, held to measurements at 320 and 576
-# (docs/benchmarks.md).
-WIDE_ON_CPU = 256
+# Hidden size from which a CPU that multiplies bf16 takes it: a choice, held to measurements at 192, 320 and 576
+# (docs/log.md, docs/benchmarks.md).
+WIDE_ON_CPU = 192
 _GPU_COUNTS = (1, 2, 3, 4, 8, 16, 32, 64, 128, 256)
 _GPU_NAMES = ("rtx-4090", "a100-40gb", "a100-80gb", "h100", "h200", "b200")
 
