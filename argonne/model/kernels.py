@@ -71,9 +71,8 @@ def blocks_are_faster(query: Tensor, pattern: Pattern) -> bool:
     if query.dtype != torch.bfloat16 or torch.compiler.is_compiling():
         return False
     seen = min(pattern.window or query.shape[2], pattern.segments.longest if pattern.segments else query.shape[2])
-    able: dict[str, bool] = getattr(
-        torch.cpu, "get_capabilities", dict
-    )()  # an export may meet a torch that does not tell
+    # An export may meet a torch that does not tell.
+    able: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     return seen < 768 and able.get("avx512_bf16", False) and not able.get("amx_tile", False)
 
 

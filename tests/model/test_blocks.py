@@ -140,10 +140,15 @@ def processor(monkeypatch: pytest.MonkeyPatch) -> dict[str, bool]:
 
 
 def chosen(
-    pattern: Pattern | None = None, *, length: int = 512, dtype: torch.dtype = torch.bfloat16, dropout: float = 0.0
+    pattern: Pattern | None = None,
+    *,
+    wanted: str = "auto",
+    length: int = 512,
+    dtype: torch.dtype = torch.bfloat16,
+    dropout: float = 0.0,
 ) -> str:
     q, k, v = (torch.empty(2, 2, length, 8, dtype=dtype) for _ in range(3))
-    return choose_kernel("auto", q, k, v, pattern or Pattern(), dropout)
+    return choose_kernel(wanted, q, k, v, pattern or Pattern(), dropout)
 
 
 def test_auto_takes_blocks_where_the_processor_has_vectors_of_bf16_and_no_tiles(processor: dict[str, bool]) -> None:
@@ -152,6 +157,7 @@ def test_auto_takes_blocks_where_the_processor_has_vectors_of_bf16_and_no_tiles(
     assert chosen() == "sdpa"
     processor.update(avx512_bf16=False, amx_tile=False)
     assert chosen() == "sdpa"
+    assert chosen(wanted="blocks") == "blocks"
 
 
 def test_auto_takes_torchs_kernel_where_torch_does_not_tell_what_the_processor_can(
