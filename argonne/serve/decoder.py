@@ -11,6 +11,7 @@ import itertools
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -312,12 +313,11 @@ class Decoder:
         """(rows x last, vocabulary) logits behind the last tokens of each row; see Slots.at."""
         self.slots.at(slots, places, self._device)
         ids, positions = ids.to(self._device), places.clamp(min=0).to(self._device)
-        masks = self.slots.masks(self._windows, self._device)
         if self._pass is not None:
-            return self._pass(ids, self.slots, positions, masks, last)
+            return self._pass(ids, self.slots, positions, partial(self.slots.masks, self._windows, self._device), last)
         out = self.model(
             input_ids=ids,
-            attention_mask=masks,
+            attention_mask=self.slots.masks(self._windows, self._device),
             position_ids=positions,
             past_key_values=self.slots,
             use_cache=True,

@@ -13,13 +13,11 @@ from torch import Tensor, nn
 
 from argonne.model import ArgonneForCausalLM
 from argonne.model.attention import IMPLEMENTATION
-from argonne.model.layers import ArgonneDecoderLayer, ArgonneRMSNorm
-from argonne.model.loss import product
-from argonne.serve.quantize import Int8Linear, Part, in_a_row
+from argonne.model.layers import ArgonneDecoderLayer
+from argonne.serve.products import entering, leaving, length_of, rounded_in_one, silu_of_first, weight_like
 from argonne.serve.slots import Slots
 
-Product = Callable[[Tensor], Tensor]
-LARGE = 2**19  # weights: below, the call itself takes longest
+Turns = tuple[Tensor, Tensor]
 
 
 def can_be_served_so(model: Any) -> bool:
@@ -42,38 +40,6 @@ def rows_of_attention(group: int, tokens: int) -> int:
     return group + group % 2 if tokens == 1 else group
 
 
-def joined(*linears: nn.Module) -> Product:
-    """Their outputs side by side."""
-    if isinstance(linears[0], Part):
-        return product_of_rounded(linears[0].together)
-    if isinstance(linears[0], Int8Linear):
-        rounded = [product_of_rounded(linear) for linear in linears if isinstance(linear, Int8Linear)]
-        return rounded[0] if len(rounded) == 1 else lambda x: torch.cat([part(x) for part in rounded], -1)
-    plain: list[Any] = list(linears)
-    weights, biases = [linear.weight for linear in plain], [linear.bias for linear in plain]
-    bias = torch.cat(biases) if biases[0] is not None else None
-    if (weight := in_a_row(weights)) is not None:
-        return product_of(weight, bias)
-    parts = [product_of(weight, None) for weight in weights]
-    if bias is None:
-        return lambda x: torch.cat([part(x) for part in parts], -1)
-    return lambda x: torch.cat([part(x) for part in parts], -1) + bias
-
-
-def product_of(weight: Tensor, bias: Tensor | None) -> Product:
-    """x W^T + b. A few rows by a large fp32 matrix are multiplied sooner by oneDNN than by MKL, which torch takes."""
-    large = weight.dtype == torch.float32 and weight.device.type == "cpu" and weight.numel() >= LARGE
-    if large and torch.backends.mkldnn.is_available():
-        return lambda x: product(x, weight, bias)
-    return lambda x: F.linear(x, weight, bias)
-
-
-def product_of_rounded(layer: Int8Linear) -> Product:
-    one_row, rows = layer.of_one_row, layer.forward
-    size = layer.in_features
-    return lambda x: one_row(x) if x.numel() == size and x.dtype == torch.float32 else rows(x)
-
-
 class Forward:
     """Passes of one model over slots. It reads the model's weights where they lie, but for the gains of norms: make
     another after a change of weights.
@@ -85,33 +51,42 @@ class Forward:
         self.heads = config.num_attention_heads, config.num_key_value_heads
         self.embed, self.rotary = base.embed, base.rotary_emb if config.position_embedding == "rope" else None
         self.layers = [_Layer(layer) for layer in base.layers]
-        self.norm, self.head = norm_of(base.norm), joined(model.lm_head)
+        self.alone = all(layer.of_one_token is not None for layer in self.layers)
+        self.head = entering(base.norm, model.lm_head)
 
     def __call__(
-        self, ids: Tensor, slots: Slots, positions: Tensor, seen: Mapping[str, Tensor], last: int = 1
+        self, ids: Tensor, slots: Slots, positions: Tensor, seen: Callable[[], Mapping[str, Tensor]], last: int = 1
     ) -> Tensor:
-        """(rows x last, vocabulary) logits behind the last tokens of each row; `slots.at` has said where they lie."""
+        """(rows x last, vocabulary) logits behind the last tokens of each row; `slots.at` has said where they lie, and
+        `seen` makes the masks that Slots does.
+        """
         hidden = self.embed(ids, positions)
-        queries, keys = self.heads
-        masks = {
-            kind: torch.zeros(mask.shape, dtype=hidden.dtype, device=mask.device)
-            .masked_fill_(~mask, -torch.inf)
-            .repeat_interleave(rows_of_attention(queries // keys, positions.shape[1]), dim=2)
-            for kind, mask in seen.items()
-        }
-        turns = self._turns(positions, hidden) if self.rotary is not None else None
+        alone = self.alone and positions.shape[1] == 1
+        masks = {} if alone else self._masks(seen(), positions.shape[1], hidden)
+        turns = None if self.rotary is None else self.rotary(positions, hidden.dtype)
+        if turns is not None and not alone:
+            turns = self._turns(*turns)
         for index, layer in enumerate(self.layers):
-            hidden = layer(hidden, index, slots, masks[layer.kind], turns)
-        logits = self.head(self.norm(hidden[:, -last:].flatten(0, 1)))
+            hidden = layer(hidden, index, slots, masks.get(layer.kind), turns)
+        logits = self.head(hidden[:, -last:].flatten(0, 1))
         cap = self.config.final_logit_softcapping
         return torch.tanh(logits / cap) * cap if cap else logits
 
-    def _turns(self, positions: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def _masks(self, seen: Mapping[str, Tensor], tokens: int, hidden: Tensor) -> dict[str, Tensor]:
+        """What is added to the scores of each query, by layer type."""
+        queries, keys = self.heads
+        return {
+            kind: torch.zeros(mask.shape, dtype=hidden.dtype, device=mask.device)
+            .masked_fill_(~mask, -torch.inf)
+            .repeat_interleave(rows_of_attention(queries // keys, tokens), dim=2)
+            for kind, mask in seen.items()
+        }
+
+    def _turns(self, cos: Tensor, sin: Tensor) -> Turns:
         """What the heads of queries, keys and values are multiplied by, and their halves the other way round: (rows,
         tokens, heads, D) each. Values are not rotated.
         """
-        assert self.rotary is not None
-        cos, sin = (x[:, :, None] for x in self.rotary(positions, hidden.dtype))
+        cos, sin = cos[:, :, None], sin[:, :, None]
         queries, keys = self.heads
         straight, crossed = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
         shape = (*straight.shape[:2], queries + keys, straight.shape[-1])
@@ -120,83 +95,70 @@ class Forward:
         return straight, torch.cat((crossed.expand(shape), crossed.new_zeros(still)), 2)
 
 
-def weight_like(linear: Any) -> Tensor:
-    """Any tensor of the dtype and device of a layer's weight: to ask an int8 layer for its weight unpacks it whole."""
-    if isinstance(linear, Part):
-        return linear.together.scale
-    return linear.scale if isinstance(linear, Int8Linear) else linear.weight
-
-
-def norm_of(module: nn.Module) -> Product:
-    """Of fp32 or fp64, in a third of the calls of F.rms_norm, each of which takes a CPU longer than its numbers: x over
-    the length of (x, sqrt(H eps)), times the gain and sqrt(H).
-    """
-    if not isinstance(module, ArgonneRMSNorm) or module.weight.dtype not in (torch.float32, torch.float64):
-        return module
-    length, gain = length_of(module.weight, module.variance_epsilon), module.weight * module.weight.shape[0] ** 0.5
-    return lambda x: (x / length(x)).mul_(gain)
-
-
-def length_of(vector: Tensor, eps: float) -> Product:
-    """sqrt(sum(x^2) + size eps) of vectors of the size, dtype and device of this one; the last dimension is kept."""
-    least = vector.new_tensor((eps * vector.shape[0]) ** 0.5)
-    return lambda x: torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(least)
-
-
 class _Layer:
     def __init__(self, layer: ArgonneDecoderLayer) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         config = attention.config
         self.kind, self.scale, self.size = attention.layer_type, attention.scaling, attention.head_dim
-        self.queries, self.keys = config.num_attention_heads, config.num_key_value_heads
-        self.before, self.project = (
-            norm_of(layer.input_layernorm),
-            joined(attention.q_proj, attention.k_proj, attention.v_proj),
-        )
-        self.out = joined(attention.o_proj)
+        self.window = config.sliding_window if self.kind == "sliding_attention" else None
+        self.queries, self.keys, self.eps = config.num_attention_heads, config.num_key_value_heads, config.rms_norm_eps
+        heads = attention.q_proj, attention.k_proj, attention.v_proj
+        self.project = entering(layer.input_layernorm, *heads)
         like = weight_like(attention.q_proj)
         self.wide = torch.promote_types(like.dtype, torch.float32)
         self.gains, self.normed = self._gains(attention, like)
-        self.length = length_of(like.new_empty(self.size, dtype=self.wide), config.rms_norm_eps)
-        self.behind = self.fed = None
-        self.into = norm_of(layer.post_attention_layernorm)
+        self.all_normed, self.long_gains = all(self.normed.tolist()), self.gains
+        if self.gains is not None and self.gains.dtype == self.wide:
+            self.long_gains = self.gains * self.size**0.5  # x over its length has one of 1
+        self.length = length_of(like.new_empty(self.size, dtype=self.wide), self.eps)
+        behind, into, fed = None, layer.post_attention_layernorm, None
         if layer.sandwich:
-            self.behind, self.into = self.into, norm_of(layer.pre_feedforward_layernorm)
-            self.fed = norm_of(layer.post_feedforward_layernorm)
-        self.up = joined(mlp.gate_proj, mlp.up_proj) if mlp.gated else joined(mlp.up_proj)
-        self.gated, self.down = mlp.gated, joined(mlp.down_proj)
-        self.act = F.silu if type(mlp.act_fn) is nn.SiLU else mlp.act_fn
+            behind, into, fed = into, layer.pre_feedforward_layernorm, layer.post_feedforward_layernorm
+        self.out = leaving(attention.o_proj, behind)
+        self.up = entering(into, *((mlp.gate_proj, mlp.up_proj) if mlp.gated else (mlp.up_proj,)))
+        act = F.silu if type(mlp.act_fn) is nn.SiLU else mlp.act_fn
+        gated = silu_of_first if act is F.silu else lambda x: act(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1]
+        self.down = leaving(mlp.down_proj, fed, gated if mlp.gated else act)
+        self.of_one_token = None
+        if rounded_in_one(*heads) is not None:
+            from argonne.serve.heads import attend
 
-    def _gains(self, attention: Any, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Gains of the heads of queries, keys and values, (heads, D), in fp32 times sqrt(D), and which of them are
-        normalised, where not all are.
-        """
+            self.of_one_token = attend
+
+    def _gains(self, attention: Any, like: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Gains of the heads of queries, keys and values, (heads, D), and which of them are normed, (heads,)."""
         config, parts, flags = attention.config, [], []
         for name, count in (("q_norm", self.queries), ("k_norm", self.keys), ("v_norm", self.keys)):
             has = getattr(config, name)
             gain = getattr(attention, name).weight if has else like.new_ones(self.size)
             parts.append(gain.expand(count, self.size))
             flags += [has] * count
-        if not any(flags):
-            return None, None
-        gains = torch.cat(parts)
-        if gains.dtype == self.wide:
-            gains = gains * self.size**0.5
-        return gains, None if all(flags) else torch.tensor(flags, device=like.device)[:, None]
+        return torch.cat(parts) if any(flags) else None, torch.tensor(flags, device=like.device)
 
-    def __call__(
-        self, hidden: Tensor, index: int, slots: Slots, mask: Tensor, turns: tuple[Tensor, Tensor] | None
-    ) -> Tensor:
-        rows, tokens = hidden.shape[:2]
-        x = self.project(self.before(hidden)).view(rows, tokens, -1, self.size)
+    def __call__(self, hidden: Tensor, index: int, slots: Slots, mask: Tensor | None, turns: Turns | None) -> Tensor:
+        """mask: None for a single token in each row, where `of_one_token` is there; turns are cos and sin then."""
+        x = self.project(hidden).view(*hidden.shape[:2], -1, self.size)
+        found = self._alone(x, index, slots, turns) if mask is None else self._attended(x, index, slots, mask, turns)
+        hidden = self.out(found, hidden)
+        return self.down(self.up(hidden), hidden)
+
+    def _alone(self, x: Tensor, index: int, slots: Slots, turns: Turns | None) -> Tensor:
+        assert self.of_one_token is not None
+        held, x = slots.held(index, x[:, :, self.queries :]), x[:, 0]
+        gains = None if self.gains is None else (self.gains, self.normed, self.eps)
+        how = {"scale": self.scale, "window": self.window, "turns": turns, "gains": gains}
+        return self.of_one_token(x, held, slots.lines, slots.places, self.queries, **how)[:, None]
+
+    def _attended(self, x: Tensor, index: int, slots: Slots, mask: Tensor, turns: Turns | None) -> Tensor:
+        rows, tokens = x.shape[:2]
         dtype = x.dtype
-        if self.gains is not None:
+        if self.long_gains is not None:
             wide = x if dtype == self.wide else x.to(self.wide)
             normed = wide / self.length(wide)
             if dtype != self.wide:
                 normed = normed.mul_(self.size**0.5).to(dtype)
-            normed = normed * self.gains
-            x = normed if self.normed is None else torch.where(self.normed, normed, x)
+            normed = normed * self.long_gains
+            x = normed if self.all_normed else torch.where(self.normed[:, None], normed, x)
         if turns is not None:
             x = torch.addcmul(x * turns[0], x.roll(self.size // 2, -1), turns[1])
         query, new = x.to(dtype).split((self.queries, 2 * self.keys), 2)
@@ -213,13 +175,4 @@ class _Layer:
             found = found.view(rows, self.keys, tokens, -1, self.size).transpose(1, 2)
         else:
             found = found[:, :, : self.queries // self.keys]
-        attended = self.out(found.reshape(rows, tokens, -1))
-        hidden = hidden + (attended if self.behind is None else self.behind(attended))
-        inner = self.up(self.into(hidden))
-        if self.gated:
-            gate, up = inner.chunk(2, -1)
-            inner = self.act(gate) * up
-        else:
-            inner = self.act(inner)
-        fed = self.down(inner)
-        return hidden + (fed if self.fed is None else self.fed(fed))
+        return found.reshape(rows, tokens, -1)

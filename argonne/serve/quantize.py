@@ -4,9 +4,8 @@ For one answer a matrix product waits for the memory, and int8 is a quarter of f
 
 from __future__ import annotations
 
-import math
+import importlib
 import platform
-import warnings
 from typing import Any
 
 import torch
@@ -14,40 +13,34 @@ from torch import Tensor, nn
 
 from argonne.errors import InputError
 
+X86 = ("x86_64", "AMD64")
 LEAST = 1e-30  # a scale at least: a row of zeros has none
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
-def levels() -> int:
-    """Of a rounded activation, to each side. Without VNNI two products are summed in 16 bits, which 8 bits would
-    overflow in silence.
-    """
-    return 127 if torch.cpu._is_vnni_supported() else 63
-
-
 class Int8Linear(nn.Module):
-    """x W^T + b with W (out, in) in int8, by FBGEMM. What a row of x gives does not depend on the others: it is rounded
-    in steps of its own, the same whole numbers for every row, and whole numbers are summed exactly.
+    """x W^T + b with W (out, in) in int8. What a row of x gives does not depend on the others: it is rounded in steps
+    of its own, and whole numbers are summed exactly.
     """
 
     def __init__(self, whole: Tensor, scale: Tensor, bias: Tensor | None) -> None:
-        """whole: (out, in) int8. scale: (out,), what each row of it is multiplied by."""
+        """whole: (out, in) int8, -127 to 127. scale: (out,), what each row of it is multiplied by."""
+        from argonne.serve import int8  # numba, for those who round
+
         super().__init__()
-        self.scale, self.bias, self.levels = scale, bias, levels()
+        self.scale, self.bias = scale, bias
         self.out_features, self.in_features = whole.shape
-        zeros = torch.zeros(len(whole), dtype=torch.int64)
-        with warnings.catch_warnings():
-            # The one way to FBGEMM's layout is through a tensor type that torch will drop.
-            warnings.simplefilter("ignore", UserWarning)
-            rounded = torch._make_per_channel_quantized_tensor(whole, scale.double(), zeros, 0)
-        self.packed = torch.ops.quantized.linear_prepack(rounded, None)
+        self.packed = int8.packed(whole)
+        self._scales = torch.nn.functional.pad(scale, (0, self.packed.shape[0] * int8.LANES - len(scale)))
+        self._unpacked, self._multiply = int8.unpacked, int8.multiply
 
     @classmethod
     def rounded(cls, weight: Tensor, bias: Tensor | None) -> Int8Linear:
         """Of a weight (out, in) in any floating dtype, to the nearest of 127 steps to each side of a row."""
         weight = weight.detach().float()
         scale = (weight.abs().amax(1) / 127).clamp_min(LEAST)
-        return cls((weight / scale[:, None]).round().to(torch.int8), scale, None if bias is None else bias.detach())
+        bias = None if bias is None else bias.detach().float()
+        return cls((weight / scale[:, None]).round().to(torch.int8), scale, bias)
 
     @classmethod
     def of(cls, layers: list[Int8Linear]) -> Int8Linear:
@@ -59,8 +52,7 @@ class Int8Linear(nn.Module):
     @property
     def whole(self) -> Tensor:
         """(out, in) in int8."""
-        found: Tensor = torch.ops.quantized.linear_unpack(self.packed)[0].int_repr()
-        return found
+        return self._unpacked(self.packed, self.out_features, self.in_features)
 
     @property
     def weight(self) -> Tensor:
@@ -68,24 +60,11 @@ class Int8Linear(nn.Module):
         return self.whole.float() * self.scale[:, None]
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        largest = wide.abs().amax(-1, keepdim=True).clamp_min_(LEAST)  # a norm of infinity takes ten times as long
-        found: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
-            wide / largest, 1 / self.levels, self.levels, self.packed
-        )
-        found.mul_(largest)
-        return (found if self.bias is None else found.add_(self.bias)).to(x.dtype)
+        return self.product(x.float()).to(x.dtype)
 
-    def of_one_row(self, x: Tensor) -> Tensor:
-        """Of x, a single row in fp32, the same but for how its last digit is rounded, in half the calls: its step is a
-        number.
-        """
-        largest = float(x.abs().amax())
-        if not LEAST < largest < math.inf:
-            return self.forward(x)
-        found: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
-            x, largest / self.levels, self.levels, self.packed
-        )
+    def product(self, x: Tensor, **how: Any) -> Tensor:
+        """Of x in fp32. how: what is done before and after in the same call, see int8.multiply."""
+        found = self._multiply(x, self.packed, self._scales, self.out_features, self.in_features, **how)
         return found if self.bias is None else found.add_(self.bias)
 
 
@@ -140,17 +119,22 @@ def pack(model: Any) -> None:
 
 
 def quantize(model: Any) -> None:
-    """Replace every linear layer of a model, in place. The embedding stays as it is. Raises InputError where it cannot
-    run.
+    """Replace every linear layer of a model, in place. The rest of it is in fp32 then, as what is rounded and what is
+    found are. Raises InputError where it cannot run.
     """
     device = next(model.parameters()).device
-    if device.type != "cpu" or "fbgemm" not in torch.backends.quantized.supported_engines:
+    if device.type != "cpu" or platform.machine() not in X86:
         raise InputError(
-            f"--quantize int8: is for x86 CPUs (FBGEMM), found {device.type} on {platform.machine()}; leave it out, or "
+            f"--quantize int8: is for x86 CPUs, found {device.type} on {platform.machine()}; leave it out, or "
             "--device cpu"
         )
+    try:
+        importlib.import_module("numba")
+    except ImportError:
+        raise InputError("--quantize int8: needs numba, which is not installed; install argonne[int8]") from None
     with torch.no_grad():
         for module in list(model.modules()):
             for name, child in module.named_children():
                 if type(child) is nn.Linear:
                     setattr(module, name, Int8Linear.rounded(child.weight, child.bias))
+        model.float()

@@ -28,6 +28,7 @@ class Slots:
         """Row r of the next pass is of slots[r]; its token t goes to places[r, t], and nowhere where that is negative.
         places: (rows, tokens).
         """
+        self.lines, self.places = torch.tensor(slots), places
         first = slots[0]
         together = list(slots) == list(range(first, first + len(slots)))
         rows, tokens = (places >= 0).nonzero(as_tuple=True)
@@ -61,9 +62,7 @@ class Slots:
         """Write a pass's keys and values (rows, tokens, heads of keys and of values, D) of a layer. Returns all keys
         and all values that its tokens may see, (rows, heads, length, D).
         """
-        if layer not in self._held:
-            self._held[layer] = new.new_zeros(self.count, new.shape[2], self.capacity, new.shape[3])
-        held, (slots, places) = self._held[layer], self._target
+        held, (slots, places) = self.held(layer, new), self._target
         held[slots, :, places] = new[self._source] if len(slots) < new.shape[0] * new.shape[1] else new.flatten(0, 1)
         if self._window is None:
             keys, values = held[:, :, : self._length][self._rows].chunk(2, 1)
@@ -72,6 +71,12 @@ class Slots:
             keys, values = held[self._rows, :, : self._length].chunk(2, 1)
             self._seen_by[layer] = keys, values
         return self._seen_by[layer]
+
+    def held(self, layer: int, new: Tensor) -> Tensor:
+        """A layer's buffer, for keys and values like these."""
+        if layer not in self._held:
+            self._held[layer] = new.new_zeros(self.count, new.shape[2], self.capacity, new.shape[3])
+        return self._held[layer]
 
     def get_seq_length(self, layer: int = 0) -> int:
         return self._length

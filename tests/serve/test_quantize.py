@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -10,9 +11,9 @@ from torch import nn
 
 from argonne.errors import InputError
 from argonne.serve.decoder import Decoder
-from argonne.serve.forward import LARGE, joined, product_of
 from argonne.serve.options import SamplingOptions
-from argonne.serve.quantize import Int8Linear, Part, in_a_row, levels, pack, quantize
+from argonne.serve.products import LARGE, joined, product_of
+from argonne.serve.quantize import Int8Linear, Part, in_a_row, pack, quantize
 from tests.serve.test_engine import make_model
 
 
@@ -31,7 +32,7 @@ def test_the_product_is_that_of_the_rounded_weights_and_the_rounded_rows(rows: i
     layer, x = linear(96, 64, bias=True), torch.randn(rows, 96)
     scale = layer.weight.abs().amax(1, keepdim=True) / 127
     weight = (layer.weight / scale).round().double() * scale.double()
-    step = x.abs().amax(1, keepdim=True) / levels()
+    step = x.abs().amax(1, keepdim=True) / 127
     expected = (x / step).round().double() * step @ weight.T + layer.bias.double()
     found = Int8Linear.rounded(layer.weight, layer.bias)
     assert torch.allclose(found(x).double(), expected, atol=1e-5)
@@ -67,19 +68,11 @@ def test_a_row_of_zeros_gives_zeros_and_one_that_is_not_finite_stays_so(rows: in
     assert not layer(x)[0].isfinite().any()
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_a_single_row_is_multiplied_in_the_same_steps_in_fewer_calls(bias: bool) -> None:
-    layer = rounded(96, 64, bias)
-    product = joined(layer)
-    for x in (torch.randn(1, 1, 96), 1e-20 * torch.randn(1, 1, 96), 1e20 * torch.randn(1, 1, 96)):
-        step = float(x.abs().max()) / levels() * layer.weight.abs().sum(1)
-        assert bool(((product(x) - layer(x)).abs() <= 0.01 * step).all())
-    assert torch.equal(product(torch.zeros(1, 1, 96)), layer(torch.zeros(1, 1, 96)))
-    assert product(torch.full((1, 1, 96), float("nan"))).isnan().all()
-    x = torch.randn(1, 1, 96)
-    x[..., 3] = float("inf")
-    assert not product(x).isfinite().any()
-    assert torch.equal(product(torch.ones(2, 1, 96)), layer(torch.ones(2, 1, 96)))
+@pytest.mark.parametrize("rows", [1, 9])
+@pytest.mark.parametrize("size", [1e-25, 1, 1e25])
+def test_small_and_large_rows_have_steps_of_their_own(rows: int, size: float) -> None:
+    layer, x = rounded(96, 64, bias=False), torch.randn(rows, 96)
+    assert torch.allclose(layer(x * size), layer(x) * size, rtol=0.02, atol=0.02 * size)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -161,6 +154,14 @@ def test_the_loss_of_a_rounded_model_is_that_of_its_logits() -> None:
 def test_only_a_cpu_is_taken() -> None:
     with pytest.raises(InputError, match="--quantize int8: is for x86 CPUs"):
         quantize(make_model().to("meta"))
+
+
+def test_without_numba_it_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "numba", None)
+    model = make_model()
+    with pytest.raises(InputError, match=r"needs numba, which is not installed; install argonne\[int8\]"):
+        quantize(model)
+    assert not any(isinstance(module, Int8Linear) for module in model.modules())
 
 
 def test_matrices_that_only_happen_to_lie_behind_one_another_are_not_one() -> None:
