@@ -108,11 +108,12 @@ def test_what_is_not_a_number_stays_so(head: int) -> None:
 
 
 def test_scores_beyond_what_an_exponential_holds_are_told_apart() -> None:
-    case = Case(2, 1, 1, 16, 8)
-    case.x[:, 1] = case.x[:, 0] = 9 * case.x[:, 0]  # a key like its query
-    assert bool((0.3 * case.x[:, 0].pow(2).sum(-1) > 90).all())
-    expected, _ = case.expected(gains=False)
-    assert torch.allclose(case.found(gains=None).double(), expected, rtol=1e-4, atol=1e-4)
+    case = Case(1, 1, 1, 16, 8)
+    case.x[0, 1] = case.x[0, 0] = 9 * case.x[0, 0]  # a key like its query, and another nearly so
+    case.held[case.slots[0], 0, 0] = 0.999 * case.x[0, 0]
+    assert float(0.3 * case.x[0, 0].pow(2).sum()) > 90
+    expected, _ = case.expected(turns=False, gains=False)
+    assert torch.allclose(case.found(turns=None, gains=None).double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_memory_that_is_not_in_a_row_is_read_in_order() -> None:
