@@ -5,6 +5,7 @@ other libraries. A step of a small model is mostly the calls between its matrix 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from argonne.serve.products import entering, leaving, length_of, rounded_in_one,
 from argonne.serve.slots import Slots
 
 Turns = tuple[Tensor, Tensor]
+DEPENDENT = "dynamic"  # a rotation whose frequencies depend on the longest row
 
 
 def can_be_served_so(model: Any) -> bool:
@@ -41,8 +43,8 @@ def rows_of_attention(group: int, tokens: int) -> int:
 
 
 class Forward:
-    """Passes of one model over slots. It reads the model's weights where they lie, but for the gains of norms: make
-    another after a change of weights.
+    """Passes of one model over slots. It reads the model's weights where they lie, but for the gains of norms, and the
+    rotation of a position once: make another after a change of weights or of positions.
     """
 
     def __init__(self, model: ArgonneForCausalLM) -> None:
@@ -50,6 +52,7 @@ class Forward:
         config = self.config = model.config
         self.heads = config.num_attention_heads, config.num_key_value_heads
         self.embed, self.rotary = base.embed, base.rotary_emb if config.position_embedding == "rope" else None
+        self._tables: Turns = torch.empty(0), torch.empty(0)  # cos and sin of all positions so far
         self.layers = [_Layer(layer) for layer in base.layers]
         self.alone = all(layer.of_one_token is not None for layer in self.layers)
         self.head = entering(base.norm, model.lm_head)
@@ -63,7 +66,7 @@ class Forward:
         hidden = self.embed(ids, positions)
         alone = self.alone and positions.shape[1] == 1
         masks = {} if alone else self._masks(seen(), positions.shape[1], hidden)
-        turns = None if self.rotary is None else self.rotary(positions, hidden.dtype)
+        turns = None if self.rotary is None else self._cos_and_sin(positions, slots.get_seq_length(), hidden.dtype)
         if turns is not None and not alone:
             turns = self._turns(*turns)
         for index, layer in enumerate(self.layers):
@@ -71,6 +74,17 @@ class Forward:
         logits = self.head(hidden[:, -last:].flatten(0, 1))
         cap = self.config.final_logit_softcapping
         return torch.tanh(logits / cap) * cap if cap else logits
+
+    def _cos_and_sin(self, positions: Tensor, length: int, dtype: torch.dtype) -> Turns:
+        """Of positions below `length`, (rows, tokens, D / 2) each: looked up, where they do not depend on others."""
+        assert self.rotary is not None
+        if self.rotary.kind == DEPENDENT or positions.device.type != "cpu":
+            return self.rotary(positions, dtype)
+        if len(self._tables[0]) < length:
+            cos, sin = self.rotary(torch.arange(length)[None], dtype)
+            self._tables = cos[0], sin[0]
+        cos, sin = (F.embedding(positions, table) for table in self._tables)
+        return cos, sin
 
     def _masks(self, seen: Mapping[str, Tensor], tokens: int, hidden: Tensor) -> dict[str, Tensor]:
         """What is added to the scores of each query, by layer type."""
@@ -123,7 +137,8 @@ class _Layer:
         if rounded_in_one(*heads) is not None:
             from argonne.serve.heads import attend
 
-            self.of_one_token = attend
+            gains = None if self.gains is None else (self.gains, self.normed, self.eps)
+            self.of_one_token = partial(attend, queries=self.queries, scale=self.scale, window=self.window, gains=gains)
 
     def _gains(self, attention: Any, like: Tensor) -> tuple[Tensor | None, Tensor]:
         """Gains of the heads of queries, keys and values, (heads, D), and which of them are normed, (heads,)."""
@@ -137,17 +152,15 @@ class _Layer:
 
     def __call__(self, hidden: Tensor, index: int, slots: Slots, mask: Tensor | None, turns: Turns | None) -> Tensor:
         """mask: None for a single token in each row, where `of_one_token` is there; turns are cos and sin then."""
-        x = self.project(hidden).view(*hidden.shape[:2], -1, self.size)
-        found = self._alone(x, index, slots, turns) if mask is None else self._attended(x, index, slots, mask, turns)
+        x = self.project(hidden)
+        if mask is None:
+            assert self.of_one_token is not None
+            held = slots.held(index, 2 * self.keys, self.size, x)
+            found = self.of_one_token(x, held, slots.lines, slots.places, turns=turns)
+        else:
+            found = self._attended(x.view(*x.shape[:2], -1, self.size), index, slots, mask, turns)
         hidden = self.out(found, hidden)
         return self.down(self.up(hidden), hidden)
-
-    def _alone(self, x: Tensor, index: int, slots: Slots, turns: Turns | None) -> Tensor:
-        assert self.of_one_token is not None
-        held, x = slots.held(index, x[:, :, self.queries :]), x[:, 0]
-        gains = None if self.gains is None else (self.gains, self.normed, self.eps)
-        how = {"scale": self.scale, "window": self.window, "turns": turns, "gains": gains}
-        return self.of_one_token(x, held, slots.lines, slots.places, self.queries, **how)[:, None]
 
     def _attended(self, x: Tensor, index: int, slots: Slots, mask: Tensor, turns: Turns | None) -> Tensor:
         rows, tokens = x.shape[:2]

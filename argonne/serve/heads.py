@@ -130,14 +130,14 @@ def attend(
     turns: tuple[Tensor, Tensor] | None,
     gains: tuple[Tensor, Tensor, float] | None,
 ) -> Tensor:
-    """(rows, queries x D) fp32 of x (rows, heads, D) fp32: what each row's heads of queries find, once its keys and
-    are written to `held` (slots, heads of keys and values, capacity, D) at its slot and place, (rows,) int64. A row
-    whose place is negative gives zeros. turns: cos and sin, (rows, D / 2). gains: (heads, D), (heads,) bool: those that
-    are normed, and eps.
+    """(rows, 1, queries x D) fp32 of x (rows, 1, heads x D) fp32: what each row's heads of queries find, once its keys
+    and values are written to `held` (slots, heads of keys and values, capacity, D) at its slot and place, (rows,) int64
+    or (rows, 1). A row whose place is negative gives zeros. turns: cos and sin, (rows, 1, D / 2). gains: (heads, D),
+    (heads,) bool: those that are normed, and eps.
     """
-    rows, _, size = x.shape
+    rows, size = len(x), held.shape[3]
     x, places = x.contiguous(), places.contiguous()
-    out, told = x.new_empty(rows, queries * size), Heads()
+    out, told = x.new_empty(rows, 1, queries * size), Heads()
     told.x, told.rows, told.queries, told.keys, told.size = x.data_ptr(), rows, queries, held.shape[1] // 2, size
     told.held, told.capacity = held.data_ptr(), held.shape[2]
     told.slots, told.places, told.out = slots.data_ptr(), places.data_ptr(), out.data_ptr()

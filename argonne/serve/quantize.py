@@ -4,7 +4,10 @@ For one answer a matrix product waits for the memory, and int8 is a quarter of f
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import itertools
+import mmap
 import platform
 from typing import Any
 
@@ -12,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from argonne.errors import InputError
+from argonne.tokens.parsed import give_memory_back
 
 X86 = ("x86_64", "AMD64")
+LARGE_PAGE, ALIGNED = 2**21, 64  # bytes
 LEAST = 1e-30  # a scale at least: a row of zeros has none
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -88,6 +93,23 @@ class Part(nn.Module):
         return self.together(x).narrow(-1, self.first, self.count)
 
 
+def on_large_pages(tensors: list[Tensor]) -> list[Tensor]:
+    """Copies, one behind the other in pages of 2 MB where the system has some: a processor that looks up few pages
+    reads them a tenth to a quarter faster.
+    """
+    sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
+    places = [0, *itertools.accumulate(-(-size // ALIGNED) * ALIGNED for size in sizes)]
+    memory = mmap.mmap(-1, places[-1] + LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(AttributeError, OSError):  # there are none here: small ones do
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    whole = torch.frombuffer(memory, dtype=torch.uint8)
+    start = -whole.data_ptr() % LARGE_PAGE
+    found = []
+    for tensor, size, place in zip(tensors, sizes, places, strict=False):
+        found.append(whole[start + place :][:size].view(tensor.dtype).view(tensor.shape).copy_(tensor))
+    return found
+
+
 def in_a_row(weights: list[Tensor]) -> Tensor | None:
     """The matrix that they are the parts of, where they lie one behind the other in one piece of memory."""
     first, end = weights[0], weights[0].data_ptr()
@@ -100,7 +122,9 @@ def in_a_row(weights: list[Tensor]) -> Tensor | None:
 
 
 def pack(model: Any) -> None:
-    """Lay the weights that have the same input side by side, in place: one product gives what several gave."""
+    """Lay the weights that have the same input side by side, in place: one product gives what several gave. All that
+    are rounded then lie together.
+    """
     for module in model.modules():
         for names in SAME_INPUT:
             linears: list[Any] = [getattr(module, name) for name in names if hasattr(module, name)]
@@ -116,6 +140,11 @@ def pack(model: Any) -> None:
                 parts = torch.cat([linear.weight.detach() for linear in linears]).split(sizes)
                 for linear, part in zip(linears, parts, strict=True):
                     linear.weight = nn.Parameter(part, requires_grad=False)
+    rounded = [module for module in model.modules() if isinstance(module, Int8Linear)]
+    if rounded:
+        for layer, moved in zip(rounded, on_large_pages([layer.packed for layer in rounded]), strict=True):
+            layer.packed = moved
+        give_memory_back()  # of the weights before
 
 
 def quantize(model: Any) -> None:

@@ -62,7 +62,7 @@ class Slots:
         """Write a pass's keys and values (rows, tokens, heads of keys and of values, D) of a layer. Returns all keys
         and all values that its tokens may see, (rows, heads, length, D).
         """
-        held, (slots, places) = self.held(layer, new), self._target
+        held, (slots, places) = self.held(layer, new.shape[2], new.shape[3], new), self._target
         held[slots, :, places] = new[self._source] if len(slots) < new.shape[0] * new.shape[1] else new.flatten(0, 1)
         if self._window is None:
             keys, values = held[:, :, : self._length][self._rows].chunk(2, 1)
@@ -72,10 +72,10 @@ class Slots:
             self._seen_by[layer] = keys, values
         return self._seen_by[layer]
 
-    def held(self, layer: int, new: Tensor) -> Tensor:
-        """A layer's buffer, for keys and values like these."""
+    def held(self, layer: int, heads: int, size: int, like: Tensor) -> Tensor:
+        """A layer's buffer, (slots, heads of keys and of values, capacity, size)."""
         if layer not in self._held:
-            self._held[layer] = new.new_zeros(self.count, new.shape[2], self.capacity, new.shape[3])
+            self._held[layer] = like.new_zeros(self.count, heads, self.capacity, size)
         return self._held[layer]
 
     def get_seq_length(self, layer: int = 0) -> int:

@@ -60,6 +60,19 @@ def test_a_single_token_in_each_row_is_what_the_pass_of_many_makes_of_it(generat
     assert bool(((found - expected).abs() <= 0.01 * expected.abs().amax(-1, keepdim=True)).all())
 
 
+@pytest.mark.parametrize("kind", ["default", "linear", "dynamic"])
+def test_a_position_is_rotated_as_the_model_does_it(kind: str) -> None:
+    """Each looked up that has been computed before, but where the longest row decides."""
+    scaled = {} if kind == "default" else {"rope_scaling": {"rope_type": kind, "factor": 2.0}}
+    model = make_model("nano-3.0", **scaled)
+    forward = Forward(model)
+    for places in ([[0, 1, 2]], [[5], [63]], [[30], [2]], [[7]], [[90], [3]]):
+        positions = torch.tensor(places)
+        found = forward._cos_and_sin(positions, int(positions.max()) + 1, torch.float32)
+        for table, expected in zip(found, model.model.rotary_emb(positions, torch.float32), strict=True):
+            assert torch.equal(table, expected)
+
+
 def test_it_is_taken_where_layers_are_rounded() -> None:
     assert Forward(rounded_model("nano-3.0")).alone
     assert not Forward(make_model("nano-3.0")).alone

@@ -36,7 +36,8 @@ class Case:
 
     def found(self, **how: Any) -> Tensor:
         told = {"scale": 0.3, "window": None, "turns": self.turns, "gains": self.gains, **how}
-        return attend(self.x, self.held, self.slots, self.places, self.queries, **told)
+        found = attend(self.x.flatten(1)[:, None], self.held, self.slots, self.places, queries=self.queries, **told)
+        return found[:, 0]
 
     def expected(self, window: int | None = None, turns: bool = True, gains: bool = True) -> tuple[Tensor, Tensor]:
         """What is found, and the buffer behind it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import sys
 
 import pytest
@@ -13,7 +14,7 @@ from argonne.errors import InputError
 from argonne.serve.decoder import Decoder
 from argonne.serve.options import SamplingOptions
 from argonne.serve.products import LARGE, joined, product_of
-from argonne.serve.quantize import Int8Linear, Part, in_a_row, pack, quantize
+from argonne.serve.quantize import Int8Linear, Part, in_a_row, on_large_pages, pack, quantize
 from tests.serve.test_engine import make_model
 
 
@@ -154,6 +155,22 @@ def test_the_loss_of_a_rounded_model_is_that_of_its_logits() -> None:
 def test_only_a_cpu_is_taken() -> None:
     with pytest.raises(InputError, match="--quantize int8: is for x86 CPUs"):
         quantize(make_model().to("meta"))
+
+
+def test_rounded_weights_lie_one_behind_the_other_as_they_were() -> None:
+    model = make_model().eval()
+    quantize(model)
+    layers = [module for module in model.modules() if isinstance(module, Int8Linear)]
+    for layer, moved in zip(layers, on_large_pages([layer.packed for layer in layers]), strict=True):
+        assert torch.equal(moved, layer.packed)
+        assert moved.data_ptr() % 64 == 0  # as the instructions read them
+    pack(model)
+    places = sorted(
+        (module.packed.data_ptr(), module.packed.numel())
+        for module in model.modules()
+        if isinstance(module, Int8Linear)
+    )
+    assert all(first + size <= second < first + size + 64 for (first, size), (second, _) in itertools.pairwise(places))
 
 
 def test_without_numba_it_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
