@@ -66,7 +66,7 @@ def test_a_position_is_rotated_as_the_model_does_it(kind: str) -> None:
     scaled = {} if kind == "default" else {"rope_scaling": {"rope_type": kind, "factor": 2.0}}
     model = make_model("nano-3.0", **scaled)
     forward = Forward(model)
-    for places in ([[0, 1, 2]], [[5], [63]], [[30], [2]], [[7]], [[90], [3]]):
+    for places in ([[0, 1, 2]], [[5], [63]], [[30], [2]], [[90], [3]], [[7]]):
         positions = torch.tensor(places)
         found = forward._cos_and_sin(positions, int(positions.max()) + 1, torch.float32)
         for table, expected in zip(found, model.model.rotary_emb(positions, torch.float32), strict=True):
