@@ -120,8 +120,9 @@ class _Layer:
         self.project = entering(layer.input_layernorm, *heads)
         like = weight_like(attention.q_proj)
         self.wide = torch.promote_types(like.dtype, torch.float32)
+        self.all_normed = config.q_norm and config.k_norm and config.v_norm
         self.gains, self.normed = self._gains(attention, like)
-        self.all_normed, self.long_gains = all(self.normed.tolist()), self.gains
+        self.long_gains = self.gains
         if self.gains is not None and self.gains.dtype == self.wide:
             self.long_gains = self.gains * self.size**0.5  # x over its length has one of 1
         self.length = length_of(like.new_empty(self.size, dtype=self.wide), self.eps)
