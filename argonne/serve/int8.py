@@ -135,18 +135,22 @@ def _put(sums, shift, step, scale, plus, out):  # type: ignore[no-untyped-def]
 
 
 @njit(error_model="numpy")
-def _tile(weight, whole, size, rows, sums):  # type: ignore[no-untyped-def]
-    """Multiply the first of so many rows with a block; how many."""
+def _tile(weight, whole, sums):  # type: ignore[no-untyped-def]
+    """Multiply the first of these rows with a block; how many. Of arrays it takes the addresses itself: numba frees one
+    that its caller names no more.
+    """
+    rows, size = whole.shape
+    x, into = whole.ctypes.data, sums.ctypes.data
     if rows >= 8:
-        tile_of_8(weight, whole, size, sums)
+        tile_of_8(weight, x, size, into)
         return 8
     if rows >= 4:
-        tile_of_4(weight, whole, size, sums)
+        tile_of_4(weight, x, size, into)
         return 4
     if rows >= 2:
-        tile_of_2(weight, whole, size, sums)
+        tile_of_2(weight, x, size, into)
         return 2
-    tile_of_1(weight, whole, size, sums)
+    tile_of_1(weight, x, size, into)
     return 1
 
 
@@ -159,21 +163,20 @@ def _multiply(told):  # type: ignore[no-untyped-def]
     out = carray(pointer(one.out), (rows, one.outputs), np.float32)
     plus = carray(pointer(one.plus), (rows if one.plus else 0, one.outputs), np.float32)
     if rows <= FEW:
-        few, own = np.empty((rows, size), np.int8), np.empty(one.inputs, np.float32)
+        whole, own = np.empty((rows, size), np.int8), np.empty(one.inputs, np.float32)
         step, shift = np.empty(rows, np.float32), np.empty(rows, np.int32)
         for row in range(rows):
-            step[row], shift[row] = _rounded(_before(one, row, own), few[row])
-        whole = few.ctypes.data
+            step[row], shift[row] = _rounded(_before(one, row, own), whole[row])
     else:
         step, shift = carray(pointer(one.step), rows, np.float32), carray(pointer(one.shift), rows, np.int32)
-        whole = one.whole
+        whole = carray(pointer(one.whole), (rows, size), np.int8)
     sums, some = np.empty((TILES[0], LANES), np.int32), max(1, blocks // 16)
     first = taken(record.ctypes.data + NEXT, some)
     while first < blocks:
         for block in range(first, min(first + some, blocks)):
             weight, lane, row = one.weight + block * size * LANES, block * LANES, 0
             while row < rows:
-                end = row + _tile(weight, whole + row * size, size, rows - row, sums.ctypes.data)
+                end = row + _tile(weight, whole[row:], sums)
                 _put(sums, shift[row:], step[row:], scale[lane:], plus[row:, lane:], out[row:end, lane:])
                 row = end
         first = taken(record.ctypes.data + NEXT, some)

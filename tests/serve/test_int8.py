@@ -53,6 +53,14 @@ def test_the_product_is_that_of_whole_numbers(rows: int, outputs: int, inputs: i
     assert torch.allclose(layer(x).double(), expected(layer, x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("rows", "inputs"), [(1, 512), (2, 256), (4, 128), (8, 64), (8, 128), (9, 64)])
+def test_rounded_rows_are_held_until_they_are_multiplied(rows: int, inputs: int) -> None:
+    """As large as the sums of a block, for which memory that was given back too soon would be taken."""
+    layer, x = layer_of(200, inputs), rows_of(rows, inputs)
+    for _ in range(5):
+        assert torch.allclose(layer(x).double(), expected(layer, x), rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("rows", [1, 8, 9])
 def test_what_stands_before_and_behind_a_product_is_done_as_in_calls_of_its_own(rows: int) -> None:
     """But for a number here and there that lies between two whole ones and is rounded to the other."""
