@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -104,3 +105,26 @@ def test_an_answer_of_a_rounded_model_is_the_same_beside_any_others(generation: 
     alone = answered(PROMPTS[:1])
     assert answered(PROMPTS) == alone
     assert answered([PROMPTS[0], *PROMPTS[1:], PROMPTS[2][::-1]]) == alone
+
+
+@pytest.mark.parametrize("rows", [1, 4, 8])
+@pytest.mark.parametrize("rounded", [True, False])
+def test_the_same_request_gives_one_answer_whenever_others_come_and_go(rows: int, rounded: bool) -> None:
+    """Of a model whose rows are as long as a small model's really are."""
+    model = make_model("nano-3.0", hidden_size=128, head_dim=32, intermediate_size=384, vocab_size=2048)
+    if rounded:
+        quantize(model)
+    pack(model)
+    found: dict[int, set[tuple[int, ...]]] = {}
+    for seed in range(4):
+        draw, decoder, asked = random.Random(seed), Decoder(model, rows=rows, deterministic=True), []
+        waiting = [draw.randrange(len(PROMPTS)) for _ in range(9)]
+        while waiting or decoder.busy:
+            while waiting and draw.random() < 0.4:
+                which = waiting.pop()
+                options = SamplingOptions(max_new_tokens=6, temperature=0.0)
+                asked.append((which, decoder.submit(PROMPTS[which], options, [])))
+            decoder.step()
+        for which, answer in asked:
+            found.setdefault(which, set()).add(tuple(answer.ids))
+    assert {which: len(answers) for which, answers in found.items()} == dict.fromkeys(range(len(PROMPTS)), 1)
