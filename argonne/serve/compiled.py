@@ -75,3 +75,11 @@ def dot(one, other):  # type: ignore[no-untyped-def]
     for at in range(len(one)):
         total += one[at] * other[at]
     return total
+
+
+@njit(error_model="numpy")
+def norm_row(x, gain, eps, into):  # type: ignore[no-untyped-def]
+    """gain * x / sqrt(mean(x^2) + eps), written to `into`."""
+    by = np.float32(1) / np.sqrt(dot(x, x) / np.float32(len(x)) + np.float32(eps))
+    for at in range(len(x)):
+        into[at] = x[at] * by * gain[at]

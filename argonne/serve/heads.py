@@ -10,7 +10,7 @@ import numpy as np
 from numba import carray, njit
 from torch import Tensor
 
-from argonne.serve.compiled import SUMS_IN_ANY_ORDER, Team, dot, exponential, structure
+from argonne.serve.compiled import SUMS_IN_ANY_ORDER, Team, dot, exponential, norm_row, structure
 from argonne.serve.instructions import pointer, taken
 
 # x (rows, queries + 2 keys, size) fp32: heads of queries, keys and values. gain: (heads, size) fp32, and normed:
@@ -30,10 +30,7 @@ def _head(one, row, head, into):  # type: ignore[no-untyped-def]
     x = carray(pointer(one.x + (row * heads + head) * size * 4), size, np.float32)
     into[:] = x
     if one.gain and carray(pointer(one.normed), heads, np.uint8)[head]:
-        gain = carray(pointer(one.gain + head * size * 4), size, np.float32)
-        by = np.float32(1) / np.sqrt(dot(x, x) / np.float32(size) + np.float32(one.eps))
-        for at in range(size):
-            into[at] = x[at] * by * gain[at]
+        norm_row(x, carray(pointer(one.gain + head * size * 4), size, np.float32), one.eps, into)
     if one.cos and head < one.queries + one.keys:
         half = size // 2
         cos = carray(pointer(one.cos + row * half * 4), half, np.float32)

@@ -1,4 +1,4 @@
-"""What int8.py needs of a processor below Python: LLVM's instructions, for numba's functions.
+"""What compiled functions need of a processor below Python: LLVM's instructions, for numba's functions.
 
 A tile is a block of weights times a few rows. Where a processor has VNNI, one instruction multiplies the next four
 numbers of a row with the four weights of each of sixteen outputs and adds up the products.

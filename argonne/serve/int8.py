@@ -15,7 +15,7 @@ from numba import carray, njit
 from torch import Tensor
 
 from argonne.errors import InputError
-from argonne.serve.compiled import NEAREST, Team, dot, exponential, structure
+from argonne.serve.compiled import NEAREST, Team, exponential, norm_row, structure
 from argonne.serve.instructions import (
     GROUP,
     LANES,
@@ -78,9 +78,7 @@ def _before(one, row, into):  # type: ignore[no-untyped-def]
         return carray(pointer(one.x + row * size * 4), size, np.float32)
     if one.before == NORMED:
         x, gain = carray(pointer(one.x + row * size * 4), size, np.float32), carray(pointer(one.gain), size, np.float32)
-        by = np.float32(1) / np.sqrt(dot(x, x) / np.float32(size) + np.float32(one.eps))
-        for at in range(size):
-            into[at] = x[at] * by * gain[at]
+        norm_row(x, gain, one.eps, into)
     else:
         gate = carray(pointer(one.x + row * size * 8), size, np.float32)
         up = carray(pointer(one.x + row * size * 8 + size * 4), size, np.float32)
